@@ -1,0 +1,1 @@
+"""Reading, checking and renaming of checkpoints. Never runs code out of one."""

@@ -1,0 +1,71 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["atomic_path", "remove_leftovers", "write_json"]
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that takes its place when the block ends without an error.
+
+    The content is on disk (fsync) before it is renamed, and so is the rename before the block is left: after a crash
+    at any moment ``path`` holds either the old content or the new. An error inside the block leaves ``path`` untouched
+    and removes the temporary file; a killed process leaves it behind for :func:`remove_leftovers`.
+
+    Args:
+        path: Where the finished file shall be. Its folder must exist.
+
+    Yields:
+        The path to write to, on the same file system.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _fsync(temporary, os.O_RDWR)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # a folder cannot be opened for fsync on Windows
+        _fsync(path.parent, os.O_RDONLY)
+
+
+def remove_leftovers(folder: str | os.PathLike[str], name: str) -> list[Path]:
+    """Remove what :func:`atomic_path` left behind in ``folder`` when its process was killed.
+
+    Only call this where no other process can be writing: a live temporary file looks the same.
+
+    Args:
+        folder: The folder to clean, not searched recursively.
+        name: Name of the finished files, may be a glob pattern such as ``checkpoint_*.pth``.
+
+    Returns:
+        The files that were removed.
+    """
+    leftovers = sorted(Path(folder).glob(f".{name}.*.tmp"))
+    for leftover in leftovers:
+        leftover.unlink(missing_ok=True)
+    return leftovers
+
+
+def write_json(content: Any, path: str | os.PathLike[str]) -> None:
+    """Write ``content`` as JSON with nnU-Net's indentation, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=4, sort_keys=False) + "\n", encoding="utf-8")
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

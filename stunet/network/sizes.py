@@ -1,0 +1,112 @@
+"""The published sizes of STU-Net, and sizes of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stunet.errors import ArchitectureError
+
+__all__ = ["N_STAGES", "SIZES", "STUNetSize", "find_size", "size_of"]
+
+N_STAGES = 6
+"""STU-Net always has six resolution stages."""
+
+_WIDTH_MULTIPLIERS = (1, 2, 4, 8, 16, 16)
+
+
+def _is_positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+@dataclass(frozen=True)
+class STUNetSize:
+    """Depth and width of a STU-Net, which it scales together (arXiv 2304.06716, section 3.2).
+
+    Attributes:
+        name: Name for plans files and messages.
+        depth: Residual blocks in each of the six encoder stages. The decoder mirrors the first five.
+        width: Channels of the first stage. They double with every stage up to 16 times the width.
+
+    Raises:
+        ArchitectureError: Not six depths, or a depth or width that is not a positive whole number.
+    """
+
+    name: str
+    depth: tuple[int, ...]
+    width: int
+
+    def __post_init__(self) -> None:
+        if len(self.depth) != N_STAGES or not all(_is_positive_int(d) for d in self.depth):
+            raise ArchitectureError(
+                "impossible depth",
+                got=list(self.depth),
+                expected=f"{N_STAGES} positive whole numbers, one for each stage",
+                remedy="Give one depth for each stage, for example 1,1,2,2,2,2.",
+            )
+        if not _is_positive_int(self.width):
+            raise ArchitectureError(
+                "impossible width",
+                got=self.width,
+                expected="a positive whole number of channels",
+                remedy="Give the channels of the first stage, for example 24 (published: 16, 32, 64, 96).",
+            )
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """Channels of each of the six stages."""
+        return tuple(self.width * multiplier for multiplier in _WIDTH_MULTIPLIERS)
+
+
+#: The four published sizes (arXiv 2304.06716, table 4). Parameters are counted with 105 outputs.
+SIZES: dict[str, STUNetSize] = {
+    "small": STUNetSize("small", (1,) * N_STAGES, 16),  # 14.6 M parameters
+    "base": STUNetSize("base", (1,) * N_STAGES, 32),  # 58.3 M
+    "large": STUNetSize("large", (2,) * N_STAGES, 64),  # 440.3 M
+    "huge": STUNetSize("huge", (3,) * N_STAGES, 96),  # 1457.3 M
+}
+
+
+def find_size(name: str) -> STUNetSize:
+    """Look up a published size.
+
+    Args:
+        name: One of ``small``, ``base``, ``large`` and ``huge``.
+
+    Raises:
+        ArchitectureError: No published size has this name.
+    """
+    try:
+        return SIZES[name]
+    except KeyError:
+        raise ArchitectureError(
+            "unknown size",
+            got=name,
+            expected=f"one of {', '.join(SIZES)}",
+            remedy="Choose a published size, or make one of your own with --depth and --width.",
+        ) from None
+
+
+def size_of(features_per_stage: Sequence[int], n_blocks_per_stage: Sequence[int]) -> STUNetSize:
+    """The size that a network with these channels and blocks has; a published one keeps its name.
+
+    Args:
+        features_per_stage: Channels of each stage.
+        n_blocks_per_stage: Residual blocks of each encoder stage.
+
+    Raises:
+        ArchitectureError: The channels do not grow as STU-Net's do.
+    """
+    size = STUNetSize("custom", tuple(n_blocks_per_stage), features_per_stage[0])
+    if size.features != tuple(features_per_stage):
+        raise ArchitectureError(
+            "channels that no STU-Net has",
+            got=list(features_per_stage),
+            expected=f"{list(size.features)} for width {size.width}",
+            remedy="Write the plans with `stunet plan` instead of by hand.",
+        )
+    for published in SIZES.values():
+        if (published.depth, published.width) == (size.depth, size.width):
+            return published
+    depth = "".join(map(str, size.depth)) if max(size.depth) < 10 else "-".join(map(str, size.depth))
+    return STUNetSize(f"d{depth}w{size.width}", size.depth, size.width)

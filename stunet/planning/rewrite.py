@@ -1,0 +1,212 @@
+"""Putting a STU-Net into nnU-Net's plans. Pure functions; nothing is read or written here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from stunet.errors import PlansError
+from stunet.network import N_STAGES, STUNetSize, size_of
+from stunet.planning.settings import SETTINGS, SETTINGS_KEY, check_settings
+
+__all__ = [
+    "NETWORK_CLASS_NAME",
+    "check_plans",
+    "fit_strides",
+    "has_own_architecture",
+    "is_stunet",
+    "plans_size",
+    "resolve_configuration",
+    "rewrite_configuration",
+    "rewrite_plans",
+]
+
+Plans = dict[str, Any]
+
+NETWORK_CLASS_NAME = "stunet.network.STUNet"
+_CONV_OPS = {2: "torch.nn.modules.conv.Conv2d", 3: "torch.nn.modules.conv.Conv3d"}
+
+
+def check_plans(plans: Any, *, source: str) -> None:
+    """Check that something read from a file is a plans file of nnU-Net v2.
+
+    Raises:
+        PlansError: Plans of nnU-Net v1, or no plans at all.
+    """
+    if isinstance(plans, dict) and "plans_per_stage" in plans:
+        raise PlansError(
+            "plans of nnU-Net v1",
+            got=source,
+            expected="plans of nnU-Net v2, with 'configurations'",
+            remedy="Plan the dataset again with nnUNetv2_plan_experiment.",
+        )
+    if not isinstance(plans, dict) or not isinstance(plans.get("configurations"), dict):
+        raise PlansError(
+            "not a plans file",
+            got=source,
+            expected="a JSON object with 'configurations'",
+            remedy="Plan the dataset with nnUNetv2_plan_experiment.",
+        )
+
+
+def fit_strides(strides: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Strides for STU-Net's six stages: missing ones are 1, surplus ones are cut.
+
+    Args:
+        strides: Stride of each stage for each axis, finest first, as nnU-Net plans them.
+    """
+    fitted = [list(stride) for stride in strides[:N_STAGES]]
+    unit = [1] * len(fitted[0])
+    return fitted + [list(unit) for _ in range(N_STAGES - len(fitted))]
+
+
+def resolve_configuration(plans: Plans, name: str) -> dict[str, Any]:
+    """A configuration with all that it inherits, in nnU-Net's current format.
+
+    Raises:
+        PlansError: There is no such configuration.
+    """
+    if name not in plans["configurations"]:
+        raise PlansError(
+            f"unknown configuration in {plans.get('plans_name', 'the plans')}",
+            got=name,
+            expected=f"one of {', '.join(plans['configurations'])}",
+            remedy="Choose one of these with -c.",
+        )
+    resolved: dict[str, Any] = PlansManager(deepcopy(plans)).get_configuration(name).configuration
+    return resolved
+
+
+def has_own_architecture(configuration: Mapping[str, Any]) -> bool:
+    """Whether a configuration brings an architecture of its own (current or older format), not an inherited one."""
+    return "architecture" in configuration or "UNet_class_name" in configuration
+
+
+def is_stunet(configuration: Mapping[str, Any]) -> bool:
+    """Whether a configuration's own or inherited architecture is a STU-Net."""
+    architecture = configuration.get("architecture", {})
+    return bool(architecture.get("network_class_name") == NETWORK_CLASS_NAME)
+
+
+def plans_size(configuration: Mapping[str, Any]) -> STUNetSize:
+    """The size of the STU-Net in a configuration for which :func:`is_stunet` holds.
+
+    Raises:
+        ArchitectureError: The configuration was changed into something that no STU-Net is.
+    """
+    kwargs = configuration["architecture"]["arch_kwargs"]
+    return size_of(kwargs["features_per_stage"], kwargs["n_blocks_per_stage"])
+
+
+def rewrite_configuration(
+    plans: Plans, name: str, *, size: STUNetSize, settings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """One configuration with a STU-Net in place; everything else stays as it is.
+
+    Args:
+        plans: Plans of nnU-Net v2; not changed.
+        name: The configuration.
+        size: Size of the STU-Net.
+        settings: Settings to add; see :data:`stunet.planning.SETTINGS`. Those that the configuration already has stay
+            unless given here.
+
+    Returns:
+        The new configuration, with ``inherits_from`` and all keys that it had.
+
+    Raises:
+        PlansError: No such configuration, or a patch that the strides do not divide.
+        SettingsError: An unknown setting or an impossible value.
+    """
+    resolved = resolve_configuration(plans, name)
+    own = deepcopy(plans["configurations"][name])
+    if "UNet_class_name" in own:  # plans of nnU-Net < 2.2: nnU-Net has translated the resolved ones
+        own = deepcopy(resolved)
+    stored = resolved.get(SETTINGS_KEY, {})
+    check_settings(stored, source=f"configuration {name}, key '{SETTINGS_KEY}'")
+    merged = {**stored, **(settings or {})}
+    check_settings(merged, source="the settings")
+    by_place: dict[str, dict[str, Any]] = {"training": {}, "architecture": {}, "configuration": {}}
+    for key, value in merged.items():
+        by_place[SETTINGS[key].place][key] = value
+
+    architecture = resolved["architecture"]
+    kept = {"activation_checkpointing": "none"}
+    if is_stunet(resolved):
+        kept = {key: architecture["arch_kwargs"].get(key, value) for key, value in kept.items()}
+    strides = fit_strides(architecture["arch_kwargs"]["strides"])
+    own.update(by_place["configuration"])
+    _check_patch(name, by_place["configuration"].get("patch_size", resolved["patch_size"]), strides)
+    own["architecture"] = {
+        "network_class_name": NETWORK_CLASS_NAME,
+        "arch_kwargs": {
+            "n_stages": N_STAGES,
+            "features_per_stage": list(size.features),
+            "conv_op": _CONV_OPS[len(strides[0])],
+            "strides": strides,
+            "n_blocks_per_stage": list(size.depth),
+            **kept,
+            **by_place["architecture"],
+        },
+        "_kw_requires_import": ["conv_op"],
+    }
+    if by_place["training"] or SETTINGS_KEY in own:
+        own[SETTINGS_KEY] = by_place["training"]
+    return own
+
+
+def rewrite_plans(
+    plans: Plans,
+    *,
+    size: STUNetSize,
+    plans_name: str,
+    configurations: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Plans:
+    """Plans in which configurations have a STU-Net.
+
+    Preprocessing, patch and batch stay as they are, and so does ``data_identifier``: data that is preprocessed already
+    is used again.
+
+    Args:
+        plans: Plans of nnU-Net v2; not changed.
+        size: Size of the STU-Net.
+        plans_name: Name of the new plans, nnU-Net's plans identifier.
+        configurations: Which to rewrite; all that have an architecture of their own by default. Those that inherit
+            from one of these follow it.
+        settings: Settings to add to each of them.
+
+    Raises:
+        PlansError: No such configuration, or a patch that the strides do not divide.
+        SettingsError: An unknown setting or an impossible value.
+    """
+    check_plans(plans, source=str(plans_name))
+    rewritten = deepcopy(plans)
+    rewritten["plans_name"] = plans_name
+    if configurations is None:
+        configurations = [name for name, own in plans["configurations"].items() if has_own_architecture(own)]
+    for name in configurations:
+        rewritten["configurations"][name] = rewrite_configuration(plans, name, size=size, settings=settings)
+    return rewritten
+
+
+def _check_patch(name: str, patch_size: Sequence[int], strides: Sequence[Sequence[int]]) -> None:
+    if len(patch_size) != len(strides[0]):
+        raise PlansError(
+            f"a patch of {len(patch_size)} axes in configuration {name}",
+            got=list(patch_size),
+            expected=f"{len(strides[0])} axes, as its strides have",
+            remedy="Correct patch_size.",
+        )
+    total = [math.prod(axis) for axis in zip(*strides, strict=True)]
+    if any(n % t for n, t in zip(patch_size, total, strict=True)):
+        nearest = [max(t, round(n / t) * t) for n, t in zip(patch_size, total, strict=True)]
+        raise PlansError(
+            f"a patch that the strides of configuration {name} do not divide",
+            got=list(patch_size),
+            expected=f"multiples of {total}",
+            remedy=f"Set patch_size to {nearest}, or change the strides.",
+        )

@@ -1,0 +1,146 @@
+"""The settings that ``--set`` and a plans file's ``"stunet"`` block take."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from stunet.errors import SettingsError
+from stunet.network import ActivationCheckpointing
+
+__all__ = ["SETTINGS", "SETTINGS_KEY", "Setting", "check_settings", "parse_settings"]
+
+SETTINGS_KEY = "stunet"
+"""Key of a plans file's configuration under which the training settings stand."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting.
+
+    Attributes:
+        place: Where in a configuration of the plans it is kept: ``training`` is the ``"stunet"`` block, read by
+            ``STUNetTrainer``; ``architecture`` are the network's arguments and ``configuration`` is nnU-Net's own key,
+            so those two count with any trainer.
+        expected: What a value must be, for messages.
+        is_valid: Whether a value is that.
+        help: What it does.
+    """
+
+    place: Literal["training", "architecture", "configuration"]
+    expected: str
+    is_valid: Callable[[Any], bool]
+    help: str
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and 0 < value < float("inf")
+
+
+def _is_fraction(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+_COUNT = ("a positive whole number", _is_count)
+_POSITIVE = ("a positive number", _is_positive)
+_FRACTION = ("a number from 0 to 1", _is_fraction)
+_BOOL = ("true or false", _is_bool)
+
+SETTINGS: dict[str, Setting] = {
+    "num_epochs": Setting("training", *_COUNT, "epochs of training"),
+    "num_iterations_per_epoch": Setting("training", *_COUNT, "training batches in an epoch"),
+    "num_val_iterations_per_epoch": Setting("training", *_COUNT, "validation batches in an epoch"),
+    "initial_lr": Setting("training", *_POSITIVE, "learning rate at the start of the schedule"),
+    "weight_decay": Setting("training", "a number >= 0", lambda v: _is_number(v) and v >= 0, "L2 penalty on weights"),
+    "oversample_foreground_percent": Setting("training", *_FRACTION, "share of patches centred on foreground"),
+    "probabilistic_oversampling": Setting("training", *_BOOL, "draw that share instead of fixing it in each batch"),
+    "save_every": Setting("training", *_COUNT, "epochs between two checkpoint_latest.pth"),
+    "activation_checkpointing": Setting(
+        "architecture",
+        f"one of {', '.join(get_args(ActivationCheckpointing))}",
+        lambda v: v in get_args(ActivationCheckpointing),
+        "which blocks compute activations again instead of keeping them: less memory, more time",
+    ),
+    "batch_size": Setting("configuration", *_COUNT, "patches in a batch"),
+    "batch_dice": Setting("configuration", *_BOOL, "Dice over the whole batch instead of each patch"),
+    "patch_size": Setting(
+        "configuration",
+        "a list of 2 or 3 positive whole numbers",
+        lambda v: isinstance(v, list) and len(v) in (2, 3) and all(_is_count(n) for n in v),
+        "voxels of a patch along each axis",
+    ),
+}
+
+
+def check_settings(settings: Mapping[str, Any], *, source: str) -> None:
+    """Check names and values of settings.
+
+    Args:
+        settings: Values by name.
+        source: Where they stand, for messages.
+
+    Raises:
+        SettingsError: A setting that does not exist, or a value that it cannot have.
+    """
+    for name, value in settings.items():
+        if name not in SETTINGS:
+            close = difflib.get_close_matches(name, SETTINGS, n=1)
+            raise SettingsError(
+                f"unknown setting in {source}",
+                got=name,
+                expected=f"one of {', '.join(SETTINGS)}",
+                remedy=f"Did you mean {close[0]}?" if close else "Remove it, or choose one of the known settings.",
+            )
+        setting = SETTINGS[name]
+        if not setting.is_valid(value):
+            raise SettingsError(
+                f"impossible value of {name} in {source}",
+                got=json.dumps(value),
+                expected=setting.expected,
+                remedy=f"Correct {name} ({setting.help}).",
+            )
+
+
+def parse_settings(assignments: Iterable[str]) -> dict[str, Any]:
+    """Read settings as they are typed on the command line.
+
+    Args:
+        assignments: For example ``["initial_lr=0.001", "patch_size=[64,64,64]"]``; values are JSON, or bare words.
+
+    Returns:
+        Checked values by name.
+
+    Raises:
+        SettingsError: Not of the form ``name=value``, an unknown name or an impossible value.
+    """
+    settings: dict[str, Any] = {}
+    for assignment in assignments:
+        name, separator, text = assignment.partition("=")
+        if not separator or not name:
+            raise SettingsError(
+                "a setting that cannot be read",
+                got=assignment,
+                expected="name=value, for example initial_lr=0.001",
+                remedy="Write each setting as name=value without spaces.",
+            )
+        try:
+            settings[name] = json.loads(text)
+        except json.JSONDecodeError:
+            settings[name] = text
+    check_settings(settings, source="--set")
+    return settings

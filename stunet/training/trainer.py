@@ -1,0 +1,154 @@
+"""The trainer that all classes in ``trainers/`` derive from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import nn
+from torch._dynamo import OptimizedModule
+
+from stunet.checkpoints.loading import check_weights, read_checkpoint
+from stunet.errors import CheckpointError, PlansError
+from stunet.files import atomic_path, remove_leftovers
+from stunet.network import STUNetSize, find_size
+from stunet.planning import (
+
+    SETTINGS_KEY,
+    check_plans,
+    is_stunet,
+    plans_size,
+    resolve_configuration,
+    rewrite_configuration,
+)
+
+__all__ = ["BaseSTUNetTrainer"]
+
+
+class BaseSTUNetTrainer(nnUNetTrainer):
+    """nnU-Net's trainer with a STU-Net in the plans, settings from the plans, and checkpoints that are always whole.
+
+    The network is put into the plans before nnU-Net reads them, so ordinary plans train a STU-Net and the model folder
+    describes itself: its ``plans.json`` is the rewritten one. Checkpoints name nnU-Net's built-in trainer, because the
+    plans alone determine the network; prediction therefore needs this package but no ``nnUNet_extTrainer``.
+
+    Attributes:
+        size: Name of a published size, or None for the size that the plans have (``base`` where they have none).
+        default_settings: Training settings that hold where the plans' ``"stunet"`` block does not set them.
+    """
+
+    size: ClassVar[str | None] = None
+    default_settings: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(
+        self,
+        plans: dict,  # type: ignore[type-arg] # nnU-Net inspects this signature and wants it as its own
+        configuration: str,
+        fold: int,
+        dataset_json: dict,  # type: ignore[type-arg]
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - likewise
+    ) -> None:
+        plans = self._with_stunet(plans, configuration)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        settings = {**self.default_settings, **self.configuration_manager.configuration.get(SETTINGS_KEY, {})}
+        for name, value in settings.items():
+            setattr(self, name, value)
+        size = plans_size(self.configuration_manager.configuration)
+        self.print_to_log_file(f"STU-Net {size.name}: depth {size.depth}, width {size.width}; settings {settings}")
+
+    @classmethod
+    def _with_stunet(cls, plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+        check_plans(plans, source=str(plans.get("plans_name", "the given plans")))
+        size = cls._choose_size(resolve_configuration(plans, configuration))
+        rewritten = rewrite_configuration(plans, configuration, size=size)
+        # nnU-Net's command puts this key into the plans and its constructor takes it out again.
+        continue_training = plans.get("continue_training", False)
+        configurations = {**plans["configurations"], configuration: rewritten}
+        return {**plans, "configurations": configurations, "continue_training": continue_training}
+
+    @classmethod
+    def _choose_size(cls, configuration: Mapping[str, Any]) -> STUNetSize:
+        if not is_stunet(configuration):
+            return find_size(cls.size or "base")
+        planned = plans_size(configuration)
+        if cls.size is not None and planned.name != cls.size:
+            raise PlansError(
+                "a trainer and plans that disagree on the size",
+                got=f"-tr {cls.__name__} with plans of size {planned.name}",
+                expected=f"plans of size {cls.size}, or ordinary nnU-Net plans",
+                remedy="Take -tr STUNetTrainer (or STUNetTrainer_ft), which follows the plans, or other plans with -p.",
+            )
+        return planned
+
+    def on_train_start(self) -> None:
+        """Also remove what a process that was killed while it wrote a checkpoint has left."""
+        super().on_train_start()
+        if self.local_rank == 0:
+            remove_leftovers(self.output_folder, "checkpoint_*.pth")
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write a checkpoint in nnU-Net's format, whole or not at all (temporary file, fsync, rename)."""
+        if self.local_rank != 0:
+            return
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        checkpoint = {
+            "network_weights": self._plain_network().state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
+            "current_epoch": self.current_epoch + 1,
+            "init_args": self.my_init_kwargs,
+            # Prediction finds this class in nnU-Net itself; the network is in the plans.
+            "trainer_name": nnUNetTrainer.__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+        }
+        with atomic_path(filename) as temporary:
+            torch.save(checkpoint, temporary)
+
+    def load_checkpoint(self, filename_or_checkpoint: str | os.PathLike[str]) -> None:
+        """Continue from a checkpoint after checking that it is whole, harmless and fits the network.
+
+        Where ``checkpoint_latest.pth`` is asked for and ``checkpoint_best.pth`` beside it is of a later epoch, the
+        latter is taken: it is as complete, and fewer epochs are lost.
+
+        Raises:
+            CheckpointError: Truncated, no checkpoint, asks for code to be run, or of another network.
+        """
+        path = _last_whole(Path(filename_or_checkpoint))
+        if not self.was_initialized:
+            self.initialize()
+        check_weights(read_checkpoint(path)["network_weights"], self._plain_network().state_dict(), source=path)
+        self.print_to_log_file(f"Continuing from {path.name}")
+        # The base class unpickles without restraint, which is safe now: the same file passed the restricted reader.
+        super().load_checkpoint(str(path))
+
+    def _plain_network(self) -> nn.Module:
+        network = self.network.module if self.is_ddp else self.network
+        return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+
+def _last_whole(requested: Path) -> Path:
+    if requested.name != "checkpoint_latest.pth":
+        return requested
+    best = requested.with_name("checkpoint_best.pth")
+    epochs: dict[Path, int] = {}
+    first_error: CheckpointError | None = None
+    for path in (requested, best):
+        try:
+            epochs[path] = read_checkpoint(path)["current_epoch"]
+        except CheckpointError as error:
+            first_error = first_error or error
+    if not epochs:
+        assert first_error is not None
+        raise first_error
+    # On equal epochs the best one: it was written last and knows of itself as the best.
+    return max(epochs, key=lambda path: (epochs[path], path == best))
+
+
