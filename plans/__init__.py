@@ -1,0 +1,1 @@
+"""Presets as JSON files, read by ``stunet.planning.presets``."""

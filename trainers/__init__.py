@@ -1,0 +1,1 @@
+"""The folder that nnU-Net's ``nnUNet_extTrainer`` points to."""

@@ -1,0 +1,1 @@
+"""The ``stunet`` command. One module for each subcommand; heavy imports stand inside the commands."""

@@ -1,0 +1,14 @@
+"""Datasets in nnU-Net's raw layout that stunet makes or imports."""
+
+from stunet.datasets.phantoms import PHANTOM_LABELS, Phantom, make_phantom, write_phantom_dataset
+from stunet.datasets.raw import RawDataset, hold_out, read_raw_dataset
+
+__all__ = [
+    "PHANTOM_LABELS",
+    "Phantom",
+    "RawDataset",
+    "hold_out",
+    "make_phantom",
+    "read_raw_dataset",
+    "write_phantom_dataset",
+]

@@ -1,15 +1,20 @@
 """STU-Net and what is known of its size: blocks, network, sizes, estimates. Needs torch alone."""
 
-from stunet.network.sizes import N_STAGES, SIZES, STUNetSize, find_size, size_of
 from stunet.network.architecture import ActivationCheckpointing, STUNet, build_stunet
+from stunet.network.estimate import Estimate, Precision, default_strides, estimate
+from stunet.network.sizes import N_STAGES, SIZES, STUNetSize, find_size, size_of
 
 __all__ = [
     "N_STAGES",
     "SIZES",
     "ActivationCheckpointing",
+    "Estimate",
+    "Precision",
     "STUNet",
     "STUNetSize",
     "build_stunet",
+    "default_strides",
+    "estimate",
     "find_size",
     "size_of",
 ]

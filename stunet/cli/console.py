@@ -1,0 +1,58 @@
+"""What the subcommands share: terminal output and options in nnU-Net's style."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import click
+from rich.console import Console
+from typer.core import TyperCommand
+
+__all__ = ["ListOptionsCommand", "human_bytes", "human_count", "stderr", "stdout"]
+
+stdout = Console()
+stderr = Console(stderr=True)
+
+
+class ListOptionsCommand(TyperCommand):
+    """A command whose list options take several values at once, as nnU-Net's do: ``-c 2d 3d_fullres``.
+
+    Click wants an option's name before each value; that keeps working. Only for commands without positional arguments.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Repeat the name of a list option before each further value."""
+        names = {name for p in self.params if isinstance(p, click.Option) and p.multiple for name in p.opts}
+        expanded: list[str] = []
+        current: str | None = None
+        n_values = 0
+        for arg in args:
+            if arg.startswith("-"):
+                current, n_values = (arg if arg in names else None), 0
+            elif current is not None:
+                if n_values:
+                    expanded.append(current)
+                n_values += 1
+            expanded.append(arg)
+        return super().parse_args(ctx, expanded)
+
+
+def human_bytes(n: float) -> str:
+    """Bytes for people: ``1.5 GB``, where 1 GB is 1024^3 bytes."""
+    exponent = min(int(math.log(max(n, 1), 1024)), 4)
+    return f"{n / 1024**exponent:.{0 if exponent == 0 else 1}f} {('B', 'kB', 'MB', 'GB', 'TB')[exponent]}"
+
+
+def human_count(n: float) -> str:
+    """A count for people: ``14.6M``."""
+    for unit, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= factor:
+            return f"{n / factor:.1f}{unit}" if n < 100 * factor else f"{n / factor:.0f}{unit}"
+    return f"{n:g}"
+
+
+def print_error(error: Any) -> None:
+    """Show one of our own errors the way the command line does."""
+    stderr.print("error:", style="bold red", end=" ", highlight=False)
+    stderr.print(str(error), highlight=False, markup=False, soft_wrap=True)

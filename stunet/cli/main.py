@@ -1,0 +1,51 @@
+"""The ``stunet`` command: its subcommands, and how errors are shown."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import stunet
+from stunet.cli import demo, env, info, plan
+from stunet.cli.console import ListOptionsCommand, print_error
+from stunet.errors import STUNetError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="stunet",
+    help="STU-Net for nnU-Net v2: plan a network of any size, then train and predict with nnU-Net's own commands.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("plan", cls=ListOptionsCommand)(plan.plan)
+app.command("info", cls=ListOptionsCommand)(info.info)
+app.command("env")(env.env)
+app.command("demo")(demo.demo)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"stunet {stunet.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Options of ``stunet`` itself."""
+
+
+def main() -> None:
+    """Run the command line. Our own errors are printed without a traceback, with exit status 2."""
+    try:
+        app()
+    except STUNetError as error:
+        print_error(error)
+        sys.exit(2)

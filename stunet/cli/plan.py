@@ -1,0 +1,116 @@
+"""``stunet plan``: plans files with a STU-Net."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["plan"]
+
+
+def plan(
+    dataset: Annotated[str, typer.Option("-d", "--dataset", help="Dataset id or name.")],
+    size: Annotated[str | None, typer.Option(help="small, base, large or huge; base by default.")] = None,
+    configurations: Annotated[
+        list[str] | None,
+        typer.Option("-c", "--configurations", help="Configurations to rewrite; all by default. Takes several."),
+    ] = None,
+    plans: Annotated[str, typer.Option("--plans", "-p", help="The plans to start from.")] = "nnUNetPlans",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Settings, name=value. Takes several. See --list-settings.")
+    ] = None,
+    depth: Annotated[str | None, typer.Option(help="Blocks of six stages, for example 1,1,2,2,2,2.")] = None,
+    width: Annotated[int | None, typer.Option(help="Channels of the first stage, for example 24.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the new plans; STUNetPlans_SIZE by default.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace plans that differ.")] = False,
+    num_processes: Annotated[int, typer.Option("-np", help="Processes for nnU-Net's fingerprint.", min=1)] = 8,
+    list_settings: Annotated[
+        bool, typer.Option("--list-settings", callback=lambda wanted: _print_settings(wanted), is_eager=True,
+                           help="Show the settings that --set takes and leave.")
+    ] = False,
+) -> None:
+    """Write plans with a STU-Net beside nnU-Net's, which they are made from; preprocessed data is used again.
+
+    Where nnU-Net has not planned the dataset yet, its own planner runs first.
+    """
+    from stunet.cli.sizes import choose_size
+    from stunet.planning import (
+        find_dataset,
+        find_plans,
+        load_plans,
+        load_preset,
+        parse_settings,
+        plan_with_nnunet,
+        rewrite_plans,
+        write_plans,
+    )
+
+    given = parse_settings(settings or [])
+    if depth is None and width is None:
+        preset = load_preset(size or "base")
+        chosen, given = preset.size, {**preset.settings, **given}
+    else:
+        chosen = choose_size(size, depth, width)
+    dataset_name = find_dataset(dataset)
+    source = find_plans(dataset_name, plans)
+    if not source.is_file():
+        plan_with_nnunet(dataset_name, plans, num_processes=num_processes)
+    new_name = name or f"STUNetPlans_{chosen.name}"
+    rewritten = rewrite_plans(
+        load_plans(source), size=chosen, plans_name=new_name, configurations=configurations, settings=given
+    )
+    target = find_plans(dataset_name, new_name)
+    written = write_plans(rewritten, target, overwrite=overwrite)
+    _report(rewritten, target, written=written)
+
+
+def _report(plans: dict[str, Any], path: Path, *, written: bool) -> None:
+    from rich.table import Table
+
+    from stunet.cli.console import stdout
+    from stunet.planning import is_stunet, plans_size, resolve_configuration
+
+    table = Table("configuration", "network", "patch", "batch", "strides of the six stages", "settings")
+    trainable = None
+    for name in plans["configurations"]:
+        resolved = resolve_configuration(plans, name)
+        network = resolved["architecture"]["network_class_name"].rsplit(".")[-1]
+        if is_stunet(resolved):
+            network = f"STU-Net {plans_size(resolved).name}"
+            trainable = name if trainable is None or name == "3d_fullres" else trainable
+        table.add_row(
+            name,
+            network,
+            " x ".join(map(str, resolved["patch_size"])),
+            str(resolved["batch_size"]),
+            " ".join("x".join(map(str, stride)) for stride in resolved["architecture"]["arch_kwargs"]["strides"]),
+            " ".join(f"{key}={value}" for key, value in resolved.get("stunet", {}).items()),
+        )
+    stdout.print(f"{'Wrote' if written else 'Already there, unchanged:'} {path}", soft_wrap=True)
+    stdout.print(table)
+    dataset_id = int(plans["dataset_name"][7:10])
+    plans_name = plans["plans_name"]
+    stdout.print("Next:", highlight=False)
+    if not (path.parent / resolve_configuration(plans, trainable or "")["data_identifier"]).is_dir():
+        command = f"nnUNetv2_preprocess -d {dataset_id} -plans_name {plans_name} -c {trainable}"
+        stdout.print(f"  {command}", highlight=False, soft_wrap=True)
+    command = f"nnUNetv2_train {dataset_id} {trainable} 0 -p {plans_name} -tr STUNetTrainer"
+    stdout.print(f'  eval "$(stunet env)" && {command}', highlight=False, soft_wrap=True)
+
+
+def _print_settings(wanted: bool) -> None:
+    if not wanted:
+        return
+    from rich.table import Table
+
+    from stunet.cli.console import stdout
+    from stunet.planning import SETTINGS
+
+    table = Table("setting", "value", "what it does", "counts with")
+    for name, setting in SETTINGS.items():
+        trainers = "STUNetTrainer" if setting.place == "training" else "any trainer"
+        table.add_row(name, setting.expected, setting.help, trainers)
+    stdout.print(table)
+    raise typer.Exit

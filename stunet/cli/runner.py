@@ -1,0 +1,125 @@
+"""Running other commands for the user, with their progress shown and their output kept."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from threading import Event, Thread
+
+from stunet.cli.console import stdout
+from stunet.errors import CommandError
+
+__all__ = ["run_command"]
+
+_HEARTBEAT = 15.0  # seconds between two signs of life where the terminal cannot show a spinner
+
+
+def run_command(command: Sequence[str], *, environment: Mapping[str, str], log: Path) -> None:
+    """Run a console script of an installed package, such as ``nnUNetv2_train``, as a process of its own.
+
+    The command is shown as a user would type it, the script's epochs and progress while it runs; its whole output goes
+    to the log.
+
+    Args:
+        command: The script's name and its arguments.
+        environment: Variables to add to the process's environment.
+        log: File that the output is appended to.
+
+    Raises:
+        CommandError: There is no such script, or it ended with another status than 0.
+    """
+    stdout.print(f"\n$ {shlex.join(command)}", style="bold", highlight=False, soft_wrap=True)
+    started = time.monotonic()
+    process = subprocess.Popen(  # noqa: S603 - a script of an installed package, no shell
+        [sys.executable, "-c", _launcher(command[0]), *command[1:]],
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        errors="replace",
+        bufsize=1,
+    )
+    last_lines: deque[str] = deque(maxlen=15)
+    try:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"\n$ {shlex.join(command)}\n")
+            _follow(process, file, last_lines, started)
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    if process.wait() != 0:
+        raise CommandError(
+            f"{command[0]} failed",
+            got=f"exit status {process.returncode}; its last lines:\n    " + "\n    ".join(last_lines),
+            expected="exit status 0",
+            remedy=f"See {log} for all of its output.",
+        )
+    stdout.print(f"  done in {time.monotonic() - started:.0f} s", style="dim", highlight=False)
+
+
+def _launcher(script: str) -> str:
+    """Python code that runs a console script, wherever the environment keeps its executables."""
+    found = list(entry_points(group="console_scripts", name=script))
+    if not found:
+        raise CommandError(
+            "missing command",
+            got=script,
+            expected="a command of this Python environment",
+            remedy="Install nnunetv2 into this environment.",
+        )
+    module, function = found[0].value.split(":")
+    # On platforms that spawn, workers import this code again; it must not start the command there.
+    return f"import sys; sys.argv[0] = {script!r}; from {module} import {function}; sys.exit({function}())"
+
+
+def _follow(process: subprocess.Popen[str], file: object, last_lines: deque[str], started: float) -> None:
+    assert process.stdout is not None
+    epochs = _EpochLines()
+    finished = Event()
+    with stdout.status("starting") as status:
+
+        def beat() -> None:
+            while not finished.wait(_HEARTBEAT):
+                if not stdout.is_terminal:
+                    stdout.print(f"  … {time.monotonic() - started:.0f} s", style="dim", highlight=False)
+
+        Thread(target=beat, daemon=True).start()
+        try:
+            for line in process.stdout:
+                file.write(line)  # type: ignore[attr-defined]
+                text = line.rstrip().rsplit("\r", 1)[-1]
+                if not text:
+                    continue
+                last_lines.append(text)
+                status.update(f"{time.monotonic() - started:.0f} s  {text[:90]}")
+                if (message := epochs.read(text)) is not None:
+                    stdout.print(f"  {message}", highlight=False)
+        finally:
+            finished.set()
+
+
+class _EpochLines:
+    """Condenses what nnU-Net prints about an epoch to one line."""
+
+    def __init__(self) -> None:
+        self._epoch = self._loss = ""
+
+    def read(self, line: str) -> str | None:
+        if match := re.search(r": Epoch (\d+)\s*$", line):
+            self._epoch = match[1]
+        elif match := re.search(r": train_loss (\S+)", line):
+            self._loss = match[1]
+        elif match := re.search(r": Pseudo dice (.*)", line):
+            dice = " ".join(f"{float(score):.2f}" for score in re.findall(r"(?<![\w.])(\d\.\d+|nan)", match[1]))
+            return f"epoch {self._epoch:>3}  loss {self._loss:>8}  Dice on validation patches {dice}"
+        return None

@@ -1,0 +1,146 @@
+"""Generated abdomens that look a little like CT: data for demonstrations and tests that needs no download."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import SimpleITK as sitk
+from scipy.ndimage import gaussian_filter
+
+from stunet.files import write_json
+
+__all__ = ["PHANTOM_LABELS", "Phantom", "make_phantom", "write_phantom_dataset"]
+
+Volume = npt.NDArray[np.float32]
+
+_SHAPE = (26, 56, 68)  # voxels, z y x
+_SPACING = (5.0, 3.0, 3.0)  # mm, z y x: thick slices, as abdominal CT often has
+_AIR, _FAT, _SOFT_TISSUE = -1000.0, -100.0, 40.0  # HU
+_NOISE = 25.0  # HU, standard deviation before smoothing
+
+
+@dataclass(frozen=True)
+class _Organ:
+    """An ellipsoid before its surface and place are varied."""
+
+    name: str
+    intensity: float  # HU
+    centre: tuple[float, float, float]  # fraction of the body's half axes from its centre, z y x
+    radii: tuple[float, float, float]  # mm, z y x
+
+
+# Later ones are painted over earlier ones. x runs from the patient's right to the left, y from front to back.
+_ORGANS = (
+    _Organ("liver", 115.0, (0.15, -0.15, -0.42), (42.0, 36.0, 38.0)),
+    _Organ("spleen", 165.0, (0.20, 0.30, 0.62), (28.0, 18.0, 15.0)),
+    _Organ("kidneys", 230.0, (-0.25, 0.42, 0.36), (24.0, 14.0, 13.0)),
+    _Organ("kidneys", 230.0, (-0.30, 0.42, -0.36), (24.0, 14.0, 13.0)),
+    _Organ("spine", 480.0, (0.0, 0.55, 0.0), (400.0, 13.0, 14.0)),
+    _Organ("aorta", 330.0, (0.0, 0.20, 0.10), (400.0, 9.0, 9.0)),
+)
+
+PHANTOM_LABELS: dict[str, int] = {
+    "background": 0,
+    **{name: i for i, name in enumerate(dict.fromkeys(o.name for o in _ORGANS), start=1)},
+}
+"""Label value of each structure in a phantom."""
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """One generated case.
+
+    Attributes:
+        image: HU, float32 of shape ``(Z, Y, X)``.
+        segmentation: Labels as in :data:`PHANTOM_LABELS`, uint8 of the same shape.
+        spacing: mm along ``(z, y, x)``.
+    """
+
+    image: Volume
+    segmentation: npt.NDArray[np.uint8]
+    spacing: tuple[float, float, float]
+
+
+def make_phantom(seed: int, case: int) -> Phantom:
+    """Make one phantom: a body with organs whose surface, place, size and contrast vary from case to case.
+
+    Args:
+        seed: Seed of the dataset.
+        case: Number of the case. Equal arguments give equal voxels.
+    """
+    rng = np.random.default_rng([seed, case])
+    shape = tuple(int(n + rng.integers(-2, 3)) for n in _SHAPE)
+    spacing = tuple(float(np.round(s * rng.uniform(0.95, 1.05), 3)) for s in _SPACING)
+    axes = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, spacing, strict=True)]
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"))  # (3, Z, Y, X) in mm from the centre
+    half_axes = np.array([1e4, 70.0, 90.0]) * rng.uniform(0.95, 1.05, 3)
+
+    image = np.full(shape, _AIR)
+    image[_blob(grid, np.zeros(3), half_axes, 0.05, spacing, rng)] = _FAT
+    image[_blob(grid, np.zeros(3), half_axes * 0.92, 0.05, spacing, rng)] = _SOFT_TISSUE
+    segmentation = np.zeros(shape, np.uint8)
+    reach = np.array([shape[0] * spacing[0] / 2, *half_axes[1:]])
+    for organ in _ORGANS:
+        centre = np.array(organ.centre) * reach + rng.normal(0, 4.0, 3)
+        radii = np.array(organ.radii) * rng.uniform(0.85, 1.15, 3)
+        inside = _blob(grid, centre, radii, 0.35, spacing, rng)
+        image[inside] = organ.intensity + rng.normal(0, 10.0)
+        segmentation[inside] = PHANTOM_LABELS[organ.name]
+    image = gaussian_filter(image, 0.6) + gaussian_filter(rng.normal(0, _NOISE, shape), 0.4)
+    return Phantom(image.astype(np.float32), segmentation, (spacing[0], spacing[1], spacing[2]))
+
+
+def _blob(
+    grid: npt.NDArray[np.float64],
+    centre: npt.NDArray[np.float64],
+    radii: npt.NDArray[np.float64],
+    roughness: float,
+    spacing: tuple[float, ...],
+    rng: np.random.Generator,
+) -> npt.NDArray[np.bool_]:
+    """An ellipsoid whose surface waves with a wavelength of centimetres."""
+    waves = gaussian_filter(rng.normal(size=grid.shape[1:]), [12.0 / s for s in spacing])
+    distance = np.sqrt(sum(((grid[i] - centre[i]) / radii[i]) ** 2 for i in range(3)))
+    blob: npt.NDArray[np.bool_] = distance + roughness * waves / waves.std() / 2 < 1
+    return blob
+
+
+def write_phantom_dataset(
+    folder: str | os.PathLike[str], *, n_training: int = 20, n_test: int = 4, seed: int = 0
+) -> None:
+    """Write phantoms in nnU-Net's raw layout, with test cases in ``imagesTs`` and ``labelsTs``.
+
+    Args:
+        folder: The dataset's folder, for example ``…/Dataset001_Phantoms``; made where it does not exist.
+        n_training: Cases in ``imagesTr``.
+        n_test: Cases in ``imagesTs``, numbered after those.
+        seed: Equal seeds give equal files.
+    """
+    folder = Path(folder)
+    for split, cases in (("Tr", range(n_training)), ("Ts", range(n_training, n_training + n_test))):
+        images, labels = folder / f"images{split}", folder / f"labels{split}"
+        images.mkdir(parents=True, exist_ok=True)
+        labels.mkdir(exist_ok=True)
+        for case in cases:
+            phantom = make_phantom(seed, case)
+            _write_nifti(phantom.image, phantom.spacing, images / f"phantom_{case:03d}_0000.nii.gz")
+            _write_nifti(phantom.segmentation, phantom.spacing, labels / f"phantom_{case:03d}.nii.gz")
+    dataset_json = {
+        "channel_names": {"0": "CT"},
+        "labels": PHANTOM_LABELS,
+        "numTraining": n_training,
+        "file_ending": ".nii.gz",
+    }
+    write_json(dataset_json, folder / "dataset.json")
+
+
+def _write_nifti(volume: npt.NDArray[np.generic], spacing: tuple[float, float, float], path: Path) -> None:
+    if volume.dtype == np.float32:
+        volume = np.round(volume).astype(np.int16)  # as scanners store HU
+    image = sitk.GetImageFromArray(volume)
+    image.SetSpacing(spacing[::-1])
+    sitk.WriteImage(image, str(path))

@@ -1,0 +1,108 @@
+"""Reading nnU-Net's raw datasets and holding cases out of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+from stunet.errors import DatasetError
+from stunet.files import write_json
+
+__all__ = ["RawDataset", "hold_out", "read_raw_dataset"]
+
+
+@dataclass(frozen=True)
+class RawDataset:
+    """A dataset in nnU-Net's raw layout.
+
+    Attributes:
+        folder: The dataset's folder.
+        dataset_json: Content of its ``dataset.json``.
+        cases: Image files, one for each channel, and label file of each training case.
+    """
+
+    folder: Path
+    dataset_json: dict[str, Any]
+    cases: dict[str, tuple[list[Path], Path]]
+
+
+def read_raw_dataset(folder: str | os.PathLike[str]) -> RawDataset:
+    """Read what a raw dataset consists of and check that all its files are there.
+
+    Raises:
+        DatasetError: No ``dataset.json``, one that is incomplete, or files that are missing.
+    """
+    folder = Path(folder).resolve()
+    try:
+        dataset_json = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        channels, _ = len(dataset_json["channel_names"]), dataset_json["labels"]
+        listing = get_filenames_of_train_images_and_targets(str(folder), dataset_json)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DatasetError(
+            "not an nnU-Net raw dataset",
+            got=f"{folder}: {type(error).__name__}: {error}",
+            expected="dataset.json with channel_names, labels and file_ending, imagesTr and labelsTr",
+            remedy="Bring the data into nnU-Net's raw layout (nnU-Net, documentation/dataset_format.md).",
+        ) from error
+    cases = {
+        case: ([Path(image) for image in files["images"]], Path(files["label"])) for case, files in listing.items()
+    }
+    problems = [f"{f} is missing" for images, label in cases.values() for f in (*images, label) if not f.is_file()]
+    problems += [f"{case} has {len(i)} of {channels} channels" for case, (i, _) in cases.items() if len(i) != channels]
+    if problems or not cases:
+        raise DatasetError(
+            "an incomplete dataset",
+            got="; ".join(problems[:3]) or f"no cases in {folder}",
+            expected=f"{channels} images and one label file for each case",
+            remedy="Add the missing files, or remove the cases.",
+        )
+    return RawDataset(folder, dataset_json, cases)
+
+
+def hold_out(dataset: RawDataset, folder: str | os.PathLike[str], *, n_held_out: int, seed: int = 0) -> list[str]:
+    """Write a dataset that trains on some cases of another and tests on the rest; training images stay in place.
+
+    Args:
+        dataset: The dataset; not changed.
+        folder: Folder of the new dataset, which refers to the training files by their path and holds copies of the
+            test cases in ``imagesTs`` and ``labelsTs``.
+        n_held_out: Number of test cases.
+        seed: Equal seeds hold out equal cases.
+
+    Returns:
+        Names of the cases held out.
+
+    Raises:
+        DatasetError: Fewer than five cases would be left for nnU-Net's five folds.
+    """
+    if len(dataset.cases) - n_held_out < 5:
+        raise DatasetError(
+            "too few cases",
+            got=f"{len(dataset.cases)} cases, of which {n_held_out} shall be held out",
+            expected="five or more left for training, as nnU-Net makes five folds",
+            remedy="Add cases.",
+        )
+    names = sorted(dataset.cases)
+    held_out = sorted(np.random.default_rng(seed).choice(names, n_held_out, replace=False).tolist())
+    folder, ending = Path(folder), dataset.dataset_json["file_ending"]
+    for name in ("imagesTs", "labelsTs"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for case in held_out:
+        images, label = dataset.cases[case]
+        for channel, image in enumerate(images):
+            shutil.copyfile(image, folder / "imagesTs" / f"{case}_{channel:04d}{ending}")
+        shutil.copyfile(label, folder / "labelsTs" / f"{case}{ending}")
+    training = {
+        case: {"images": [str(image) for image in images], "label": str(label)}
+        for case, (images, label) in dataset.cases.items()
+        if case not in held_out
+    }
+    write_json({**dataset.dataset_json, "numTraining": len(training), "dataset": training}, folder / "dataset.json")
+    return held_out

@@ -1,0 +1,188 @@
+"""What a STU-Net costs: parameters, multiply-accumulates, memory. Nothing is allocated to find out."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+from stunet.network.architecture import ActivationCheckpointing, STUNet
+from stunet.network.sizes import N_STAGES, STUNetSize
+
+__all__ = ["Estimate", "Precision", "default_strides", "estimate"]
+
+Precision = Literal["fp32", "amp"]
+"""``fp32`` is training on a CPU; ``amp`` is nnU-Net's mixed precision on CUDA, fp32 weights and half activations."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one network costs for one patch size, batch size and number of classes.
+
+    Attributes:
+        parameters: Number of parameters.
+        macs: Multiply-accumulates of the forward pass of one patch, finest head alone as in inference.
+        training_bytes: Peak of all tensors in a training step with Dice and cross-entropy loss and SGD with momentum:
+            weights, gradients, momentum, activations, loss.
+        inference_bytes: Peak of all tensors in the forward pass of one patch, weights included. nnU-Net's logits of the
+            whole image come on top.
+    """
+
+    parameters: int
+    macs: int
+    training_bytes: int
+    inference_bytes: int
+
+
+def estimate(
+    size: STUNetSize,
+    *,
+    patch_size: Sequence[int],
+    batch_size: int,
+    num_classes: int,
+    input_channels: int = 1,
+    strides: Sequence[int | Sequence[int]] | None = None,
+    precision: Precision = "fp32",
+    activation_checkpointing: ActivationCheckpointing = "none",
+) -> Estimate:
+    """Estimate what a STU-Net costs by running it on PyTorch's meta device, which computes shapes alone.
+
+    Counted is every tensor while it lives; not counted are the CUDA context, the workspace of convolutions and what
+    the allocator loses to fragmentation.
+
+    Args:
+        size: Size of the network.
+        patch_size: Voxels ``(X, Y[, Z])`` of a patch.
+        batch_size: Patches in a training batch. Inference runs one at a time.
+        num_classes: Outputs of each head, background included.
+        input_channels: Channels of the image.
+        strides: Stride of each stage; :func:`default_strides` of the patch by default.
+        precision: ``fp32`` or ``amp``.
+        activation_checkpointing: As for :class:`STUNet`.
+
+    Raises:
+        ArchitectureError: The strides do not divide the patch, or the network is impossible.
+    """
+    kwargs: dict[str, Any] = {
+        "features_per_stage": size.features,
+        "n_blocks_per_stage": size.depth,
+        "conv_op": {2: nn.Conv2d, 3: nn.Conv3d}[len(patch_size)],
+        "strides": default_strides(patch_size) if strides is None else strides,
+        "activation_checkpointing": activation_checkpointing,
+    }
+    with torch.device("meta"):
+        network = STUNet(input_channels, num_classes, **kwargs)
+    parameters = sum(p.numel() for p in network.parameters())
+    image_shape = (input_channels, *patch_size)
+    macs, inference_peak = _run_inference(network, image_shape, precision)
+    training_peak = _run_training(network, image_shape, batch_size, precision)
+    return Estimate(parameters, macs, training_peak, inference_peak)
+
+
+def default_strides(patch_size: Sequence[int]) -> list[list[int]]:
+    """Strides that halve each axis as long as it stays at 4 voxels or more, at most five times.
+
+    For a patch of 128 that is 2, five times. (The published pre-training strides halve only one axis the fifth time.)
+    """
+    size = list(patch_size)
+    strides = [[1] * len(size)]
+    for _ in range(N_STAGES - 1):
+        stride = [2 if n % 2 == 0 and n // 2 >= 4 else 1 for n in size]
+        size = [n // s for n, s in zip(size, stride, strict=True)]
+        strides.append(stride)
+    return strides
+
+
+def _run_inference(network: STUNet, image_shape: tuple[int, ...], precision: Precision) -> tuple[int, int]:
+    # fp16 weights are autocast's copies of the fp32 ones.
+    extra = 2 if precision == "amp" else 0
+    weights = sum(p.numel() for p in network.parameters()) * (4 + extra)
+    network.decoder.deep_supervision = False
+    network.eval()
+    with _activations(network, precision) as dtype, torch.no_grad(), _MemoryTracker() as memory:
+        with FlopCounterMode(display=False) as flops:
+            network(torch.empty(1, *image_shape, device="meta", dtype=dtype))
+    return flops.get_total_flops() // 2, weights + memory.peak
+
+
+def _run_training(network: STUNet, image_shape: tuple[int, ...], batch_size: int, precision: Precision) -> int:
+    # Weights, gradients and momentum are fp32 whatever the activations are. Backward ends with all gradients alive.
+    n_parameters = sum(p.numel() for p in network.parameters())
+    bytes_per_parameter = 3 * 4 + (2 if precision == "amp" else 0)
+    network.decoder.deep_supervision = True
+    network.train()
+    with _activations(network, precision) as dtype, _MemoryTracker() as memory:
+        image = torch.empty(batch_size, *image_shape, device="meta", dtype=dtype)
+        logits = network(image)
+        # nnU-Net gives the coarsest output the weight 0 and leaves it out.
+        loss = sum((_dice_and_cross_entropy(output) for output in logits[:-1]), torch.zeros((), device="meta"))
+        del logits
+        gradients = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
+        gradient_bytes = sum(g.untyped_storage().nbytes() for g in gradients if g is not None)
+    # Gradients are counted among bytes_per_parameter; at the peak, early in backward, hardly any exists yet.
+    at_backward = memory.peak + n_parameters * (bytes_per_parameter - 4)
+    at_step = n_parameters * bytes_per_parameter + gradient_bytes
+    return max(at_backward, at_step)
+
+
+def _dice_and_cross_entropy(logits: Tensor) -> Tensor:
+    """The tensors of nnU-Net's loss: softmax and log-softmax in fp32 and a one-hot target."""
+    logits = logits.float()
+    target = torch.empty(logits.shape[0], *logits.shape[2:], device="meta", dtype=torch.long)
+    cross_entropy = nn.functional.cross_entropy(logits, target)
+    probabilities = logits.softmax(1)
+    with torch.no_grad():
+        one_hot = torch.zeros(logits.shape, device="meta", dtype=torch.bool).scatter_(1, target[:, None], 1)
+    axes = tuple(range(2, logits.ndim))
+    intersection, total = (probabilities * one_hot)[:, 1:].sum(axes), probabilities[:, 1:].sum(axes)
+    return cross_entropy - (2 * intersection / total).mean()
+
+
+@contextmanager
+def _activations(network: nn.Module, precision: Precision) -> Iterator[torch.dtype]:
+    dtype = torch.half if precision == "amp" else torch.float
+    network.to(dtype)
+    try:
+        yield dtype
+    finally:
+        network.float()
+
+
+class _MemoryTracker(TorchDispatchMode):
+    """Sums the storages that operations make and follows them until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        inputs = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        for output in tree_iter(outputs):
+            if isinstance(output, Tensor):
+                self._add(output.untyped_storage(), inputs)
+        return outputs
+
+    def _add(self, storage: torch.UntypedStorage, inputs: set[int]) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._known or key in inputs:
+            return
+        self._known.add(key)
+        self.current += size
+        self.peak = max(self.peak, self.current)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.current -= size

@@ -1,0 +1,179 @@
+"""Where nnU-Net keeps datasets and plans: finding, reading and writing them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments
+from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
+
+from stunet.errors import DatasetError, NnUNetPathError, PlansError
+from stunet.files import write_json
+from stunet.planning.rewrite import check_plans
+
+__all__ = ["find_dataset", "find_plans", "load_plans", "nnunet_folder", "plan_with_nnunet", "write_plans"]
+
+#: nnU-Net's planners by the plans identifier that they write.
+_PLANNERS = {
+    "nnUNetPlans": "ExperimentPlanner",
+    "nnUNetResEncUNetMPlans": "nnUNetPlannerResEncM",
+    "nnUNetResEncUNetLPlans": "nnUNetPlannerResEncL",
+    "nnUNetResEncUNetXLPlans": "nnUNetPlannerResEncXL",
+}
+
+
+def nnunet_folder(variable: str) -> Path:
+    """The folder that one of nnU-Net's environment variables names.
+
+    Args:
+        variable: ``nnUNet_raw``, ``nnUNet_preprocessed`` or ``nnUNet_results``.
+
+    Raises:
+        NnUNetPathError: The variable is not set, or names no folder.
+    """
+    value = os.environ.get(variable)
+    remedy = f"Set it, for example: export {variable}=/path/to/{variable}"
+    if not value:
+        raise NnUNetPathError(
+            f"the environment variable {variable} is missing",
+            got="nothing",
+            expected="a folder",
+            remedy=remedy,
+        )
+    if not Path(value).is_dir():
+        raise NnUNetPathError(
+            f"the environment variable {variable} names no folder",
+            got=value,
+            expected="a folder that exists",
+            remedy=f"Create it (mkdir -p {value}), or set the variable to another folder.",
+        )
+    return Path(value)
+
+
+def find_dataset(dataset: str | int) -> str:
+    """The full name of a dataset.
+
+    Args:
+        dataset: An id such as ``4``, or a name such as ``Dataset004_Hippocampus``.
+
+    Raises:
+        DatasetError: Not known to nnU-Net, or known by several names.
+    """
+    folders = [Path(v) for v in map(os.environ.get, ("nnUNet_raw", "nnUNet_preprocessed")) if v]
+    known = sorted({d.name for folder in folders for d in folder.glob("Dataset[0-9][0-9][0-9]_*") if d.is_dir()})
+    try:
+        name = str(maybe_convert_to_dataset_name(dataset))
+    except (RuntimeError, ValueError) as error:
+        ambiguous = "More than one" in str(error)
+        raise DatasetError(
+            "a dataset id that stands for several datasets" if ambiguous else "unknown dataset",
+            got=dataset,
+            expected=f"one of {', '.join(known)}" if known else "a dataset in nnUNet_raw or nnUNet_preprocessed",
+            remedy="Give the full name." if ambiguous else "Check the id and the variables nnUNet_raw and "
+            "nnUNet_preprocessed.",
+        ) from None
+    if name not in known:
+        raise DatasetError(
+            "unknown dataset",
+            got=name,
+            expected=f"one of {', '.join(known)}" if known else "a dataset in nnUNet_raw or nnUNet_preprocessed",
+            remedy="Check the name and the variables nnUNet_raw and nnUNet_preprocessed.",
+        )
+    return name
+
+
+def find_plans(dataset_name: str, identifier: str) -> Path:
+    """Where the plans with this identifier are or will be, for example ``…/Dataset004_X/nnUNetPlans.json``."""
+    return nnunet_folder("nnUNet_preprocessed") / dataset_name / f"{identifier}.json"
+
+
+def load_plans(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a plans file of nnU-Net v2.
+
+    Raises:
+        PlansError: Missing, not JSON, of nnU-Net v1, or no plans.
+    """
+    path = Path(path)
+    if not path.is_file():
+        present = sorted(p.stem for p in path.parent.glob("*Plans*.json"))
+        raise PlansError(
+            "missing plans file",
+            got=path,
+            expected=f"one of {', '.join(present)}" if present else "a plans file",
+            remedy="Name one of these with --plans." if present else "Run nnUNetv2_plan_experiment first.",
+        )
+    try:
+        plans = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PlansError(
+            "a plans file that is not JSON",
+            got=f"{path}: {error}",
+            expected="a JSON object",
+            remedy="Plan the dataset again with nnUNetv2_plan_experiment (v1 plans, *.pkl, cannot be used).",
+        ) from error
+    check_plans(plans, source=str(path))
+    assert isinstance(plans, dict)
+    return plans
+
+
+def plan_with_nnunet(dataset_name: str, identifier: str, *, num_processes: int) -> None:
+    """Run nnU-Net's fingerprint extraction and planner, which write the plans with this identifier.
+
+    Raises:
+        PlansError: No planner of nnU-Net writes that identifier.
+        NnUNetPathError: ``nnUNet_raw`` is not set.
+    """
+    if identifier not in _PLANNERS:
+        raise PlansError(
+            "missing plans file, and no planner of nnU-Net writes it",
+            got=find_plans(dataset_name, identifier),
+            expected=f"an existing file, or one of {', '.join(_PLANNERS)}",
+            remedy="Check --plans.",
+        )
+    raw = nnunet_folder("nnUNet_raw") / dataset_name
+    if not (raw / "dataset.json").is_file():
+        raise DatasetError(
+            "a dataset that cannot be planned",
+            got=f"no dataset.json in {raw}",
+            expected="an nnU-Net raw dataset",
+            remedy="Put the dataset into nnUNet_raw, or plan it where it is.",
+        )
+    dataset_id = convert_dataset_name_to_id(dataset_name)
+    extract_fingerprints([dataset_id], num_processes=num_processes, clean=False)
+    plan_experiments([dataset_id], _PLANNERS[identifier])
+
+
+def write_plans(plans: dict[str, Any], path: str | os.PathLike[str], *, overwrite: bool) -> bool:
+    """Write a plans file, whole or not at all.
+
+    Args:
+        plans: The plans.
+        path: Where to.
+        overwrite: Whether a file with other content may be replaced.
+
+    Returns:
+        Whether a file was written; False where the same plans stand there already.
+
+    Raises:
+        PlansError: A file with other content stands there and ``overwrite`` is False.
+    """
+    path = Path(path)
+    if path.exists():
+        try:
+            same = json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(plans))
+        except ValueError:
+            same = False
+        if same:
+            return False
+        if not overwrite:
+            raise PlansError(
+                "a plans file that differs stands there already",
+                got=path,
+                expected="no file, or the same plans",
+                remedy="Choose another name with --name, or replace it with --overwrite.",
+            )
+    write_json(plans, path)
+    return True
