@@ -20,8 +20,8 @@ __all__ = ["check_weights", "read_checkpoint"]
 
 def _numpy_scalar_globals() -> list[Any]:
     """What a pickled numpy scalar names: nnU-Net keeps its logged losses and Dice as such."""
-    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
-    scalar = multiarray.scalar
+    # Its module has moved from one numpy to the next; how the scalar is pickled tells where it is now.
+    scalar = np.float64(0).__reduce__()[0]
     dtype_classes = {type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u4", "u8", "?")}
     # Files are written with either module path, depending on the numpy of their time.
     names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]

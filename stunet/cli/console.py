@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import click
 from rich.console import Console
 from typer.core import TyperCommand
 
-__all__ = ["ListOptionsCommand", "human_bytes", "human_count", "stderr", "stdout"]
+__all__ = ["ListOptionsCommand", "human_bytes", "human_count", "print_error", "stderr", "stdout"]
 
 stdout = Console()
 stderr = Console(stderr=True)
@@ -18,12 +17,12 @@ stderr = Console(stderr=True)
 class ListOptionsCommand(TyperCommand):
     """A command whose list options take several values at once, as nnU-Net's do: ``-c 2d 3d_fullres``.
 
-    Click wants an option's name before each value; that keeps working. Only for commands without positional arguments.
+    Typer wants an option's name before each value; that keeps working. Only for commands without positional arguments.
     """
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the name of a list option before each further value."""
-        names = {name for p in self.params if isinstance(p, click.Option) and p.multiple for name in p.opts}
+        names = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
         expanded: list[str] = []
         current: str | None = None
         n_values = 0

@@ -15,7 +15,7 @@ __all__ = ["info"]
 
 
 def info(
-    size: Annotated[list[str] | None, typer.Option("--size", "-s", help="Sizes; all published ones by default.")] = None,
+    size: Annotated[list[str] | None, typer.Option(help="Sizes; all published ones by default.")] = None,
     patch: Annotated[str, typer.Option(help="Voxels along each axis, for example 128,128,128.")] = "128,128,128",
     batch: Annotated[int, typer.Option(help="Patches in a training batch.", min=1)] = 2,
     classes: Annotated[int, typer.Option(help="Outputs, background included.", min=1)] = 105,

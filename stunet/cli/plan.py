@@ -27,8 +27,13 @@ def plan(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace plans that differ.")] = False,
     num_processes: Annotated[int, typer.Option("-np", help="Processes for nnU-Net's fingerprint.", min=1)] = 8,
     list_settings: Annotated[
-        bool, typer.Option("--list-settings", callback=lambda wanted: _print_settings(wanted), is_eager=True,
-                           help="Show the settings that --set takes and leave.")
+        bool,
+        typer.Option(
+            "--list-settings",
+            callback=lambda wanted: _print_settings(wanted),
+            is_eager=True,
+            help="Show the settings that --set takes and leave.",
+        ),
     ] = False,
 ) -> None:
     """Write plans with a STU-Net beside nnU-Net's, which they are made from; preprocessed data is used again.
@@ -70,34 +75,49 @@ def _report(plans: dict[str, Any], path: Path, *, written: bool) -> None:
     from rich.table import Table
 
     from stunet.cli.console import stdout
-    from stunet.planning import is_stunet, plans_size, resolve_configuration
+    from stunet.planning import SETTINGS_KEY, is_stunet, plans_size, resolve_configuration
 
-    table = Table("configuration", "network", "patch", "batch", "strides of the six stages", "settings")
-    trainable = None
+    table = Table("configuration", "network", "patch", "batch", "strides")
+    trainable: list[str] = []
+    settings: dict[str, list[str]] = {}
     for name in plans["configurations"]:
         resolved = resolve_configuration(plans, name)
-        network = resolved["architecture"]["network_class_name"].rsplit(".")[-1]
+        network = f"{resolved['architecture']['network_class_name'].rsplit('.')[-1]} (unchanged)"
         if is_stunet(resolved):
             network = f"STU-Net {plans_size(resolved).name}"
-            trainable = name if trainable is None or name == "3d_fullres" else trainable
+            trainable.append(name)
+            line = " ".join(f"{key}={value}" for key, value in resolved.get(SETTINGS_KEY, {}).items())
+            settings.setdefault(line, []).append(name)
+        strides = resolved["architecture"]["arch_kwargs"]["strides"]
         table.add_row(
             name,
             network,
-            " x ".join(map(str, resolved["patch_size"])),
+            "x".join(map(str, resolved["patch_size"])),
             str(resolved["batch_size"]),
-            " ".join("x".join(map(str, stride)) for stride in resolved["architecture"]["arch_kwargs"]["strides"]),
-            " ".join(f"{key}={value}" for key, value in resolved.get("stunet", {}).items()),
+            " ".join("".join(map(str, stride)) for stride in strides),
         )
-    stdout.print(f"{'Wrote' if written else 'Already there, unchanged:'} {path}", soft_wrap=True)
+    stdout.print(f"{'Wrote' if written else 'Already there, unchanged:'} {path}", soft_wrap=True, highlight=False)
     stdout.print(table)
-    dataset_id = int(plans["dataset_name"][7:10])
-    plans_name = plans["plans_name"]
-    stdout.print("Next:", highlight=False)
-    if not (path.parent / resolve_configuration(plans, trainable or "")["data_identifier"]).is_dir():
-        command = f"nnUNetv2_preprocess -d {dataset_id} -plans_name {plans_name} -c {trainable}"
-        stdout.print(f"  {command}", highlight=False, soft_wrap=True)
-    command = f"nnUNetv2_train {dataset_id} {trainable} 0 -p {plans_name} -tr STUNetTrainer"
-    stdout.print(f'  eval "$(stunet env)" && {command}', highlight=False, soft_wrap=True)
+    for line, names in settings.items():
+        if line:
+            stdout.print(f"Settings of {', '.join(names)}: {line}", soft_wrap=True, highlight=False)
+    for line in _next_commands(plans, path, "3d_fullres" if "3d_fullres" in trainable else trainable[0]):
+        stdout.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _next_commands(plans: dict[str, Any], path: Path, configuration: str) -> list[str]:
+    from stunet.planning import resolve_configuration
+
+    dataset_id, plans_name = int(plans["dataset_name"][7:10]), plans["plans_name"]
+    lines = ["Next:"]
+    if not (path.parent / resolve_configuration(plans, configuration)["data_identifier"]).is_dir():
+        lines.append(f"  nnUNetv2_preprocess -d {dataset_id} -plans_name {plans_name} -c {configuration}")
+    train = f"nnUNetv2_train {dataset_id} {configuration} 0 -p {plans_name}"
+    return [
+        *lines,
+        f'  eval "$(stunet env)"; {train} -tr STUNetTrainer',
+        f"or, with nnU-Net's own trainer and its own training settings:\n  {train}",
+    ]
 
 
 def _print_settings(wanted: bool) -> None:

@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from threading import Event, Thread
+from typing import TextIO
+
+from rich.markup import escape
 
 from stunet.cli.console import stdout
 from stunet.errors import CommandError
@@ -82,30 +85,45 @@ def _launcher(script: str) -> str:
     return f"import sys; sys.argv[0] = {script!r}; from {module} import {function}; sys.exit({function}())"
 
 
-def _follow(process: subprocess.Popen[str], file: object, last_lines: deque[str], started: float) -> None:
+def _follow(process: subprocess.Popen[str], file: TextIO, last_lines: deque[str], started: float) -> None:
     assert process.stdout is not None
     epochs = _EpochLines()
-    finished = Event()
-    with stdout.status("starting") as status:
+    heartbeat = _Heartbeat(started)
+    with stdout.status("starting") as status, heartbeat:
+        for line in process.stdout:
+            file.write(line)
+            text = line.rstrip().rsplit("\r", 1)[-1]
+            if not text:
+                continue
+            last_lines.append(text)
+            status.update(f"{time.monotonic() - started:.0f} s  {escape(text[:90])}")
+            if (message := epochs.read(text)) is not None:
+                stdout.print(f"  {message}", highlight=False)
+                heartbeat.postpone()
 
-        def beat() -> None:
-            while not finished.wait(_HEARTBEAT):
-                if not stdout.is_terminal:
-                    stdout.print(f"  … {time.monotonic() - started:.0f} s", style="dim", highlight=False)
 
-        Thread(target=beat, daemon=True).start()
-        try:
-            for line in process.stdout:
-                file.write(line)  # type: ignore[attr-defined]
-                text = line.rstrip().rsplit("\r", 1)[-1]
-                if not text:
-                    continue
-                last_lines.append(text)
-                status.update(f"{time.monotonic() - started:.0f} s  {text[:90]}")
-                if (message := epochs.read(text)) is not None:
-                    stdout.print(f"  {message}", highlight=False)
-        finally:
-            finished.set()
+class _Heartbeat:
+    """Prints the time now and then where nothing else was printed and the terminal cannot show a spinner."""
+
+    def __init__(self, started: float) -> None:
+        self._started = self._last = started
+        self._finished = Event()
+
+    def postpone(self) -> None:
+        self._last = time.monotonic()
+
+    def __enter__(self) -> None:
+        if not stdout.is_terminal:
+            Thread(target=self._beat, daemon=True).start()
+
+    def __exit__(self, *_: object) -> None:
+        self._finished.set()
+
+    def _beat(self) -> None:
+        while not self._finished.wait(1.0):
+            if time.monotonic() - self._last >= _HEARTBEAT:
+                self.postpone()
+                stdout.print(f"  … {time.monotonic() - self._started:.0f} s", style="dim", highlight=False)
 
 
 class _EpochLines:

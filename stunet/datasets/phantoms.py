@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -105,8 +106,7 @@ def _blob(
     """An ellipsoid whose surface waves with a wavelength of centimetres."""
     waves = gaussian_filter(rng.normal(size=grid.shape[1:]), [12.0 / s for s in spacing])
     distance = np.sqrt(sum(((grid[i] - centre[i]) / radii[i]) ** 2 for i in range(3)))
-    blob: npt.NDArray[np.bool_] = distance + roughness * waves / waves.std() / 2 < 1
-    return blob
+    return np.asarray(distance + roughness * waves / waves.std() / 2 < 1, dtype=np.bool_)
 
 
 def write_phantom_dataset(
@@ -138,9 +138,9 @@ def write_phantom_dataset(
     write_json(dataset_json, folder / "dataset.json")
 
 
-def _write_nifti(volume: npt.NDArray[np.generic], spacing: tuple[float, float, float], path: Path) -> None:
+def _write_nifti(volume: npt.NDArray[Any], spacing: tuple[float, float, float], path: Path) -> None:
     if volume.dtype == np.float32:
         volume = np.round(volume).astype(np.int16)  # as scanners store HU
     image = sitk.GetImageFromArray(volume)
-    image.SetSpacing(spacing[::-1])
+    image.SetSpacing(spacing[::-1])  # type: ignore[no-untyped-call]
     sitk.WriteImage(image, str(path))

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from stunet.errors import DatasetError
 from stunet.files import write_json
 
-__all__ = ["RawDataset", "hold_out", "read_raw_dataset"]
+__all__ = ["RawDataset", "hold_out", "read_image", "read_raw_dataset"]
 
 
 @dataclass(frozen=True)
@@ -106,3 +108,20 @@ def hold_out(dataset: RawDataset, folder: str | os.PathLike[str], *, n_held_out:
     }
     write_json({**dataset.dataset_json, "numTraining": len(training), "dataset": training}, folder / "dataset.json")
     return held_out
+
+
+def read_image(path: str | os.PathLike[str]) -> tuple[npt.NDArray[Any], tuple[float, float, float]]:
+    """Read one channel of a case, or its labels, with the reader that nnU-Net takes for such files.
+
+    Args:
+        path: An image file of any format that nnU-Net reads.
+
+    Returns:
+        Array of shape ``(Z, Y, X)``, and the spacing in mm along these axes.
+    """
+    reader = determine_reader_writer_from_file_ending(
+        "." + Path(path).name.partition(".")[2], str(path), allow_nonmatching_filename=True, verbose=False
+    )()
+    volume, properties = reader.read_images([str(path)])
+    z, y, x = (float(s) for s in properties["spacing"])
+    return volume[0], (z, y, x)

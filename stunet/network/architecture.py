@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stunet.errors import ArchitectureError
-from stunet.network.blocks import ResidualBlock, Upsampling
+from stunet.network.blocks import ConvOp, ResidualBlock, Upsampling
 from stunet.network.sizes import N_STAGES, STUNetSize, find_size
 
 __all__ = ["ActivationCheckpointing", "STUNet", "build_stunet"]
@@ -27,17 +27,18 @@ class _Stage(nn.Sequential):
     checkpointed = False
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Sequential gives it
+        x = input
         for block in self:
             if self.checkpointed and torch.is_grad_enabled():
                 # The blocks draw no random numbers, so there is no random state to keep.
-                input = checkpoint(block, input, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
             else:
-                input = block(input)
-        return input
+                x = block(x)
+        return x
 
 
 def _stage(
-    conv_op: type[nn.Conv2d] | type[nn.Conv3d],
+    conv_op: ConvOp,
     input_channels: int,
     output_channels: int,
     *,
@@ -63,7 +64,7 @@ class STUNetEncoder(nn.Module):
 
     def __init__(
         self,
-        conv_op: type[nn.Conv2d] | type[nn.Conv3d],
+        conv_op: ConvOp,
         input_channels: int,
         features_per_stage: Sequence[int],
         n_blocks_per_stage: Sequence[int],
@@ -99,7 +100,7 @@ class STUNetDecoder(nn.Module):
 
     def __init__(
         self,
-        conv_op: type[nn.Conv2d] | type[nn.Conv3d],
+        conv_op: ConvOp,
         num_classes: int,
         features_per_stage: Sequence[int],
         n_blocks_per_stage: Sequence[int],
@@ -122,7 +123,8 @@ class STUNetDecoder(nn.Module):
 
     def forward(self, features: list[Tensor]) -> Tensor | list[Tensor]:
         """Encoder features, finest first, to logits ``(B, num_classes, X, Y[, Z])``; a list, finest first, with
-        deep supervision."""
+        deep supervision.
+        """
         *skips, x = features
         logits: list[Tensor] = []
         for upsampling, stage, seg_layer in zip(self.upsamplings, self.stages, self.seg_layers, strict=True):
@@ -162,7 +164,7 @@ class STUNet(nn.Module):
         *,
         n_stages: int = N_STAGES,
         features_per_stage: Sequence[int],
-        conv_op: type[nn.Conv2d] | type[nn.Conv3d] = nn.Conv3d,
+        conv_op: ConvOp = nn.Conv3d,
         strides: Sequence[int | Sequence[int]],
         n_blocks_per_stage: Sequence[int],
         deep_supervision: bool = False,

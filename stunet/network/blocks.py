@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 __all__ = ["ResidualBlock", "Upsampling"]
+
+ConvOp = type[nn.Conv2d] | type[nn.Conv3d]
 
 _NORMS: dict[type[nn.Module], type[nn.InstanceNorm2d] | type[nn.InstanceNorm3d]] = {
     nn.Conv2d: nn.InstanceNorm2d,
@@ -31,7 +33,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(
         self,
-        conv_op: type[nn.Conv2d] | type[nn.Conv3d],
+        conv_op: ConvOp,
         input_channels: int,
         output_channels: int,
         *,
@@ -40,16 +42,13 @@ class ResidualBlock(nn.Module):
     ) -> None:
         super().__init__()
         norm_op = _NORMS[conv_op]
-        # nn.Conv2d and nn.Conv3d differ in the length of the stride tuple only.
-        self.conv1 = conv_op(input_channels, output_channels, 3, stride=cast("tuple[int, int, int]", stride), padding=1)
+        # The stride's length is right for either operator, which the types cannot say.
+        strided: Any = stride
+        self.conv1 = conv_op(input_channels, output_channels, 3, stride=strided, padding=1)
         self.norm1 = norm_op(output_channels, affine=True)
         self.conv2 = conv_op(output_channels, output_channels, 3, padding=1)
         self.norm2 = norm_op(output_channels, affine=True)
-        self.projection = (
-            conv_op(input_channels, output_channels, 1, stride=cast("tuple[int, int, int]", stride))
-            if project
-            else None
-        )
+        self.projection = conv_op(input_channels, output_channels, 1, stride=strided) if project else None
         self.act = nn.LeakyReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,7 +75,7 @@ class Upsampling(nn.Module):
 
     def __init__(
         self,
-        conv_op: type[nn.Conv2d] | type[nn.Conv3d],
+        conv_op: ConvOp,
         input_channels: int,
         output_channels: int,
         *,
@@ -90,8 +89,8 @@ class Upsampling(nn.Module):
         """``(B, C_in, X, Y[, Z])`` to ``(B, C_out, X*sx, Y*sy[, Z*sz])``."""
         # A matrix product over the channels. As a convolution PyTorch would sum in another order on the bottleneck's
         # few voxels than on the published code's interpolated ones, and the norms over so few voxels amplify that.
-        weight, bias = self.conv.weight.flatten(1), self.conv.bias[:, None]
-        x = (weight @ x.flatten(2) + bias).unflatten(2, x.shape[2:])
+        weight, bias = self.conv.weight.flatten(1), cast(Tensor, self.conv.bias)[:, None]
+        x = (weight @ x.flatten(2) + bias).unflatten(2, x.shape[2:])  # type: ignore[no-untyped-call]
         if all(factor == 1 for factor in self.scale):
             return x
-        return interpolate(x, scale_factor=self.scale, mode="nearest")  # type: ignore[arg-type]
+        return interpolate(x, scale_factor=self.scale, mode="nearest")

@@ -107,16 +107,14 @@ def _run_inference(network: STUNet, image_shape: tuple[int, ...], precision: Pre
     weights = sum(p.numel() for p in network.parameters()) * (4 + extra)
     network.decoder.deep_supervision = False
     network.eval()
-    with _activations(network, precision) as dtype, torch.no_grad(), _MemoryTracker() as memory:
-        with FlopCounterMode(display=False) as flops:
-            network(torch.empty(1, *image_shape, device="meta", dtype=dtype))
-    return flops.get_total_flops() // 2, weights + memory.peak
+    memory, flops = _MemoryTracker(), FlopCounterMode(display=False)
+    with _activations(network, precision) as dtype, torch.no_grad(), memory, flops:
+        network(torch.empty(1, *image_shape, device="meta", dtype=dtype))
+    return int(flops.get_total_flops()) // 2, weights + memory.peak
 
 
 def _run_training(network: STUNet, image_shape: tuple[int, ...], batch_size: int, precision: Precision) -> int:
-    # Weights, gradients and momentum are fp32 whatever the activations are. Backward ends with all gradients alive.
     n_parameters = sum(p.numel() for p in network.parameters())
-    bytes_per_parameter = 3 * 4 + (2 if precision == "amp" else 0)
     network.decoder.deep_supervision = True
     network.train()
     with _activations(network, precision) as dtype, _MemoryTracker() as memory:
@@ -125,11 +123,12 @@ def _run_training(network: STUNet, image_shape: tuple[int, ...], batch_size: int
         # nnU-Net gives the coarsest output the weight 0 and leaves it out.
         loss = sum((_dice_and_cross_entropy(output) for output in logits[:-1]), torch.zeros((), device="meta"))
         del logits
-        gradients = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
-        gradient_bytes = sum(g.untyped_storage().nbytes() for g in gradients if g is not None)
-    # Gradients are counted among bytes_per_parameter; at the peak, early in backward, hardly any exists yet.
-    at_backward = memory.peak + n_parameters * (bytes_per_parameter - 4)
-    at_step = n_parameters * bytes_per_parameter + gradient_bytes
+        torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
+    # Weights, momentum and gradients are fp32 whatever the activations are. While the network runs, autocast keeps a
+    # half copy of the weights; the step on CUDA, which treats all parameters at once, one more set of gradients.
+    mixed = precision == "amp"
+    at_backward: int = memory.peak + n_parameters * (4 + 4 + (2 if mixed else 0))
+    at_step: int = n_parameters * (4 + 4 + 4 + (4 if mixed else 0))
     return max(at_backward, at_step)
 
 
@@ -156,11 +155,11 @@ def _activations(network: nn.Module, precision: Precision) -> Iterator[torch.dty
         network.float()
 
 
-class _MemoryTracker(TorchDispatchMode):
+class _MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sums the storages that operations make and follows them until they are freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.current = self.peak = 0
         self._known: set[int] = set()
 

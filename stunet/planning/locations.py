@@ -72,8 +72,9 @@ def find_dataset(dataset: str | int) -> str:
             "a dataset id that stands for several datasets" if ambiguous else "unknown dataset",
             got=dataset,
             expected=f"one of {', '.join(known)}" if known else "a dataset in nnUNet_raw or nnUNet_preprocessed",
-            remedy="Give the full name." if ambiguous else "Check the id and the variables nnUNet_raw and "
-            "nnUNet_preprocessed.",
+            remedy="Give the full name."
+            if ambiguous
+            else "Check the id and the variables nnUNet_raw and nnUNet_preprocessed.",
         ) from None
     if name not in known:
         raise DatasetError(

@@ -122,7 +122,7 @@ def rewrite_configuration(
         SettingsError: An unknown setting or an impossible value.
     """
     resolved = resolve_configuration(plans, name)
-    own = deepcopy(plans["configurations"][name])
+    own: dict[str, Any] = deepcopy(plans["configurations"][name])
     if "UNet_class_name" in own:  # plans of nnU-Net < 2.2: nnU-Net has translated the resolved ones
         own = deepcopy(resolved)
     stored = resolved.get(SETTINGS_KEY, {})
@@ -188,6 +188,13 @@ def rewrite_plans(
     rewritten["plans_name"] = plans_name
     if configurations is None:
         configurations = [name for name, own in plans["configurations"].items() if has_own_architecture(own)]
+    if not configurations:
+        raise PlansError(
+            "plans in which no configuration has a network",
+            got=", ".join(plans["configurations"]) or "no configurations",
+            expected="at least one configuration with an architecture",
+            remedy="Plan the dataset again with nnUNetv2_plan_experiment.",
+        )
     for name in configurations:
         rewritten["configurations"][name] = rewrite_configuration(plans, name, size=size, settings=settings)
     return rewritten

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from stunet.files import atomic_path
 
 __all__ = ["side_by_side"]
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 
 
 def side_by_side(

@@ -17,7 +17,6 @@ from stunet.errors import CheckpointError, PlansError
 from stunet.files import atomic_path, remove_leftovers
 from stunet.network import STUNetSize, find_size
 from stunet.planning import (
-
     SETTINGS_KEY,
     check_plans,
     is_stunet,
@@ -150,5 +149,3 @@ def _last_whole(requested: Path) -> Path:
         raise first_error
     # On equal epochs the best one: it was written last and knows of itself as the best.
     return max(epochs, key=lambda path: (epochs[path], path == best))
-
-

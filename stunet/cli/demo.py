@@ -1,0 +1,231 @@
+"""``stunet demo``: the main job from data to figure, through nnU-Net's own commands."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from stunet.reports import StructureDice
+
+__all__ = ["demo"]
+
+_DATASET_ID = 1
+_PLANS = "STUNetPlans_demo"
+_CONFIGURATION = "3d_fullres"
+#: Patches larger than this take too long on a CPU; voxels.
+_MAX_PATCH_ON_CPU = 64**3
+
+
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for everything; must not exist.")] = Path(
+        "stunet_demo"
+    ),
+    data: Annotated[
+        Path | None, typer.Option(help="An nnU-Net raw dataset of your own; generated phantoms by default.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="small, base, large or huge; a narrow network by default, for speed.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Epochs of 20 iterations.", min=1)] = 12,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the phantoms and of the choice of unseen cases.")] = 0,
+) -> None:
+    """Train a STU-Net, predict cases it has not seen and score them: on phantoms, or on a dataset of yours.
+
+    Every step is a command of nnU-Net or of this package, printed as you would type it.
+    """
+    from stunet.cli.console import stdout
+
+    started = time.monotonic()
+    workspace = _Workspace.make(output, data, seed)
+    chosen_device = _choose_device(device)
+    _train(workspace, size, epochs, chosen_device)
+    predictions = _predict(workspace, chosen_device)
+    summary = _evaluate(workspace, predictions)
+    _print_dice(summary)
+    figure = _draw(workspace, predictions)
+    stdout.print(f"Figure:       {figure}", highlight=False, soft_wrap=True)
+    stdout.print(f"Predictions:  {predictions}", highlight=False, soft_wrap=True)
+    stdout.print(f"Whole output: {workspace.log}", highlight=False, soft_wrap=True)
+    stdout.print(f"Finished in {time.monotonic() - started:.0f} s.", highlight=False)
+
+
+@dataclass(frozen=True)
+class _Workspace:
+    """nnU-Net's three folders and what the demo adds, under one output folder.
+
+    Attributes:
+        root: The output folder.
+        dataset_name: For example ``Dataset001_Phantoms``.
+    """
+
+    root: Path
+    dataset_name: str
+
+    @property
+    def dataset(self) -> Path:
+        return self.root / "nnUNet_raw" / self.dataset_name
+
+    @property
+    def preprocessed(self) -> Path:
+        return self.root / "nnUNet_preprocessed" / self.dataset_name
+
+    @property
+    def model(self) -> Path:
+        return self.root / "nnUNet_results" / self.dataset_name / f"STUNetTrainer__{_PLANS}__{_CONFIGURATION}"
+
+    @property
+    def dataset_json(self) -> dict[str, Any]:
+        return cast("dict[str, Any]", json.loads((self.dataset / "dataset.json").read_text(encoding="utf-8")))
+
+    @property
+    def log(self) -> Path:
+        return self.root / "output.log"
+
+    @classmethod
+    def make(cls, output: Path, data: Path | None, seed: int) -> _Workspace:
+        from stunet.cli.console import stdout
+        from stunet.datasets import hold_out, read_raw_dataset, write_phantom_dataset
+        from stunet.errors import DatasetError
+
+        dataset = None if data is None else read_raw_dataset(data)
+        root = output.resolve()
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise DatasetError(
+                "the output folder is in use",
+                got=root,
+                expected="a folder that does not exist, or an empty one",
+                remedy="Remove it, or choose another one with -o.",
+            )
+        name = "Phantoms" if dataset is None else dataset.folder.name.partition("_")[2] or dataset.folder.name
+        workspace = cls(root, f"Dataset{_DATASET_ID:03d}_{name}")
+        for folder in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        if dataset is None:
+            stdout.print("Making 20 phantoms to train on and 4 to test on …", highlight=False)
+            write_phantom_dataset(workspace.dataset, n_training=20, n_test=4, seed=seed)
+        else:
+            n_held_out = min(4, max(1, len(dataset.cases) // 5))
+            workspace.dataset.mkdir()
+            cases = hold_out(dataset, workspace.dataset, n_held_out=n_held_out, seed=seed)
+            stdout.print(f"Holding out {', '.join(cases)} to test on.", highlight=False)
+        return workspace
+
+    def run(self, *command: str | Path) -> None:
+        from stunet.cli.env import trainers_folder
+        from stunet.cli.runner import run_command
+
+        environment = {name: str(self.root / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+        environment |= {"nnUNet_extTrainer": str(trainers_folder()), "nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "2"}
+        run_command([str(part) for part in command], environment=environment, log=self.log)
+
+
+def _train(workspace: _Workspace, size: str | None, epochs: int, device: str) -> None:
+    d = str(_DATASET_ID)
+    workspace.run("nnUNetv2_plan_and_preprocess", "-d", d, "-c", _CONFIGURATION, "-npfp", "2", "-np", "2")
+    network = ["--size", size] if size else ["--depth", "1", "--width", "8"]
+    settings = {
+        "num_epochs": epochs,
+        "num_iterations_per_epoch": 20,
+        "num_val_iterations_per_epoch": 4,
+        "batch_size": 2,
+        "oversample_foreground_percent": 0.5,
+        **_patch_for(workspace, device),
+    }
+    assignments = [f"{key}={value}" for key, value in settings.items()]
+    workspace.run("stunet", "plan", "-d", d, "-c", _CONFIGURATION, *network, "--name", _PLANS, "--set", *assignments)
+    workspace.run(
+        "nnUNetv2_train", d, _CONFIGURATION, "0", "-p", _PLANS, "-tr", "STUNetTrainer", "-device", device
+    )  # fmt: skip
+
+
+def _predict(workspace: _Workspace, device: str) -> Path:
+    predictions = workspace.root / "predictions"
+    workspace.run(
+        "nnUNetv2_predict", "-i", workspace.dataset / "imagesTs", "-o", predictions, "-d", str(_DATASET_ID),
+        "-c", _CONFIGURATION, "-f", "0", "-p", _PLANS, "-tr", "STUNetTrainer", "-device", device,
+        "-npp", "1", "-nps", "1",
+    )  # fmt: skip
+    return predictions
+
+
+def _evaluate(workspace: _Workspace, predictions: Path) -> list[StructureDice]:
+    from stunet.reports import read_dice
+
+    workspace.run(
+        "nnUNetv2_evaluate_folder", workspace.dataset / "labelsTs", predictions,
+        "-djfile", workspace.model / "dataset.json", "-pfile", workspace.model / "plans.json", "-np", "2",
+    )  # fmt: skip
+    return read_dice(predictions / "summary.json", workspace.dataset_json["labels"])
+
+
+def _print_dice(rows: Sequence[StructureDice]) -> None:
+    from math import isnan
+
+    from rich.table import Table
+
+    from stunet.cli.console import stdout
+
+    table = Table("structure", "mean Dice", "lowest", "highest", "cases", title="Unseen cases", title_justify="left")
+    for row in rows:
+        table.add_row(row.name, f"{row.mean:.3f}", f"{row.lowest:.3f}", f"{row.highest:.3f}", str(row.n_cases))
+    means = [row.mean for row in rows if not isnan(row.mean)]
+    table.add_section()
+    table.add_row("mean", f"{sum(means) / len(means):.3f}" if means else "nan", "", "", "")
+    stdout.print()
+    stdout.print(table)
+
+
+def _draw(workspace: _Workspace, predictions: Path) -> Path:
+    from stunet.datasets import read_image
+    from stunet.reports import side_by_side
+
+    ending = workspace.dataset_json["file_ending"]
+    cases: list[Any] = []
+    for truth in sorted((workspace.dataset / "labelsTs").glob(f"*{ending}"))[:3]:
+        name = truth.name.removesuffix(ending)
+        image, spacing = read_image(workspace.dataset / "imagesTs" / f"{name}_0000{ending}")
+        cases.append((name, image, read_image(truth)[0], read_image(predictions / truth.name)[0]))
+    labels = workspace.dataset_json["labels"]
+    values = {k: v if isinstance(v, int) else v[-1] for k, v in labels.items() if k != "ignore"}
+    path = workspace.root / "demo.png"
+    side_by_side(cases, values, path, spacing=spacing)
+    return path
+
+
+def _choose_device(device: str) -> str:
+    from stunet.errors import SettingsError
+
+    if device not in ("auto", "cpu", "cuda", "mps"):
+        raise SettingsError("unknown device", got=device, expected="auto, cpu, cuda or mps", remedy="Correct --device.")
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _patch_for(workspace: _Workspace, device: str) -> dict[str, Any]:
+    """A smaller patch where nnU-Net's would take too long on a CPU."""
+    import math
+
+    from stunet.planning import load_plans, resolve_configuration
+
+    configuration = resolve_configuration(load_plans(workspace.preprocessed / "nnUNetPlans.json"), _CONFIGURATION)
+    patch = list(configuration["patch_size"])
+    if device != "cpu" or math.prod(patch) <= _MAX_PATCH_ON_CPU:
+        return {}
+    strides = configuration["architecture"]["arch_kwargs"]["strides"][:6]
+    step = [math.prod(axis) for axis in zip(*strides, strict=True)]
+    while math.prod(patch) > _MAX_PATCH_ON_CPU and any(n > s for n, s in zip(patch, step, strict=True)):
+        axis = max(range(3), key=lambda i: patch[i] / step[i])
+        patch[axis] -= step[axis]
+    return {"patch_size": str(patch).replace(" ", "")}
