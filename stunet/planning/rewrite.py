@@ -209,6 +209,13 @@ def _check_patch(name: str, patch_size: Sequence[int], strides: Sequence[Sequenc
             remedy="Correct patch_size.",
         )
     total = [math.prod(axis) for axis in zip(*strides, strict=True)]
+    if list(patch_size) == total:
+        raise PlansError(
+            f"a patch that leaves one voxel at the coarsest stage of configuration {name}, too few for its norms",
+            got=list(patch_size),
+            expected=f"multiples of {total}, at least one of them greater",
+            remedy="Enlarge patch_size.",
+        )
     if any(n % t for n, t in zip(patch_size, total, strict=True)):
         nearest = [max(t, round(n / t) * t) for n, t in zip(patch_size, total, strict=True)]
         raise PlansError(

@@ -1,0 +1,29 @@
+"""What tests share: where real data lies, and small datasets planned by nnU-Net itself."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real images and golden outputs, beside the project or where STUNET_SHARED points."""
+    folder = Path(os.environ.get("STUNET_SHARED", ROOT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"real data is not here: {folder} does not exist (set STUNET_SHARED)")
+    return folder
+
+
+@pytest.fixture
+def nnunet_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """nnU-Net's three folders, empty, with the variables set."""
+    folders = {name: tmp_path / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+    for name, folder in folders.items():
+        folder.mkdir()
+        monkeypatch.setenv(name, str(folder))
+    return folders

@@ -1,0 +1,205 @@
+"""The network against the published code's outputs, closed forms and nnU-Net's demands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from stunet.checkpoints.key_map import from_published_key
+from stunet.errors import ArchitectureError
+from stunet.network import SIZES, STUNet, build_stunet
+from stunet.network.blocks import Upsampling
+
+TINY = {"features_per_stage": [2, 4, 8, 16, 32, 32], "n_blocks_per_stage": [1, 2, 1, 1, 1, 1]}
+STRIDES = [1, 2, 2, 2, 2, (1, 1, 2)]
+
+
+def tiny(n_axes: int = 3, **kwargs: Any) -> STUNet:
+    torch.manual_seed(0)
+    conv_op = {2: nn.Conv2d, 3: nn.Conv3d}[n_axes]
+    strides = [1, 2, 2, 2, 2, (1,) * (n_axes - 1) + (2,)]
+    network = STUNet(1, 3, conv_op=conv_op, strides=strides, **{**TINY, **kwargs})
+    return network.apply(network.initialize)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("small", 14_596_941), ("base", 58_262_669), ("large", 440_302_605), ("huge", 1_457_326_221)],
+)
+def test_parameter_counts_are_the_published_ones(size: str, expected: int) -> None:
+    with torch.device("meta"):
+        network = STUNet(
+            1,
+            105,
+            features_per_stage=SIZES[size].features,
+            n_blocks_per_stage=SIZES[size].depth,
+            strides=STRIDES,
+        )
+    assert sum(p.numel() for p in network.parameters()) == expected
+
+
+@pytest.mark.parametrize("case", ["totalseg_strides", "anisotropic_2ch", "shallow_padded"])
+def test_golden_outputs_and_gradients(shared: Path, case: str) -> None:
+    golden = torch.load(shared / "golden" / f"stunet_{case}.pt", weights_only=True)
+    strides = [(1, 1, 1), *(tuple(s) for s in golden["strides"])]
+    network = STUNet(
+        golden["input_channels"],
+        golden["num_classes"],
+        features_per_stage=golden["dims"],
+        n_blocks_per_stage=golden["depth"],
+        strides=strides + [(1, 1, 1)] * (6 - len(strides)),
+        deep_supervision=True,
+    )
+    weights = {from_published_key(key): value for key, value in golden["published_state_dict"].items()}
+    network.load_state_dict(weights, strict=True)
+    image = golden["input"].requires_grad_()
+    outputs = network(image)
+    sum((output**2).mean() for output in outputs).backward()
+
+    first = network.encoder.stages[0][0].conv1.weight
+    ours = [*outputs, image.grad, first.grad]
+    theirs = [*golden["outputs"], golden["grad_input"], golden["grad_first_conv_weight"]]
+    assert len(outputs) == 5
+    for mine, published in zip(ours, theirs, strict=True):
+        assert (mine - published).abs().max() <= 1e-5 * published.abs().max()
+
+
+@pytest.mark.parametrize("n_axes", [2, 3])
+def test_convolving_before_interpolating_changes_nothing(n_axes: int) -> None:
+    conv_op = {2: nn.Conv2d, 3: nn.Conv3d}[n_axes]
+    layer = Upsampling(conv_op, 6, 4, scale=(1, 2, 3)[-n_axes:]).double()
+    x = torch.randn(2, 6, *(4, 3, 5)[-n_axes:], dtype=torch.double, requires_grad=True)
+    published = layer.conv(interpolate(x, scale_factor=layer.scale, mode="nearest"))
+    weight = torch.randn_like(published)
+    parameters = (x, layer.conv.weight, layer.conv.bias)
+    expected = torch.autograd.grad((published * weight).sum(), parameters)
+    actual = torch.autograd.grad((layer(x) * weight).sum(), parameters)
+    torch.testing.assert_close(layer(x), published, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("n_axes", [2, 3])
+def test_every_parameter_gets_gradient(n_axes: int) -> None:
+    network = tiny(n_axes, deep_supervision=True)
+    shape = (32, 32, 64)[-n_axes:]
+    outputs = network(torch.randn(2, 1, *shape))
+    assert [tuple(o.shape[2:]) for o in outputs] == [tuple(n // 2**i for n in shape) for i in range(5)]
+    sum((o * torch.randn_like(o)).sum() for o in outputs).backward()
+    without = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    # A bias before an instance norm is taken out again by the norm; its gradient is rounding error or zero.
+    assert all(name.endswith(("conv1.bias", "conv2.bias")) for name in without)
+    assert all(p.grad is not None for p in network.parameters())
+
+
+@pytest.mark.parametrize("where", ["encoder", "all"])
+def test_activation_checkpointing_changes_no_value_and_no_gradient(where: Any) -> None:
+    plain, checkpointed = tiny(), tiny(activation_checkpointing=where)
+    x = torch.randn(1, 1, 32, 16, 32)
+    outputs, gradients = [], []
+    for network in (plain, checkpointed):
+        y = network(x)
+        outputs.append(y)
+        gradients.append(torch.autograd.grad((y**3).sum(), list(network.decoder.stages.parameters())))
+    assert torch.equal(*outputs)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
+def test_activation_checkpointing_keeps_fewer_tensors() -> None:
+    def saved_bytes(where: Any) -> int:
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = tiny(activation_checkpointing=where)(torch.randn(1, 1, 32, 32, 32))
+        del y
+        return sum(kept.values())
+
+    assert saved_bytes("all") < saved_bytes("encoder") < saved_bytes("none")
+
+
+def test_deep_supervision_is_switched_as_nnunet_does() -> None:
+    network = tiny(deep_supervision=True)
+    x = torch.randn(1, 1, 32, 16, 32)
+    finest = network(x)[0]
+    network.decoder.deep_supervision = False
+    alone = network(x)
+    assert isinstance(alone, Tensor)
+    assert torch.equal(alone, finest)
+
+
+@pytest.mark.parametrize("n_axes", [2, 3])
+def test_feature_map_size_is_what_all_convolutions_put_out(n_axes: int) -> None:
+    network = tiny(n_axes, deep_supervision=True)
+    counted = 0
+
+    def count(module: nn.Module, args: Any, output: Tensor) -> None:
+        nonlocal counted
+        counted += output.numel()
+
+    hooks = [m.register_forward_hook(count) for m in network.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
+    shape = (16, 32, 64)[-n_axes:]
+    image = torch.randn(1, 1, *shape)
+    network(image)
+    for hook in hooks:
+        hook.remove()
+    # The ways up multiply matrices instead of calling their convolution; their outputs are at the coarser resolution.
+    features = network.encoder(image)
+    for level, upsampling in enumerate(network.decoder.upsamplings):
+        counted += upsampling.conv.out_channels * features[5 - level][0, 0].numel()
+    assert network.compute_conv_feature_map_size(shape) == counted
+
+
+def test_initialisation_is_he_for_leaky_rectifiers() -> None:
+    network = build_stunet("small", 1, 3, STRIDES)
+    weight = network.encoder.stages[3][0].conv2.weight  # 128 -> 128
+    expected = (2 / (1 + 0.01**2) / (128 * 27)) ** 0.5
+    assert weight.std().item() == pytest.approx(expected, rel=0.01)
+    assert all(not m.bias.any() for m in network.modules() if isinstance(m, nn.Conv3d))
+
+
+@pytest.mark.parametrize("n_axes", [2, 3])
+def test_compiles_into_one_graph(n_axes: int) -> None:
+    network = tiny(n_axes, deep_supervision=True)
+    x = torch.randn(1, 1, *(32, 32, 64)[-n_axes:])
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), network(x))
+
+
+def test_state_dict_names_nothing_twice() -> None:
+    storages = [t.data_ptr() for t in tiny().state_dict().values()]
+    assert len(storages) == len(set(storages))
+
+
+def test_input_that_the_strides_do_not_divide() -> None:
+    with pytest.raises(ArchitectureError, match=r"\(16, 16, 40\)[\s\S]*multiples of \(16, 16, 32\)"):
+        tiny()(torch.zeros(1, 1, 16, 16, 40))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features_per_stage": [2, 4, 8]}, "features_per_stage"),
+        ({"n_blocks_per_stage": [1, 1, 1, 1, 1, 0]}, "n_blocks_per_stage"),
+        ({"n_stages": 5}, "n_stages=5"),
+        ({"strides": [1, 2, 2, 2, 2]}, "strides"),
+        ({"strides": [1, 2, 2, 2, 2, (1, 2)]}, "strides"),
+        ({"activation_checkpointing": "some"}, "none, encoder or all"),
+    ],
+)
+def test_impossible_networks(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArchitectureError, match=message):
+        STUNet(1, 2, **{**TINY, "strides": STRIDES, **change})
+
+
+@pytest.mark.parametrize(("channels", "classes"), [(0, 2), (1, 0), (-1, 2)])
+def test_impossible_channels(channels: int, classes: int) -> None:
+    with pytest.raises(ArchitectureError, match="positive whole number"):
+        STUNet(channels, classes, strides=STRIDES, **TINY)
