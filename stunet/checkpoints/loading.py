@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,7 +66,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
         raise CheckpointError(
             "a checkpoint that cannot be read safely",
-            got=f"{path}: {str(error).strip().splitlines()[0]}",
+            got=f"{path} {_reason(error)}",
             expected="tensors, numbers, strings and containers alone",
             remedy="Do not load files from sources that you do not trust. If this one is yours, copy it again.",
         ) from error
@@ -107,6 +108,12 @@ def check_weights(
             expected="the network that the plans describe",
             remedy="Use the plans that the checkpoint was trained with, or start a new training.",
         )
+
+
+def _reason(error: Exception) -> str:
+    # PyTorch's own message goes on to recommend loading without restraint.
+    asked_for = re.search(r"GLOBAL (\S+)", str(error))
+    return f"asks for {asked_for[1]}" if asked_for else f"({str(error).strip().splitlines()[0]})"
 
 
 def _describe(content: Any) -> str:

@@ -61,8 +61,11 @@ def find_dataset(dataset: str | int) -> str:
 
     Raises:
         DatasetError: Not known to nnU-Net, or known by several names.
+        NnUNetPathError: Neither ``nnUNet_raw`` nor ``nnUNet_preprocessed`` is set.
     """
     folders = [Path(v) for v in map(os.environ.get, ("nnUNet_raw", "nnUNet_preprocessed")) if v]
+    if not folders:
+        nnunet_folder("nnUNet_preprocessed")
     known = sorted({d.name for folder in folders for d in folder.glob("Dataset[0-9][0-9][0-9]_*") if d.is_dir()})
     try:
         name = str(maybe_convert_to_dataset_name(dataset))

@@ -1,0 +1,214 @@
+"""The command line as it is typed, in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import stunet
+from plans import make_plans
+from stunet.cli.console import human_bytes, human_count
+from stunet.cli.env import trainers_folder
+from stunet.cli.main import main
+
+STUNET = str(Path(sys.executable).with_name("stunet"))
+
+
+def run(*args: str, module: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stunet"] if module else [STUNET]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("nnUNet_") and k != "SHELL"}
+    return subprocess.run(
+        [*command, *args], env={**kept, "COLUMNS": "200", **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def run_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str, **environment: str
+) -> tuple[int, str]:
+    """Run the command line's entry point in this process, which saves its imports; exit status and standard error."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["stunet", *args])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return int(caught.value.code or 0), capsys.readouterr().err
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, str]:
+    names = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+    for name in names:
+        (tmp_path / name).mkdir()
+    dataset = tmp_path / "nnUNet_preprocessed" / "Dataset001_Test"
+    dataset.mkdir()
+    (dataset / "nnUNetPlans.json").write_text(json.dumps(make_plans()))
+    return {name: str(tmp_path / name) for name in names}
+
+
+def plans_in(folders: dict[str, str], name: str) -> dict:  # type: ignore[type-arg]
+    return json.loads((Path(folders["nnUNet_preprocessed"]) / "Dataset001_Test" / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_version(module: bool) -> None:
+    assert run("--version", module=module).stdout == f"stunet {stunet.__version__}\n"
+
+
+def test_env_is_light() -> None:
+    code = "import sys; from stunet.cli.main import app; assert not {'torch', 'nnunetv2'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_env_can_be_evaluated_by_bash(tmp_path: Path) -> None:
+    script = f'eval "$({STUNET} env)"; eval "$({STUNET} env)"; printf %s "$nnUNet_extTrainer"'
+    got = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env={"nnUNet_extTrainer": "/a b"},
+                         check=True)  # fmt: skip
+    assert got.stdout == f"{trainers_folder()}:/a b"
+
+
+@pytest.mark.parametrize(
+    ("args", "environment", "expected"),
+    [
+        ((), {}, "export nnUNet_extTrainer={}"),
+        ((), {"SHELL": "/usr/bin/fish"}, "set -gx nnUNet_extTrainer '{}'"),
+        ((), {"SHELL": "/bin/zsh"}, "export nnUNet_extTrainer={}"),
+        (("--shell", "fish"), {}, "set -gx nnUNet_extTrainer '{}'"),
+        (("--shell", "powershell"), {}, "$env:nnUNet_extTrainer = '{}'"),
+    ],
+)
+def test_env_speaks_three_shells(args: tuple[str, ...], environment: dict[str, str], expected: str) -> None:
+    assert run("env", *args, **environment).stdout.strip() == expected.format(trainers_folder())
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
+def test_env_can_be_evaluated_by_fish() -> None:
+    script = f'eval ({STUNET} env --shell fish); printf %s "$nnUNet_extTrainer"'
+    got = subprocess.run(["fish", "-c", script], capture_output=True, text=True, check=True)
+    assert got.stdout == str(trainers_folder())
+
+
+def test_info_as_table_and_json() -> None:
+    table = run("info", "--size", "small", "base", "--patch", "32,32,64", "--classes", "105").stdout
+    assert "14.6M" in table
+    assert "58.3M" in table
+    assert "large" not in table
+    got = json.loads(run("info", "--size", "small", "--patch", "32x32x64", "--classes", "105", "--json").stdout)
+    assert got["settings"]["patch_size"] == [32, 32, 64]
+    (row,) = got["sizes"]
+    assert row["parameters"] == 14_596_941
+    assert row["training_bytes"] > row["inference_bytes"] > 4 * row["parameters"] * 1.4
+    custom = json.loads(run("info", "--width", "2", "--depth", "1,1,2,2,2,2", "--patch", "32,32", "--json").stdout)
+    assert custom["sizes"][0]["name"] == "d112222w2"
+
+
+def test_plan_writes_and_says_what_to_do_next(folders: dict[str, str]) -> None:
+    got = run("plan", "-d", "1", "--size", "small", "--set", "num_epochs=3", "initial_lr=0.1", **folders)
+    assert got.returncode == 0, got.stderr
+    written = plans_in(folders, "STUNetPlans_small")
+    assert written["plans_name"] == "STUNetPlans_small"
+    assert all(
+        written["configurations"][c]["stunet"] == {"num_epochs": 3, "initial_lr": 0.1} for c in ("2d", "3d_fullres")
+    )
+    assert "nnUNetv2_train 1 3d_fullres 0 -p STUNetPlans_small -tr STUNetTrainer" in got.stdout
+    assert "nnUNetv2_preprocess -d 1 -plans_name STUNetPlans_small -c 3d_fullres" in got.stdout
+    again = run("plan", "-d", "1", "--size", "small", "--set", "num_epochs=3", "--set", "initial_lr=0.1", **folders)
+    assert again.returncode == 0
+    assert "unchanged" in again.stdout
+
+
+def test_plan_of_ones_own_size_for_some_configurations(folders: dict[str, str]) -> None:
+    args = ("plan", "-d", "Dataset001_Test", "-c", "2d", "3d_lowres", "--depth", "1,1,2,2,2,2", "--width", "24")
+    assert run(*args, **folders).returncode == 0
+    configurations = plans_in(folders, "STUNetPlans_d112222w24")["configurations"]
+    kwargs = configurations["3d_lowres"]["architecture"]["arch_kwargs"]
+    assert kwargs["features_per_stage"] == [24, 48, 96, 192, 384, 384]
+    assert kwargs["n_blocks_per_stage"] == [1, 1, 2, 2, 2, 2]
+    assert configurations["3d_fullres"] == make_plans()["configurations"]["3d_fullres"]
+
+
+def test_plan_lists_its_settings() -> None:
+    got = run("plan", "--list-settings")
+    assert got.returncode == 0
+    assert "oversample_foreground_percent" in got.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (("--size", "giant"), ("giant", "small, base, large, huge")),
+        (("--size", "small", "--width", "8"), ("--size small", "Leave --size out")),
+        (("--width", "0"), ("impossible width", "positive")),
+        (("--width", "-8"), ("impossible width", "-8")),
+        (("--depth", "1,1,0,1,1,1"), ("impossible depth",)),
+        (("--depth", "1,1"), ("impossible depth", "[1, 1]")),
+        (("--depth", "a"), ("impossible depth",)),
+        (("--set", "epochs=3"), ("unknown setting", "num_epochs, num_iterations_per_epoch")),
+        (("--set", "num_epochs=0"), ("num_epochs", "a positive whole number")),
+        (("--set", "patch_size=[40,56,42]", "-c", "3d_fullres"), ("do not divide", "multiples of [8, 8, 8]")),
+        (("--plans", "otherPlans"), ("otherPlans", "no planner")),
+        (("-c", "4d"), ("4d", "2d, 3d_lowres, 3d_fullres")),
+        (("-d", "9"), ("unknown dataset", "Dataset001_Test")),
+        (("--name", "nnUNetPlans"), ("differs", "--overwrite")),
+    ],
+)
+def test_bad_input_is_explained(
+    folders: dict[str, str],
+    args: tuple[str, ...],
+    expected: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = plans_in(folders, "nnUNetPlans")
+    command = ("plan", *(() if "-d" in args else ("-d", "1")), *args)
+    status, message = run_here(capsys, monkeypatch, *command, **folders)
+    assert status == 2
+    assert message.startswith("error:")
+    for part in (*expected, "got:", "expected:", "remedy:"):
+        assert part in message
+    assert plans_in(folders, "nnUNetPlans") == before
+    assert len(list(Path(folders["nnUNet_preprocessed"], "Dataset001_Test").iterdir())) == 1
+
+
+def test_missing_variables_are_named_with_the_line_that_sets_them() -> None:
+    got = run("plan", "-d", "1")
+    assert got.returncode == 2
+    assert got.stderr.startswith("error: the environment variable nnUNet_preprocessed is missing\n")
+    assert "export nnUNet_preprocessed=" in got.stderr
+    assert "Traceback" not in got.stderr
+
+
+@pytest.mark.parametrize("content", ["{", '{"plans_per_stage": {}}', "[]"])
+def test_broken_plans(
+    folders: dict[str, str], content: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (Path(folders["nnUNet_preprocessed"]) / "Dataset001_Test" / "nnUNetPlans.json").write_text(content)
+    status, message = run_here(capsys, monkeypatch, "plan", "-d", "1", **folders)
+    assert status == 2
+    assert "nnUNetv2_plan_experiment" in message
+
+
+def test_demo_refuses_a_folder_in_use_and_data_that_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "precious.txt").touch()
+    for args, expected in (
+        (("-o", str(tmp_path)), "in use"),
+        (("--data", str(tmp_path)), "not an nnU-Net raw dataset"),
+    ):
+        status, message = run_here(capsys, monkeypatch, "demo", *args)
+        assert status == 2
+        assert expected in message
+    assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_numbers_for_people() -> None:
+    assert [human_bytes(n) for n in (0, 512, 1536, 5 * 2**30)] == ["0 B", "512 B", "1.5 kB", "5.0 GB"]
+    assert [human_count(n) for n in (7, 14_596_941, 440_302_605, 12.6e12)] == ["7", "14.6M", "440M", "12.6T"]

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stunet.files import atomic_path, remove_leftovers, write_json
+
+
+def test_content_appears_when_the_block_ends(tmp_path: Path) -> None:
+    target = tmp_path / "a.json"
+    with atomic_path(target) as temporary:
+        temporary.write_text("new")
+        assert not target.exists()
+        assert temporary.parent == tmp_path
+    assert target.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_error_leaves_the_old_content(tmp_path: Path) -> None:
+    target = tmp_path / "a.json"
+    target.write_text("old")
+    with pytest.raises(OSError, match="disk full"), atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise OSError("disk full")
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_killed_writer_leaves_the_old_content_and_a_removable_file(tmp_path: Path) -> None:
+    target = tmp_path / "checkpoint_latest.pth"
+    target.write_text("old")
+    code = (
+        "import os, signal, sys; from stunet.files import atomic_path\n"
+        "with atomic_path(sys.argv[1]) as t:\n"
+        "    t.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(target)], check=False).returncode == -9
+    assert target.read_text() == "old"
+    (leftover,) = remove_leftovers(tmp_path, "checkpoint_*.pth")
+    assert leftover.name.startswith(".checkpoint_latest.pth.")
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_json_keeps_order_and_unicode(tmp_path: Path) -> None:
+    content = {"z": 1, "a": ["ä", None]}
+    write_json(content, tmp_path / "x.json")
+    assert list(json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))) == ["z", "a"]

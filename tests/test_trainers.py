@@ -1,0 +1,276 @@
+"""Trainers as nnU-Net's own finder finds them, built on real plans without training."""
+
+from __future__ import annotations
+
+import json
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+from plans import DATASET_JSON, make_plans
+from stunet.checkpoints.loading import read_checkpoint
+from stunet.cli.env import trainers_folder
+from stunet.errors import CheckpointError, PlansError, SettingsError
+from stunet.network import STUNet, STUNetSize
+from stunet.planning import plans_size, rewrite_plans
+from stunet.training import BaseSTUNetTrainer
+
+SIZES = ("small", "base", "large", "huge")
+NAMES = [
+    "STUNetTrainer",
+    "STUNetTrainer_ft",
+    *(f"STUNetTrainer_{size}{suffix}" for size in SIZES for suffix in ("", "_ft", "_ep1k", "_ep2k", "_ep4k")),
+]
+NARROW = STUNetSize("narrow", (1,) * 6, 2)
+
+
+@pytest.fixture
+def dataset(nnunet_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
+    folder = nnunet_folders["nnUNet_preprocessed"] / "Dataset001_Test"
+    for name in ("2d", "3d_fullres", "3d_lowres"):
+        case = folder / f"nnUNetPlans_{name}"
+        case.mkdir(parents=True)
+        (case / "case.b2nd").touch()  # nnU-Net looks at file endings to choose a dataset class
+    return folder
+
+
+def find(name: str) -> type[BaseSTUNetTrainer]:
+    return recursive_find_trainer_class_by_name(name)
+
+
+def make(
+    name: str = "STUNetTrainer",
+    plans: dict[str, Any] | None = None,
+    configuration: str = "3d_fullres",
+    dataset_json: dict[str, Any] = DATASET_JSON,
+) -> BaseSTUNetTrainer:
+    plans = {**(plans or make_plans()), "continue_training": False}
+    return find(name)(plans, configuration, 0, dataset_json, torch.device("cpu"))
+
+
+def narrow_plans(**settings: Any) -> dict[str, Any]:
+    return rewrite_plans(make_plans(), size=NARROW, plans_name="STUNetPlans_narrow", settings=settings)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nnunets_finder_finds_every_trainer(dataset: Path, name: str) -> None:
+    trainer = find(name)
+    assert trainer.__name__ == name
+    assert issubclass(trainer, nnUNetTrainer)
+    assert "stunet_trainers" not in sys.modules
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_and_settings_are_what_the_name_says(dataset: Path, name: str) -> None:
+    trainer = make(name)
+    _, _, rest = name.partition("_")
+    size, _, suffix = rest.partition("_") if rest != "ft" else ("", "", "ft")
+    assert plans_size(trainer.configuration_manager.configuration).name == (size or "base")
+    assert trainer.initial_lr == (1e-3 if suffix == "ft" else 1e-2)
+    assert trainer.num_epochs == {"ep2k": 2000, "ep4k": 4000}.get(suffix, 1000)
+    assert trainer.weight_decay == 3e-5
+
+
+def test_ordinary_plans_are_rewritten_before_nnunet_reads_them(dataset: Path) -> None:
+    plans = make_plans()
+    untouched = deepcopy(plans)
+    trainer = make("STUNetTrainer_small", plans)
+    assert plans == untouched
+    assert Path(trainer.output_folder_base).name == "STUNetTrainer_small__nnUNetPlans__3d_fullres"
+    expected = rewrite_plans(make_plans(), size=plans_size(trainer.configuration_manager.configuration), plans_name="x")
+    fullres = trainer.plans_manager.plans["configurations"]["3d_fullres"]
+    assert fullres == expected["configurations"]["3d_fullres"]
+    assert trainer.my_init_kwargs["plans"] is trainer.plans_manager.plans
+    assert json.loads(json.dumps(trainer.plans_manager.plans)) == trainer.plans_manager.plans
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_lowres", "3d_fullres", "3d_cascade_fullres"])
+def test_the_network_of_every_configuration_is_built(dataset: Path, configuration: str) -> None:
+    trainer = make(plans=narrow_plans(), configuration=configuration)
+    trainer.initialize()
+    assert isinstance(trainer.network, STUNet)
+    assert len(trainer._get_deep_supervision_scales()) == 5
+    channels = 3 if "cascade" in configuration else 1  # one-hot of the previous stage's two structures
+    outputs = trainer.network(torch.zeros(1, channels, *trainer.configuration_manager.patch_size))
+    assert all(o.shape[1] == 3 for o in outputs)
+    group = trainer.optimizer.param_groups[0]
+    assert (group["lr"], group["momentum"], group["nesterov"]) == (1e-2, 0.99, True)
+
+
+@pytest.mark.parametrize(
+    ("labels", "order", "heads"),
+    [
+        ({"background": 0, "organ": [1, 2], "tumour": 2}, [1, 2], 2),
+        ({"background": 0, "liver": 1, "spleen": 2, "ignore": 3}, None, 3),
+    ],
+)
+def test_regions_and_ignore_label(dataset: Path, labels: Any, order: Any, heads: int) -> None:
+    dataset_json = {**DATASET_JSON, "labels": labels, **({"regions_class_order": order} if order else {})}
+    trainer = make(plans=narrow_plans(), dataset_json=dataset_json)
+    trainer.initialize()
+    image = torch.randn(2, 1, 40, 56, 40)
+    outputs = trainer.network(image)
+    assert outputs[0].shape[1] == heads
+    values = list(dict.fromkeys((0, 1, 2, 3) if order is None else (0, 1)))
+    shape = (2, 1 if order is None else heads, 40, 56, 40)
+    target = torch.from_numpy(np.random.default_rng(0).choice(values, shape).astype(np.float32))
+    targets = [torch.nn.functional.interpolate(target, o.shape[2:], mode="nearest") for o in outputs]
+    result = trainer.train_step({"data": image, "target": targets})
+    assert np.isfinite(result["loss"])
+    trainer.set_deep_supervision_enabled(False)
+    assert trainer.network(image[:1]).shape == (1, heads, 40, 56, 40)
+
+
+def test_plans_set_what_the_name_sets_too(dataset: Path) -> None:
+    plans = narrow_plans(num_epochs=7, initial_lr=0.5, save_every=3, oversample_foreground_percent=0.1)
+    trainer = make("STUNetTrainer_ft", plans)
+    assert (trainer.num_epochs, trainer.initial_lr, trainer.save_every) == (7, 0.5, 3)
+    assert trainer.oversample_foreground_percent == 0.1
+    trainer.initialize()
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_unknown_setting_in_the_plans(dataset: Path) -> None:
+    plans = narrow_plans()
+    plans["configurations"]["3d_fullres"]["stunet"] = {"epochs": 7}
+    with pytest.raises(SettingsError, match=r"3d_fullres[\s\S]*num_epochs"):
+        make(plans=plans)
+
+
+def test_plans_of_another_size(dataset: Path) -> None:
+    with pytest.raises(PlansError, match=r"-tr STUNetTrainer_small with plans of size d111111w2"):
+        make("STUNetTrainer_small", narrow_plans())
+
+
+def test_plans_of_nnunet_v1(dataset: Path) -> None:
+    with pytest.raises(PlansError, match="nnU-Net v1"):
+        find("STUNetTrainer")({"plans_per_stage": {}}, "3d_fullres", 0, DATASET_JSON, torch.device("cpu"))
+
+
+def trained(trainer: BaseSTUNetTrainer, epochs: int) -> BaseSTUNetTrainer:
+    """Pretend some epochs: weights and momentum move and the log grows as nnU-Net keeps it."""
+    if not trainer.was_initialized:
+        trainer.initialize()
+    for epoch in range(trainer.current_epoch, epochs):
+        trainer.optimizer.zero_grad()
+        outputs = trainer.network(torch.randn(1, 1, 40, 56, 40))
+        sum(o.square().mean() for o in outputs).backward()
+        trainer.optimizer.step()
+        for key in ("train_losses", "val_losses", "lrs", "epoch_start_timestamps", "epoch_end_timestamps"):
+            trainer.logger.log(key, np.float32(epoch), epoch)
+        trainer.logger.log("dice_per_class_or_region", [np.float32(0.5)], epoch)
+        trainer.logger.log("mean_fg_dice", np.float64(0.5), epoch)
+        trainer.current_epoch = epoch + 1
+    trainer.inference_allowed_mirroring_axes = (0, 1, 2)
+    trainer._best_ema = np.float64(0.5)
+    return trainer
+
+
+def save(trainer: BaseSTUNetTrainer, name: str) -> Path:
+    path = Path(trainer.output_folder) / name
+    trainer.current_epoch -= 1  # nnU-Net saves before it counts the epoch
+    trainer.save_checkpoint(str(path))
+    trainer.current_epoch += 1
+    return path
+
+
+def test_a_checkpoint_has_what_nnunets_own_has(dataset: Path, tmp_path: Path) -> None:
+    trainer = trained(make(plans=narrow_plans()), 1)
+    ours = read_checkpoint(save(trainer, "checkpoint_final.pth"))
+    nnUNetTrainer.save_checkpoint(trainer, str(tmp_path / "stock.pth"))
+    stock = torch.load(tmp_path / "stock.pth", weights_only=False)
+    assert list(ours) == list(stock)
+    assert ours["trainer_name"] == "nnUNetTrainer"
+    assert ours["init_args"] == stock["init_args"]
+    assert ours["logging"] == stock["logging"]
+    assert ours["inference_allowed_mirroring_axes"] == (0, 1, 2)
+
+
+def test_resuming_restores_everything(dataset: Path) -> None:
+    trainer = trained(make(plans=narrow_plans()), 2)
+    path = save(trainer, "checkpoint_latest.pth")
+    resumed = make(plans=narrow_plans())
+    resumed.load_checkpoint(str(path))
+    assert resumed.current_epoch == 2
+    assert resumed.logger.get_checkpoint() == trainer.logger.get_checkpoint()
+    assert resumed._best_ema == 0.5
+    torch.testing.assert_close(resumed.network.state_dict(), trainer.network.state_dict(), rtol=0, atol=0)
+    momenta = [
+        [state["momentum_buffer"] for state in t.optimizer.state_dict()["state"].values()] for t in (resumed, trainer)
+    ]
+    torch.testing.assert_close(*momenta, rtol=0, atol=0)
+
+
+def test_the_later_of_latest_and_best_is_taken(dataset: Path) -> None:
+    trainer = trained(make(plans=narrow_plans()), 1)
+    latest = save(trainer, "checkpoint_latest.pth")
+    save(trained(trainer, 3), "checkpoint_best.pth")
+    resumed = make(plans=narrow_plans())
+    resumed.load_checkpoint(str(latest))
+    assert resumed.current_epoch == 3
+    exact = make(plans=narrow_plans())
+    exact.load_checkpoint(str(latest.with_name("checkpoint_best.pth")))
+    assert exact.current_epoch == 3
+
+
+def test_a_truncated_latest_falls_back_to_best(dataset: Path) -> None:
+    trainer = trained(make(plans=narrow_plans()), 1)
+    best = save(trainer, "checkpoint_best.pth")
+    latest = best.with_name("checkpoint_latest.pth")
+    latest.write_bytes(best.read_bytes()[:1000])
+    resumed = make(plans=narrow_plans())
+    resumed.load_checkpoint(str(latest))
+    assert resumed.current_epoch == 1
+    best.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"truncated[\s\S]*checkpoint_latest"):
+        make(plans=narrow_plans()).load_checkpoint(str(latest))
+
+
+def test_a_checkpoint_of_another_size(dataset: Path) -> None:
+    path = save(trained(make(plans=narrow_plans()), 1), "checkpoint_latest.pth")
+    other = rewrite_plans(make_plans(), size=STUNetSize("other", (1,) * 6, 3), plans_name="STUNetPlans_narrow")
+    with pytest.raises(CheckpointError, match=r"encoder\.stages\.0\.0\.conv1\.weight is \(2, 1, 3, 3, 3\)"):
+        make(plans=other).load_checkpoint(str(path))
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trained(make(plans=narrow_plans()), 1)
+    path = save(trainer, "checkpoint_latest.pth")
+    before = path.read_bytes()
+
+    def full(checkpoint: object, target: Path) -> None:
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        trainer.save_checkpoint(str(path))
+    assert path.read_bytes() == before
+    assert not list(path.parent.glob("*.tmp")) + list(path.parent.glob(".*.tmp"))
+
+
+def test_disabled_checkpointing_writes_nothing(dataset: Path) -> None:
+    trainer = trained(make(plans=narrow_plans()), 1)
+    trainer.disable_checkpointing = True
+    assert not save(trainer, "checkpoint_latest.pth").exists()
+
+
+def test_nnunets_pretrained_weights_take_all_but_the_heads(dataset: Path) -> None:
+    source = trained(make(plans=narrow_plans()), 1)
+    path = save(source, "checkpoint_final.pth")
+    target = make(plans=narrow_plans(), dataset_json={**DATASET_JSON, "labels": {"background": 0, "tumour": 1}})
+    target.initialize()
+    heads = {k: v.clone() for k, v in target.network.state_dict().items() if ".seg_layers." in k}
+    load_pretrained_weights(target.network, str(path))
+    theirs = source.network.state_dict()
+    for key, value in target.network.state_dict().items():
+        assert torch.equal(value, heads[key] if key in heads else theirs[key])
