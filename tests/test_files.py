@@ -23,9 +23,14 @@ def test_content_appears_when_the_block_ends(tmp_path: Path) -> None:
 def test_an_error_leaves_the_old_content(tmp_path: Path) -> None:
     target = tmp_path / "a.json"
     target.write_text("old")
-    with pytest.raises(OSError, match="disk full"), atomic_path(target) as temporary:
-        temporary.write_text("half")
-        raise OSError("disk full")
+
+    def write() -> None:
+        with atomic_path(target) as temporary:
+            temporary.write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write()
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 
