@@ -72,8 +72,9 @@ def _print_table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
     table = Table(
         title=f"patch {patch}, batch {settings['batch_size']}, {settings['num_classes']} outputs, "
         f"{settings['precision']}, activation checkpointing {settings['activation_checkpointing']}",
-        caption="MACs: forward pass of one patch. Memory: all tensors of nnU-Net's training step, and of the forward "
-        "pass of one patch;\nwithout the CUDA context, workspaces, fragmentation and the logits of the whole image.",
+        caption="MACs: forward pass of one patch.\n"
+        "training: all tensors of a step with nnU-Net's loss and optimizer. inference: of the forward pass of a patch.\n"
+        "Not counted: CUDA context, workspaces, fragmentation, and the logits of a whole image.",
         title_justify="left",
         caption_justify="left",
     )
@@ -84,7 +85,7 @@ def _print_table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
             row["name"],
             " ".join(map(str, row["depth"])),
             " ".join(map(str, row["features"])),
-            human_count(row["parameters"]),
+            f"{row['parameters'] / 1e6:.1f}M",
             human_count(row["macs"]),
             human_bytes(row["training_bytes"]),
             human_bytes(row["inference_bytes"]),
