@@ -173,6 +173,17 @@ def test_compiles_into_one_graph(n_axes: int) -> None:
     torch.testing.assert_close(compiled(x), network(x))
 
 
+def test_autocast_keeps_half_precision_from_stage_to_stage() -> None:
+    network = tiny(deep_supervision=True)
+    seen = set()
+    for module in (*network.encoder.stages, *network.decoder.upsamplings, *network.decoder.stages):
+        module.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = network(torch.randn(1, 1, 32, 16, 32))
+    assert seen == {torch.bfloat16}
+    sum(o.float().sum() for o in outputs).backward()
+
+
 def test_state_dict_names_nothing_twice() -> None:
     storages = [t.data_ptr() for t in tiny().state_dict().values()]
     assert len(storages) == len(set(storages))

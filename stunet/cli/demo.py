@@ -125,6 +125,7 @@ class _Workspace:
 
         environment = {name: str(self.root / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
         environment |= {"nnUNet_extTrainer": str(trainers_folder()), "nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "2"}
+        environment["nnUNet_compile"] = "f"  # on CUDA, compiling would take longer than the training
         run_command([str(part) for part in command], environment=environment, log=self.log)
 
 

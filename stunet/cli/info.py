@@ -73,7 +73,8 @@ def _print_table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
         title=f"patch {patch}, batch {settings['batch_size']}, {settings['num_classes']} outputs, "
         f"{settings['precision']}, activation checkpointing {settings['activation_checkpointing']}",
         caption="MACs: forward pass of one patch.\n"
-        "training: all tensors of a step with nnU-Net's loss and optimizer. inference: of the forward pass of a patch.\n"
+        "Training: all tensors of a step with nnU-Net's loss and optimizer.\n"
+        "Inference: all tensors of the forward pass of one patch.\n"
         "Not counted: CUDA context, workspaces, fragmentation, and the logits of a whole image.",
         title_justify="left",
         caption_justify="left",

@@ -81,7 +81,7 @@ def _launcher(script: str) -> str:
             remedy="Install nnunetv2 into this environment.",
         )
     module, function = found[0].value.split(":")
-    # On platforms that spawn, workers import this code again; it must not start the command there.
+    # Spawned workers do not import the code given to -c again, so it needs no guard.
     return f"import sys; sys.argv[0] = {script!r}; from {module} import {function}; sys.exit({function}())"
 
 

@@ -89,8 +89,9 @@ class Upsampling(nn.Module):
         """``(B, C_in, X, Y[, Z])`` to ``(B, C_out, X*sx, Y*sy[, Z*sz])``."""
         # A matrix product over the channels. As a convolution PyTorch would sum in another order on the bottleneck's
         # few voxels than on the published code's interpolated ones, and the norms over so few voxels amplify that.
-        weight, bias = self.conv.weight.flatten(1), cast(Tensor, self.conv.bias)[:, None]
-        x = (weight @ x.flatten(2) + bias).unflatten(2, x.shape[2:])  # type: ignore[no-untyped-call]
+        y = self.conv.weight.flatten(1) @ x.flatten(2)
+        y += cast(Tensor, self.conv.bias)[:, None]  # in place, as under autocast y is half and the bias is not
+        x = y.unflatten(2, x.shape[2:])  # type: ignore[no-untyped-call]
         if all(factor == 1 for factor in self.scale):
             return x
         return interpolate(x, scale_factor=self.scale, mode="nearest")
