@@ -9,6 +9,7 @@
     ├── DatasetError        a dataset that is unknown, incomplete or malformed
     ├── NnUNetPathError     one of nnU-Net's environment variables is missing or points nowhere
     ├── CheckpointError     a checkpoint that is truncated, foreign or does not fit
+    ├── UsageError          an argument that a command cannot take
     └── CommandError        a command that stunet ran for the user has failed
 
 Each says what was got, what was expected and what to do about it. The command line prints exactly that, without a
@@ -26,6 +27,7 @@ __all__ = [
     "PlansError",
     "STUNetError",
     "SettingsError",
+    "UsageError",
 ]
 
 
@@ -80,6 +82,10 @@ class NnUNetPathError(STUNetError):
 
 class CheckpointError(STUNetError):
     """A checkpoint that is truncated, not a checkpoint, or does not fit the network."""
+
+
+class UsageError(STUNetError):
+    """An argument that a command cannot take."""
 
 
 class CommandError(STUNetError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # a folder cannot be opened for fsync on Windows
+    # Windows cannot open a folder, and some network file systems cannot fsync one; the file itself is safe by now.
+    with suppress(OSError):
         _fsync(path.parent, os.O_RDONLY)
 
 

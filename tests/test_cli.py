@@ -78,8 +78,7 @@ def test_env_can_be_evaluated_by_bash(tmp_path: Path) -> None:
     ("args", "environment", "expected"),
     [
         ((), {}, "export nnUNet_extTrainer={}"),
-        ((), {"SHELL": "/usr/bin/fish"}, "set -gx nnUNet_extTrainer '{}'"),
-        ((), {"SHELL": "/bin/zsh"}, "export nnUNet_extTrainer={}"),
+        ((), {"SHELL": "/usr/bin/fish"}, "export nnUNet_extTrainer={}"),
         (("--shell", "fish"), {}, "set -gx nnUNet_extTrainer '{}'"),
         (("--shell", "powershell"), {}, "$env:nnUNet_extTrainer = '{}'"),
     ],
@@ -90,9 +89,10 @@ def test_env_speaks_three_shells(args: tuple[str, ...], environment: dict[str, s
 
 @pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
 def test_env_can_be_evaluated_by_fish() -> None:
-    script = f'eval ({STUNET} env --shell fish); printf %s "$nnUNet_extTrainer"'
-    got = subprocess.run(["fish", "-c", script], capture_output=True, text=True, check=True)
-    assert got.stdout == str(trainers_folder())
+    for command in (f"{STUNET} env --shell fish | source", f'eval "$({STUNET} env)"'):
+        script = f'{command}; printf %s "$nnUNet_extTrainer"'
+        got = subprocess.run(["fish", "-c", script], capture_output=True, text=True, check=True)
+        assert got.stdout == str(trainers_folder())
 
 
 def test_info_as_table_and_json() -> None:
@@ -134,6 +134,41 @@ def test_plan_of_ones_own_size_for_some_configurations(folders: dict[str, str]) 
     assert configurations["3d_fullres"] == make_plans()["configurations"]["3d_fullres"]
 
 
+def test_plan_replaces_what_differs_only_when_asked(
+    folders: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("plan", "-d", "1", "--set=num_epochs=3", "save_every=2", **folders).returncode == 0
+    first = plans_in(folders, "STUNetPlans_base")
+    assert first["configurations"]["2d"]["stunet"] == {"num_epochs": 3, "save_every": 2}
+    status, message = run_here(capsys, monkeypatch, "plan", "-d", "1", **folders)
+    assert status == 2
+    assert "--overwrite" in message
+    assert plans_in(folders, "STUNetPlans_base") == first
+    assert run("plan", "-d", "1", "--overwrite", **folders).returncode == 0
+    assert "stunet" not in plans_in(folders, "STUNetPlans_base")["configurations"]["2d"]
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (("--size", "base", "--width", "8"), "--size base --width 8"),
+        (("--size", "giant"), "giant"),
+        (("--patch", "1,1,1"), "more than one voxel"),
+        (("--patch", "100000000,100000000,100000000", "--size", "small"), "cannot compute"),
+        (("--patch", "a"), "impossible patch"),
+        (("--patch", "64"), "impossible patch"),
+        (("--precision", "fp8"), "amp"),
+        (("--activation-checkpointing", "some"), "none, encoder or all"),
+    ],
+)
+def test_bad_input_to_info(
+    args: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, message = run_here(capsys, monkeypatch, "info", *args)
+    assert status == 2
+    assert expected in message
+
+
 def test_plan_lists_its_settings() -> None:
     got = run("plan", "--list-settings")
     assert got.returncode == 0
@@ -156,7 +191,10 @@ def test_plan_lists_its_settings() -> None:
         (("--plans", "otherPlans"), ("otherPlans", "no planner")),
         (("-c", "4d"), ("4d", "2d, 3d_lowres, 3d_fullres")),
         (("-d", "9"), ("unknown dataset", "Dataset001_Test")),
-        (("--name", "nnUNetPlans"), ("differs", "--overwrite")),
+        (("--name", "nnUNetPlans"), ("another name than nnUNetPlans",)),
+        (("--name", "nnUNetPlans", "--overwrite"), ("another name than nnUNetPlans",)),
+        (("--name", "../evil"), ("../evil", "letters, digits")),
+        (("--set", "patch_size=[64,64,64]"), ("3 axes in configuration 2d", "-c names")),
     ],
 )
 def test_bad_input_is_explained(
@@ -199,9 +237,12 @@ def test_demo_refuses_a_folder_in_use_and_data_that_is_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "precious.txt").touch()
+    used, new = ("-o", str(tmp_path)), ("-o", str(tmp_path / "new"))
     for args, expected in (
-        (("-o", str(tmp_path)), "in use"),
-        (("--data", str(tmp_path)), "not an nnU-Net raw dataset"),
+        (used, "in use"),
+        ((*new, "--data", str(tmp_path)), "not an nnU-Net raw dataset"),
+        ((*new, "--size", "giant"), "small, base, large, huge"),
+        ((*new, "--device", "tpu"), "auto, cpu, cuda or mps"),
     ):
         status, message = run_here(capsys, monkeypatch, "demo", *args)
         assert status == 2

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from stunet.datasets import (
     PHANTOM_LABELS,
+    exclusive_labels,
     hold_out,
     make_phantom,
     read_image,
@@ -80,6 +82,20 @@ def test_the_real_dataset_is_read(shared: Path) -> None:
     dataset = read_raw_dataset(shared / "data" / "Dataset004_Hippocampus")
     assert len(dataset.cases) == 200
     assert dataset.dataset_json["labels"] == {"background": 0, "Anterior": 1, "Posterior": 2}
+
+
+def test_truth_of_region_datasets_is_merged_as_nnunet_merges_predictions() -> None:
+    labels = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": [3], "ignore": 4}
+    names, merge = exclusive_labels({"labels": labels, "regions_class_order": [2, 1, 3]})
+    assert names == {"whole": 2, "core": 1, "enhancing": 3}
+    truth = np.array([[[0, 1, 2, 3, 4]]])
+    manager = LabelManager(labels, [2, 1, 3])
+    regions = np.stack([np.isin(truth, region) for region in manager.foreground_regions]).astype(np.float32)
+    expected = manager.convert_probabilities_to_segmentation(regions)
+    assert merge(truth).tolist() == expected.tolist()
+    plain, same = exclusive_labels({"labels": {"background": 0, "liver": 1}})
+    assert plain == {"background": 0, "liver": 1}
+    assert same(truth) is truth
 
 
 def test_too_few_cases_to_hold_out(tmp_path: Path) -> None:

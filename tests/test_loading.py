@@ -21,6 +21,7 @@ def checkpoint(**more: Any) -> dict[str, Any]:
         "network_weights": {"a": torch.arange(6.0).reshape(2, 3)},
         "logging": {"lrs": [0.01], "ema_fg_dice": [np.float64(0.5), np.float32(0.25)], "steps": [np.int64(3)]},
         "_best_ema": np.float32(0.5),
+        "current_epoch": 3,
         "init_args": {"plans": {"patch_size": [8, 8]}, "device": torch.device("cuda", 0)},
         **more,
     }

@@ -63,6 +63,10 @@ def test_plans_that_are_not_json(dataset: Path, content: str) -> None:
 def test_plans_of_nnunet_v1(dataset: Path, shared: Path) -> None:
     with pytest.raises(PlansError, match=r"not JSON[\s\S]*v1"):
         load_plans(shared / "golden" / "published_plan_files" / "plans.pkl")
+    (dataset / "nnUNetPlansv2.1_plans_3D.pkl").touch()
+    for name in ("nnUNetPlansv2.1_plans_3D", "nnUNetPlansv2.1_plans_3D.pkl", "any.pkl"):
+        with pytest.raises(PlansError, match=r"plans of nnU-Net v1[\s\S]*got: +\S+\.pkl\n"):
+            find_plans("Dataset001_Test", name)
     (dataset / "v1.json").write_text('{"plans_per_stage": {}}')
     with pytest.raises(PlansError, match="nnU-Net v1"):
         load_plans(dataset / "v1.json")
@@ -85,6 +89,26 @@ def test_no_planner_writes_that_identifier(dataset: Path) -> None:
         plan_with_nnunet("Dataset001_Test", "myPlans", num_processes=1)
 
 
-def test_planning_needs_the_raw_data(dataset: Path) -> None:
-    with pytest.raises(DatasetError, match=r"no dataset\.json"):
+def test_planning_needs_the_raw_data(dataset: Path, nnunet_folders: Folders) -> None:
+    with pytest.raises(DatasetError, match=r"cannot be planned[\s\S]*FileNotFoundError"):
         plan_with_nnunet("Dataset001_Test", "nnUNetPlans", num_processes=1)
+    raw = nnunet_folders["nnUNet_raw"] / "Dataset001_Test"
+    raw.mkdir()
+    (raw / "dataset.json").write_text('{"labels": {}, "channel_names": {}}')
+    with pytest.raises(DatasetError, match=r"KeyError: 'file_ending'"):
+        plan_with_nnunet("Dataset001_Test", "nnUNetPlans", num_processes=1)
+
+
+def test_nnunet_cannot_plan_one_of_two_datasets_with_an_id(dataset: Path, nnunet_folders: Folders) -> None:
+    for name in ("Dataset001_Test", "Dataset001_Other"):
+        raw = nnunet_folders["nnUNet_raw"] / name
+        raw.mkdir()
+        (raw / "dataset.json").write_text('{"labels": {}, "channel_names": {}, "file_ending": ".nii.gz"}')
+    with pytest.raises(DatasetError, match=r"Dataset001_Other, Dataset001_Test[\s\S]*another id"):
+        plan_with_nnunet("Dataset001_Test", "nnUNetPlans", num_processes=1)
+
+
+@pytest.mark.parametrize("name", ["a/b", "../../evil", "", "a__b", "-x", "a b", ".hidden"])
+def test_names_that_plans_cannot_have(dataset: Path, name: str) -> None:
+    with pytest.raises(PlansError, match="a name that plans cannot have"):
+        find_plans("Dataset001_Test", name)

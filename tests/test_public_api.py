@@ -10,7 +10,7 @@ API = {
     "stunet": ["__version__"],
     "stunet.network": [
         "ActivationCheckpointing", "Estimate", "N_STAGES", "Precision", "SIZES", "STUNet", "STUNetSize",
-        "build_stunet", "default_strides", "estimate", "find_size", "size_of",
+        "build_stunet", "default_strides", "estimate", "find_size", "size_of", "total_stride",
     ],
     "stunet.planning": [
         "NETWORK_CLASS_NAME", "Preset", "SETTINGS", "SETTINGS_KEY", "Setting", "check_plans", "check_settings",
@@ -19,8 +19,8 @@ API = {
         "rewrite_configuration", "rewrite_plans", "write_plans",
     ],
     "stunet.datasets": [
-        "PHANTOM_LABELS", "Phantom", "RawDataset", "hold_out", "make_phantom", "read_image", "read_raw_dataset",
-        "write_phantom_dataset",
+        "PHANTOM_LABELS", "Phantom", "RawDataset", "check_hold_out", "exclusive_labels", "hold_out", "make_phantom",
+        "read_image", "read_raw_dataset", "write_phantom_dataset",
     ],
     "stunet.training": ["BaseSTUNetTrainer"],
     "stunet.reports": ["StructureDice", "read_dice", "side_by_side"],

@@ -3,9 +3,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from matplotlib.image import imread
+from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from stunet.reports import read_dice, side_by_side
 
@@ -13,17 +17,32 @@ from stunet.reports import read_dice, side_by_side
 def test_dice_by_hand(tmp_path: Path) -> None:
     summary = {
         "metric_per_case": [
-            {"metrics": {"1": {"Dice": 0.5}, "2": {"Dice": None}, "(1, 2)": {"Dice": 1.0}}},
-            {"metrics": {"1": {"Dice": 0.75}, "2": {"Dice": math.nan}, "(1, 2)": {"Dice": 0.0}}},
+            {"metrics": {"1": {"Dice": 0.5}, "2": {"Dice": None}}},
+            {"metrics": {"1": {"Dice": 0.75}, "2": {"Dice": math.nan}}},
         ]
     }
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    labels = {"background": 0, "liver": 1, "spleen": 2, "both": [1, 2], "again": [1], "ignore": 3}
-    liver, spleen, both, again = read_dice(tmp_path / "summary.json", labels)
+    labels = {"background": 0, "liver": 1, "spleen": 2, "ignore": 3}
+    liver, spleen = read_dice(tmp_path / "summary.json", labels)
     assert (liver.name, liver.mean, liver.lowest, liver.highest, liver.n_cases) == ("liver", 0.625, 0.5, 0.75, 2)
     assert spleen.n_cases == 0
     assert math.isnan(spleen.mean)
-    assert (both.name, both.mean, again.mean) == ("both", 0.5, 0.625)
+
+
+@pytest.mark.parametrize(
+    ("labels", "order"),
+    [
+        ({"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": [3], "other": 4}, [1, 2, 3, 4]),
+        ({"background": 0, "a": [1], "b": [2]}, None),
+    ],
+)
+def test_structures_are_found_under_nnunets_own_keys(tmp_path: Path, labels: Any, order: Any) -> None:
+    manager = LabelManager(labels, order)
+    structures = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+    metrics = {label_or_region_to_key(s): {"Dice": 0.1 * i} for i, s in enumerate(structures)}
+    (tmp_path / "summary.json").write_text(json.dumps({"metric_per_case": [{"metrics": metrics}]}))
+    rows = read_dice(tmp_path / "summary.json", labels)
+    assert [row.mean for row in rows] == [0.1 * i for i in range(len(structures))]
 
 
 def test_the_figure_shows_each_case_in_three_panels(tmp_path: Path) -> None:

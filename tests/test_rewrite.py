@@ -14,7 +14,15 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from plans import make_plans
 from stunet.errors import PlansError, SettingsError
 from stunet.network import SIZES, STUNet, STUNetSize, find_size
-from stunet.planning import fit_strides, is_stunet, list_presets, load_preset, plans_size, rewrite_plans
+from stunet.planning import (
+    fit_strides,
+    is_stunet,
+    list_presets,
+    load_preset,
+    plans_size,
+    rewrite_configuration,
+    rewrite_plans,
+)
 
 SIZE = STUNetSize("mine", (1, 1, 2, 1, 1, 1), 2)
 
@@ -119,6 +127,61 @@ def test_a_users_own_block_is_read() -> None:
     plans["configurations"]["3d_fullres"]["stunet"] = {"epochs": 5}
     with pytest.raises(SettingsError, match=r"3d_fullres[\s\S]*epochs[\s\S]*num_epochs"):
         rewrite(plans)
+
+
+@pytest.mark.parametrize("block", ["abc", None, [1], 3])
+def test_a_block_that_is_no_object(block: Any) -> None:
+    plans = make_plans()
+    plans["configurations"]["3d_fullres"]["stunet"] = block
+    with pytest.raises(SettingsError, match=r"no object in configuration 3d_fullres"):
+        rewrite(plans)
+
+
+def test_inheritance_is_the_same_for_plans_and_trainers() -> None:
+    plans = make_plans()
+    configurations = plans["configurations"]
+    configurations["3d_fullres"]["stunet"] = {"batch_size": 4, "num_epochs": 9}
+    configurations["3d_bs1"] = {"inherits_from": "3d_fullres", "batch_size": 1}
+    configurations["3d_bs3"] = {"inherits_from": "3d_bs1", "stunet": {"batch_size": 3, "initial_lr": 0.5}}
+    after = rewrite(plans, settings={"save_every": 7})
+    for name, batch_size, settings in (
+        ("3d_fullres", 4, {"num_epochs": 9, "save_every": 7}),
+        ("3d_cascade_fullres", 4, {"num_epochs": 9, "save_every": 7}),
+        ("3d_bs1", 1, {"num_epochs": 9, "save_every": 7}),
+        ("3d_bs3", 3, {"initial_lr": 0.5, "save_every": 7}),
+    ):
+        by_plan = PlansManager(after).get_configuration(name).configuration
+        by_trainer = rewrite_configuration(plans, name, size=SIZE, settings={"save_every": 7})
+        resolved = PlansManager({**plans, "configurations": {**configurations, name: by_trainer}})
+        for got in (by_plan, resolved.get_configuration(name).configuration):
+            assert is_stunet(got)
+            assert got["batch_size"] == batch_size
+            assert got["stunet"] == settings
+
+
+@pytest.mark.parametrize(
+    ("child", "error", "message"),
+    [
+        ({"stunet": {"epochs": 1}}, SettingsError, "child"),
+        ({"patch_size": [41, 56, 40]}, PlansError, "configuration child do not divide"),
+        ({"inherits_from": "parent"}, PlansError, "child cannot be read"),
+        ({"inherits_from": "child"}, PlansError, "child cannot be read"),
+    ],
+)
+def test_what_inherits_is_checked_too(child: dict[str, Any], error: type[Exception], message: str) -> None:
+    plans = make_plans()
+    plans["configurations"]["child"] = {"inherits_from": "3d_fullres", **child}
+    with pytest.raises(error, match=message):
+        rewrite(plans)
+
+
+def test_architectures_that_are_not_convolutional() -> None:
+    plans = make_plans()
+    del plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["strides"]
+    with pytest.raises(PlansError, match=r"2d cannot be read[\s\S]*strides"):
+        rewrite(plans)
+    after = rewrite(plans, configurations=["3d_fullres"])
+    assert after["configurations"]["2d"] == plans["configurations"]["2d"]
 
 
 def test_plans_of_early_nnunet_v2_are_understood() -> None:

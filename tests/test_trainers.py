@@ -217,9 +217,20 @@ def test_the_later_of_latest_and_best_is_taken(dataset: Path) -> None:
     resumed = make(plans=narrow_plans())
     resumed.load_checkpoint(str(latest))
     assert resumed.current_epoch == 3
-    exact = make(plans=narrow_plans())
-    exact.load_checkpoint(str(latest.with_name("checkpoint_best.pth")))
-    assert exact.current_epoch == 3
+    log = next(Path(resumed.output_folder).glob("training_log*.txt")).read_text()
+    assert (
+        "checkpoint_latest.pth after epoch 0, checkpoint_best.pth after epoch 2; continuing from checkpoint_best" in log
+    )
+
+
+def test_the_best_is_loaded_exactly_where_it_is_asked_for(dataset: Path) -> None:
+    trainer = trained(make(plans=narrow_plans()), 1)
+    best = save(trainer, "checkpoint_best.pth")
+    latest = save(trained(trainer, 3), "checkpoint_latest.pth")
+    for path, epoch in ((best, 1), (latest, 3)):
+        resumed = make(plans=narrow_plans())
+        resumed.load_checkpoint(str(path))
+        assert resumed.current_epoch == epoch
 
 
 def test_a_truncated_latest_falls_back_to_best(dataset: Path) -> None:
@@ -230,6 +241,8 @@ def test_a_truncated_latest_falls_back_to_best(dataset: Path) -> None:
     resumed = make(plans=narrow_plans())
     resumed.load_checkpoint(str(latest))
     assert resumed.current_epoch == 1
+    log = next(Path(resumed.output_folder).glob("training_log*.txt")).read_text()
+    assert "Passing over checkpoint_latest.pth: a checkpoint that is truncated" in log
     best.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"truncated[\s\S]*checkpoint_latest"):
         make(plans=narrow_plans()).load_checkpoint(str(latest))

@@ -60,21 +60,23 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             expected="a whole file written by torch.save",
             remedy="Remove it and resume from another checkpoint of the fold, or copy it again.",
         )
+    admitted = torch.serialization.safe_globals(_numpy_scalar_globals())
     try:
-        with torch.serialization.safe_globals(_numpy_scalar_globals()):
+        with admitted:
             checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         raise CheckpointError(
             "a checkpoint that cannot be read safely",
             got=f"{path} {_reason(error)}",
             expected="tensors, numbers, strings and containers alone",
             remedy="Do not load files from sources that you do not trust. If this one is yours, copy it again.",
         ) from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("network_weights"), dict):
+    needed = {"network_weights": dict, "current_epoch": int}
+    if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k), t) for k, t in needed.items()):
         raise CheckpointError(
             "not a checkpoint of nnU-Net v2",
             got=f"{path}: {_describe(checkpoint)}",
-            expected="a dictionary with 'network_weights'",
+            expected="a dictionary with 'network_weights' and 'current_epoch'",
             remedy="Give a checkpoint_*.pth that nnUNetv2_train wrote.",
         )
     return checkpoint

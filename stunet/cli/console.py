@@ -28,7 +28,8 @@ class ListOptionsCommand(TyperCommand):
         n_values = 0
         for arg in args:
             if arg.startswith("-"):
-                current, n_values = (arg if arg in names else None), 0
+                name, has_value, _ = arg.partition("=")
+                current, n_values = (name if name in names else None), int(bool(has_value))
             elif current is not None:
                 if n_values:
                     expanded.append(current)

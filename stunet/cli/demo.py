@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ __all__ = ["demo"]
 
 _DATASET_ID = 1
 _PLANS = "STUNetPlans_demo"
-_CONFIGURATION = "3d_fullres"
+_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 #: Patches larger than this take too long on a CPU; voxels.
 _MAX_PATCH_ON_CPU = 64**3
 
@@ -36,17 +37,21 @@ def demo(
     ] = None,
     epochs: Annotated[int, typer.Option(help="Epochs of 20 iterations.", min=1)] = 12,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the phantoms and of the choice of unseen cases.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the phantoms and of the choice of unseen cases.", min=0)] = 0,
 ) -> None:
     """Train a STU-Net, predict cases it has not seen and score them: on phantoms, or on a dataset of yours.
 
     Every step is a command of nnU-Net or of this package, printed as you would type it.
     """
     from stunet.cli.console import stdout
+    from stunet.cli.sizes import choose_size
 
     started = time.monotonic()
-    workspace = _Workspace.make(output, data, seed)
+    if size is not None:
+        choose_size(size, None, None)
     chosen_device = _choose_device(device)
+    workspace = _Workspace.make(output, data, seed)
+    workspace.print_exports()
     _train(workspace, size, epochs, chosen_device)
     predictions = _predict(workspace, chosen_device)
     summary = _evaluate(workspace, predictions)
@@ -65,10 +70,12 @@ class _Workspace:
     Attributes:
         root: The output folder.
         dataset_name: For example ``Dataset001_Phantoms``.
+        configuration: ``3d_fullres``, or ``2d`` where the images are flat.
     """
 
     root: Path
     dataset_name: str
+    configuration: str
 
     @property
     def dataset(self) -> Path:
@@ -80,7 +87,7 @@ class _Workspace:
 
     @property
     def model(self) -> Path:
-        return self.root / "nnUNet_results" / self.dataset_name / f"STUNetTrainer__{_PLANS}__{_CONFIGURATION}"
+        return self.root / "nnUNet_results" / self.dataset_name / f"STUNetTrainer__{_PLANS}__{self.configuration}"
 
     @property
     def dataset_json(self) -> dict[str, Any]:
@@ -90,69 +97,85 @@ class _Workspace:
     def log(self) -> Path:
         return self.root / "output.log"
 
+    @property
+    def environment(self) -> dict[str, str]:
+        from stunet.cli.env import trainers_folder
+
+        return {
+            **{name: str(self.root / name) for name in _FOLDERS},
+            "nnUNet_extTrainer": str(trainers_folder()),
+            "nnUNet_n_proc_DA": "1",
+            "nnUNet_def_n_proc": "2",
+            "nnUNet_compile": "f",  # on CUDA, compiling would take longer than the training
+        }
+
     @classmethod
     def make(cls, output: Path, data: Path | None, seed: int) -> _Workspace:
         from stunet.cli.console import stdout
-        from stunet.datasets import hold_out, read_raw_dataset, write_phantom_dataset
-        from stunet.errors import DatasetError
+        from stunet.datasets import check_hold_out, hold_out, read_image, read_raw_dataset, write_phantom_dataset
+        from stunet.errors import UsageError
 
-        dataset = None if data is None else read_raw_dataset(data)
-        root = output.resolve()
+        root, name, configuration = output.resolve(), "Phantoms", "3d_fullres"
+        if data is not None:
+            dataset = read_raw_dataset(data)
+            n_held_out = min(4, max(1, len(dataset.cases) // 5))
+            check_hold_out(dataset, n_held_out)
+            name = dataset.folder.name.partition("_")[2] or dataset.folder.name
+            first_image = next(iter(dataset.cases.values()))[0][0]
+            configuration = "2d" if read_image(first_image)[0].shape[0] == 1 else "3d_fullres"
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
-            raise DatasetError(
+            raise UsageError(
                 "the output folder is in use",
                 got=root,
                 expected="a folder that does not exist, or an empty one",
                 remedy="Remove it, or choose another one with -o.",
             )
-        name = "Phantoms" if dataset is None else dataset.folder.name.partition("_")[2] or dataset.folder.name
-        workspace = cls(root, f"Dataset{_DATASET_ID:03d}_{name}")
-        for folder in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        workspace = cls(root, f"Dataset{_DATASET_ID:03d}_{name}", configuration)
+        for folder in _FOLDERS:
             (root / folder).mkdir(parents=True, exist_ok=True)
-        if dataset is None:
+        if data is None:
             stdout.print("Making 20 phantoms to train on and 4 to test on …", highlight=False)
             write_phantom_dataset(workspace.dataset, n_training=20, n_test=4, seed=seed)
         else:
-            n_held_out = min(4, max(1, len(dataset.cases) // 5))
-            workspace.dataset.mkdir()
             cases = hold_out(dataset, workspace.dataset, n_held_out=n_held_out, seed=seed)
             stdout.print(f"Holding out {', '.join(cases)} to test on.", highlight=False)
         return workspace
 
+    def print_exports(self) -> None:
+        """Show what makes the commands that follow work in a shell of the user's."""
+        from stunet.cli.console import stdout
+
+        stdout.print()
+        for name, value in self.environment.items():
+            stdout.print(f"$ export {name}={shlex.quote(value)}", style="bold", highlight=False, soft_wrap=True)
+
     def run(self, *command: str | Path) -> None:
-        from stunet.cli.env import trainers_folder
         from stunet.cli.runner import run_command
 
-        environment = {name: str(self.root / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-        environment |= {"nnUNet_extTrainer": str(trainers_folder()), "nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "2"}
-        environment["nnUNet_compile"] = "f"  # on CUDA, compiling would take longer than the training
-        run_command([str(part) for part in command], environment=environment, log=self.log)
+        run_command([str(part) for part in command], environment=self.environment, log=self.log)
 
 
 def _train(workspace: _Workspace, size: str | None, epochs: int, device: str) -> None:
-    d = str(_DATASET_ID)
-    workspace.run("nnUNetv2_plan_and_preprocess", "-d", d, "-c", _CONFIGURATION, "-npfp", "2", "-np", "2")
+    d, c = str(_DATASET_ID), workspace.configuration
+    workspace.run("nnUNetv2_plan_and_preprocess", "-d", d, "-c", c, "-npfp", "2", "-np", "2")
     network = ["--size", size] if size else ["--depth", "1", "--width", "8"]
     settings = {
         "num_epochs": epochs,
         "num_iterations_per_epoch": 20,
         "num_val_iterations_per_epoch": 4,
-        "batch_size": 2,
         "oversample_foreground_percent": 0.5,
-        **_patch_for(workspace, device),
+        **_batch_for(workspace, device),
     }
     assignments = [f"{key}={value}" for key, value in settings.items()]
-    workspace.run("stunet", "plan", "-d", d, "-c", _CONFIGURATION, *network, "--name", _PLANS, "--set", *assignments)
-    workspace.run(
-        "nnUNetv2_train", d, _CONFIGURATION, "0", "-p", _PLANS, "-tr", "STUNetTrainer", "-device", device
-    )  # fmt: skip
+    workspace.run("stunet", "plan", "-d", d, "-c", c, *network, "--name", _PLANS, "--set", *assignments)
+    workspace.run("nnUNetv2_train", d, c, "0", "-p", _PLANS, "-tr", "STUNetTrainer", "-device", device)
 
 
 def _predict(workspace: _Workspace, device: str) -> Path:
     predictions = workspace.root / "predictions"
     workspace.run(
         "nnUNetv2_predict", "-i", workspace.dataset / "imagesTs", "-o", predictions, "-d", str(_DATASET_ID),
-        "-c", _CONFIGURATION, "-f", "0", "-p", _PLANS, "-tr", "STUNetTrainer", "-device", device,
+        "-c", workspace.configuration, "-f", "0", "-p", _PLANS, "-tr", "STUNetTrainer", "-device", device,
         "-npp", "1", "-nps", "1",
     )  # fmt: skip
     return predictions
@@ -186,27 +209,26 @@ def _print_dice(rows: Sequence[StructureDice]) -> None:
 
 
 def _draw(workspace: _Workspace, predictions: Path) -> Path:
-    from stunet.datasets import read_image
+    from stunet.datasets import exclusive_labels, read_image
     from stunet.reports import side_by_side
 
     ending = workspace.dataset_json["file_ending"]
+    names, merge = exclusive_labels(workspace.dataset_json)
     cases: list[Any] = []
     for truth in sorted((workspace.dataset / "labelsTs").glob(f"*{ending}"))[:3]:
         name = truth.name.removesuffix(ending)
         image, spacing = read_image(workspace.dataset / "imagesTs" / f"{name}_0000{ending}")
-        cases.append((name, image, read_image(truth)[0], read_image(predictions / truth.name)[0]))
-    labels = workspace.dataset_json["labels"]
-    values = {k: v if isinstance(v, int) else v[-1] for k, v in labels.items() if k != "ignore"}
+        cases.append((name, image, merge(read_image(truth)[0]), read_image(predictions / truth.name)[0]))
     path = workspace.root / "demo.png"
-    side_by_side(cases, values, path, spacing=spacing)
+    side_by_side(cases, names, path, spacing=spacing)
     return path
 
 
 def _choose_device(device: str) -> str:
-    from stunet.errors import SettingsError
+    from stunet.errors import UsageError
 
     if device not in ("auto", "cpu", "cuda", "mps"):
-        raise SettingsError("unknown device", got=device, expected="auto, cpu, cuda or mps", remedy="Correct --device.")
+        raise UsageError("unknown device", got=device, expected="auto, cpu, cuda or mps", remedy="Correct --device.")
     if device != "auto":
         return device
     import torch
@@ -214,19 +236,22 @@ def _choose_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _patch_for(workspace: _Workspace, device: str) -> dict[str, Any]:
-    """A smaller patch where nnU-Net's would take too long on a CPU."""
+def _batch_for(workspace: _Workspace, device: str) -> dict[str, Any]:
+    """A batch, and where nnU-Net's patch would take too long on a CPU a smaller one."""
     import math
 
-    from stunet.planning import load_plans, resolve_configuration
+    from stunet.network import total_stride
+    from stunet.planning import fit_strides, load_plans, resolve_configuration
 
-    configuration = resolve_configuration(load_plans(workspace.preprocessed / "nnUNetPlans.json"), _CONFIGURATION)
+    plans = load_plans(workspace.preprocessed / "nnUNetPlans.json")
+    configuration = resolve_configuration(plans, workspace.configuration)
     patch = list(configuration["patch_size"])
+    if len(patch) == 2:
+        return {"batch_size": min(8, configuration["batch_size"])}
     if device != "cpu" or math.prod(patch) <= _MAX_PATCH_ON_CPU:
-        return {}
-    strides = configuration["architecture"]["arch_kwargs"]["strides"][:6]
-    step = [math.prod(axis) for axis in zip(*strides, strict=True)]
+        return {"batch_size": 2}
+    step = total_stride(fit_strides(configuration["architecture"]["arch_kwargs"]["strides"]))
     while math.prod(patch) > _MAX_PATCH_ON_CPU and any(n > s for n, s in zip(patch, step, strict=True)):
-        axis = max(range(3), key=lambda i: patch[i] / step[i])
+        axis = max(range(len(patch)), key=lambda i: patch[i] / step[i])
         patch[axis] -= step[axis]
-    return {"patch_size": str(patch).replace(" ", "")}
+    return {"batch_size": 2, "patch_size": str(patch).replace(" ", "")}

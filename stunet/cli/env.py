@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Shell", "detect_shell", "env", "trainers_folder"]
+__all__ = ["Shell", "env", "trainers_folder"]
 
 _VARIABLE = "nnUNet_extTrainer"
 
@@ -26,7 +26,7 @@ class Shell(str, Enum):
 
 def env(
     shell: Annotated[
-        Shell | None, typer.Option(help="Syntax to print; that of the shell in $SHELL by default. zsh is as bash.")
+        Shell | None, typer.Option(help="Syntax to print; bash, which zsh shares, or powershell on Windows by default.")
     ] = None,
 ) -> None:
     """Print the line that makes nnUNetv2_train find STUNetTrainer: eval "$(stunet env)".
@@ -36,7 +36,7 @@ def env(
     folders = [folder for folder in os.environ.get(_VARIABLE, "").split(os.pathsep) if folder]
     ours = str(trainers_folder())
     value = os.pathsep.join([ours, *(folder for folder in folders if folder != ours)])
-    typer.echo(_LINES[shell or detect_shell()](value))
+    typer.echo(_LINES[shell or _default_shell()](value))
 
 
 def trainers_folder() -> Path:
@@ -47,14 +47,9 @@ def trainers_folder() -> Path:
     return Path(spec.origin).resolve().parent
 
 
-def detect_shell() -> Shell:
-    """The shell that the user most likely types in."""
-    name = Path(os.environ.get("SHELL", "")).name
-    if name == "fish":
-        return Shell.fish
-    if name in ("pwsh", "powershell") or (os.name == "nt" and not name):
-        return Shell.powershell
-    return Shell.bash
+def _default_shell() -> Shell:
+    # $SHELL is the login shell, not the one that runs a script; and fish understands bash's line too.
+    return Shell.powershell if os.name == "nt" else Shell.bash
 
 
 def _powershell_quote(value: str) -> str:

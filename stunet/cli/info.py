@@ -28,14 +28,14 @@ def info(
 ) -> None:
     """Show parameters, multiply-accumulates and estimated memory of each size."""
     from stunet.cli.sizes import choose_size
-    from stunet.network import SIZES, find_size
+    from stunet.network import SIZES
 
     patch_size = _parse_patch(patch)
     _check_choice("precision", precision, ("fp32", "amp"))
-    if depth is not None or width is not None:
-        sizes = [choose_size(None, depth, width)]
+    if depth is None and width is None:
+        sizes = [choose_size(name, None, None) for name in size or SIZES]
     else:
-        sizes = [find_size(name) for name in size or SIZES]
+        sizes = [choose_size(size[0] if size else None, depth, width)]
     settings: dict[str, Any] = {
         "patch_size": patch_size,
         "batch_size": batch,
@@ -112,10 +112,10 @@ def _parse_patch(text: str) -> list[int]:
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    from stunet.errors import SettingsError
+    from stunet.errors import UsageError
 
     if value not in choices:
-        raise SettingsError(
+        raise UsageError(
             f"unknown {name}",
             got=value,
             expected=f"one of {', '.join(choices)}",

@@ -41,9 +41,11 @@ def plan(
     Where nnU-Net has not planned the dataset yet, its own planner runs first.
     """
     from stunet.cli.sizes import choose_size
+    from stunet.errors import UsageError
     from stunet.planning import (
         find_dataset,
         find_plans,
+        list_presets,
         load_plans,
         load_preset,
         parse_settings,
@@ -52,21 +54,24 @@ def plan(
         write_plans,
     )
 
+    chosen = choose_size(size, depth, width)
     given = parse_settings(settings or [])
-    if depth is None and width is None:
-        preset = load_preset(size or "base")
-        chosen, given = preset.size, {**preset.settings, **given}
-    else:
-        chosen = choose_size(size, depth, width)
+    if chosen.name in list_presets():
+        given = {**load_preset(chosen.name).settings, **given}
     dataset_name = find_dataset(dataset)
-    source = find_plans(dataset_name, plans)
+    source, target = find_plans(dataset_name, plans), find_plans(dataset_name, name or f"STUNetPlans_{chosen.name}")
+    if target == source:
+        raise UsageError(
+            "new plans under the name of those that they are made from",
+            got=f"--name {name}",
+            expected=f"another name than {plans}",
+            remedy="Choose another name with --name; the data that nnU-Net has preprocessed is used all the same.",
+        )
     if not source.is_file():
         plan_with_nnunet(dataset_name, plans, num_processes=num_processes)
-    new_name = name or f"STUNetPlans_{chosen.name}"
     rewritten = rewrite_plans(
-        load_plans(source), size=chosen, plans_name=new_name, configurations=configurations, settings=given
+        load_plans(source), size=chosen, plans_name=target.stem, configurations=configurations, settings=given
     )
-    target = find_plans(dataset_name, new_name)
     written = write_plans(rewritten, target, overwrite=overwrite)
     _report(rewritten, target, written=written)
 
@@ -75,13 +80,18 @@ def _report(plans: dict[str, Any], path: Path, *, written: bool) -> None:
     from rich.table import Table
 
     from stunet.cli.console import stdout
+    from stunet.errors import PlansError
     from stunet.planning import SETTINGS_KEY, is_stunet, plans_size, resolve_configuration
 
     table = Table("configuration", "network", "patch", "batch", "strides")
     trainable: list[str] = []
     settings: dict[str, list[str]] = {}
     for name in plans["configurations"]:
-        resolved = resolve_configuration(plans, name)
+        try:
+            resolved = resolve_configuration(plans, name)
+        except PlansError:  # of a kind that we leave alone
+            table.add_row(name, "(unchanged)", "", "", "")
+            continue
         network = f"{resolved['architecture']['network_class_name'].rsplit('.')[-1]} (unchanged)"
         if is_stunet(resolved):
             network = f"STU-Net {plans_size(resolved).name}"

@@ -33,7 +33,7 @@ def run_command(command: Sequence[str], *, environment: Mapping[str, str], log: 
 
     Args:
         command: The script's name and its arguments.
-        environment: Variables to add to the process's environment.
+        environment: Variables to add to the process's environment, from which nnU-Net's own are taken out.
         log: File that the output is appended to.
 
     Raises:
@@ -41,9 +41,10 @@ def run_command(command: Sequence[str], *, environment: Mapping[str, str], log: 
     """
     stdout.print(f"\n$ {shlex.join(command)}", style="bold", highlight=False, soft_wrap=True)
     started = time.monotonic()
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("nnUNet_")}
     process = subprocess.Popen(  # noqa: S603 - a script of an installed package, no shell
         [sys.executable, "-c", _launcher(command[0]), *command[1:]],
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+        env={**inherited, "PYTHONUNBUFFERED": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
@@ -82,7 +83,9 @@ def _launcher(script: str) -> str:
         )
     module, function = found[0].value.split(":")
     # Spawned workers do not import the code given to -c again, so it needs no guard.
-    return f"import sys; sys.argv[0] = {script!r}; from {module} import {function}; sys.exit({function}())"
+    # -c puts the working folder on the path, where a folder of the package's name would be imported instead.
+    prepare = f"import sys; sys.path[:] = [p for p in sys.path if p]; sys.argv[0] = {script!r}"
+    return f"{prepare}; from {module} import {function}; sys.exit({function}())"
 
 
 def _follow(process: subprocess.Popen[str], file: TextIO, last_lines: deque[str], started: float) -> None:

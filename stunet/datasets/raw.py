@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from stunet.errors import DatasetError
 from stunet.files import write_json
 
-__all__ = ["RawDataset", "hold_out", "read_image", "read_raw_dataset"]
+__all__ = ["RawDataset", "check_hold_out", "exclusive_labels", "hold_out", "read_image", "read_raw_dataset"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,21 @@ def read_raw_dataset(folder: str | os.PathLike[str]) -> RawDataset:
     return RawDataset(folder, dataset_json, cases)
 
 
+def check_hold_out(dataset: RawDataset, n_held_out: int) -> None:
+    """Check that enough cases are left when some are held out.
+
+    Raises:
+        DatasetError: Fewer than five cases would be left for nnU-Net's five folds.
+    """
+    if len(dataset.cases) - n_held_out < 5:
+        raise DatasetError(
+            "too few cases",
+            got=f"{len(dataset.cases)} cases, of which {n_held_out} shall be held out",
+            expected="five or more left for training, as nnU-Net makes five folds",
+            remedy="Add cases.",
+        )
+
+
 def hold_out(dataset: RawDataset, folder: str | os.PathLike[str], *, n_held_out: int, seed: int = 0) -> list[str]:
     """Write a dataset that trains on some cases of another and tests on the rest; training images stay in place.
 
@@ -84,13 +100,7 @@ def hold_out(dataset: RawDataset, folder: str | os.PathLike[str], *, n_held_out:
     Raises:
         DatasetError: Fewer than five cases would be left for nnU-Net's five folds.
     """
-    if len(dataset.cases) - n_held_out < 5:
-        raise DatasetError(
-            "too few cases",
-            got=f"{len(dataset.cases)} cases, of which {n_held_out} shall be held out",
-            expected="five or more left for training, as nnU-Net makes five folds",
-            remedy="Add cases.",
-        )
+    check_hold_out(dataset, n_held_out)
     names = sorted(dataset.cases)
     held_out = sorted(np.random.default_rng(seed).choice(names, n_held_out, replace=False).tolist())
     folder, ending = Path(folder), dataset.dataset_json["file_ending"]
@@ -125,3 +135,32 @@ def read_image(path: str | os.PathLike[str]) -> tuple[npt.NDArray[Any], tuple[fl
     volume, properties = reader.read_images([str(path)])
     z, y, x = (float(s) for s in properties["spacing"])
     return volume[0], (z, y, x)
+
+
+def exclusive_labels(
+    dataset_json: dict[str, Any],
+) -> tuple[dict[str, int], Callable[[npt.NDArray[Any]], npt.NDArray[Any]]]:
+    """Names for the label values that predictions of a dataset have, and a function that merges truth into these.
+
+    Regions overlap; nnU-Net writes them into one label map in the order of ``regions_class_order``, later ones over
+    earlier ones. Truth has the dataset's own values, which may be finer.
+
+    Args:
+        dataset_json: Content of a ``dataset.json``, with regions or without.
+
+    Returns:
+        Label value by name, and the function.
+    """
+    labels = {name: value for name, value in dataset_json["labels"].items() if name != "ignore"}
+    if "regions_class_order" not in dataset_json:
+        return labels, lambda truth: truth
+    regions = [(name, v if isinstance(v, list) else [v]) for name, v in labels.items() if v not in (0, [0])]
+    names = {name: value for (name, _), value in zip(regions, dataset_json["regions_class_order"], strict=True)}
+
+    def merge(truth: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        merged = np.zeros_like(truth)
+        for name, values in regions:
+            merged[np.isin(truth, values)] = names[name]
+        return merged
+
+    return names, merge

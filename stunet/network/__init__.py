@@ -1,6 +1,6 @@
 """STU-Net and what is known of its size: blocks, network, sizes, estimates. Needs torch alone."""
 
-from stunet.network.architecture import ActivationCheckpointing, STUNet, build_stunet
+from stunet.network.architecture import ActivationCheckpointing, STUNet, build_stunet, total_stride
 from stunet.network.estimate import Estimate, Precision, default_strides, estimate
 from stunet.network.sizes import N_STAGES, SIZES, STUNetSize, find_size, size_of
 
@@ -17,4 +17,5 @@ __all__ = [
     "estimate",
     "find_size",
     "size_of",
+    "total_stride",
 ]

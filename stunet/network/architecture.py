@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stunet.errors import ArchitectureError
-from stunet.network.blocks import ConvOp, ResidualBlock, Upsampling
+from stunet.network.blocks import CONV_OPS, ConvOp, ResidualBlock, Upsampling
 from stunet.network.sizes import N_STAGES, STUNetSize, find_size
 
-__all__ = ["ActivationCheckpointing", "STUNet", "build_stunet"]
+__all__ = ["ActivationCheckpointing", "STUNet", "build_stunet", "total_stride"]
 
 ActivationCheckpointing = Literal["none", "encoder", "all"]
 """Where activations are computed again in the backward pass instead of being kept."""
@@ -176,8 +176,7 @@ class STUNet(nn.Module):
         for name, values in (("features_per_stage", features_per_stage), ("n_blocks_per_stage", n_blocks_per_stage)):
             _check_per_stage(name, values, n_stages)
         self.conv_op = conv_op
-        self.n_axes = {nn.Conv2d: 2, nn.Conv3d: 3}[conv_op]
-        full_strides = _check_strides(strides, self.n_axes)
+        full_strides = _check_strides(strides, next(n for n, op in CONV_OPS.items() if op is conv_op))
         self.encoder = STUNetEncoder(conv_op, input_channels, features_per_stage, n_blocks_per_stage, full_strides)
         self.decoder = STUNetDecoder(
             conv_op,
@@ -187,7 +186,7 @@ class STUNet(nn.Module):
             full_strides,
             deep_supervision=deep_supervision,
         )
-        self._total_stride = tuple(math.prod(axis) for axis in zip(*full_strides, strict=True))
+        self._total_stride = total_stride(full_strides)
         self._set_activation_checkpointing(activation_checkpointing)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
@@ -276,6 +275,15 @@ def build_stunet(
         **kwargs,
     )
     return network.apply(network.initialize)
+
+
+def total_stride(strides: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """How much coarser the coarsest stage is than the image, for each axis.
+
+    Args:
+        strides: Stride of each stage for each axis.
+    """
+    return tuple(math.prod(axis) for axis in zip(*strides, strict=True))
 
 
 def _output_channels(module: nn.Module) -> int:

@@ -7,10 +7,12 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-__all__ = ["ResidualBlock", "Upsampling"]
+__all__ = ["CONV_OPS", "ConvOp", "ResidualBlock", "Upsampling"]
 
 ConvOp = type[nn.Conv2d] | type[nn.Conv3d]
 
+#: The convolution for a number of axes.
+CONV_OPS: dict[int, ConvOp] = {2: nn.Conv2d, 3: nn.Conv3d}
 _NORMS: dict[type[nn.Module], type[nn.InstanceNorm2d] | type[nn.InstanceNorm3d]] = {
     nn.Conv2d: nn.InstanceNorm2d,
     nn.Conv3d: nn.InstanceNorm3d,

@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
+from stunet.errors import ArchitectureError
 from stunet.network.architecture import ActivationCheckpointing, STUNet
+from stunet.network.blocks import CONV_OPS
 from stunet.network.sizes import N_STAGES, STUNetSize
 
 __all__ = ["Estimate", "Precision", "default_strides", "estimate"]
@@ -71,19 +73,30 @@ def estimate(
     Raises:
         ArchitectureError: The strides do not divide the patch, or the network is impossible.
     """
+    strides = default_strides(patch_size) if strides is None else strides
     kwargs: dict[str, Any] = {
         "features_per_stage": size.features,
         "n_blocks_per_stage": size.depth,
-        "conv_op": {2: nn.Conv2d, 3: nn.Conv3d}[len(patch_size)],
-        "strides": default_strides(patch_size) if strides is None else strides,
+        "conv_op": CONV_OPS[len(patch_size)],
+        "strides": strides,
         "activation_checkpointing": activation_checkpointing,
     }
-    with torch.device("meta"):
-        network = STUNet(input_channels, num_classes, **kwargs)
-    parameters = sum(p.numel() for p in network.parameters())
     image_shape = (input_channels, *patch_size)
-    macs, inference_peak = _run_inference(network, image_shape, precision)
-    training_peak = _run_training(network, image_shape, batch_size, precision)
+    try:
+        with torch.device("meta"):
+            network = STUNet(input_channels, num_classes, **kwargs)
+        macs, inference_peak = _run_inference(network, image_shape, precision)
+        training_peak = _run_training(network, image_shape, batch_size, precision)
+    except ArchitectureError:
+        raise
+    except (RuntimeError, ValueError) as error:  # PyTorch's own checks, of sizes beyond 64 bits or norms of one voxel
+        raise ArchitectureError(
+            "a network or patch that PyTorch cannot compute",
+            got=f"patch {list(patch_size)}, width {size.width}: {str(error).splitlines()[0]}",
+            expected="more than one voxel at the coarsest stage, and tensors that could exist",
+            remedy="Choose another patch or size.",
+        ) from error
+    parameters = sum(p.numel() for p in network.parameters())
     return Estimate(parameters, macs, training_peak, inference_peak)
 
 

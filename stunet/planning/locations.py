@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments
-from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
+from nnunetv2.utilities.dataset_name_id_conversion import (
+    convert_dataset_name_to_id,
+    find_candidate_datasets,
+    maybe_convert_to_dataset_name,
+)
 
 from stunet.errors import DatasetError, NnUNetPathError, PlansError
 from stunet.files import write_json
@@ -90,8 +95,30 @@ def find_dataset(dataset: str | int) -> str:
 
 
 def find_plans(dataset_name: str, identifier: str) -> Path:
-    """Where the plans with this identifier are or will be, for example ``…/Dataset004_X/nnUNetPlans.json``."""
-    return nnunet_folder("nnUNet_preprocessed") / dataset_name / f"{identifier}.json"
+    """Where the plans with this identifier are or will be, for example ``…/Dataset004_X/nnUNetPlans.json``.
+
+    Raises:
+        PlansError: The identifier is no file name that nnU-Net could use, or names plans of nnU-Net v1.
+        NnUNetPathError: ``nnUNet_preprocessed`` is not set.
+    """
+    folder = nnunet_folder("nnUNet_preprocessed") / dataset_name
+    identifier = identifier.removesuffix(".json")
+    if identifier.endswith(".pkl") or (folder / f"{identifier}.pkl").is_file():
+        raise PlansError(
+            "plans of nnU-Net v1",
+            got=f"{identifier.removesuffix('.pkl')}.pkl",
+            expected="plans of nnU-Net v2, a JSON file",
+            remedy="Plan the dataset again with nnUNetv2_plan_experiment.",
+        )
+    # nnU-Net joins trainer, plans and configuration with two underscores and takes folder names apart there.
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", identifier) or "__" in identifier:
+        raise PlansError(
+            "a name that plans cannot have",
+            got=identifier,
+            expected="letters, digits, single underscores, dots and hyphens",
+            remedy="Choose another name.",
+        )
+    return folder / f"{identifier}.json"
 
 
 def load_plans(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -138,14 +165,24 @@ def plan_with_nnunet(dataset_name: str, identifier: str, *, num_processes: int) 
             remedy="Check --plans.",
         )
     raw = nnunet_folder("nnUNet_raw") / dataset_name
-    if not (raw / "dataset.json").is_file():
+    try:
+        content = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
+        _ = content["channel_names"], content["labels"], content["file_ending"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DatasetError(
             "a dataset that cannot be planned",
-            got=f"no dataset.json in {raw}",
-            expected="an nnU-Net raw dataset",
-            remedy="Put the dataset into nnUNet_raw, or plan it where it is.",
-        )
+            got=f"{raw / 'dataset.json'}: {type(error).__name__}: {error}",
+            expected="an nnU-Net raw dataset, with channel_names, labels and file_ending",
+            remedy="Put the dataset into nnUNet_raw, or complete its dataset.json.",
+        ) from error
     dataset_id = convert_dataset_name_to_id(dataset_name)
+    if len(find_candidate_datasets(dataset_id)) > 1:
+        raise DatasetError(
+            "an id that stands for several datasets, which nnU-Net's planner cannot tell apart",
+            got=", ".join(find_candidate_datasets(dataset_id)),
+            expected="one dataset for each id",
+            remedy="Give one of them another id.",
+        )
     extract_fingerprints([dataset_id], num_processes=num_processes, clean=False)
     plan_experiments([dataset_id], _PLANNERS[identifier])
 

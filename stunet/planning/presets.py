@@ -21,20 +21,19 @@ class Preset:
 
     Attributes:
         name: The file's name without its ending.
-        description: One line for people.
         size: Size of the network.
         settings: Settings, see :data:`stunet.planning.SETTINGS`; those given with ``--set`` go before them.
     """
 
     name: str
-    description: str
     size: STUNetSize
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def list_presets() -> list[str]:
     """Names of all presets, smallest network first."""
-    names = [entry.name.removesuffix(".json") for entry in files("stunet.plans").iterdir() if entry.suffix == ".json"]  # type: ignore[attr-defined]
+    entries = [entry.name for entry in files("stunet.plans").iterdir()]
+    names = [name.removesuffix(".json") for name in entries if name.endswith(".json")]
     return sorted(names, key=lambda name: (load_preset(name).size.width, name))
 
 
@@ -47,11 +46,11 @@ def load_preset(name: str) -> Preset:
     file = files("stunet.plans") / f"{name}.json"
     if not name.isidentifier() or not file.is_file():
         raise ArchitectureError(
-            "unknown size",
+            "unknown preset",
             got=name,
             expected=f"one of {', '.join(list_presets())}",
-            remedy="Choose one of these with --size, or make a size of your own with --depth and --width.",
+            remedy="Choose one of these.",
         )
     content = json.loads(file.read_text(encoding="utf-8"))
     check_settings(content["settings"], source=f"preset {name}")
-    return Preset(name, content["description"], find_size(content["size"]), content["settings"])
+    return Preset(name, find_size(content["size"]), content["settings"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from stunet.errors import PlansError
-from stunet.network import N_STAGES, STUNetSize, size_of
+from stunet.network import N_STAGES, STUNetSize, size_of, total_stride
+from stunet.network.blocks import CONV_OPS
 from stunet.planning.settings import SETTINGS, SETTINGS_KEY, check_settings
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
 Plans = dict[str, Any]
 
 NETWORK_CLASS_NAME = "stunet.network.STUNet"
-_CONV_OPS = {2: "torch.nn.modules.conv.Conv2d", 3: "torch.nn.modules.conv.Conv3d"}
 
 
 def check_plans(plans: Any, *, source: str) -> None:
@@ -77,7 +76,16 @@ def resolve_configuration(plans: Plans, name: str) -> dict[str, Any]:
             expected=f"one of {', '.join(plans['configurations'])}",
             remedy="Choose one of these with -c.",
         )
-    resolved: dict[str, Any] = PlansManager(deepcopy(plans)).get_configuration(name).configuration
+    try:
+        resolved: dict[str, Any] = PlansManager(deepcopy(plans)).get_configuration(name).configuration
+        _ = resolved["architecture"]["arch_kwargs"]["strides"], resolved["patch_size"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise PlansError(
+            f"configuration {name} cannot be read",
+            got=f"{type(error).__name__}: {error}",
+            expected="an architecture with strides and a patch_size, its own or inherited",
+            remedy="Start from plans that nnU-Net's planners for convolutional networks wrote.",
+        ) from error
     return resolved
 
 
@@ -125,37 +133,46 @@ def rewrite_configuration(
     own: dict[str, Any] = deepcopy(plans["configurations"][name])
     if "UNet_class_name" in own:  # plans of nnU-Net < 2.2: nnU-Net has translated the resolved ones
         own = deepcopy(resolved)
-    stored = resolved.get(SETTINGS_KEY, {})
-    check_settings(stored, source=f"configuration {name}, key '{SETTINGS_KEY}'")
-    merged = {**stored, **(settings or {})}
-    check_settings(merged, source="the settings")
-    by_place: dict[str, dict[str, Any]] = {"training": {}, "architecture": {}, "configuration": {}}
-    for key, value in merged.items():
-        by_place[SETTINGS[key].place][key] = value
+    inherited, given = resolved.get(SETTINGS_KEY, {}), dict(settings or {})
+    check_settings(inherited, source=f"configuration {name}, key '{SETTINGS_KEY}'")
+    check_settings(given, source="the settings")
+    # What the configuration itself says goes before what it inherits, whether in its own keys or in its settings.
+    for key, value in {**inherited, **given}.items():
+        if SETTINGS[key].place == "configuration" and (key in given or key in own.get(SETTINGS_KEY, {})):
+            own[key] = value
+        elif SETTINGS[key].place == "configuration":
+            own.setdefault(key, value)
+    strides = fit_strides(resolved["architecture"]["arch_kwargs"]["strides"])
+    _check_patch(name, own.get("patch_size", resolved["patch_size"]), strides)
+    merged = {**inherited, **given}
+    own["architecture"] = _architecture(size, strides, _network_settings(resolved, merged))
+    training = {key: value for key, value in merged.items() if SETTINGS[key].place == "training"}
+    if training or SETTINGS_KEY in own:
+        own[SETTINGS_KEY] = training
+    return own
 
-    architecture = resolved["architecture"]
+
+def _network_settings(resolved: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     kept = {"activation_checkpointing": "none"}
     if is_stunet(resolved):
-        kept = {key: architecture["arch_kwargs"].get(key, value) for key, value in kept.items()}
-    strides = fit_strides(architecture["arch_kwargs"]["strides"])
-    own.update(by_place["configuration"])
-    _check_patch(name, by_place["configuration"].get("patch_size", resolved["patch_size"]), strides)
-    own["architecture"] = {
+        kwargs = resolved["architecture"]["arch_kwargs"]
+        kept = {key: kwargs.get(key, value) for key, value in kept.items()}
+    return {**kept, **{key: value for key, value in settings.items() if SETTINGS[key].place == "architecture"}}
+
+
+def _architecture(size: STUNetSize, strides: list[list[int]], more: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "network_class_name": NETWORK_CLASS_NAME,
         "arch_kwargs": {
             "n_stages": N_STAGES,
             "features_per_stage": list(size.features),
-            "conv_op": _CONV_OPS[len(strides[0])],
+            "conv_op": f"torch.nn.modules.conv.{CONV_OPS[len(strides[0])].__name__}",
             "strides": strides,
             "n_blocks_per_stage": list(size.depth),
-            **kept,
-            **by_place["architecture"],
+            **more,
         },
         "_kw_requires_import": ["conv_op"],
     }
-    if by_place["training"] or SETTINGS_KEY in own:
-        own[SETTINGS_KEY] = by_place["training"]
-    return own
 
 
 def rewrite_plans(
@@ -176,7 +193,7 @@ def rewrite_plans(
         size: Size of the STU-Net.
         plans_name: Name of the new plans, nnU-Net's plans identifier.
         configurations: Which to rewrite; all that have an architecture of their own by default. Those that inherit
-            from one of these follow it.
+            from one of these follow it; those with a settings block of their own get the new settings in it, too.
         settings: Settings to add to each of them.
 
     Raises:
@@ -195,9 +212,26 @@ def rewrite_plans(
             expected="at least one configuration with an architecture",
             remedy="Plan the dataset again with nnUNetv2_plan_experiment.",
         )
-    for name in configurations:
+    followers = [name for name in _followers(plans, configurations) if SETTINGS_KEY in plans["configurations"][name]]
+    for name in (*configurations, *followers):
         rewritten["configurations"][name] = rewrite_configuration(plans, name, size=size, settings=settings)
+    for name in _followers(plans, configurations):
+        resolved = resolve_configuration(rewritten, name)
+        _check_patch(name, resolved["patch_size"], resolved["architecture"]["arch_kwargs"]["strides"])
     return rewritten
+
+
+def _followers(plans: Plans, configurations: Sequence[str]) -> list[str]:
+    """Configurations whose architecture is inherited, at whatever remove, from one of these."""
+
+    def source(name: str) -> str:
+        own = plans["configurations"][name]
+        return name if has_own_architecture(own) or name in configurations else source(own["inherits_from"])
+
+    inheriting = [n for n, own in plans["configurations"].items() if "inherits_from" in own and n not in configurations]
+    for name in inheriting:
+        resolve_configuration(plans, name)  # refuses circles and parents that do not exist
+    return [name for name in inheriting if source(name) in configurations]
 
 
 def _check_patch(name: str, patch_size: Sequence[int], strides: Sequence[Sequence[int]]) -> None:
@@ -206,9 +240,9 @@ def _check_patch(name: str, patch_size: Sequence[int], strides: Sequence[Sequenc
             f"a patch of {len(patch_size)} axes in configuration {name}",
             got=list(patch_size),
             expected=f"{len(strides[0])} axes, as its strides have",
-            remedy="Correct patch_size.",
+            remedy=f"Correct patch_size, or leave {name} out: -c names the configurations that settings are for.",
         )
-    total = [math.prod(axis) for axis in zip(*strides, strict=True)]
+    total = list(total_stride(strides))
     if list(patch_size) == total:
         raise PlansError(
             f"a patch that leaves one voxel at the coarsest stage of configuration {name}, too few for its norms",

@@ -97,6 +97,13 @@ def check_settings(settings: Mapping[str, Any], *, source: str) -> None:
     Raises:
         SettingsError: A setting that does not exist, or a value that it cannot have.
     """
+    if not isinstance(settings, Mapping):
+        raise SettingsError(
+            f"settings that are no object in {source}",
+            got=json.dumps(settings),
+            expected='an object, for example {"num_epochs": 200}',
+            remedy="Correct or remove them.",
+        )
     for name, value in settings.items():
         if name not in SETTINGS:
             close = difflib.get_close_matches(name, SETTINGS, n=1)

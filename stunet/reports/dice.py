@@ -47,15 +47,15 @@ def read_dice(summary: str | os.PathLike[str], labels: Mapping[str, Any]) -> lis
     for name, value in labels.items():
         if name == "ignore" or value in (0, [0]):
             continue
-        key = str(tuple(value)) if isinstance(value, list | tuple) and len(value) > 1 else str(_scalar(value))
-        scores = [case["metrics"][key]["Dice"] for case in cases if key in case["metrics"]]
-        scores = [score for score in scores if score is not None and not math.isnan(score)]
+        keys = [str(value)] if isinstance(value, int) else [str(tuple(value)), *map(str, value[:1])]
+        scores = []
+        for case in cases:
+            # A region of one value counts as a region only where others have several.
+            score = next((case["metrics"][key]["Dice"] for key in keys if key in case["metrics"]), None)
+            if score is not None and not math.isnan(score):
+                scores.append(score)
         mean = sum(scores) / len(scores) if scores else math.nan
         rows.append(
             StructureDice(name, mean, min(scores, default=math.nan), max(scores, default=math.nan), len(scores))
         )
     return rows
-
-
-def _scalar(value: Any) -> Any:
-    return value[0] if isinstance(value, list | tuple) else value

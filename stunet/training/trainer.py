@@ -120,32 +120,33 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         Raises:
             CheckpointError: Truncated, no checkpoint, asks for code to be run, or of another network.
         """
-        path = _last_whole(Path(filename_or_checkpoint))
+        path = self._last_whole(Path(filename_or_checkpoint))
         if not self.was_initialized:
             self.initialize()
         check_weights(read_checkpoint(path)["network_weights"], self._plain_network().state_dict(), source=path)
-        self.print_to_log_file(f"Continuing from {path.name}")
         # The base class unpickles without restraint, which is safe now: the same file passed the restricted reader.
         super().load_checkpoint(str(path))
+
+    def _last_whole(self, requested: Path) -> Path:
+        best = requested.with_name("checkpoint_best.pth")
+        if requested.name != "checkpoint_latest.pth" or not best.is_file():
+            return requested
+        epochs: dict[Path, int] = {}
+        errors: list[CheckpointError] = []
+        for path in (requested, best):
+            try:
+                epochs[path] = read_checkpoint(path)["current_epoch"]
+            except CheckpointError as error:
+                errors.append(error)
+                self.print_to_log_file(f"Passing over {path.name}: {error}")
+        if not epochs:
+            raise errors[0]
+        # On equal epochs the best one: it was written last and knows of itself as the best.
+        chosen = max(epochs, key=lambda path: (epochs[path], path == best))
+        found = ", ".join(f"{path.name} after epoch {epoch - 1}" for path, epoch in epochs.items())
+        self.print_to_log_file(f"Found {found}; continuing from {chosen.name}")
+        return chosen
 
     def _plain_network(self) -> nn.Module:
         network = self.network.module if self.is_ddp else self.network
         return network._orig_mod if isinstance(network, OptimizedModule) else network
-
-
-def _last_whole(requested: Path) -> Path:
-    if requested.name != "checkpoint_latest.pth":
-        return requested
-    best = requested.with_name("checkpoint_best.pth")
-    epochs: dict[Path, int] = {}
-    first_error: CheckpointError | None = None
-    for path in (requested, best):
-        try:
-            epochs[path] = read_checkpoint(path)["current_epoch"]
-        except CheckpointError as error:
-            first_error = first_error or error
-    if not epochs:
-        assert first_error is not None
-        raise first_error
-    # On equal epochs the best one: it was written last and knows of itself as the best.
-    return max(epochs, key=lambda path: (epochs[path], path == best))
