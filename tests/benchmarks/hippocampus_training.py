@@ -13,15 +13,13 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
-from threading import Event, Thread
 
-import psutil
+from processes import run
 
 ROOT = Path(__file__).resolve().parents[2]
 DATASET = "Dataset004_Hippocampus"
@@ -77,42 +75,6 @@ def make_environment(root: Path) -> dict[str, str]:
         Path(folder).mkdir()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, **folders, "PATH": path, "nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "2"}
-
-
-def run(line: str, environment: dict[str, str]) -> int:
-    """Run a line of shell, its output going to standard error, and return the peak memory of all its processes."""
-    process = subprocess.Popen(["bash", "-c", line], env=environment, stdout=sys.stderr)
-    peak, finished = 0, Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not finished.wait(0.5):
-            peak = max(peak, tree_memory(process.pid))
-
-    watcher = Thread(target=watch)
-    watcher.start()
-    status = process.wait()
-    finished.set()
-    watcher.join()
-    if status != 0:
-        sys.exit(f"failed with status {status}: {line}")
-    return peak
-
-
-def tree_memory(pid: int) -> int:
-    """Bytes of a process and its children; what they share is counted once (proportional set size)."""
-    total = 0
-    try:
-        parent = psutil.Process(pid)
-        for process in (parent, *parent.children(recursive=True)):
-            try:
-                memory = process.memory_full_info()
-                total += getattr(memory, "pss", memory.uss)
-            except psutil.Error:
-                continue
-    except psutil.Error:
-        pass
-    return total
 
 
 if __name__ == "__main__":
