@@ -1,15 +1,17 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_path", "remove_leftovers", "write_json"]
+__all__ = ["atomic_folder", "atomic_path", "remove_leftovers", "write_json"]
 
 
 @contextmanager
@@ -39,6 +41,45 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         _fsync(path.parent, os.O_RDONLY)
 
 
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path`` that takes its place when the block ends without an error.
+
+    All files and folders in it are on disk (fsync) before it is renamed. An error inside the block, a full disk for
+    example, removes the temporary folder with all that is in it.
+
+    Args:
+        path: Where the finished folder shall be. Folders above it are made where they are missing.
+
+    Yields:
+        An empty folder to write to, on the same file system.
+
+    Raises:
+        FileExistsError: Something stands at ``path``, before the block or after it.
+    """
+    path = Path(path)
+    _refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        folders = [temporary, *(entry for entry in temporary.rglob("*") if entry.is_dir())]
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _fsync(file, os.O_RDWR)
+        if os.name == "posix":
+            for folder in folders:
+                _fsync(folder, os.O_RDONLY)
+        _refuse_existing(path)  # a rename would silently replace an empty folder
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if os.name == "posix":
+        _fsync(path.parent, os.O_RDONLY)
+
+
 def remove_leftovers(folder: str | os.PathLike[str], name: str) -> list[Path]:
     """Remove what :func:`atomic_path` left behind in ``folder`` when its process was killed.
 
@@ -61,6 +102,11 @@ def write_json(content: Any, path: str | os.PathLike[str]) -> None:
     """Write ``content`` as JSON with nnU-Net's indentation, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=4, sort_keys=False) + "\n", encoding="utf-8")
+
+
+def _refuse_existing(path: Path) -> None:
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
 
 def _fsync(path: Path, flags: int) -> None:
