@@ -15,7 +15,7 @@ from stunet.network import N_STAGES, STUNet, STUNetSize, size_of
 
 __all__ = ["Architecture", "infer_architecture"]
 
-_CONV_OPS = {4: nn.Conv2d, 5: nn.Conv3d}  # by the axes of a kernel
+_CONV_OPS: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {4: nn.Conv2d, 5: nn.Conv3d}  # by the axes of a kernel
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ are not.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -52,12 +52,12 @@ class PickledDtype:
             self.dtype = self.dtype.newbyteorder(state[1])
 
 
-class PickledArray(np.ndarray):  # type: ignore[type-arg]
+class PickledArray(np.ndarray):
     """An array that takes its content from checked bytes; empty until then."""
 
     def __new__(cls) -> PickledArray:
         """Make an empty array. Without arguments, so that a pickle cannot ask for memory."""
-        return super().__new__(cls, (0,), dtype=np.uint8)
+        return cast(PickledArray, super().__new__(cls, (0,), dtype=np.uint8))
 
     def __setstate__(self, state: Any) -> None:
         """Take shape, type and bytes.
@@ -73,7 +73,7 @@ class PickledArray(np.ndarray):  # type: ignore[type-arg]
         _, shape, dtype, fortran, raw = state
         array = _from_bytes(raw, dtype, shape)
         # All values are checked, and the dtype is numpy's own object: its setstate gets nothing out of the file.
-        super().__setstate__((1, array.shape, array.dtype, bool(fortran), array.tobytes()))  # type: ignore[misc]
+        super().__setstate__((1, array.shape, array.dtype, bool(fortran), array.tobytes()))  # type: ignore[arg-type]
 
 
 def _from_bytes(raw: Any, dtype: Any, shape: Any) -> np.ndarray[Any, Any]:
@@ -104,8 +104,8 @@ def _frombuffer(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray[Any,
     """What ``numpy.core.numeric._frombuffer`` is called for in pickles of protocol 5."""
     if order not in ("C", "F"):
         raise ValueError("a numpy.ndarray with an unknown order")
-    array = _from_bytes(raw, dtype, shape)
-    return array.reshape(-1).reshape(shape, order=order)
+    flat = _from_bytes(raw, dtype, shape).reshape(-1)
+    return cast("np.ndarray[Any, Any]", flat.reshape(shape, order=order))
 
 
 NUMPY_GLOBALS: dict[str, Any] = {

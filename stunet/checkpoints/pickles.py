@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from stunet.checkpoints.extent import check_extent
 from stunet.checkpoints.numpy_values import NUMPY_GLOBALS, PickledArray, PickledDtype
 from stunet.errors import CheckpointError
 
@@ -35,6 +36,11 @@ def _latin1(text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes() -> bytes:
+    """What ``bytes`` is called for in pickles of protocol 2: nothing at all."""
+    return b""
+
+
 def _make_set(items: Any = ()) -> set[Any]:
     return {_key(item) for item in items}
 
@@ -50,6 +56,7 @@ def _ordered_dict() -> OrderedDict[Any, Any]:
 _GLOBALS: dict[str, Any] = {
     "collections.OrderedDict": _ordered_dict,
     "_codecs.encode": _latin1,
+    **{f"{module}.bytes": _no_bytes for module in ("builtins", "__builtin__")},
     **{f"{module}.set": _make_set for module in ("builtins", "__builtin__")},
     **{f"{module}.frozenset": _make_frozenset for module in ("builtins", "__builtin__")},
     **NUMPY_GLOBALS,
@@ -160,6 +167,10 @@ class _Machine:
         """The one value that is left at the end."""
         if not self.finished or len(self.stack) != 1:
             raise ValueError("it ends too early")
+        try:
+            check_extent(self.stack[0])
+        except ValueError as error:
+            raise _Refused(str(error)) from None
         return self.stack[0]
 
     def stop(self, _: Any) -> None:
@@ -255,10 +266,12 @@ class _Machine:
             raise _Refused(f"more than {_BUDGET} bytes of memory")
 
 
-_PUSH = frozenset(
-    "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES "
-    "BINBYTES8 BYTEARRAY8 BINSTRING SHORT_BINSTRING INT LONG FLOAT UNICODE".split()
-)
+# fmt: off
+_PUSH = frozenset({
+    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "BINSTRING", "SHORT_BINSTRING",
+})
+# fmt: on
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
     "NEWTRUE": lambda: True,

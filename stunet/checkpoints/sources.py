@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stunet.checkpoints.archives import load_archive
+from stunet.checkpoints.extent import check_extent
 from stunet.checkpoints.inspection import Architecture, infer_architecture
 from stunet.checkpoints.key_map import from_published_key
 from stunet.checkpoints.pickles import read_pickle
@@ -93,7 +95,7 @@ def open_weights(paths: Sequence[str | os.PathLike[str]]) -> SourceWeights:
     architecture = infer_architecture(stored, source=str(path))
     precisions = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()})
     tensors = {key: _finite_float32(name, tensor, path) for key, (name, tensor) in original_names.items()}
-    init_args = content.get("init_args")
+    init_args = _known_args(content.get("init_args"), path)
     axes = content.get("inference_allowed_mirroring_axes")
     epoch = content.get("epoch", content.get("current_epoch"))
     return SourceWeights(
@@ -106,7 +108,7 @@ def open_weights(paths: Sequence[str | os.PathLike[str]]) -> SourceWeights:
         v1_plans=v1_plans,
         v1_init=v1_init,
         pickles=tuple(pickles),
-        init_args=init_args if isinstance(init_args, dict) else {},
+        init_args=init_args,
         mirroring_axes=None if axes is None else tuple(axes),
         epoch=epoch if isinstance(epoch, int) else None,
     )
@@ -181,7 +183,7 @@ def _read_v1(pickles: Sequence[Path]) -> tuple[dict[str, Any], tuple[Any, ...]]:
                 remedy="Give the pickle that was published with the weights, or leave it out.",
             )
         for key in ("normalization_schemes", "use_mask_for_norm", "num_classes", "num_modalities", "transpose_forward"):
-            if key in plans and key in inner and plans[key] != inner[key]:
+            if key in plans and key in inner and _plain(plans[key]) != _plain(inner[key]):
                 raise CheckpointError(
                     "pickles that contradict each other",
                     got=f"{key}: {str(plans[key])[:80]} and, in {path.name}, {str(inner[key])[:80]}",
@@ -193,6 +195,18 @@ def _read_v1(pickles: Sequence[Path]) -> tuple[dict[str, Any], tuple[Any, ...]]:
         # Only plans that were in use name each stage, so those go first whatever the order on the command line.
         plans = {**plans, **inner} if "plans_per_stage" in inner else {**inner, **plans}
     return plans, init
+
+
+def _known_args(init_args: Any, path: Path) -> dict[str, Any]:
+    try:
+        check_extent(init_args)
+    except ValueError as error:
+        raise _bad_tensor(path, f"init_args are {error}") from None
+    return init_args if isinstance(init_args, dict) else {}
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def _strip(state: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
