@@ -25,7 +25,7 @@ __all__ = ["MAX_PICKLE_BYTES", "read_pickle", "unpickle"]
 MAX_PICKLE_BYTES = 16 * 2**20
 """The published pickles have 2 kB. Those with statistics of a thousand cases stay below this too."""
 
-_BUDGET = 4 * MAX_PICKLE_BYTES  # bytes and items that calls may make in all, as one value can be named many times
+_BUDGET = 4 * MAX_PICKLE_BYTES  # bytes that calls may make in all, as they can be given one value many times
 _MARK = object()
 
 
@@ -261,7 +261,8 @@ class _Machine:
 
     def spend(self, made: Any) -> None:
         """Keep account of what calls make, which may be much more than the pickle's bytes."""
-        self.budget -= made.nbytes if isinstance(made, np.ndarray) else len(made) if hasattr(made, "__len__") else 1
+        n_items = len(made) if isinstance(made, set | frozenset | bytes) else 1
+        self.budget -= made.nbytes if isinstance(made, np.ndarray) else 64 * n_items
         if self.budget < 0:
             raise _Refused(f"more than {_BUDGET} bytes of memory")
 

@@ -102,10 +102,7 @@ def _report(source: SourceWeights, description: ModelDescription, card: dict[str
     if card["plans_from"] == "pre-training preset":
         _print_line("No .pkl was given: spacing, patch, strides and normalization are those of the published weights.")
     _print_line("Next, with images named CASE_0000.nii.gz in IMAGES:")
-    mirroring = " --disable_tta" if description.mirroring_axes is None else ""
-    _print_line(
-        f"  nnUNetv2_predict_from_modelfolder -i IMAGES -o PREDICTIONS -m {shlex.quote(str(output))} -f 0{mirroring}"
-    )
+    _print_line(f"  nnUNetv2_predict_from_modelfolder -i IMAGES -o PREDICTIONS -m {shlex.quote(str(output))} -f 0")
 
 
 def _print_line(line: str) -> None:

@@ -19,7 +19,7 @@ from stunet.errors import CheckpointError, PlansError
 from stunet.files import atomic_folder, write_json
 from stunet.labels import Vocabulary
 from stunet.network import STUNetSize
-from stunet.planning.rewrite import check_plans, rewrite_configuration
+from stunet.planning.rewrite import check_plans, resolve_configuration, rewrite_configuration
 from stunet.planning.v1_plans import PRETRAINING, Preparation, read_v1_plans
 
 __all__ = ["CONFIGURATION", "ModelDescription", "describe_model", "make_plans", "write_model_folder"]
@@ -38,7 +38,7 @@ class ModelDescription:
         dataset_json: Content of ``dataset.json``.
         mirroring_axes: Axes that prediction may mirror; None for no mirroring.
         plans_source: Where the plans come from, for people.
-        label_source: Where the names of the outputs come from, for people.
+        label_source: Vocabulary or file that the names of the outputs come from.
     """
 
     plans: dict[str, Any]
@@ -94,7 +94,7 @@ def describe_model(weights: SourceWeights, labels: Vocabulary | None) -> ModelDe
         },
         mirroring_axes=None,  # the published results of direct inference are without
         plans_source=source,
-        label_source=labels.source,
+        label_source=labels.name,
     )
 
 
@@ -168,17 +168,28 @@ def _from_nnunet_v2(weights: SourceWeights, labels: Vocabulary | None) -> ModelD
     if labels is not None:
         dataset_json["labels"] = labels.as_dataset_labels()
         dataset_json.pop("regions_class_order", None)
-    # Keys that nnU-Net passes through the plans while it trains.
-    plans.pop("continue_training", None)
-    plans["configurations"][name] = rewrite_configuration(plans, name, size=weights.architecture.size)
-    _check_heads(plans, name, dataset_json, weights)
+    plans.pop("continue_training", None)  # nnU-Net passes it through the plans while it trains
+    try:
+        # Of foreign plans only what the weights need: others may name networks that are not installed, or worse.
+        configuration = resolve_configuration(plans, name)
+        configuration.pop("inherits_from", None)
+        plans["configurations"] = {name: configuration}
+        plans["configurations"][name] = rewrite_configuration(plans, name, size=weights.architecture.size)
+        _check_heads(plans, name, dataset_json, weights)
+    except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError, IndexError) as error:
+        raise PlansError(
+            "a checkpoint whose plans or dataset description nnU-Net cannot use",
+            got=f"{source}: {type(error).__name__}: {str(error)[:200]}",
+            expected="init_args as nnU-Net v2 writes them",
+            remedy="Take the checkpoint as nnUNetv2_train wrote it.",
+        ) from error
     return ModelDescription(
         plans=plans,
         configuration=name,
         dataset_json=dataset_json,
         mirroring_axes=weights.mirroring_axes,
         plans_source="the checkpoint",
-        label_source="the checkpoint" if labels is None else labels.source,
+        label_source="the checkpoint" if labels is None else labels.name,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -202,7 +203,7 @@ def _numbers(values: Any, kind: type, key: str, source: str, *, at_least: float 
     listed = values.tolist() if isinstance(values, np.ndarray) else values
     if not isinstance(listed, list | tuple) or len(listed) != 3:
         raise _unusable(source, key, values, "three numbers")
-    if not all(isinstance(v, int | float) and at_least <= v < float("inf") for v in listed):
+    if not all(isinstance(v, Real) and at_least <= float(v) < float("inf") for v in listed):
         raise _unusable(source, key, values, "three numbers above 0" if at_least > 0 else "three numbers")
     return [kind(value) for value in listed]
 
