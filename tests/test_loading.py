@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import zipfile
@@ -125,3 +126,16 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
             target.writestr(entry.filename, source.read(entry))
     with pytest.raises(CheckpointError, match="compressed entries"):
         read_checkpoint(tmp_path / "z.pth")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_damaged_anywhere(tmp_path: Path, legacy: bool) -> None:
+    """Whatever bit is flipped: other values or an error of ours, never anything else."""
+    torch.save(checkpoint(), tmp_path / "c.pth", _use_new_zipfile_serialization=not legacy)
+    whole = bytearray((tmp_path / "c.pth").read_bytes())
+    for n in (*range(0, len(whole) - 150, 7), *range(len(whole) - 150, len(whole))):
+        whole[n] ^= 0x41
+        (tmp_path / "c.pth").write_bytes(whole)
+        with contextlib.suppress(CheckpointError):
+            read_checkpoint(tmp_path / "c.pth")
+        whole[n] ^= 0x41

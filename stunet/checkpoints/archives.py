@@ -6,6 +6,7 @@ import os
 import pickle
 import pickletools
 import re
+import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,10 +58,10 @@ def load_archive(path: str | os.PathLike[str]) -> Any:
         )
     with path.open("rb") as file:
         legacy = file.read(len(_LEGACY_START)) == _LEGACY_START
-    if not legacy and not zipfile.is_zipfile(path):
-        # torch.save writes the archive's directory last, so a truncated file has none.
-        raise _truncated(path)
     try:
+        if not legacy and not zipfile.is_zipfile(path):
+            # torch.save writes the archive's directory last, so a truncated file has none.
+            raise _truncated(path)
         names = _names_in_legacy_file(path) if legacy else _names_in_zip(path)
         refused = next((name for name in names if not _ADMITTED.fullmatch(name)), None)
         if refused is not None:
@@ -79,8 +80,9 @@ def load_archive(path: str | os.PathLike[str]) -> Any:
 
 
 _UNREADABLE = (
-    pickle.UnpicklingError, RuntimeError, KeyError, AttributeError, ValueError, TypeError, IndexError, AssertionError,
-    OverflowError, MemoryError,
+    pickle.UnpicklingError, RuntimeError, AttributeError, ValueError, TypeError,
+    OSError, OverflowError, MemoryError, struct.error, LookupError,
+    AssertionError,
 )  # fmt: skip
 
 

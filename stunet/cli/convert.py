@@ -84,6 +84,8 @@ def _report(source: SourceWeights, description: ModelDescription, card: dict[str
 
     configuration = resolve_configuration(description.plans, description.configuration)
     table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # a path or a checksum that is cut is of no use
     for name, value in (
         ("source", f"{source.path} ({source.kind}, {source.precision}, {human_bytes(card['sources'][0]['bytes'])})"),
         ("SHA-256", card["sources"][0]["sha256"]),
