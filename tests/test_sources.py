@@ -215,6 +215,22 @@ def test_a_view_does_not_bring_what_it_is_a_view_of(tmp_path: Path) -> None:
     assert got.untyped_storage().nbytes() == 4 * 54
 
 
+@pytest.mark.parametrize("axes", [5, "ab", [7], [[0]]])
+def test_mirroring_axes_that_are_none(tmp_path: Path, axes: Any) -> None:
+    torch.save({**v2(tiny_weights()), "inference_allowed_mirroring_axes": axes}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="that are no axes"):
+        open_weights([tmp_path / "x.pth"])
+
+
+def test_arguments_that_would_fill_the_memory(tmp_path: Path) -> None:
+    value: list[Any] = []
+    for _ in range(40):
+        value = [value, value]
+    torch.save({**v2(tiny_weights()), "init_args": {"plans": value}}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="init_args are containers"):
+        open_weights([tmp_path / "x.pth"])
+
+
 @pytest.mark.parametrize("content", [[1], {"a": 1}, {}, {"state_dict": 3}, 5])
 def test_files_without_weights(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "x.model")

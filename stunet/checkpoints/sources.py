@@ -75,7 +75,33 @@ def open_weights(paths: Sequence[str | os.PathLike[str]]) -> SourceWeights:
     Raises:
         CheckpointError: A file is missing, truncated or unsafe, the weights are not finite, or not a STU-Net's.
     """
-    given = [Path(path) for path in paths]
+    path, pickles = _sort_paths([Path(path) for path in paths])
+    content, state, kind = _read_state(path)
+    if kind == "nnU-Net v1" or path.suffix == ".model":
+        pickles += [p for p in _pickles_beside(path) if p.resolve() not in {q.resolve() for q in pickles}]
+    v1_plans, v1_init = _read_v1(pickles)
+    named, published = _our_names(_strip(state, path), path)
+    architecture = infer_architecture({key: tensor for key, (_, tensor) in named.items()}, source=str(path))
+    precisions = sorted({str(tensor.dtype).removeprefix("torch.") for _, tensor in named.values()})
+    epoch = content.get("epoch", content.get("current_epoch"))
+    return SourceWeights(
+        path=path,
+        kind="old nnU-Net v2 port" if kind == "nnU-Net v2" and published else kind,
+        published_names=published,
+        tensors={key: _finite_float32(name, tensor, path) for key, (name, tensor) in named.items()},
+        architecture=architecture,
+        precision=" and ".join(precisions),
+        v1_plans=v1_plans,
+        v1_init=v1_init,
+        pickles=tuple(pickles),
+        init_args=_known_args(content.get("init_args"), path),
+        mirroring_axes=_known_axes(content.get("inference_allowed_mirroring_axes"), path),
+        epoch=epoch if isinstance(epoch, int) else None,
+    )
+
+
+def _sort_paths(given: list[Path]) -> tuple[Path, list[Path]]:
+    """The file with the weights, and the pickles."""
     pickles = [path for path in given if path.suffix == ".pkl"]
     others = [path for path in given if path.suffix != ".pkl"]
     if len(others) != 1:
@@ -85,33 +111,7 @@ def open_weights(paths: Sequence[str | os.PathLike[str]]) -> SourceWeights:
             expected="one .model, .pth or .safetensors file or one model folder, and the .pkl files that belong to it",
             remedy="Give the weights themselves." if not others else "Convert one after the other.",
         )
-    path = _checkpoint_in(others[0]) if others[0].is_dir() else others[0]
-    content, state, kind = _read_state(path)
-    if kind == "nnU-Net v1" or path.suffix == ".model":
-        pickles += [p for p in _pickles_beside(path) if p.resolve() not in {q.resolve() for q in pickles}]
-    v1_plans, v1_init = _read_v1(pickles)
-    original_names, published = _our_names(_strip(state, path), path)
-    stored = {key: state_tensor for key, (_, state_tensor) in original_names.items()}
-    architecture = infer_architecture(stored, source=str(path))
-    precisions = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()})
-    tensors = {key: _finite_float32(name, tensor, path) for key, (name, tensor) in original_names.items()}
-    init_args = _known_args(content.get("init_args"), path)
-    axes = content.get("inference_allowed_mirroring_axes")
-    epoch = content.get("epoch", content.get("current_epoch"))
-    return SourceWeights(
-        path=path,
-        kind="old nnU-Net v2 port" if kind == "nnU-Net v2" and published else kind,
-        published_names=published,
-        tensors=tensors,
-        architecture=architecture,
-        precision=" and ".join(precisions),
-        v1_plans=v1_plans,
-        v1_init=v1_init,
-        pickles=tuple(pickles),
-        init_args=init_args,
-        mirroring_axes=None if axes is None else tuple(axes),
-        epoch=epoch if isinstance(epoch, int) else None,
-    )
+    return _checkpoint_in(others[0]) if others[0].is_dir() else others[0], pickles
 
 
 def _checkpoint_in(folder: Path) -> Path:
@@ -203,6 +203,14 @@ def _known_args(init_args: Any, path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise _bad_tensor(path, f"init_args are {error}") from None
     return init_args if isinstance(init_args, dict) else {}
+
+
+def _known_axes(axes: Any, path: Path) -> tuple[int, ...] | None:
+    if axes is None:
+        return None
+    if not isinstance(axes, list | tuple) or not all(isinstance(axis, int) and 0 <= axis < 3 for axis in axes):
+        raise _bad_tensor(path, f"inference_allowed_mirroring_axes of type {type(axes).__name__} that are no axes")
+    return tuple(axes)
 
 
 def _plain(value: Any) -> Any:
