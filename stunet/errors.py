@@ -7,6 +7,7 @@
     ├── SettingsError       a training setting that is unknown or out of range
     ├── PlansError          a plans file that is missing, unreadable, outdated or in conflict
     ├── DatasetError        a dataset that is unknown, incomplete or malformed
+    ├── LabelError          a list of label names that is malformed or does not fit the outputs
     ├── NnUNetPathError     one of nnU-Net's environment variables is missing or points nowhere
     ├── CheckpointError     a checkpoint that is truncated, foreign or does not fit
     ├── UsageError          an argument that a command cannot take
@@ -23,6 +24,7 @@ __all__ = [
     "CheckpointError",
     "CommandError",
     "DatasetError",
+    "LabelError",
     "NnUNetPathError",
     "PlansError",
     "STUNetError",
@@ -74,6 +76,10 @@ class PlansError(STUNetError):
 
 class DatasetError(STUNetError):
     """A dataset that is unknown, incomplete or malformed."""
+
+
+class LabelError(STUNetError, ValueError):
+    """A list of label names that is malformed or does not fit the network's outputs."""
 
 
 class NnUNetPathError(STUNetError):

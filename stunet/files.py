@@ -1,15 +1,17 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_path", "remove_leftovers", "write_json"]
+__all__ = ["atomic_folder", "atomic_path", "remove_leftovers", "write_json"]
 
 
 @contextmanager
@@ -35,9 +37,44 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    # Windows cannot open a folder, and some network file systems cannot fsync one; the file itself is safe by now.
-    with suppress(OSError):
-        _fsync(path.parent, os.O_RDONLY)
+    _fsync_folder(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path`` that takes its place when the block ends without an error.
+
+    All files and folders in it are on disk (fsync) before it is renamed. An error inside the block, a full disk for
+    example, removes the temporary folder with all that is in it.
+
+    Args:
+        path: Where the finished folder shall be. Folders above it are made where they are missing.
+
+    Yields:
+        An empty folder to write to, on the same file system.
+
+    Raises:
+        FileExistsError: Something stands at ``path``, before the block or after it.
+    """
+    path = Path(path)
+    _refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        folders = [temporary, *(entry for entry in temporary.rglob("*") if entry.is_dir())]
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _fsync(file, os.O_RDWR)
+        for folder in folders:
+            _fsync_folder(folder)
+        _refuse_existing(path)  # a rename would silently replace an empty folder
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _fsync_folder(path.parent)
 
 
 def remove_leftovers(folder: str | os.PathLike[str], name: str) -> list[Path]:
@@ -62,6 +99,17 @@ def write_json(content: Any, path: str | os.PathLike[str]) -> None:
     """Write ``content`` as JSON with nnU-Net's indentation, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=4, sort_keys=False) + "\n", encoding="utf-8")
+
+
+def _refuse_existing(path: Path) -> None:
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+
+
+def _fsync_folder(folder: Path) -> None:
+    # Windows cannot open a folder, and some network file systems cannot fsync one; the files in it are safe by now.
+    with suppress(OSError):
+        _fsync(folder, os.O_RDONLY)
 
 
 def _fsync(path: Path, flags: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stunet.files import atomic_path, remove_leftovers, write_json
+from stunet.files import atomic_folder, atomic_path, remove_leftovers, write_json
 
 
 def test_content_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -48,6 +48,42 @@ def test_a_killed_writer_leaves_the_old_content_and_a_removable_file(tmp_path: P
     (leftover,) = remove_leftovers(tmp_path, "checkpoint_*.pth")
     assert leftover.name.startswith(".checkpoint_latest.pth.")
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
+    target = tmp_path / "deeper" / "model"
+    with atomic_folder(target) as temporary:
+        (temporary / "fold_0").mkdir()
+        (temporary / "fold_0" / "a").write_text("new")
+        assert not target.exists()
+    assert (target / "fold_0" / "a").read_text() == "new"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_an_error_leaves_no_folder(tmp_path: Path) -> None:
+    def write() -> None:
+        with atomic_folder(tmp_path / "model") as temporary:
+            (temporary / "fold_0").mkdir()
+            (temporary / "fold_0" / "a").write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_exists_is_kept(tmp_path: Path) -> None:
+    def write(create_late: bool) -> None:
+        with atomic_folder(tmp_path / "model") as temporary:
+            (temporary / "new").touch()
+            if create_late:
+                (tmp_path / "model").mkdir()
+
+    for create_late in (True, False):
+        with pytest.raises(FileExistsError, match="model"):
+            write(create_late)
+        assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+        assert list((tmp_path / "model").iterdir()) == []
 
 
 def test_json_keeps_order_and_unicode(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import zipfile
@@ -94,3 +95,48 @@ def test_weights_that_do_not_fit_are_named() -> None:
         assert part in str(caught.value)
     with pytest.raises(CheckpointError, match="and 2 more"):
         check_weights({}, {k: torch.zeros(1) for k in "abcde"}, source="x")
+
+
+@pytest.mark.parametrize("content", [bytearray(10), Path("x"), np.array([None]), np.array(["a"]), {1: (2, os.getpid)}])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_anything_but_values_is_refused(tmp_path: Path, content: Any, legacy: bool) -> None:
+    torch.save(checkpoint(extra=content), tmp_path / "c.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointError, match=r"cannot be read safely[\s\S]*c\.pth"):
+        read_checkpoint(tmp_path / "c.pth")
+
+
+def test_the_format_of_old_pytorch(tmp_path: Path) -> None:
+    torch.save(checkpoint(), tmp_path / "c.pth", _use_new_zipfile_serialization=False)
+    got = read_checkpoint(tmp_path / "c.pth")
+    assert torch.equal(got["network_weights"]["a"], torch.arange(6.0).reshape(2, 3))
+    assert got["_best_ema"] == 0.5
+
+
+def test_numpy_arrays(tmp_path: Path) -> None:
+    torch.save(checkpoint(spacing=np.array([1.5, 2.0])), tmp_path / "c.pth")
+    assert read_checkpoint(tmp_path / "c.pth")["spacing"].tolist() == [1.5, 2.0]
+
+
+def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
+    torch.save(checkpoint(), tmp_path / "c.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "c.pth") as source,
+        zipfile.ZipFile(tmp_path / "z.pth", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+    with pytest.raises(CheckpointError, match="compressed entries"):
+        read_checkpoint(tmp_path / "z.pth")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_damaged_anywhere(tmp_path: Path, legacy: bool) -> None:
+    """Whatever bit is flipped: other values or an error of ours, never anything else."""
+    torch.save(checkpoint(), tmp_path / "c.pth", _use_new_zipfile_serialization=not legacy)
+    whole = bytearray((tmp_path / "c.pth").read_bytes())
+    for n in (*range(0, len(whole) - 150, 7), *range(len(whole) - 150, len(whole))):
+        whole[n] ^= 0x41
+        (tmp_path / "c.pth").write_bytes(whole)
+        with contextlib.suppress(CheckpointError):
+            read_checkpoint(tmp_path / "c.pth")
+        whole[n] ^= 0x41

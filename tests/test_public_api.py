@@ -13,18 +13,23 @@ API = {
         "build_stunet", "default_strides", "estimate", "find_size", "size_of", "total_stride",
     ],
     "stunet.planning": [
-        "NETWORK_CLASS_NAME", "Preset", "SETTINGS", "SETTINGS_KEY", "Setting", "check_plans", "check_settings",
-        "find_dataset", "find_plans", "fit_strides", "has_own_architecture", "is_stunet", "list_presets", "load_plans",
-        "load_preset", "nnunet_folder", "parse_settings", "plan_with_nnunet", "plans_size", "resolve_configuration",
-        "rewrite_configuration", "rewrite_plans", "write_plans",
+        "ModelDescription", "NETWORK_CLASS_NAME", "PRETRAINING", "Preparation", "Preset", "SETTINGS", "SETTINGS_KEY",
+        "Setting", "check_plans", "check_settings", "describe_model", "find_dataset", "find_plans", "fit_strides",
+        "has_own_architecture", "is_stunet", "list_presets", "load_plans", "load_preset", "make_plans",
+        "nnunet_folder", "parse_settings", "plan_with_nnunet", "plans_size", "read_v1_plans", "resolve_configuration",
+        "rewrite_configuration", "rewrite_plans", "write_model_folder", "write_plans",
     ],
+    "stunet.labels": ["Vocabulary", "list_vocabularies", "load_vocabulary", "read_label_file", "vocabulary_for"],
     "stunet.datasets": [
         "PHANTOM_LABELS", "Phantom", "RawDataset", "check_hold_out", "exclusive_labels", "hold_out", "make_phantom",
         "read_image", "read_raw_dataset", "write_phantom_dataset",
     ],
     "stunet.training": ["BaseSTUNetTrainer"],
     "stunet.reports": ["StructureDice", "read_dice", "side_by_side"],
-    "stunet.checkpoints": ["check_weights", "from_published_key", "read_checkpoint", "to_published_key"],
+    "stunet.checkpoints": [
+        "Architecture", "SourceWeights", "check_weights", "from_published_key", "infer_architecture", "open_weights",
+        "read_checkpoint", "read_pickle", "to_published_key", "write_published",
+    ],
 }  # fmt: skip
 
 

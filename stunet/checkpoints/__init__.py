@@ -1,6 +1,21 @@
-"""Reading, checking and renaming of checkpoints. Never runs code out of one."""
+"""Reading, checking, renaming and converting of checkpoints. Never runs code out of one."""
 
+from stunet.checkpoints.inspection import Architecture, infer_architecture
 from stunet.checkpoints.key_map import from_published_key, to_published_key
 from stunet.checkpoints.loading import check_weights, read_checkpoint
+from stunet.checkpoints.pickles import read_pickle
+from stunet.checkpoints.published import write_published
+from stunet.checkpoints.sources import SourceWeights, open_weights
 
-__all__ = ["check_weights", "from_published_key", "read_checkpoint", "to_published_key"]
+__all__ = [
+    "Architecture",
+    "SourceWeights",
+    "check_weights",
+    "from_published_key",
+    "infer_architecture",
+    "open_weights",
+    "read_checkpoint",
+    "read_pickle",
+    "to_published_key",
+    "write_published",
+]

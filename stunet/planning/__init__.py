@@ -8,6 +8,7 @@ from stunet.planning.locations import (
     plan_with_nnunet,
     write_plans,
 )
+from stunet.planning.model_folder import ModelDescription, describe_model, make_plans, write_model_folder
 from stunet.planning.presets import Preset, list_presets, load_preset
 from stunet.planning.rewrite import (
     NETWORK_CLASS_NAME,
@@ -21,15 +22,20 @@ from stunet.planning.rewrite import (
     rewrite_plans,
 )
 from stunet.planning.settings import SETTINGS, SETTINGS_KEY, Setting, check_settings, parse_settings
+from stunet.planning.v1_plans import PRETRAINING, Preparation, read_v1_plans
 
 __all__ = [
     "NETWORK_CLASS_NAME",
+    "PRETRAINING",
     "SETTINGS",
     "SETTINGS_KEY",
+    "ModelDescription",
+    "Preparation",
     "Preset",
     "Setting",
     "check_plans",
     "check_settings",
+    "describe_model",
     "find_dataset",
     "find_plans",
     "fit_strides",
@@ -38,12 +44,15 @@ __all__ = [
     "list_presets",
     "load_plans",
     "load_preset",
+    "make_plans",
     "nnunet_folder",
     "parse_settings",
     "plan_with_nnunet",
     "plans_size",
+    "read_v1_plans",
     "resolve_configuration",
     "rewrite_configuration",
     "rewrite_plans",
+    "write_model_folder",
     "write_plans",
 ]

@@ -1,0 +1,113 @@
+"""``stunet convert``: weights of other formats as model folders, and back."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from stunet.checkpoints import SourceWeights
+    from stunet.planning import ModelDescription
+
+__all__ = ["convert"]
+
+
+def convert(
+    weights: Annotated[
+        list[Path],
+        typer.Argument(
+            help="A .model (with its .pkl files, in any order), .pth or .safetensors file, or a model folder."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The new model folder; a file with --to published.")],
+    labels: Annotated[
+        Path | None, typer.Option(help="JSON with the names of the outputs; known for the published weights.")
+    ] = None,
+    to: Annotated[str, typer.Option(help="nnunet (a model folder) or published (a .model file).")] = "nnunet",
+    licence: Annotated[str | None, typer.Option(help="Licence of the weights, for the model card.")] = None,
+) -> None:
+    """Turn published STU-Net weights into a model folder that nnUNetv2_predict_from_modelfolder runs.
+
+    Size, channels and outputs are read off the tensors, preparation of images off the .pkl files. No code in any file
+    is run.
+    """
+    from stunet.checkpoints import open_weights, write_published
+    from stunet.planning import describe_model, write_model_folder
+
+    _check_output(output, to)
+    source = open_weights(weights)
+    if to == "published":
+        write_published(source, output)
+        _print_line(f"Wrote {output}: {len(source.tensors)} tensors by the published names")
+        return
+    description = describe_model(source, _choose_labels(source, labels))
+    card = write_model_folder(source, description, output, licence=licence)
+    _report(source, description, card, output)
+
+
+def _choose_labels(source: SourceWeights, file: Path | None) -> Any:
+    from stunet.labels import read_label_file, vocabulary_for
+
+    num_classes = source.architecture.num_classes
+    if file is not None:
+        return read_label_file(file, num_classes)
+    return None if source.init_args.get("dataset_json") else vocabulary_for(num_classes)
+
+
+def _check_output(output: Path, to: str) -> None:
+    import os
+
+    from stunet.errors import UsageError
+
+    if to not in ("nnunet", "published"):
+        raise UsageError(
+            "unknown format", got=to, expected="nnunet or published", remedy="Correct --to, or leave it out."
+        )
+    # Before gigabytes are read for nothing; checked again when it is written.
+    if os.path.lexists(output):
+        raise UsageError(
+            "an output that exists",
+            got=output,
+            expected="a path where nothing stands",
+            remedy="Choose another one with -o, or remove it.",
+        )
+
+
+def _report(source: SourceWeights, description: ModelDescription, card: dict[str, Any], output: Path) -> None:
+    from rich.table import Table
+
+    from stunet.cli.console import human_bytes, human_count, stdout
+    from stunet.planning import resolve_configuration
+
+    configuration = resolve_configuration(description.plans, description.configuration)
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # a path or a checksum that is cut is of no use
+    for name, value in (
+        ("source", f"{source.path} ({source.kind}, {source.precision}, {human_bytes(card['sources'][0]['bytes'])})"),
+        ("SHA-256", card["sources"][0]["sha256"]),
+        ("network", f"STU-Net {card['size']}, {human_count(card['parameters'])} parameters"),
+        ("inputs, outputs", f"{card['input_channels']}, {card['outputs']}"),
+        ("labels", f"{', '.join(list(card['labels'].values())[:4])} … from {card['labels_from']}"),
+        ("plans", f"from {card['plans_from']}"),
+        ("spacing", " x ".join(f"{n:g}" for n in configuration["spacing"]) + " mm"),
+        ("patch", " x ".join(map(str, configuration["patch_size"]))),
+        ("normalization", ", ".join(configuration["normalization_schemes"])),
+        ("licence", card["licence"] or "not known; ask where the weights come from"),
+    ):
+        table.add_row(name, value)
+    stdout.print(table)
+    _print_line(f"Wrote {output}: all {len(source.tensors)} parameters are accounted for")
+    if card["plans_from"] == "pre-training preset":
+        _print_line("No .pkl was given: spacing, patch, strides and normalization are those of the published weights.")
+    _print_line("Next, with images named CASE_0000.nii.gz in IMAGES:")
+    _print_line(f"  nnUNetv2_predict_from_modelfolder -i IMAGES -o PREDICTIONS -m {shlex.quote(str(output))} -f 0")
+
+
+def _print_line(line: str) -> None:
+    from stunet.cli.console import stdout
+
+    stdout.print(line, soft_wrap=True, highlight=False, markup=False)

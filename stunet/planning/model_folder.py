@@ -1,0 +1,305 @@
+"""Model folders that nnU-Net v2 predicts with, made from weights that it did not train."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from stunet.checkpoints import SourceWeights
+from stunet.errors import CheckpointError, PlansError
+from stunet.files import atomic_folder, write_json
+from stunet.labels import Vocabulary
+from stunet.network import STUNetSize
+from stunet.planning.rewrite import check_plans, resolve_configuration, rewrite_configuration
+from stunet.planning.v1_plans import PRETRAINING, Preparation, read_v1_plans
+
+__all__ = ["CONFIGURATION", "ModelDescription", "describe_model", "make_plans", "write_model_folder"]
+
+CONFIGURATION = "3d_fullres"
+_RESAMPLING = "resample_data_or_seg_to_shape"
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What a model folder says beside the weights.
+
+    Attributes:
+        plans: Content of ``plans.json``.
+        configuration: The configuration in it that the weights belong to.
+        dataset_json: Content of ``dataset.json``.
+        mirroring_axes: Axes that prediction may mirror; None for no mirroring.
+        plans_source: Where the plans come from, for people.
+        label_source: Vocabulary or file that the names of the outputs come from.
+    """
+
+    plans: dict[str, Any]
+    configuration: str
+    dataset_json: dict[str, Any]
+    mirroring_axes: tuple[int, ...] | None
+    plans_source: str
+    label_source: str
+
+
+def describe_model(weights: SourceWeights, labels: Vocabulary | None) -> ModelDescription:
+    """Plans and dataset description for weights: their own where they bring them, else the pre-training preset's.
+
+    Args:
+        weights: The weights.
+        labels: Names of the outputs; None for those that the weights bring. Must be given where they bring none.
+
+    Raises:
+        CheckpointError: Nothing says how to prepare the images.
+        PlansError: The plans do not belong to the weights, or cannot be used.
+    """
+    if weights.init_args.get("plans") and weights.init_args.get("configuration"):
+        return _from_nnunet_v2(weights, labels)
+    architecture = weights.architecture
+    if weights.v1_plans:
+        source = ", ".join(path.name for path in weights.pickles)
+        preparation = read_v1_plans(
+            weights.v1_plans,
+            weights.v1_init,
+            input_channels=architecture.input_channels,
+            num_classes=architecture.num_classes,
+            source=source,
+        )
+    else:
+        source, preparation = "pre-training preset", PRETRAINING
+        if architecture.n_axes != 3 or architecture.input_channels != 1:
+            raise CheckpointError(
+                "missing plans: nothing says how to prepare images for these weights",
+                got=f"{weights.path}: a {architecture.n_axes}D network for {architecture.input_channels} channels, "
+                "without .model.pkl",
+                expected="the .model.pkl of the weights, or a 3D network for one channel, which the pre-training "
+                "preset fits",
+                remedy=f"Give the pickle too, for example {weights.path.name}.pkl.",
+            )
+    assert labels is not None
+    return ModelDescription(
+        plans=make_plans(preparation, architecture.size),
+        configuration=CONFIGURATION,
+        dataset_json={
+            "channel_names": {str(c): name for c, name in enumerate(preparation.channel_names)},
+            "labels": labels.as_dataset_labels(),
+            "file_ending": ".nii.gz",
+        },
+        mirroring_axes=None,  # the published results of direct inference are without
+        plans_source=source,
+        label_source=labels.name,
+    )
+
+
+def make_plans(preparation: Preparation, size: STUNetSize) -> dict[str, Any]:
+    """Plans of nnU-Net v2 with one configuration, ``3d_fullres``.
+
+    Args:
+        preparation: How images are prepared.
+        size: Size of the network.
+
+    Raises:
+        PlansError: A patch that the strides do not divide.
+    """
+    name = f"STUNetPlans_{size.name}"
+    plans = {
+        "dataset_name": "Dataset000_STUNet",
+        "plans_name": name,
+        "original_median_spacing_after_transp": preparation.median_spacing,
+        "original_median_shape_after_transp": [round(n) for n in preparation.median_shape],
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": preparation.transpose_forward,
+        "transpose_backward": preparation.transpose_backward,
+        "configurations": {CONFIGURATION: _configuration(preparation, f"{name}_{CONFIGURATION}")},
+        "experiment_planner_used": "ExperimentPlanner",
+        "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": {
+            str(c): properties for c, properties in enumerate(preparation.intensity_properties)
+        },
+    }
+    plans["configurations"] = {CONFIGURATION: rewrite_configuration(plans, CONFIGURATION, size=size)}
+    return deepcopy(plans)
+
+
+def _configuration(preparation: Preparation, data_identifier: str) -> dict[str, Any]:
+    resampling: dict[str, Any] = {}
+    for kind, order in (("data", 3), ("seg", 1), ("probabilities", 1)):
+        kwargs = {"is_seg": kind == "seg", "order": order, "order_z": 0, "force_separate_z": None}
+        resampling |= {f"resampling_fn_{kind}": _RESAMPLING, f"resampling_fn_{kind}_kwargs": kwargs}
+    return {
+        "data_identifier": data_identifier,
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": preparation.batch_size,
+        "patch_size": preparation.patch_size,
+        "median_image_size_in_voxels": preparation.median_shape,
+        "spacing": preparation.spacing,
+        "normalization_schemes": preparation.normalization_schemes,
+        "use_mask_for_norm": preparation.use_mask_for_norm,
+        **resampling,
+        # The network's other arguments come from its size.
+        "architecture": {
+            "network_class_name": "",
+            "arch_kwargs": {"strides": preparation.strides},
+            "_kw_requires_import": [],
+        },
+        "batch_dice": preparation.batch_dice,
+    }
+
+
+def _from_nnunet_v2(weights: SourceWeights, labels: Vocabulary | None) -> ModelDescription:
+    plans, name = deepcopy(weights.init_args["plans"]), str(weights.init_args["configuration"])
+    source = str(weights.path)
+    check_plans(plans, source=source)
+    dataset_json = deepcopy(weights.init_args.get("dataset_json"))
+    if not isinstance(dataset_json, dict) or not {"channel_names", "labels"} <= set(dataset_json):
+        raise PlansError(
+            "a checkpoint without a dataset description",
+            got=source,
+            expected="init_args with 'dataset_json', as nnU-Net v2 writes them",
+            remedy="Take the checkpoint as nnUNetv2_train wrote it.",
+        )
+    if labels is not None:
+        dataset_json["labels"] = labels.as_dataset_labels()
+        dataset_json.pop("regions_class_order", None)
+    plans.pop("continue_training", None)  # nnU-Net passes it through the plans while it trains
+    try:
+        # Of foreign plans only what the weights need: others may name networks that are not installed, or worse.
+        configuration = resolve_configuration(plans, name)
+        configuration.pop("inherits_from", None)
+        plans["configurations"] = {name: configuration}
+        plans["configurations"][name] = rewrite_configuration(plans, name, size=weights.architecture.size)
+        _check_heads(plans, name, dataset_json, weights)
+    except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError, IndexError) as error:
+        raise PlansError(
+            "a checkpoint whose plans or dataset description nnU-Net cannot use",
+            got=f"{source}: {type(error).__name__}: {str(error)[:200]}",
+            expected="init_args as nnU-Net v2 writes them",
+            remedy="Take the checkpoint as nnUNetv2_train wrote it.",
+        ) from error
+    return ModelDescription(
+        plans=plans,
+        configuration=name,
+        dataset_json=dataset_json,
+        mirroring_axes=weights.mirroring_axes,
+        plans_source="the checkpoint",
+        label_source="the checkpoint" if labels is None else labels.name,
+    )
+
+
+def _check_heads(plans: dict[str, Any], name: str, dataset_json: dict[str, Any], weights: SourceWeights) -> None:
+    manager = PlansManager(plans)
+    channels = determine_num_input_channels(manager, manager.get_configuration(name), dataset_json)
+    outputs = manager.get_label_manager(dataset_json).num_segmentation_heads
+    architecture = weights.architecture
+    if (channels, outputs) != (architecture.input_channels, architecture.num_classes):
+        raise PlansError(
+            "a dataset description that belongs to other weights",
+            got=f"{weights.path}: {channels} channels and {outputs} outputs",
+            expected=f"{architecture.input_channels} channels and {architecture.num_classes} outputs, as the weights",
+            remedy="Take the checkpoint as nnUNetv2_train wrote it.",
+        )
+
+
+def write_model_folder(
+    weights: SourceWeights, description: ModelDescription, folder: str | os.PathLike[str], *, licence: str | None = None
+) -> dict[str, Any]:
+    """Write a model folder for ``nnUNetv2_predict_from_modelfolder``, whole or not at all.
+
+    Tensors go from the source file to the checkpoint without a copy of all of them in memory, unless their precision
+    changes.
+
+    Args:
+        weights: The weights.
+        description: Plans and dataset description.
+        folder: The new model folder.
+        licence: Licence of the weights where it is known.
+
+    Returns:
+        Content of ``model_card.json``.
+
+    Raises:
+        CheckpointError: The folder exists, or cannot be written.
+    """
+    folder = Path(folder)
+    if os.path.lexists(folder):
+        raise CheckpointError(
+            "an output that exists",
+            got=folder,
+            expected="a path where nothing stands",
+            remedy="Choose another one with -o, or remove it.",
+        )
+    card = _model_card(weights, description, licence)
+    try:
+        with atomic_folder(folder) as temporary:
+            write_json(description.plans, temporary / "plans.json")
+            write_json(description.dataset_json, temporary / "dataset.json")
+            write_json(card, temporary / "model_card.json")
+            (temporary / "fold_0").mkdir()
+            torch.save(_checkpoint(weights, description), temporary / "fold_0" / "checkpoint_final.pth")
+    except (OSError, RuntimeError) as error:
+        n_bytes = sum(tensor.nbytes for tensor in weights.tensors.values())
+        raise CheckpointError(
+            "a model folder that cannot be written",
+            got=f"{folder}: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}",
+            expected=f"a place with {n_bytes / 2**30:.1f} GB of free space",
+            remedy="Make room, or choose another place with -o. No unfinished folder was left.",
+        ) from error
+    return card
+
+
+def _checkpoint(weights: SourceWeights, description: ModelDescription) -> dict[str, Any]:
+    return {
+        "network_weights": weights.tensors,
+        "optimizer_state": None,
+        "grad_scaler_state": None,
+        "logging": {},
+        "_best_ema": None,
+        "current_epoch": weights.epoch or 0,
+        "init_args": {
+            "plans": description.plans,
+            "configuration": description.configuration,
+            "fold": 0,
+            "dataset_json": description.dataset_json,
+        },
+        "trainer_name": "nnUNetTrainer",  # its network comes from the plans, so prediction finds all it needs
+        "inference_allowed_mirroring_axes": description.mirroring_axes,
+    }
+
+
+def _model_card(weights: SourceWeights, description: ModelDescription, licence: str | None) -> dict[str, Any]:
+    architecture = weights.architecture
+    return {
+        "sources": [_file_entry(path) for path in (weights.path, *weights.pickles)],
+        "format": weights.kind,
+        "precision_in_source": weights.precision,
+        "epochs": weights.epoch,
+        "licence": licence,
+        "size": architecture.size.name,
+        "depth": list(architecture.size.depth),
+        "width": architecture.size.width,
+        "parameters": sum(tensor.numel() for tensor in weights.tensors.values()),
+        "input_channels": architecture.input_channels,
+        "outputs": architecture.num_classes,
+        "plans_from": description.plans_source,
+        "labels_from": description.label_source,
+        "labels": _label_order(description.dataset_json["labels"]),
+    }
+
+
+def _label_order(labels: Mapping[str, Any]) -> dict[str, Any]:
+    return {str(value): name for name, value in labels.items()}
+
+
+def _file_entry(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
