@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -11,7 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_folder", "atomic_path", "remove_leftovers", "write_json"]
+from stunet.errors import UsageError
+
+__all__ = ["atomic_folder", "atomic_path", "refuse_existing", "remove_leftovers", "write_json"]
 
 
 @contextmanager
@@ -54,10 +55,10 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         An empty folder to write to, on the same file system.
 
     Raises:
-        FileExistsError: Something stands at ``path``, before the block or after it.
+        UsageError: Something stands at ``path``, before the block or after it.
     """
     path = Path(path)
-    _refuse_existing(path)
+    refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir()
@@ -69,12 +70,27 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 _fsync(file, os.O_RDWR)
         for folder in folders:
             _fsync_folder(folder)
-        _refuse_existing(path)  # a rename would silently replace an empty folder
+        refuse_existing(path)  # a rename would silently replace an empty folder
         os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _fsync_folder(path.parent)
+
+
+def refuse_existing(path: str | os.PathLike[str]) -> None:
+    """Check that nothing stands where an output shall be.
+
+    Raises:
+        UsageError: Something does, be it a broken link.
+    """
+    if os.path.lexists(path):
+        raise UsageError(
+            "an output that exists",
+            got=os.fspath(path),
+            expected="a path where nothing stands",
+            remedy="Choose another one with -o, or remove it.",
+        )
 
 
 def remove_leftovers(folder: str | os.PathLike[str], name: str) -> list[Path]:
@@ -99,11 +115,6 @@ def write_json(content: Any, path: str | os.PathLike[str]) -> None:
     """Write ``content`` as JSON with nnU-Net's indentation, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=4, sort_keys=False) + "\n", encoding="utf-8")
-
-
-def _refuse_existing(path: Path) -> None:
-    if os.path.lexists(path):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
 
 def _fsync_folder(folder: Path) -> None:

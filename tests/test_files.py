@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from stunet.errors import UsageError
 from stunet.files import atomic_folder, atomic_path, remove_leftovers, write_json
 
 
@@ -80,7 +81,7 @@ def test_a_folder_that_exists_is_kept(tmp_path: Path) -> None:
                 (tmp_path / "model").mkdir()
 
     for create_late in (True, False):
-        with pytest.raises(FileExistsError, match="model"):
+        with pytest.raises(UsageError, match="an output that exists"):
             write(create_late)
         assert list(tmp_path.iterdir()) == [tmp_path / "model"]
         assert list((tmp_path / "model").iterdir()) == []

@@ -16,7 +16,7 @@ from weights import STRIDES, TINY, published, tiny_weights, v1_plans, write_v1
 from plans import DATASET_JSON, make_plans
 from stunet.checkpoints import open_weights, read_checkpoint
 from stunet.cli.main import main
-from stunet.errors import CheckpointError, PlansError
+from stunet.errors import CheckpointError, PlansError, UsageError
 from stunet.labels import Vocabulary
 from stunet.planning import describe_model, resolve_configuration, write_model_folder
 
@@ -168,7 +168,7 @@ def test_an_output_that_exists_is_kept(
     assert convert(source, "-o", out, "--labels", source.with_name("labels.json"), "--to", to) == 2
     assert "an output that exists" in capsys.readouterr().err
     assert {"folder": out.is_dir, "file": out.is_file, "dangling link": out.is_symlink}[kind]()
-    with pytest.raises(CheckpointError, match="an output that exists"):
+    with pytest.raises(UsageError, match="an output that exists"):
         write_model_folder(open_weights([source]), describe_model(open_weights([source]), LABELS), out)
 
 

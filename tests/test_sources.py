@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from weights import TINY, published, tiny_weights, v1_plans, write_v1
 
 from stunet.checkpoints import infer_architecture, open_weights, write_published
-from stunet.errors import CheckpointError
+from stunet.errors import CheckpointError, UsageError
 from stunet.network import SIZES, STUNetSize, build_stunet
 
 KEY, PUBLISHED_KEY = "encoder.stages.0.0.conv1.weight", "conv_blocks_context.0.0.conv1.weight"
@@ -257,7 +257,7 @@ def test_back_to_published_bit_for_bit(tmp_path: Path) -> None:
     assert content["epoch"] == 12
     assert list(content["state_dict"]) == list(published(weights))
     assert equal(content["state_dict"], published(weights))
-    with pytest.raises(CheckpointError, match="an output that exists"):
+    with pytest.raises(UsageError, match="an output that exists"):
         write_published(open_weights([tmp_path / "x.pth"]), tmp_path / "new" / "x.model")
 
 

@@ -12,7 +12,7 @@ import torch
 from stunet.checkpoints.key_map import to_published_key
 from stunet.checkpoints.sources import SourceWeights
 from stunet.errors import CheckpointError
-from stunet.files import atomic_path
+from stunet.files import atomic_path, refuse_existing
 
 __all__ = ["write_published"]
 
@@ -25,16 +25,11 @@ def write_published(weights: SourceWeights, path: str | os.PathLike[str]) -> Non
         path: The new file.
 
     Raises:
-        CheckpointError: The file exists or cannot be written, or the network is 2D, which the published code has not.
+        CheckpointError: The file cannot be written, or the network is 2D, which the published code has not.
+        UsageError: The file exists.
     """
     path = Path(path)
-    if os.path.lexists(path):
-        raise CheckpointError(
-            "an output that exists",
-            got=path,
-            expected="a path where nothing stands",
-            remedy="Choose another one with -o, or remove it.",
-        )
+    refuse_existing(path)
     if weights.architecture.n_axes != 3:
         raise CheckpointError(
             "a 2D network, which the published code does not have",

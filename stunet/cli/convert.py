@@ -58,22 +58,15 @@ def _choose_labels(source: SourceWeights, file: Path | None) -> Any:
 
 
 def _check_output(output: Path, to: str) -> None:
-    import os
-
     from stunet.errors import UsageError
+    from stunet.files import refuse_existing
 
     if to not in ("nnunet", "published"):
         raise UsageError(
             "unknown format", got=to, expected="nnunet or published", remedy="Correct --to, or leave it out."
         )
     # Before gigabytes are read for nothing; checked again when it is written.
-    if os.path.lexists(output):
-        raise UsageError(
-            "an output that exists",
-            got=output,
-            expected="a path where nothing stands",
-            remedy="Choose another one with -o, or remove it.",
-        )
+    refuse_existing(output)
 
 
 def _report(source: SourceWeights, description: ModelDescription, card: dict[str, Any], output: Path) -> None:

@@ -16,7 +16,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from stunet.checkpoints import SourceWeights
 from stunet.errors import CheckpointError, PlansError
-from stunet.files import atomic_folder, write_json
+from stunet.files import atomic_folder, refuse_existing, write_json
 from stunet.labels import Vocabulary
 from stunet.network import STUNetSize
 from stunet.planning.rewrite import check_plans, resolve_configuration, rewrite_configuration
@@ -225,16 +225,11 @@ def write_model_folder(
         Content of ``model_card.json``.
 
     Raises:
-        CheckpointError: The folder exists, or cannot be written.
+        CheckpointError: The folder cannot be written.
+        UsageError: It exists.
     """
     folder = Path(folder)
-    if os.path.lexists(folder):
-        raise CheckpointError(
-            "an output that exists",
-            got=folder,
-            expected="a path where nothing stands",
-            remedy="Choose another one with -o, or remove it.",
-        )
+    refuse_existing(folder)
     card = _model_card(weights, description, licence)
     try:
         with atomic_folder(folder) as temporary:
