@@ -43,9 +43,8 @@ def test_parameter_counts_are_the_published_ones(size: str, expected: int) -> No
     assert sum(p.numel() for p in network.parameters()) == expected
 
 
-@pytest.mark.parametrize("case", ["totalseg_strides", "anisotropic_2ch", "shallow_padded"])
-def test_golden_outputs_and_gradients(shared: Path, case: str) -> None:
-    golden = torch.load(shared / "golden" / f"stunet_{case}.pt", weights_only=True)
+def outputs_and_gradients(golden: dict[str, Any]) -> list[Tensor]:
+    """All outputs of a golden case's network, and the gradients at its input and its first convolution."""
     strides = [(1, 1, 1), *(tuple(s) for s in golden["strides"])]
     network = STUNet(
         golden["input_channels"],
@@ -57,16 +56,25 @@ def test_golden_outputs_and_gradients(shared: Path, case: str) -> None:
     )
     weights = {from_published_key(key): value for key, value in golden["published_state_dict"].items()}
     network.load_state_dict(weights, strict=True)
-    image = golden["input"].requires_grad_()
+    image = golden["input"].clone().requires_grad_()
     outputs = network(image)
-    sum((output**2).mean() for output in outputs).backward()
-
-    first = network.encoder.stages[0][0].conv1.weight
-    ours = [*outputs, image.grad, first.grad]
-    theirs = [*golden["outputs"], golden["grad_input"], golden["grad_first_conv_weight"]]
     assert len(outputs) == 5
-    for mine, published in zip(ours, theirs, strict=True):
-        assert (mine - published).abs().max() <= 1e-5 * published.abs().max()
+    loss = sum((output**2).mean() for output in outputs)
+    return [*outputs, *torch.autograd.grad(loss, (image, network.encoder.stages[0][0].conv1.weight))]
+
+
+@pytest.mark.parametrize("case", ["totalseg_strides", "anisotropic_2ch", "shallow_padded"])
+def test_golden_outputs_and_gradients(shared: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    golden = torch.load(shared / "golden" / f"stunet_{case}.pt", weights_only=True)
+    expected = [*golden["outputs"], golden["grad_input"], golden["grad_first_conv_weight"]]
+    ours = outputs_and_gradients(golden)
+    # The published order of operations, to see how far this machine's rounding is from that of the golden files'. One
+    # case norms over so few voxels that rounding alone moves its gradients by 5e-4; where they were made it is 0.
+    monkeypatch.setattr(Upsampling, "forward", lambda self, x: self.conv(interpolate(x, scale_factor=self.scale)))
+    published = outputs_and_gradients(golden)
+    for mine, theirs, here in zip(ours, expected, published, strict=True):
+        rounding = (here - theirs).abs().max()
+        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max() + 2 * rounding
 
 
 @pytest.mark.parametrize("n_axes", [2, 3])

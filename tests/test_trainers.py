@@ -217,7 +217,7 @@ def test_the_later_of_latest_and_best_is_taken(dataset: Path) -> None:
     resumed = make(plans=narrow_plans())
     resumed.load_checkpoint(str(latest))
     assert resumed.current_epoch == 3
-    log = next(Path(resumed.output_folder).glob("training_log*.txt")).read_text()
+    log = Path(resumed.log_file).read_text()
     assert (
         "checkpoint_latest.pth after epoch 0, checkpoint_best.pth after epoch 2; continuing from checkpoint_best" in log
     )
@@ -241,7 +241,7 @@ def test_a_truncated_latest_falls_back_to_best(dataset: Path) -> None:
     resumed = make(plans=narrow_plans())
     resumed.load_checkpoint(str(latest))
     assert resumed.current_epoch == 1
-    log = next(Path(resumed.output_folder).glob("training_log*.txt")).read_text()
+    log = Path(resumed.log_file).read_text()
     assert "Passing over checkpoint_latest.pth: a checkpoint that is truncated" in log
     best.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"truncated[\s\S]*checkpoint_latest"):
