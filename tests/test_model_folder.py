@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,11 +86,22 @@ def test_without_pickle_and_labels_those_of_the_published_weights(
 ) -> None:
     model = write_v1(tmp_path, tiny_weights(outputs), None)
     assert convert(model, "-o", tmp_path / "out") == 0
-    assert "No .pkl was given" in capsys.readouterr().out
+    assert "No .model.pkl was given" in capsys.readouterr().out
     assert list(json.loads((tmp_path / "out" / "dataset.json").read_text())["labels"])[3] == third
     assert json.loads((tmp_path / "out" / "model_card.json").read_text())["licence"] is None
     plans = json.loads((tmp_path / "out" / "plans.json").read_text())
     assert plans["configurations"]["3d_fullres"]["patch_size"] == [128, 128, 128]
+
+
+def test_a_pickle_without_stages_is_not_credited_with_the_presets_spacing(
+    tmp_path: Path, shared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_v1(tmp_path, tiny_weights(105), None)
+    shutil.copy(shared / "golden" / "published_plan_files" / "plans.pkl", tmp_path)
+    assert convert(model, "-o", tmp_path / "out") == 0
+    card = json.loads((tmp_path / "out" / "model_card.json").read_text())
+    assert card["plans_from"] == "plans.pkl and pre-training preset"
+    assert "No .model.pkl was given" in capsys.readouterr().out
 
 
 def test_the_old_ports_own_plans_are_kept(tmp_path: Path) -> None:

@@ -94,8 +94,8 @@ def _report(source: SourceWeights, description: ModelDescription, card: dict[str
         table.add_row(name, value)
     stdout.print(table)
     _print_line(f"Wrote {output}: all {len(source.tensors)} parameters are accounted for")
-    if card["plans_from"] == "pre-training preset":
-        _print_line("No .pkl was given: spacing, patch, strides and normalization are those of the published weights.")
+    if card["plans_from"].endswith("pre-training preset"):
+        _print_line("No .model.pkl was given: spacing, patch and strides are those of the published weights.")
     _print_line("Next, with images named CASE_0000.nii.gz in IMAGES:")
     _print_line(f"  nnUNetv2_predict_from_modelfolder -i IMAGES -o PREDICTIONS -m {shlex.quote(str(output))} -f 0")
 

@@ -65,6 +65,8 @@ def describe_model(weights: SourceWeights, labels: Vocabulary | None) -> ModelDe
     architecture = weights.architecture
     if weights.v1_plans:
         source = ", ".join(path.name for path in weights.pickles)
+        if "plans_per_stage" not in weights.v1_plans:  # the published plans.pkl has none
+            source += " and pre-training preset"
         preparation = read_v1_plans(
             weights.v1_plans,
             weights.v1_init,
