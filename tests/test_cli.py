@@ -16,6 +16,7 @@ from plans import make_plans
 from stunet.cli.console import human_bytes, human_count
 from stunet.cli.env import trainers_folder
 from stunet.cli.main import main
+from stunet.planning import SETTINGS
 
 STUNET = str(Path(sys.executable).with_name("stunet"))
 
@@ -118,6 +119,7 @@ def test_plan_writes_and_says_what_to_do_next(folders: dict[str, str]) -> None:
         written["configurations"][c]["stunet"] == {"num_epochs": 3, "initial_lr": 0.1} for c in ("2d", "3d_fullres")
     )
     assert "nnUNetv2_train 1 3d_fullres 0 -p STUNetPlans_small -tr STUNetTrainer" in got.stdout
+    assert "nnU-Net's own trainer" not in got.stdout  # it would pass over the settings
     assert "nnUNetv2_preprocess -d 1 -plans_name STUNetPlans_small -c 3d_fullres" in got.stdout
     again = run("plan", "-d", "1", "--size", "small", "--set", "num_epochs=3", "--set", "initial_lr=0.1", **folders)
     assert again.returncode == 0
@@ -170,9 +172,9 @@ def test_bad_input_to_info(
 
 
 def test_plan_lists_its_settings() -> None:
-    got = run("plan", "--list-settings")
+    got = run("plan", "--list-settings", COLUMNS="80")
     assert got.returncode == 0
-    assert "oversample_foreground_percent" in got.stdout
+    assert all(name in got.stdout for name in SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -243,6 +245,8 @@ def test_demo_refuses_a_folder_in_use_and_data_that_is_none(
         ((*new, "--data", str(tmp_path)), "not an nnU-Net raw dataset"),
         ((*new, "--size", "giant"), "small, base, large, huge"),
         ((*new, "--device", "tpu"), "auto, cpu, cuda or mps"),
+        ((*new, "--device", "mps"), "a device that PyTorch does not find"),
+        ((*new, "--data", str(tmp_path / "nowhere")), "no such folder"),
     ):
         status, message = run_here(capsys, monkeypatch, "demo", *args)
         assert status == 2

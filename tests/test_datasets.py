@@ -106,6 +106,9 @@ def test_too_few_cases_to_hold_out(tmp_path: Path) -> None:
 
 def test_incomplete_datasets(tmp_path: Path) -> None:
     folder = tmp_path / "Dataset001_A"
+    with pytest.raises(DatasetError, match="no such folder"):
+        read_raw_dataset(folder)
+    folder.mkdir()
     with pytest.raises(DatasetError, match="not an nnU-Net raw dataset"):
         read_raw_dataset(folder)
     write_phantom_dataset(folder, n_training=2, n_test=0)

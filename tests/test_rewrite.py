@@ -137,6 +137,21 @@ def test_a_block_that_is_no_object(block: Any) -> None:
         rewrite(plans)
 
 
+@pytest.mark.parametrize(
+    ("place", "key", "value"),
+    [((), "stunet", {}), ((), "STUNet", {}), (("configurations", "2d"), "STUNet", {}),
+     (("configurations", "3d_fullres"), "num_epochs", 200)],
+)  # fmt: skip
+def test_settings_that_nothing_would_read(place: tuple[str, ...], key: str, value: Any) -> None:
+    plans = make_plans()
+    target = plans
+    for part in place:
+        target = target[part]
+    target[key] = value
+    with pytest.raises(SettingsError, match=rf"nothing reads them[\s\S]*{key}"):
+        rewrite(plans)
+
+
 def test_inheritance_is_the_same_for_plans_and_trainers() -> None:
     plans = make_plans()
     configurations = plans["configurations"]

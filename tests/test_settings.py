@@ -19,6 +19,10 @@ def test_values_are_read_as_json_or_bare_words() -> None:
     }
 
 
+def test_numbers_with_commas_are_a_list() -> None:
+    assert parse_settings(["patch_size=64,64,32"]) == {"patch_size": [64, 64, 32]}
+
+
 def test_unknown_name_lists_the_known_and_guesses() -> None:
     with pytest.raises(SettingsError) as caught:
         parse_settings(["learning_rate=0.1"])

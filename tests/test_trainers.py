@@ -151,6 +151,13 @@ def test_plans_of_another_size(dataset: Path) -> None:
         make("STUNetTrainer_small", narrow_plans())
 
 
+def test_a_configuration_that_the_plans_left_out(dataset: Path) -> None:
+    plans = rewrite_plans(make_plans(), size=NARROW, plans_name="STUNetPlans_narrow", configurations=["2d"])
+    make(plans=plans, configuration="2d")
+    with pytest.raises(PlansError, match=r"3d_fullres of STUNetPlans_narrow[\s\S]*one of 2d"):
+        make(plans=plans)
+
+
 def test_plans_of_nnunet_v1(dataset: Path) -> None:
     with pytest.raises(PlansError, match="nnU-Net v1"):
         find("STUNetTrainer")({"plans_per_stage": {}}, "3d_fullres", 0, DATASET_JSON, torch.device("cpu"))

@@ -54,7 +54,7 @@ def load_archive(path: str | os.PathLike[str]) -> Any:
             "missing checkpoint",
             got=path,
             expected="a file",
-            remedy="Check the path, or train the model first.",
+            remedy="Check the path.",
         )
     with path.open("rb") as file:
         legacy = file.read(len(_LEGACY_START)) == _LEGACY_START
@@ -119,7 +119,7 @@ def _truncated(path: Path) -> CheckpointError:
         "a checkpoint that is truncated, or not a checkpoint",
         got=f"{path} ({path.stat().st_size} bytes)",
         expected="a whole file written by torch.save",
-        remedy="Remove it and resume from another checkpoint of the fold, or copy it again.",
+        remedy="Copy or download it again; a training can continue from another checkpoint of its fold.",
     )
 
 

@@ -229,11 +229,19 @@ def _choose_device(device: str) -> str:
 
     if device not in ("auto", "cpu", "cuda", "mps"):
         raise UsageError("unknown device", got=device, expected="auto, cpu, cuda or mps", remedy="Correct --device.")
-    if device != "auto":
-        return device
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return "cuda" if available["cuda"] else "cpu"
+    if not available[device]:
+        raise UsageError(
+            "a device that PyTorch does not find",
+            got=device,
+            expected=f"one of {', '.join(name for name, there in available.items() if there)}",
+            remedy="Choose another one with --device, or leave it out.",
+        )
+    return device
 
 
 def _batch_for(workspace: _Workspace, device: str) -> dict[str, Any]:

@@ -80,7 +80,8 @@ def _print_table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
         caption_justify="left",
     )
     for column in ("size", "blocks", "channels", "parameters", "MACs", "training", "inference"):
-        table.add_column(column, justify="left" if column in ("size", "blocks", "channels") else "right")
+        text = column in ("size", "blocks", "channels")
+        table.add_column(column, justify="left" if text else "right", overflow="fold")
     for row in rows:
         table.add_row(
             row["name"],

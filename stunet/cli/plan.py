@@ -90,9 +90,9 @@ def _report(plans: dict[str, Any], path: Path, *, written: bool) -> None:
         try:
             resolved = resolve_configuration(plans, name)
         except PlansError:  # of a kind that we leave alone
-            table.add_row(name, "(unchanged)", "", "", "")
+            table.add_row(name, "no STU-Net", "", "", "")
             continue
-        network = f"{resolved['architecture']['network_class_name'].rsplit('.')[-1]} (unchanged)"
+        network = f"{resolved['architecture']['network_class_name'].rsplit('.')[-1]}, no STU-Net"
         if is_stunet(resolved):
             network = f"STU-Net {plans_size(resolved).name}"
             trainable.append(name)
@@ -116,18 +116,17 @@ def _report(plans: dict[str, Any], path: Path, *, written: bool) -> None:
 
 
 def _next_commands(plans: dict[str, Any], path: Path, configuration: str) -> list[str]:
-    from stunet.planning import resolve_configuration
+    from stunet.planning import SETTINGS_KEY, resolve_configuration
 
     dataset_id, plans_name = int(plans["dataset_name"][7:10]), plans["plans_name"]
     lines = ["Next:"]
     if not (path.parent / resolve_configuration(plans, configuration)["data_identifier"]).is_dir():
         lines.append(f"  nnUNetv2_preprocess -d {dataset_id} -plans_name {plans_name} -c {configuration}")
     train = f"nnUNetv2_train {dataset_id} {configuration} 0 -p {plans_name}"
-    return [
-        *lines,
-        f'  eval "$(stunet env)"; {train} -tr STUNetTrainer',
-        f"or, with nnU-Net's own trainer and its own training settings:\n  {train}",
-    ]
+    lines.append(f'  eval "$(stunet env)"; {train} -tr STUNetTrainer')
+    if not resolve_configuration(plans, configuration).get(SETTINGS_KEY):  # which nnU-Net's own trainer does not read
+        lines.append(f"or, with nnU-Net's own trainer:\n  {train}")
+    return lines
 
 
 def _print_settings(wanted: bool) -> None:
@@ -138,9 +137,11 @@ def _print_settings(wanted: bool) -> None:
     from stunet.cli.console import stdout
     from stunet.planning import SETTINGS
 
-    table = Table("setting", "value", "what it does", "counts with")
+    table = Table()
+    for column in ("setting", "value", "what it does", "counts with"):
+        table.add_column(column, no_wrap=column == "setting", overflow="fold")
     for name, setting in SETTINGS.items():
-        trainers = "STUNetTrainer" if setting.place == "training" else "any trainer"
+        trainers = "STUNetTrainer" if setting.place == "training" else "any trainer, given with --set"
         table.add_row(name, setting.expected, setting.help, trainers)
     stdout.print(table)
     raise typer.Exit

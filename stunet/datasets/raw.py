@@ -43,6 +43,13 @@ def read_raw_dataset(folder: str | os.PathLike[str]) -> RawDataset:
         DatasetError: No ``dataset.json``, one that is incomplete, or files that are missing.
     """
     folder = Path(folder).resolve()
+    if not folder.is_dir():
+        raise DatasetError(
+            "no such folder",
+            got=folder,
+            expected="the folder of an nnU-Net raw dataset",
+            remedy="Check the path, for example $nnUNet_raw/Dataset004_Hippocampus.",
+        )
     try:
         dataset_json = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
         channels, _ = len(dataset_json["channel_names"]), dataset_json["labels"]

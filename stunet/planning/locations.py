@@ -214,7 +214,7 @@ def write_plans(plans: dict[str, Any], path: str | os.PathLike[str], *, overwrit
                 "a plans file that differs stands there already",
                 got=path,
                 expected="no file, or the same plans",
-                remedy="Choose another name with --name, or replace it with --overwrite.",
+                remedy="Choose another name with --name, or replace the whole file with --overwrite.",
             )
     write_json(plans, path)
     return True

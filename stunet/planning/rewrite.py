@@ -8,7 +8,7 @@ from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from stunet.errors import PlansError
+from stunet.errors import PlansError, SettingsError
 from stunet.network import N_STAGES, STUNetSize, size_of, total_stride
 from stunet.network.blocks import CONV_OPS
 from stunet.planning.settings import SETTINGS, SETTINGS_KEY, check_settings
@@ -35,6 +35,7 @@ def check_plans(plans: Any, *, source: str) -> None:
 
     Raises:
         PlansError: Plans of nnU-Net v1, or no plans at all.
+        SettingsError: Training settings that do not stand where they are read.
     """
     if isinstance(plans, dict) and "plans_per_stage" in plans:
         raise PlansError(
@@ -49,6 +50,24 @@ def check_plans(plans: Any, *, source: str) -> None:
             got=source,
             expected="a JSON object with 'configurations'",
             remedy="Plan the dataset with nnUNetv2_plan_experiment.",
+        )
+    _check_no_misplaced_settings(plans, source)
+
+
+def _check_no_misplaced_settings(plans: Plans, source: str) -> None:
+    """Refuse what was meant as a setting but would be passed over without a word."""
+    misplaced = [key for key in plans if key.lower() == SETTINGS_KEY]
+    for name, configuration in plans["configurations"].items():
+        for key in configuration:
+            outside = key in SETTINGS and SETTINGS[key].place == "training"
+            if outside or (key != SETTINGS_KEY and key.lower() == SETTINGS_KEY):
+                misplaced.append(f"{name}: {key}")
+    if misplaced:
+        raise SettingsError(
+            f"settings in a place where nothing reads them in {source}",
+            got=", ".join(misplaced),
+            expected=f'an object under "{SETTINGS_KEY}" within a configuration',
+            remedy=f'Move them: "configurations": {{"3d_fullres": {{"{SETTINGS_KEY}": {{"num_epochs": 200}}, …',
         )
 
 

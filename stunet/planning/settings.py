@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -80,7 +81,7 @@ SETTINGS: dict[str, Setting] = {
     "batch_dice": Setting("configuration", *_BOOL, "Dice over the whole batch instead of each patch"),
     "patch_size": Setting(
         "configuration",
-        "a list of 2 or 3 positive whole numbers",
+        "2 or 3 positive whole numbers, for example 64,64,64",
         lambda v: isinstance(v, list) and len(v) in (2, 3) and all(_is_count(n) for n in v),
         "voxels of a patch along each axis",
     ),
@@ -127,7 +128,8 @@ def parse_settings(assignments: Iterable[str]) -> dict[str, Any]:
     """Read settings as they are typed on the command line.
 
     Args:
-        assignments: For example ``["initial_lr=0.001", "patch_size=[64,64,64]"]``; values are JSON, or bare words.
+        assignments: For example ``["initial_lr=0.001", "patch_size=64,64,64"]``; values are JSON, bare words, or
+            numbers with commas.
 
     Returns:
         Checked values by name.
@@ -145,6 +147,8 @@ def parse_settings(assignments: Iterable[str]) -> dict[str, Any]:
                 expected="name=value, for example initial_lr=0.001",
                 remedy="Write each setting as name=value without spaces.",
             )
+        if re.fullmatch(r"\d+(,\d+)+", text):
+            text = f"[{text}]"
         try:
             settings[name] = json.loads(text)
         except json.JSONDecodeError:

@@ -62,7 +62,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
     @classmethod
     def _with_stunet(cls, plans: dict[str, Any], configuration: str) -> dict[str, Any]:
         check_plans(plans, source=str(plans.get("plans_name", "the given plans")))
-        size = cls._choose_size(resolve_configuration(plans, configuration))
+        size = cls._choose_size(plans, configuration)
         rewritten = rewrite_configuration(plans, configuration, size=size)
         # nnU-Net's command puts this key into the plans and its constructor takes it out again.
         continue_training = plans.get("continue_training", False)
@@ -70,8 +70,18 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         return {**plans, "configurations": configurations, "continue_training": continue_training}
 
     @classmethod
-    def _choose_size(cls, configuration: Mapping[str, Any]) -> STUNetSize:
+    def _choose_size(cls, plans: dict[str, Any], name: str) -> STUNetSize:
+        configuration = resolve_configuration(plans, name)
         if not is_stunet(configuration):
+            others = [other for other, own in plans["configurations"].items() if is_stunet(own)]
+            if others:
+                # Their size was chosen when the plans were written; another one here would contradict the plans' name.
+                raise PlansError(
+                    "a configuration without a STU-Net in plans where others have one",
+                    got=f"{name} of {plans.get('plans_name')}",
+                    expected=f"one of {', '.join(others)}, or plans written for {name} too",
+                    remedy=f"Write the plans again with `stunet plan`, leaving -c out or naming {name} in it.",
+                )
             return find_size(cls.size or "base")
         planned = plans_size(configuration)
         if cls.size is not None and planned.name != cls.size:
