@@ -1,4 +1,4 @@
-"""How long ``stunet demo`` takes and how good its network gets: one JSON line. By hand: it takes about five minutes.
+"""How long ``stunet demo`` takes and how good its network gets: one JSON line. By hand.
 
 python tests/benchmarks/demo.py
 """
