@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from stunet.cli.env import trainers_folder
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -27,3 +29,15 @@ def nnunet_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str,
         folder.mkdir()
         monkeypatch.setenv(name, str(folder))
     return folders
+
+
+@pytest.fixture
+def dataset(nnunet_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A preprocessed dataset without content, which trainers can be made on."""
+    monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
+    folder = nnunet_folders["nnUNet_preprocessed"] / "Dataset001_Test"
+    for name in ("2d", "3d_fullres", "3d_lowres"):
+        case = folder / f"nnUNetPlans_{name}"
+        case.mkdir(parents=True)
+        (case / "case.b2nd").touch()  # nnU-Net looks at file endings to choose a dataset class
+    return folder

@@ -11,17 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_trainers import NARROW, find, make, narrow_plans, save, trained
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from plans import DATASET_JSON, make_plans
 from stunet.checkpoints.loading import read_checkpoint
-from stunet.cli.env import trainers_folder
 from stunet.errors import CheckpointError, PlansError, SettingsError
 from stunet.network import STUNet, STUNetSize
 from stunet.planning import plans_size, rewrite_plans
-from stunet.training import BaseSTUNetTrainer
 
 SIZES = ("small", "base", "large", "huge")
 NAMES = [
@@ -29,36 +27,6 @@ NAMES = [
     "STUNetTrainer_ft",
     *(f"STUNetTrainer_{size}{suffix}" for size in SIZES for suffix in ("", "_ft", "_ep1k", "_ep2k", "_ep4k")),
 ]
-NARROW = STUNetSize("narrow", (1,) * 6, 2)
-
-
-@pytest.fixture
-def dataset(nnunet_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("nnUNet_extTrainer", str(trainers_folder()))
-    folder = nnunet_folders["nnUNet_preprocessed"] / "Dataset001_Test"
-    for name in ("2d", "3d_fullres", "3d_lowres"):
-        case = folder / f"nnUNetPlans_{name}"
-        case.mkdir(parents=True)
-        (case / "case.b2nd").touch()  # nnU-Net looks at file endings to choose a dataset class
-    return folder
-
-
-def find(name: str) -> type[BaseSTUNetTrainer]:
-    return recursive_find_trainer_class_by_name(name)
-
-
-def make(
-    name: str = "STUNetTrainer",
-    plans: dict[str, Any] | None = None,
-    configuration: str = "3d_fullres",
-    dataset_json: dict[str, Any] = DATASET_JSON,
-) -> BaseSTUNetTrainer:
-    plans = {**(plans or make_plans()), "continue_training": False}
-    return find(name)(plans, configuration, 0, dataset_json, torch.device("cpu"))
-
-
-def narrow_plans(**settings: Any) -> dict[str, Any]:
-    return rewrite_plans(make_plans(), size=NARROW, plans_name="STUNetPlans_narrow", settings=settings)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -161,33 +129,6 @@ def test_a_configuration_that_the_plans_left_out(dataset: Path) -> None:
 def test_plans_of_nnunet_v1(dataset: Path) -> None:
     with pytest.raises(PlansError, match="nnU-Net v1"):
         find("STUNetTrainer")({"plans_per_stage": {}}, "3d_fullres", 0, DATASET_JSON, torch.device("cpu"))
-
-
-def trained(trainer: BaseSTUNetTrainer, epochs: int) -> BaseSTUNetTrainer:
-    """Pretend some epochs: weights and momentum move and the log grows as nnU-Net keeps it."""
-    if not trainer.was_initialized:
-        trainer.initialize()
-    for epoch in range(trainer.current_epoch, epochs):
-        trainer.optimizer.zero_grad()
-        outputs = trainer.network(torch.randn(1, 1, 40, 56, 40))
-        sum(o.square().mean() for o in outputs).backward()
-        trainer.optimizer.step()
-        for key in ("train_losses", "val_losses", "lrs", "epoch_start_timestamps", "epoch_end_timestamps"):
-            trainer.logger.log(key, np.float32(epoch), epoch)
-        trainer.logger.log("dice_per_class_or_region", [np.float32(0.5)], epoch)
-        trainer.logger.log("mean_fg_dice", np.float64(0.5), epoch)
-        trainer.current_epoch = epoch + 1
-    trainer.inference_allowed_mirroring_axes = (0, 1, 2)
-    trainer._best_ema = np.float64(0.5)
-    return trainer
-
-
-def save(trainer: BaseSTUNetTrainer, name: str) -> Path:
-    path = Path(trainer.output_folder) / name
-    trainer.current_epoch -= 1  # nnU-Net saves before it counts the epoch
-    trainer.save_checkpoint(str(path))
-    trainer.current_epoch += 1
-    return path
 
 
 def test_a_checkpoint_has_what_nnunets_own_has(dataset: Path, tmp_path: Path) -> None:

@@ -6,16 +6,30 @@ from stunet.checkpoints.loading import check_weights, read_checkpoint
 from stunet.checkpoints.pickles import read_pickle
 from stunet.checkpoints.published import write_published
 from stunet.checkpoints.sources import SourceWeights, open_weights
+from stunet.checkpoints.transfer import (
+    HeadPolicy,
+    StemPolicy,
+    TransferReport,
+    adapt_stem,
+    source_outputs,
+    transfer_weights,
+)
 
 __all__ = [
     "Architecture",
+    "HeadPolicy",
     "SourceWeights",
+    "StemPolicy",
+    "TransferReport",
+    "adapt_stem",
     "check_weights",
     "from_published_key",
     "infer_architecture",
     "open_weights",
     "read_checkpoint",
     "read_pickle",
+    "source_outputs",
     "to_published_key",
+    "transfer_weights",
     "write_published",
 ]

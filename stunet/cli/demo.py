@@ -35,7 +35,7 @@ def demo(
     size: Annotated[
         str | None, typer.Option(help="small, base, large or huge; a narrow network by default, for speed.")
     ] = None,
-    epochs: Annotated[int, typer.Option(help="Epochs of 20 iterations.", min=1)] = 18,
+    epochs: Annotated[int, typer.Option(help="Epochs of 20 iterations.", min=1)] = 15,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the phantoms and of the choice of unseen cases.", min=0)] = 0,
 ) -> None:
@@ -162,8 +162,11 @@ def _train(workspace: _Workspace, size: str | None, epochs: int, device: str) ->
     settings = {
         "num_epochs": epochs,
         "num_iterations_per_epoch": 20,
-        "num_val_iterations_per_epoch": 4,
+        "num_val_iterations_per_epoch": 2,
         "oversample_foreground_percent": 0.5,
+        # For a training this short: faster, and with a Dice loss that small structures do not drop out of.
+        "initial_lr": 0.03,
+        "batch_dice": "true",
         **_batch_for(workspace, device),
     }
     assignments = [f"{key}={value}" for key, value in settings.items()]

@@ -23,7 +23,16 @@ def plan(
     ] = None,
     depth: Annotated[str | None, typer.Option(help="Blocks of six stages, for example 1,1,2,2,2,2.")] = None,
     width: Annotated[int | None, typer.Option(help="Channels of the first stage, for example 24.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the new plans; STUNetPlans_SIZE by default.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Weights to start the training from; they decide the size.")
+    ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(help="With --from: full (default), warmup, layerwise, frozen-encoder or head-only."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the new plans; STUNetPlans_SIZE by default, with --from …_SIZE_ft.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace plans that differ.")] = False,
     num_processes: Annotated[int, typer.Option("-np", help="Processes for nnU-Net's fingerprint.", min=1)] = 8,
     list_settings: Annotated[
@@ -40,40 +49,27 @@ def plan(
 
     Where nnU-Net has not planned the dataset yet, its own planner runs first.
     """
-    from stunet.cli.sizes import choose_size
-    from stunet.errors import UsageError
-    from stunet.planning import (
-        find_dataset,
-        find_plans,
-        list_presets,
-        load_plans,
-        load_preset,
-        parse_settings,
-        plan_with_nnunet,
-        rewrite_plans,
-        write_plans,
-    )
+    from stunet.cli.plan_steps import PlanRequest, make_plans_file, print_transfer
 
-    chosen = choose_size(size, depth, width)
-    given = parse_settings(settings or [])
-    if chosen.name in list_presets():
-        given = {**load_preset(chosen.name).settings, **given}
-    dataset_name = find_dataset(dataset)
-    source, target = find_plans(dataset_name, plans), find_plans(dataset_name, name or f"STUNetPlans_{chosen.name}")
-    if target == source:
-        raise UsageError(
-            "new plans under the name of those that they are made from",
-            got=f"--name {name}",
-            expected=f"another name than {plans}",
-            remedy="Choose another name with --name; the data that nnU-Net has preprocessed is used all the same.",
+    made = make_plans_file(
+        PlanRequest(
+            dataset=dataset,
+            size=size,
+            depth=depth,
+            width=width,
+            configurations=configurations,
+            plans=plans,
+            settings=settings or [],
+            source=source,
+            strategy=strategy,
+            name=name,
+            overwrite=overwrite,
+            num_processes=num_processes,
         )
-    if not source.is_file():
-        plan_with_nnunet(dataset_name, plans, num_processes=num_processes)
-    rewritten = rewrite_plans(
-        load_plans(source), size=chosen, plans_name=target.stem, configurations=configurations, settings=given
     )
-    written = write_plans(rewritten, target, overwrite=overwrite)
-    _report(rewritten, target, written=written)
+    _report(made.plans, made.path, written=made.written)
+    if made.transfer is not None:
+        print_transfer(made.transfer)
 
 
 def _report(plans: dict[str, Any], path: Path, *, written: bool) -> None:

@@ -1,9 +1,11 @@
 """Plans files: rewriting, settings, presets, and where nnU-Net keeps them."""
 
+from stunet.planning.fine_tuning import fine_tuning_configurations, fine_tuning_settings, preview_transfer
 from stunet.planning.locations import (
     find_dataset,
     find_plans,
     load_plans,
+    missing_preprocessed_cases,
     nnunet_folder,
     plan_with_nnunet,
     write_plans,
@@ -21,7 +23,15 @@ from stunet.planning.rewrite import (
     rewrite_configuration,
     rewrite_plans,
 )
-from stunet.planning.settings import SETTINGS, SETTINGS_KEY, Setting, check_settings, parse_settings
+from stunet.planning.settings import (
+    SETTINGS,
+    SETTINGS_KEY,
+    STRATEGIES,
+    Setting,
+    Strategy,
+    check_settings,
+    parse_settings,
+)
 from stunet.planning.v1_plans import PRETRAINING, Preparation, read_v1_plans
 
 __all__ = [
@@ -29,15 +39,19 @@ __all__ = [
     "PRETRAINING",
     "SETTINGS",
     "SETTINGS_KEY",
+    "STRATEGIES",
     "ModelDescription",
     "Preparation",
     "Preset",
     "Setting",
+    "Strategy",
     "check_plans",
     "check_settings",
     "describe_model",
     "find_dataset",
     "find_plans",
+    "fine_tuning_configurations",
+    "fine_tuning_settings",
     "fit_strides",
     "has_own_architecture",
     "is_stunet",
@@ -45,10 +59,12 @@ __all__ = [
     "load_plans",
     "load_preset",
     "make_plans",
+    "missing_preprocessed_cases",
     "nnunet_folder",
     "parse_settings",
     "plan_with_nnunet",
     "plans_size",
+    "preview_transfer",
     "read_v1_plans",
     "resolve_configuration",
     "rewrite_configuration",

@@ -14,12 +14,21 @@ from nnunetv2.utilities.dataset_name_id_conversion import (
     find_candidate_datasets,
     maybe_convert_to_dataset_name,
 )
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from stunet.errors import DatasetError, NnUNetPathError, PlansError
 from stunet.files import write_json
-from stunet.planning.rewrite import check_plans
+from stunet.planning.rewrite import check_plans, resolve_configuration
 
-__all__ = ["find_dataset", "find_plans", "load_plans", "nnunet_folder", "plan_with_nnunet", "write_plans"]
+__all__ = [
+    "find_dataset",
+    "find_plans",
+    "load_plans",
+    "missing_preprocessed_cases",
+    "nnunet_folder",
+    "plan_with_nnunet",
+    "write_plans",
+]
 
 #: nnU-Net's planners by the plans identifier that they write.
 _PLANNERS = {
@@ -185,6 +194,37 @@ def plan_with_nnunet(dataset_name: str, identifier: str, *, num_processes: int) 
         )
     extract_fingerprints([dataset_id], num_processes=num_processes, clean=False)
     plan_experiments([dataset_id], _PLANNERS[identifier])
+
+
+def missing_preprocessed_cases(dataset_name: str, plans: dict[str, Any], configuration: str) -> list[str]:
+    """Training cases that are not preprocessed yet, or not to the end.
+
+    nnU-Net trains on whatever lies in the folder, so after an interrupted preprocessing it would do with fewer cases
+    without a word.
+
+    Args:
+        dataset_name: For example ``Dataset004_Hippocampus``.
+        plans: The plans.
+        configuration: Name of a configuration in them.
+
+    Raises:
+        DatasetError: Nothing is preprocessed and there is no raw dataset to do it from.
+        NnUNetPathError: ``nnUNet_preprocessed`` is not set.
+    """
+    data = nnunet_folder("nnUNet_preprocessed") / dataset_name
+    data /= resolve_configuration(plans, configuration)["data_identifier"]
+    done = {path.stem for path in data.glob("*.pkl")}  # the last file of a case that nnU-Net writes
+    raw = Path(os.environ.get("nnUNet_raw", "")) / dataset_name
+    if not os.environ.get("nnUNet_raw") or not (raw / "dataset.json").is_file():
+        if done:
+            return []
+        raise DatasetError(
+            "a dataset that is not preprocessed, and cannot be",
+            got=f"no cases in {data}, and no dataset.json in {raw}",
+            expected="the raw dataset, or one that is preprocessed",
+            remedy="Put the dataset into nnUNet_raw.",
+        )
+    return sorted(set(get_filenames_of_train_images_and_targets(str(raw))) - done)
 
 
 def write_plans(plans: dict[str, Any], path: str | os.PathLike[str], *, overwrite: bool) -> bool:

@@ -7,12 +7,19 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+from stunet.checkpoints import HeadPolicy, StemPolicy
 from stunet.errors import SettingsError
 from stunet.network import ActivationCheckpointing
 
-__all__ = ["SETTINGS", "SETTINGS_KEY", "Setting", "check_settings", "parse_settings"]
+__all__ = ["SETTINGS", "SETTINGS_KEY", "STRATEGIES", "Setting", "Strategy", "check_settings", "parse_settings"]
+
+Strategy = Literal["full", "warmup", "layerwise", "frozen-encoder", "head-only"]
+"""How a network is fine-tuned; :func:`stunet.training.parameter_groups` says what each one does."""
+
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 SETTINGS_KEY = "stunet"
 """Key of a plans file's configuration under which the training settings stand."""
@@ -57,6 +64,10 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+def _one_of(values: tuple[str, ...]) -> tuple[str, Callable[[Any], bool]]:
+    return f"one of {', '.join(values)}", lambda value: value in values
+
+
 _COUNT = ("a positive whole number", _is_count)
 _POSITIVE = ("a positive number", _is_positive)
 _FRACTION = ("a number from 0 to 1", _is_fraction)
@@ -71,10 +82,25 @@ SETTINGS: dict[str, Setting] = {
     "oversample_foreground_percent": Setting("training", *_FRACTION, "share of patches centred on foreground"),
     "probabilistic_oversampling": Setting("training", *_BOOL, "draw that share instead of fixing it in each batch"),
     "save_every": Setting("training", *_COUNT, "epochs between two checkpoint_latest.pth"),
+    "pretrained_weights": Setting(
+        "training",
+        "the path of a file, from the root",
+        lambda v: isinstance(v, str) and Path(v).is_absolute(),
+        "weights to start from; `stunet plan --from` sets it",
+    ),
+    "fine_tune": Setting("training", *_one_of(STRATEGIES), "which parameters are trained, and how fast"),
+    "warmup_epochs": Setting("training", *_COUNT, "epochs of each of the two ramps of fine_tune=warmup"),
+    "layer_decay": Setting(
+        "training",
+        "a number above 0, at most 1",
+        lambda v: _is_positive(v) and v <= 1,
+        "learning rate of a stage by that of the next one on the way to the output, with fine_tune=layerwise",
+    ),
+    "stem": Setting("training", *_one_of(get_args(StemPolicy)), "how pretrained_weights get other input channels"),
+    "head": Setting("training", *_one_of(get_args(HeadPolicy)), "whether heads of pretrained_weights are used"),
     "activation_checkpointing": Setting(
         "architecture",
-        f"one of {', '.join(get_args(ActivationCheckpointing))}",
-        lambda v: v in get_args(ActivationCheckpointing),
+        *_one_of(get_args(ActivationCheckpointing)),
         "which blocks compute activations again instead of keeping them: less memory, more time",
     ),
     "batch_size": Setting("configuration", *_COUNT, "patches in a batch"),

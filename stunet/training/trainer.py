@@ -5,25 +5,37 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch import nn
 from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
-from stunet.checkpoints.loading import check_weights, read_checkpoint
-from stunet.errors import CheckpointError, PlansError
-from stunet.files import atomic_path, remove_leftovers
-from stunet.network import STUNetSize, find_size
+from stunet.checkpoints import (
+    HeadPolicy,
+    StemPolicy,
+    TransferReport,
+    check_weights,
+    open_weights,
+    read_checkpoint,
+    transfer_weights,
+)
+from stunet.errors import CheckpointError, PlansError, SettingsError, UsageError
+from stunet.files import atomic_path, remove_leftovers, write_json
+from stunet.labels import outputs_of
+from stunet.network import STUNet, STUNetSize, find_size
 from stunet.planning import (
     SETTINGS_KEY,
+    Strategy,
     check_plans,
     is_stunet,
     plans_size,
     resolve_configuration,
     rewrite_configuration,
 )
+from stunet.training.strategies import GroupSchedule, freeze_others, parameter_groups
 
 __all__ = ["BaseSTUNetTrainer"]
 
@@ -42,6 +54,16 @@ class BaseSTUNetTrainer(nnUNetTrainer):
 
     size: ClassVar[str | None] = None
     default_settings: ClassVar[Mapping[str, Any]] = {}
+
+    # Settings that nnU-Net's trainer does not have; see stunet.planning.SETTINGS.
+    pretrained_weights: str | None = None
+    fine_tune: Strategy = "full"
+    warmup_epochs: int | None = None
+    layer_decay: float = 0.85
+    stem: StemPolicy = "repeat-scaled"
+    head: HeadPolicy = "by-name"
+
+    _continued = False
 
     def __init__(
         self,
@@ -93,11 +115,82 @@ class BaseSTUNetTrainer(nnUNetTrainer):
             )
         return planned
 
+    def configure_optimizers(self) -> tuple[Optimizer, Any]:
+        """nnU-Net's optimizer, its parameters grouped as the fine-tuning strategy wants them."""
+        if self.fine_tune == "full":
+            return cast("tuple[Optimizer, Any]", super().configure_optimizers())
+        network = self._plain_network()
+        groups = parameter_groups(
+            network,
+            self.fine_tune,
+            num_epochs=self.num_epochs,
+            warmup_epochs=self.warmup_epochs,
+            layer_decay=self.layer_decay,
+        )
+        freeze_others(network, groups)
+        optimizer = torch.optim.SGD(
+            [{"params": list(group.parameters), "name": group.name} for group in groups],
+            self.initial_lr,
+            weight_decay=self.weight_decay,
+            momentum=0.99,
+            nesterov=True,
+        )
+        return optimizer, GroupSchedule(optimizer, groups, self.initial_lr)
+
+    def initialize(self) -> None:
+        """Also remember the stem, by which weights that somebody else loads are noticed."""
+        super().initialize()
+        self._initial_stem = self._stem_weight().detach().clone()
+
     def on_train_start(self) -> None:
-        """Also remove what a process that was killed while it wrote a checkpoint has left."""
+        """Also start from the plans' pre-trained weights, and clear away what a killed process has left."""
+        if not self.was_initialized:
+            self.initialize()
+        if self.pretrained_weights is not None and not self._continued:
+            self._start_from(self.pretrained_weights)
         super().on_train_start()
         if self.local_rank == 0:
             remove_leftovers(self.output_folder, "checkpoint_*.pth")
+
+    def _start_from(self, path: str) -> None:
+        if not torch.equal(self._stem_weight(), self._initial_stem):
+            raise UsageError(
+                "pre-trained weights from two places",
+                got=f"-pretrained_weights, and {path} in the plans",
+                expected="one of them",
+                remedy="Leave -pretrained_weights out, or take plans without pretrained_weights.",
+            )
+        report = transfer_weights(
+            open_weights([path]),
+            self._plain_network(),
+            outputs_of(self.dataset_json),
+            stem=self.stem,
+            head=self.head,
+        )
+        self._check_fresh_parts(report)
+        self.print_to_log_file(f"Starting from {report.source}")
+        for what, count, which in report.rows():
+            self.print_to_log_file(f"  {what}: {count}{f' ({which})' if which else ''}", add_timestamp=False)
+        if self.local_rank == 0:
+            write_json(report.as_dict(), Path(self.output_folder) / "weight_transfer.json")
+
+    def _check_fresh_parts(self, report: TransferReport) -> None:
+        frozen = [key for key in report.fresh if not self._plain_network().get_parameter(key).requires_grad]
+        if frozen:
+            raise SettingsError(
+                f"random parameters that fine_tune={self.fine_tune} would never train",
+                got=", ".join(frozen[:4]),
+                expected="parameters from the source, or parameters that are trained",
+                remedy=f"Choose another stem than {self.stem}, or another strategy.",
+            )
+
+    def on_train_epoch_start(self) -> None:
+        """Also log the learning rate of each group where there are several."""
+        super().on_train_epoch_start()
+        groups = self.optimizer.param_groups
+        if self.fine_tune != "full":
+            rates = ", ".join(f"{group['name']} {group['lr']:.3g}" for group in groups)
+            self.print_to_log_file(f"Learning rates ({self.fine_tune}): {rates}")
 
     def save_checkpoint(self, filename: str) -> None:
         """Write a checkpoint in nnU-Net's format, whole or not at all (temporary file, fsync, rename)."""
@@ -136,6 +229,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         check_weights(read_checkpoint(path)["network_weights"], self._plain_network().state_dict(), source=path)
         # The base class unpickles without restraint, which is safe now: the same file passed the restricted reader.
         super().load_checkpoint(str(path))
+        self._continued = True
 
     def _last_whole(self, requested: Path) -> Path:
         best = requested.with_name("checkpoint_best.pth")
@@ -157,6 +251,10 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         self.print_to_log_file(f"Found {found}; continuing from {chosen.name}")
         return chosen
 
-    def _plain_network(self) -> nn.Module:
-        network = self.network.module if self.is_ddp else self.network
-        return network._orig_mod if isinstance(network, OptimizedModule) else network
+    def _plain_network(self) -> STUNet:
+        # Not by is_ddp: the optimizer is made before the network is wrapped.
+        network = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
+        return cast("STUNet", network._orig_mod if isinstance(network, OptimizedModule) else network)
+
+    def _stem_weight(self) -> torch.Tensor:
+        return cast("torch.Tensor", self._plain_network().get_parameter("encoder.stages.0.0.conv1.weight"))
