@@ -27,8 +27,9 @@ class Served:
         statuses: For each request in turn, a status to answer with instead; used up first.
         redirect: Where requests are sent to.
         headers: Further headers.
-        user: ``user:password`` that is asked for.
+        authorization: The Authorization header that is asked for.
         gate: Held back in mid-file until this is set.
+        half_sent: Set when the first half has been sent to a client that is held back.
     """
 
     content: bytes = b""
@@ -94,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
         if served.authorization is not None and self.headers["Authorization"] != served.authorization:
             return self._empty(401)
         if served.statuses:
-            return self._empty(served.statuses.pop(0))
+            return self._empty(served.statuses.pop(0), served.headers)
         if served.redirect is not None:
             return self._empty(302, {"Location": served.redirect, **served.headers})
         return self._send(served)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import json
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,10 @@ import requests
 
 import stunet
 from stunet.errors import DownloadError
-from stunet.files import write_json
 from stunet.weights.addresses import check_url, clean_url
+from stunet.weights.parts import Download, Part, remove_part
 
-__all__ = ["ATTEMPTS", "Download", "download", "remove_part"]
+__all__ = ["ATTEMPTS", "download"]
 
 ATTEMPTS = 5
 """Connections in a row that may bring nothing new before a download is given up."""
@@ -31,23 +29,6 @@ _LONGEST_PAUSE = 30.0
 _CHUNK_BYTES = 2**16  # what a cut can lose: a piece that is not whole is not handed out
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 _FULL_DISK = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
-
-
-@dataclass(frozen=True)
-class Download:
-    """A file that has arrived.
-
-    Attributes:
-        url: Where it is from, without user, password and query.
-        bytes: Its length.
-        etag: What the server calls this version of it.
-        stated_sha256: Checksum that the server has stated, as Hugging Face does for large files.
-    """
-
-    url: str
-    bytes: int
-    etag: str | None
-    stated_sha256: str | None
 
 
 class _CutError(Exception):
@@ -92,7 +73,7 @@ def download(
             the disk is full.
     """
     check_url(url)
-    state = _Part(part, clean_url(url))
+    state = Part(part, clean_url(url))
     failures, best = 0, state.length
     while True:
         try:
@@ -103,26 +84,15 @@ def download(
             failures = 1 if state.length > best else failures + 1
             best = max(best, state.length)
             if failures >= attempts:
-                raise DownloadError(
-                    "a download that was cut again and again",
-                    got=f"{state.url}: {cut}; {state.describe()}, {failures} attempts in a row without progress",
-                    expected="a server that sends the whole file",
-                    remedy="Try again later: it goes on from there. Or give another address with --url or --hf.",
-                ) from cut.__cause__
+                raise _given_up(state, cut, failures, best) from cut
             pause = max(cut.pause, min(0.5 * 2 ** (failures - 1), _LONGEST_PAUSE))
             on_retry(f"{cut}; {state.describe()}, again in {pause:g} s")
             wait(pause)
 
 
-def remove_part(part: Path) -> None:
-    """Remove what an unfinished download has left."""
-    part.unlink(missing_ok=True)
-    _note_path(part).unlink(missing_ok=True)
-
-
 def _attempt(
     url: str,
-    state: _Part,
+    state: Part,
     headers: dict[str, str],
     expected_bytes: int | None,
     stall: float,
@@ -148,7 +118,7 @@ def _attempt(
     return state.finished()
 
 
-def _check_response(response: requests.Response, url: str, state: _Part) -> int:
+def _check_response(response: requests.Response, url: str, state: Part) -> int:
     """From which byte on the server sends the file."""
     status = response.status_code
     if url.startswith("https:") and not response.url.startswith("https:"):
@@ -161,7 +131,7 @@ def _check_response(response: requests.Response, url: str, state: _Part) -> int:
             return state.length
     if status in (206, 416):  # another place than asked for, or a part longer than the file
         state.reset()
-        raise _CutError("the server has another file than before")
+        raise _CutError("the server has another file, or another length, than before")
     if status in _RETRIED:
         raise _CutError(f"the server answers {status} {response.reason}", _retry_after(response))
     if status != 200:
@@ -173,7 +143,7 @@ def _check_response(response: requests.Response, url: str, state: _Part) -> int:
     return 0
 
 
-def _begin(response: requests.Response, state: _Part, start: int) -> None:
+def _begin(response: requests.Response, state: Part, start: int) -> None:
     """Note what is needed to go on later, before the first byte is written."""
     if start:
         return
@@ -189,7 +159,7 @@ def _begin(response: requests.Response, state: _Part, start: int) -> None:
     )
 
 
-def _check_length(state: _Part, expected_bytes: int | None) -> None:
+def _check_length(state: Part, expected_bytes: int | None) -> None:
     if expected_bytes is not None and state.total not in (None, expected_bytes):
         total = state.total
         remove_part(state.path)
@@ -201,7 +171,7 @@ def _check_length(state: _Part, expected_bytes: int | None) -> None:
 
 
 def _receive(
-    response: requests.Response, state: _Part, start: int, on_progress: Callable[[int, int | None], None]
+    response: requests.Response, state: Part, start: int, on_progress: Callable[[int, int | None], None]
 ) -> None:
     done = start
     on_progress(done, state.total)
@@ -213,7 +183,7 @@ def _receive(
 
 
 @contextmanager
-def _disk_errors_are_explained(state: _Part) -> Iterator[None]:
+def _disk_errors_are_explained(state: Part) -> Iterator[None]:
     try:
         yield
     except requests.RequestException:
@@ -285,6 +255,22 @@ def _retry_after(response: requests.Response) -> float:
     return min(float(seconds), 2 * _LONGEST_PAUSE) if seconds.isdecimal() else 0
 
 
+def _given_up(state: Part, cut: _CutError, failures: int, best: int) -> DownloadError:
+    if not best:
+        return DownloadError(
+            "a server that cannot be reached, or sends nothing",
+            got=f"{state.url}: {cut}, {failures} attempts",
+            expected="a server that sends the file",
+            remedy="Check the connection and the address, or give another one with --url or --hf.",
+        )
+    return DownloadError(
+        "a download that was cut again and again",
+        got=f"{state.url}: {cut}; {state.describe()}, {failures} attempts in a row without progress",
+        expected="a server that sends the whole file",
+        remedy="Try again later: it goes on from there. Or give another address with --url or --hf.",
+    )
+
+
 def _refused(url: str, got: str, expected: str, remedy: str | None = None) -> DownloadError:
     return DownloadError(
         "a download that is refused",
@@ -294,68 +280,10 @@ def _refused(url: str, got: str, expected: str, remedy: str | None = None) -> Do
     )
 
 
-def _full_disk(state: _Part, reason: str) -> DownloadError:
+def _full_disk(state: Part, reason: str) -> DownloadError:
     return DownloadError(
         "no room for a download",
         got=f"{state.path.parent}: {reason}; {state.describe()}",
         expected="room for the whole file",
         remedy="Make room and fetch again: it goes on from there. Or choose another place with --to or STUNET_CACHE.",
     )
-
-
-def _note_path(part: Path) -> Path:
-    return part.with_name(f"{part.name}.part.json")
-
-
-class _Part:
-    """What has arrived of a file, and the note about where it is from."""
-
-    def __init__(self, path: Path, url: str) -> None:
-        self.path, self.url = path, url
-        self._note: dict[str, Any] = {}
-        try:
-            note = json.loads(_note_path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            note = None
-        if isinstance(note, dict) and note.get("url") == url and path.is_file():
-            self._note = note
-        else:
-            self.reset()
-
-    @property
-    def length(self) -> int:
-        return self.path.stat().st_size if self.path.is_file() else 0
-
-    @property
-    def total(self) -> int | None:
-        total = self._note.get("total")
-        return total if isinstance(total, int) else None
-
-    @property
-    def validator(self) -> str | None:
-        validator = self._note.get("validator")
-        return validator if isinstance(validator, str) else None
-
-    @property
-    def is_whole(self) -> bool:
-        return self.total is not None and self.length == self.total
-
-    def resume_headers(self) -> dict[str, str]:
-        """The headers that ask for the rest; none where nothing can be said to be the same file's."""
-        if not self.length or self.validator is None:
-            return {}
-        return {"Range": f"bytes={self.length}-", "If-Range": self.validator}
-
-    def note(self, **changes: Any) -> None:
-        self._note = {"url": self.url, **self._note, **changes}
-        write_json(self._note, _note_path(self.path))
-
-    def reset(self) -> None:
-        self._note = {}
-        remove_part(self.path)
-
-    def describe(self) -> str:
-        return f"{self.length} of {self.total if self.total is not None else 'an unknown number of'} bytes"
-
-    def finished(self) -> Download:
-        return Download(self.url, self.length, self._note.get("etag"), self._note.get("stated_sha256"))

@@ -14,8 +14,9 @@ from stunet.files import move_into_place
 from stunet.weights.addresses import check_url, clean_url, file_name_of
 from stunet.weights.cache import entry_folder, part_path, remove_record, write_record
 from stunet.weights.checks import check_file, pickles_of, verify_present
-from stunet.weights.download import ATTEMPTS, download, remove_part
+from stunet.weights.download import ATTEMPTS, download
 from stunet.weights.hub import HubFile, locate
+from stunet.weights.parts import remove_part
 from stunet.weights.registry import WeightsEntry, WeightsFile
 
 __all__ = ["Listener", "fetch"]
@@ -150,15 +151,21 @@ def _fetch_file(
         found = locate(source.hub or "", file.file)
     part, path = part_path(folder, file.file), folder / file.file
     listener.begin(file.file, clean_url(found.url))
-    got = download(
-        found.url,
-        part,
-        headers=found.headers,
-        expected_bytes=file.bytes or found.bytes,
-        attempts=attempts,
-        on_progress=listener.progress,
-        on_retry=listener.note,
-    )
+    try:
+        got = download(
+            found.url,
+            part,
+            headers=found.headers,
+            expected_bytes=file.bytes or found.bytes,
+            attempts=attempts,
+            on_progress=listener.progress,
+            on_retry=listener.note,
+        )
+    except DownloadError as error:
+        if not file.by_hand:
+            raise
+        remedy = f"{error.remedy}\n  Or get the file by hand:\n{_by_hand(entry, [file], folder)}"
+        raise DownloadError(error.problem, got=error.got, expected=error.expected, remedy=remedy) from error
     stated = {checksum: "Hugging Face" for checksum in (found.sha256, got.stated_sha256) if checksum}
     checksums = {**stated, **({file.sha256: "the registry"} if file.sha256 else {})}
     listener.note(f"Checking {file.file}")
@@ -189,17 +196,21 @@ def _advice(file: WeightsFile) -> str:
 
 
 def _by_hand_error(entry: WeightsEntry, missing: Sequence[WeightsFile], folder: Path) -> DownloadError:
-    lines = []
-    for file in missing:
-        pages = " or ".join(dict.fromkeys(place.page for place in file.by_hand)) or entry.page or "the publisher's page"
-        items = " or ".join(dict.fromkeys(place.item for place in file.by_hand)) or file.file
-        lines.append(f"  - open {pages}\n    get {items}\n    put it at {folder / file.file}")
     return DownloadError(
         "files that a program cannot download",
         got=f"{entry.name}: no address for {', '.join(file.file for file in missing)}",
         expected=f"these files in {folder}",
-        remedy="\n".join(
-            ["Get them by hand:", *lines, f"  then run: stunet weights verify {entry.name}",
-             "  Where you know an address, give it with --url or --hf instead."]
-        ),
-    )  # fmt: skip
+        remedy=f"Get them by hand:\n{_by_hand(entry, missing, folder)}\n"
+        "  Where you know an address, give it with --url or --hf instead.",
+    )
+
+
+def _by_hand(entry: WeightsEntry, missing: Sequence[WeightsFile], folder: Path) -> str:
+    """Which page to open, what to get there, where to put it, and what to run then."""
+    items: dict[str, list[str]] = {}
+    for file in missing:
+        pages = " or ".join(dict.fromkeys(place.page for place in file.by_hand)) or entry.page or "the publisher's page"
+        names = " or ".join(dict.fromkeys(place.item for place in file.by_hand)) or file.file
+        items.setdefault(pages, []).append(f"    get {names}\n      and put it at {folder / file.file}")
+    lines = [line for pages, files in items.items() for line in (f"  - open {pages}", *files)]
+    return "\n".join([*lines, f"  then run: stunet weights verify {entry.name}"])

@@ -76,7 +76,9 @@ def _refused(repository: str, file: str, error: Exception) -> DownloadError:
         "HFValidationError": "not the name of a repository",
         "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",
     }
-    reason = reasons.get(type(error).__name__, f"no answer ({type(error).__name__})")
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    answer = f"the server answers {status}" if status else f"no answer ({type(error).__name__})"
+    reason = reasons.get(type(error).__name__, answer)
     return DownloadError(
         "a Hugging Face repository that does not give the file",
         got=f"{repository}, {file}: {reason}",
