@@ -73,6 +73,7 @@ SHA = "ab" * 32
         (entry(size=None), "size"),
         (entry(surprise=1), "unknown field 'surprise'"),
         (entry(labels="no_such"), "totalsegmentator_104"),
+        (entry(labels="abdomenatlas_9"), "3 outputs"),
         (entry(page="javascript:alert(1)"), "page"),
         (entry(files=[]), "files"),
         (entry(files=["a.model"]), "not an object"),

@@ -55,8 +55,9 @@ def _fetched(weights: list[Path]) -> tuple[WeightsEntry | None, list[Path]]:
     """The registry's entry where one is named and no such file exists, and the paths with its own in place of it."""
     from stunet.weights import cached_weights, load_registry
 
-    known = load_registry()
-    named = [path for path in weights if str(path) in known and not path.exists()]
+    absent = [path for path in weights if not path.exists()]
+    known = load_registry() if absent else {}
+    named = [path for path in absent if str(path) in known]
     paths = [cached_weights(str(path)) if path in named else path for path in weights]
     return (known[str(named[0])] if named else None), paths
 

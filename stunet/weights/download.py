@@ -121,8 +121,9 @@ def _attempt(
 def _check_response(response: requests.Response, url: str, state: Part) -> int:
     """From which byte on the server sends the file."""
     status = response.status_code
-    if url.startswith("https:") and not response.url.startswith("https:"):
-        raise _refused(state.url, f"a redirect to {clean_url(response.url)}", "https all the way")
+    plain = next((r.url for r in (*response.history, response) if not r.url.lower().startswith("https:")), None)
+    if plain is not None and url.lower().startswith("https:"):
+        raise _refused(state.url, f"a redirect to {clean_url(plain)}", "https all the way")
     if status == 206:
         match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
         same = _validator(response) in (None, state.validator)

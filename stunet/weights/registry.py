@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stunet.errors import DownloadError, UsageError
-from stunet.labels import list_vocabularies
+from stunet.labels import list_vocabularies, load_vocabulary
 from stunet.weights.addresses import check_url
 
-__all__ = ["REGISTRY_VARIABLE", "Place", "WeightsEntry", "WeightsFile", "find_entry", "is_known", "load_registry"]
+__all__ = ["REGISTRY_VARIABLE", "Place", "WeightsEntry", "WeightsFile", "find_entry", "load_registry"]
 
 REGISTRY_VARIABLE = "STUNET_REGISTRY"
 """Environment variable that names a further registry; its entries go before ours of the same name."""
@@ -123,11 +123,6 @@ def load_registry() -> dict[str, WeightsEntry]:
     return known
 
 
-def is_known(name: str) -> bool:
-    """Whether weights have this name."""
-    return name in load_registry()
-
-
 def find_entry(name: str) -> WeightsEntry:
     """The weights of this name.
 
@@ -185,6 +180,8 @@ def _entry(fields: _Fields) -> WeightsEntry:
         sources=fields.maybe("sources", dict, lambda v: all(isinstance(t, str) for t in v.values()), "texts by field"),
     )
     fields.end()
+    if entry.labels is not None and len(load_vocabulary(entry.labels).labels) != entry.outputs:
+        raise _malformed(fields.source, f"{name}: {entry.outputs} outputs, which {entry.labels} does not name")
     names = [file.file for file in entry.files]
     if sum(not file.is_pickle for file in entry.files) != 1 or len({n.lower() for n in names}) != len(names):
         raise _malformed(

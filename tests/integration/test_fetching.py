@@ -114,6 +114,8 @@ def test_fetch_verify_list_convert(terminal: Terminal) -> None:
 def test_a_file_of_the_same_name_goes_before_the_registry(terminal: Terminal) -> None:
     (terminal.root / "tiny").mkdir()
     assert "a folder without a checkpoint" in terminal.type("convert", "tiny", "-o", "model", status=2)
+    (terminal.root / "registry.json").write_text("{")  # which is not looked at where files are given
+    terminal.type("convert", "published/x.model", "-o", "back.model", "--to", "published")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
