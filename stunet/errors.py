@@ -10,6 +10,7 @@
     ├── LabelError          a list of label names that is malformed or does not fit the outputs
     ├── NnUNetPathError     one of nnU-Net's environment variables is missing or points nowhere
     ├── CheckpointError     a checkpoint that is truncated, foreign or does not fit
+    ├── DownloadError       a download that failed, or that no program can do
     ├── UsageError          an argument that a command cannot take
     └── CommandError        a command that stunet ran for the user has failed
 
@@ -24,6 +25,7 @@ __all__ = [
     "CheckpointError",
     "CommandError",
     "DatasetError",
+    "DownloadError",
     "LabelError",
     "NnUNetPathError",
     "PlansError",
@@ -88,6 +90,10 @@ class NnUNetPathError(STUNetError):
 
 class CheckpointError(STUNetError):
     """A checkpoint that is truncated, not a checkpoint, or does not fit the network."""
+
+
+class DownloadError(STUNetError):
+    """A download that failed, or that no program can do."""
 
 
 class UsageError(STUNetError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +13,15 @@ from typing import Any
 
 from stunet.errors import UsageError
 
-__all__ = ["atomic_folder", "atomic_path", "refuse_existing", "remove_leftovers", "write_json"]
+__all__ = [
+    "atomic_folder",
+    "atomic_path",
+    "file_sha256",
+    "move_into_place",
+    "refuse_existing",
+    "remove_leftovers",
+    "write_json",
+]
 
 
 @contextmanager
@@ -33,12 +42,32 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        _fsync(temporary, os.O_RDWR)
-        os.replace(temporary, path)
+        move_into_place(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def move_into_place(temporary: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Give a finished file its name; its content is on disk (fsync) before, and the name is on disk after.
+
+    Args:
+        temporary: The finished file.
+        path: Where it shall be, on the same file system. A file that stands there is replaced.
+    """
+    path = Path(path)
+    _fsync(Path(temporary), os.O_RDWR)
+    os.replace(temporary, path)
     _fsync_folder(path.parent)
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file as hexadecimal digits, read in pieces."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -26,6 +26,10 @@ API = {
     ],
     "stunet.training": ["BaseSTUNetTrainer"],
     "stunet.reports": ["StructureDice", "read_dice", "side_by_side"],
+    "stunet.weights": [
+        "Listener", "Place", "Verified", "WeightsEntry", "WeightsFile", "cached_weights", "describe_file",
+        "entry_folder", "fetch", "find_entry", "load_registry", "verify", "verify_file",
+    ],
     "stunet.checkpoints": [
         "Architecture", "SourceWeights", "check_weights", "from_published_key", "infer_architecture", "open_weights",
         "read_checkpoint", "read_pickle", "to_published_key", "write_published",

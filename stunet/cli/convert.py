@@ -11,15 +11,17 @@ import typer
 if TYPE_CHECKING:
     from stunet.checkpoints import SourceWeights
     from stunet.planning import ModelDescription
+    from stunet.weights import WeightsEntry
 
-__all__ = ["convert"]
+__all__ = ["convert", "find_fetched"]
 
 
 def convert(
     weights: Annotated[
         list[Path],
         typer.Argument(
-            help="A .model (with its .pkl files, in any order), .pth or .safetensors file, or a model folder."
+            help="A .model (with its .pkl files, in any order), .pth or .safetensors file, a model folder, "
+            "or the name of weights that `stunet weights fetch` has fetched."
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The new model folder; a file with --to published.")],
@@ -38,22 +40,36 @@ def convert(
     from stunet.planning import describe_model, write_model_folder
 
     _check_output(output, to)
-    source = open_weights(weights)
+    entry, paths = find_fetched(weights)
+    source = open_weights(paths)
     if to == "published":
         write_published(source, output)
         _print_line(f"Wrote {output}: {len(source.tensors)} tensors by the published names")
         return
-    description = describe_model(source, _choose_labels(source, labels))
-    card = write_model_folder(source, description, output, licence=licence)
+    description = describe_model(source, _choose_labels(source, labels, entry))
+    card = write_model_folder(source, description, output, licence=licence or (entry.licence if entry else None))
     _report(source, description, card, output)
 
 
-def _choose_labels(source: SourceWeights, file: Path | None) -> Any:
-    from stunet.labels import read_label_file, vocabulary_for
+def find_fetched(weights: list[Path]) -> tuple[WeightsEntry | None, list[Path]]:
+    """The registry's entry where one is named and no such file exists, and the paths with its own in place of it."""
+    from stunet.weights import cached_weights, load_registry
+
+    absent = [path for path in weights if not path.exists()]
+    known = load_registry() if absent else {}
+    named = [path for path in absent if str(path) in known]
+    paths = [cached_weights(str(path)) if path in named else path for path in weights]
+    return (known[str(named[0])] if named else None), paths
+
+
+def _choose_labels(source: SourceWeights, file: Path | None, entry: WeightsEntry | None) -> Any:
+    from stunet.labels import load_vocabulary, read_label_file, vocabulary_for
 
     num_classes = source.architecture.num_classes
     if file is not None:
         return read_label_file(file, num_classes)
+    if entry is not None and entry.labels is not None:
+        return load_vocabulary(entry.labels)
     return None if source.init_args.get("dataset_json") else vocabulary_for(num_classes)
 
 

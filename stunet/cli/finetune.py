@@ -21,7 +21,7 @@ _TRAINER = "STUNetTrainer"
 def finetune(
     dataset: Annotated[str, typer.Option("-d", "--dataset", help="Dataset id or name.")],
     source: Annotated[
-        Path, typer.Option("--from", help="Checkpoint, model folder or published .model file to start from.")
+        Path, typer.Option("--from", help="Checkpoint, model folder, .model file or fetched name to start from.")
     ],
     configuration: Annotated[str, typer.Option("-c", "--configuration", help="A 3D configuration.")] = "3d_fullres",
     fold: Annotated[str, typer.Option("-f", "--fold", help="0 to 4, or all.")] = "0",

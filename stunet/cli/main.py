@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import stunet
-from stunet.cli import convert, demo, env, finetune, info, plan
+from stunet.cli import convert, demo, env, finetune, info, plan, weights
 from stunet.cli.console import ListOptionsCommand, print_error
 from stunet.errors import STUNetError
 
@@ -25,6 +25,7 @@ app.command("plan", cls=ListOptionsCommand)(plan.plan)
 app.command("info", cls=ListOptionsCommand)(info.info)
 app.command("finetune", cls=ListOptionsCommand)(finetune.finetune)
 app.command("convert")(convert.convert)
+app.add_typer(weights.app, name="weights")
 app.command("env")(env.env)
 app.command("demo")(demo.demo)
 

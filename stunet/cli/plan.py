@@ -24,7 +24,8 @@ def plan(
     depth: Annotated[str | None, typer.Option(help="Blocks of six stages, for example 1,1,2,2,2,2.")] = None,
     width: Annotated[int | None, typer.Option(help="Channels of the first stage, for example 24.")] = None,
     source: Annotated[
-        Path | None, typer.Option("--from", help="Weights to start the training from; they decide the size.")
+        Path | None,
+        typer.Option("--from", help="Weights to start from, a file or a fetched name; they decide the size."),
     ] = None,
     strategy: Annotated[
         str | None,

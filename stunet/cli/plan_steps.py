@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from stunet.checkpoints import SourceWeights, TransferReport, open_weights
 from stunet.cli.console import stdout
+from stunet.cli.convert import find_fetched
 from stunet.cli.sizes import choose_size
 from stunet.errors import UsageError
 from stunet.network import STUNetSize
@@ -71,7 +72,7 @@ class MadePlans:
 
 def make_plans_file(request: PlanRequest) -> MadePlans:
     """Write the plans; nnU-Net's planner runs first where it has not planned the dataset yet."""
-    weights = None if request.source is None else open_weights([request.source])
+    weights = None if request.source is None else open_weights(find_fetched([request.source])[1])
     size = _choose_size(request, weights)
     settings = _settings(request, size, weights)
     dataset_name = find_dataset(request.dataset)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from copy import deepcopy
@@ -16,7 +15,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from stunet.checkpoints import SourceWeights
 from stunet.errors import CheckpointError, PlansError
-from stunet.files import atomic_folder, refuse_existing, write_json
+from stunet.files import atomic_folder, file_sha256, refuse_existing, write_json
 from stunet.labels import Vocabulary
 from stunet.network import STUNetSize
 from stunet.planning.rewrite import check_plans, resolve_configuration, rewrite_configuration
@@ -295,8 +294,4 @@ def _label_order(labels: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _file_entry(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}

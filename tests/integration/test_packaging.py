@@ -17,10 +17,12 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from stunet.cli.env import trainers_folder
 from stunet.labels import list_vocabularies
 from stunet.planning import list_presets
+from stunet.weights import load_registry
 import os
 os.environ["nnUNet_extTrainer"] = str(trainers_folder())
 assert list_presets() == ["small", "base", "large", "huge"], list_presets()
 assert list_vocabularies() == ["abdomenatlas_9", "totalsegmentator_104"], list_vocabularies()
+assert load_registry()["small_ep4k"].outputs == 105
 assert recursive_find_trainer_class_by_name("STUNetTrainer_huge_ep4k").size == "huge"
 assert (Path(stunet.__file__).parent / "py.typed").is_file()
 print(Path(stunet.__file__).parent, trainers_folder())

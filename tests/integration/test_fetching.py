@@ -1,0 +1,259 @@
+"""``stunet weights`` as it is typed, against a local server."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import SCRIPTS
+from file_server import FileServer, Served, serve
+from weights import tiny_weights, v1_plans, write_v1
+
+from stunet.files import file_sha256
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class Terminal:
+    """A terminal with a cache, a registry and a server of its own."""
+
+    root: Path
+    server: FileServer
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "cache" / "weights" / "tiny"
+
+    def register(self, **weights_file: Any) -> None:
+        files = [{"file": f, "url": f"{self.server.url}/{f}"} for f in ("x.model.pkl", "plans.pkl")]
+        files.append({"file": "x.model", "url": f"{self.server.url}/x.model", **weights_file})
+        entry = {"name": "tiny", "size": "d111111w2", "outputs": 3, "licence": "CC0-1.0", "files": files}
+        (self.root / "registry.json").write_text(json.dumps({"version": 1, "weights": [entry]}))
+
+    def start(self, *args: str, command: str = str(SCRIPTS / "stunet"), **environment: str) -> subprocess.Popen[str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "STUNET_"))}
+        ours = {
+            "STUNET_CACHE": str(self.root / "cache"),
+            "STUNET_REGISTRY": str(self.root / "registry.json"),
+            "HF_HOME": str(self.root / "hf"),
+            "COLUMNS": "200",
+        }
+        return subprocess.Popen(
+            [command, *args], env={**kept, **ours, **environment}, cwd=self.root, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def type(self, *args: str, status: int = 0, **environment: str) -> str:
+        """Run ``stunet`` to its end; all that it has printed."""
+        process = self.start(*args, **environment)
+        output, errors = process.communicate(timeout=300)
+        said = output + errors
+        assert process.returncode == status, said
+        assert "Traceback" not in said
+        if status == 2:
+            assert all(part in errors for part in ("error:", "got:", "expected:", "remedy:"))
+        return said
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Terminal]:
+    published = tmp_path / "published"
+    published.mkdir()
+    write_v1(published, tiny_weights(), v1_plans())
+    (published / "plans.pkl").write_bytes(pickle.dumps(v1_plans()))
+    with serve() as server:
+        server.files |= {f"/{p.name}": Served(p.read_bytes()) for p in published.iterdir()}
+        terminal = Terminal(tmp_path, server)
+        terminal.register()
+        yield terminal
+
+
+def published(terminal: Terminal) -> bytes:
+    return (terminal.root / "published" / "x.model").read_bytes()
+
+
+def test_fetch_verify_list_convert(terminal: Terminal) -> None:
+    assert "stunet weights fetch tiny" in terminal.type("convert", "tiny", "-o", "model", status=2)
+    terminal.server.files["/x.model"].cuts = [300_000]
+    said = terminal.type("weights", "fetch", "tiny")
+    assert "again in 0.5 s" in said
+    assert "CC0-1.0" in said
+    assert (terminal.folder / "x.model").read_bytes() == published(terminal)
+    assert terminal.server.ranges("/x.model") == [None, f"bytes={300_000 // 2**16 * 2**16}-"]
+
+    terminal.server.files.clear()  # offline from here on
+    assert "there already" in terminal.type("weights", "fetch", "tiny")
+    assert terminal.type("weights", "verify").count("fine") == 3
+    assert file_sha256(terminal.folder / "x.model") in terminal.type("weights", "verify", "tiny")
+    assert "│ fetched" in terminal.type("weights", "list")
+    listed = json.loads(terminal.type("weights", "list", "--json"))["weights"]
+    assert [entry["state"] for entry in listed if entry["name"] == "tiny"] == ["fetched"]
+    assert "small_ep4k" in [entry["name"] for entry in listed]
+
+    (terminal.root / "labels.json").write_text(json.dumps(["background", "a", "b"]))
+    terminal.type("convert", "tiny", "-o", "model", "--labels", "labels.json")
+    card = json.loads((terminal.root / "model" / "model_card.json").read_text())
+    assert card["licence"] == "CC0-1.0"
+    assert [source["file"] for source in card["sources"]] == ["x.model", "x.model.pkl", "plans.pkl"]
+    plans = json.loads((terminal.root / "model" / "plans.json").read_text())
+    assert plans["configurations"]["3d_fullres"]["spacing"] == [3.0, 0.8, 0.9]  # from the pickle that was fetched
+
+
+def test_a_file_of_the_same_name_goes_before_the_registry(terminal: Terminal) -> None:
+    (terminal.root / "tiny").mkdir()
+    assert "a folder without a checkpoint" in terminal.type("convert", "tiny", "-o", "model", status=2)
+    (terminal.root / "registry.json").write_text("{")  # which is not looked at where files are given
+    terminal.type("convert", "published/x.model", "-o", "back.model", "--to", "published")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
+def test_a_fetch_that_is_stopped_or_killed_goes_on(terminal: Terminal, signal_number: int) -> None:
+    gate = threading.Event()
+    served = terminal.server.files["/x.model"]
+    served.gate = gate
+    process = terminal.start("weights", "fetch", "tiny")
+    while not served.half_sent.wait(0.05):
+        assert process.poll() is None
+    part = terminal.folder / ".partial" / "x.model"
+    while not part.exists() or part.stat().st_size < 2**17:
+        assert process.poll() is None
+    process.send_signal(signal_number)
+    _, errors = process.communicate(timeout=60)
+    gate.set()
+    assert process.returncode == (130 if signal_number == signal.SIGINT else -signal.SIGKILL)
+    if signal_number == signal.SIGINT:
+        assert "the same command goes on from there" in errors
+        assert "Traceback" not in errors
+    assert not (terminal.folder / "x.model").exists()
+    kept = part.stat().st_size
+    assert kept >= 2**17
+    served.gate = None
+    terminal.type("weights", "fetch", "tiny")
+    assert terminal.server.ranges("/x.model") == [None, f"bytes={kept}-"]
+    assert (terminal.folder / "x.model").read_bytes() == published(terminal)
+
+
+def test_what_goes_wrong_is_explained(terminal: Terminal) -> None:
+    server = terminal.server
+    server.files["/page"] = Served(b"<html>Sign in</html>")
+    fetch = ("weights", "fetch", "tiny", "--attempts", "1")
+    for url, expected in (
+        (f"{server.url}/nothing", "404"),
+        (f"{server.url}/page?token=s3cret", "a web page"),
+        ("http://me:s3cret@127.0.0.1:1/x.model", "cannot be reached"),
+        ("file:///etc/passwd", "http://… or https://…"),
+    ):
+        said = terminal.type(*fetch, "--url", url, status=2)
+        assert expected in said
+        assert "s3cret" not in said
+    assert not (terminal.folder / "x.model").exists()
+    assert "unknown weights" in terminal.type("weights", "fetch", "giant", status=2)
+    assert "no x.model in" in terminal.type("weights", "verify", "tiny", status=2)
+    assert "neither weights nor a file" in terminal.type("weights", "verify", "nowhere", status=2)
+    terminal.register(sha256="ab" * 32)
+    assert "ab" * 32 in terminal.type(*fetch, status=2)
+    (terminal.root / "registry.json").write_text("{")
+    assert "registry.json" in terminal.type("weights", "list", status=2)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on file sizes to test with")
+def test_a_disk_that_fills_up(terminal: Terminal, tmp_path: Path) -> None:
+    """The system refuses to write in mid-file; with room made, the rest alone is downloaded."""
+    limited = tmp_path / "limited"
+    limited.write_text(
+        f"#!{sys.executable}\nimport resource; from stunet.cli.main import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); main()\n"
+    )
+    limited.chmod(0o700)
+    said = terminal.type("weights", "fetch", "tiny", status=2, command=str(limited))
+    assert "no room for a download" in said
+    assert not (terminal.folder / "x.model").exists()
+    terminal.type("weights", "fetch", "tiny")
+    assert terminal.server.ranges("/x.model") == [None, "bytes=500000-"]
+    assert (terminal.folder / "x.model").read_bytes() == published(terminal)
+
+
+def test_by_hand(terminal: Terminal) -> None:
+    terminal.register(url=None, by_hand=[{"page": "https://drive.example.org/f", "item": "fold_all/x.model"}])
+    said = terminal.type("weights", "fetch", "tiny", status=2)
+    for words in ("https://drive.example.org/f", "fold_all/x.model", "stunet weights verify tiny"):
+        assert words in said
+    (terminal.folder / "x.model").write_bytes(published(terminal))
+    assert "not known before" in terminal.type("weights", "verify", "tiny")
+    assert "noted" in terminal.type("weights", "verify", "tiny")
+    (terminal.folder / "x.model").write_bytes(published(terminal)[:-1])
+    assert "bytes" in terminal.type("weights", "verify", "tiny", status=2)
+
+
+def test_files_anywhere(terminal: Terminal) -> None:
+    said = terminal.type("weights", "verify", "published/x.model")
+    assert "STU-Net d111111w2, 3D, 1 input channels, 3 outputs" in said
+    terminal.type("weights", "verify", "tiny", "published/x.model")
+    terminal.type("weights", "fetch", "tiny", "--to", "mine")
+    assert (terminal.root / "mine" / "x.model").read_bytes() == published(terminal)
+    assert not terminal.folder.exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("huggingface_hub") is None, reason="huggingface_hub is not installed")
+def test_a_hugging_face_repository(terminal: Terminal) -> None:
+    """``huggingface_hub`` itself, asking our server instead of Hugging Face's."""
+    server = terminal.server
+    terminal.register(url=None)
+    content = published(terminal)
+    elsewhere = server.url.replace("127.0.0.1", "localhost")  # another host, as the real one redirects to
+    stated = {
+        "X-Repo-Commit": COMMIT,
+        "X-Linked-ETag": f'"{file_sha256(terminal.root / "published" / "x.model")}"',
+        "X-Linked-Size": str(len(content)),
+    }
+    token = "Bearer hf_s3cret"
+    for revision in ("main", COMMIT):
+        server.files[f"/me/nets/resolve/{revision}/x.model"] = Served(
+            redirect=f"{elsewhere}/cdn/x", headers=stated, authorization=token
+        )
+    server.files["/cdn/x"] = Served(content, cuts=[500_000])
+    hub = {"HF_ENDPOINT": server.url, "HF_TOKEN": "hf_s3cret"}
+    said = terminal.type("weights", "fetch", "tiny", "--hf", "me/nets", **hub)
+    assert (terminal.folder / "x.model").read_bytes() == content
+    assert server.ranges("/cdn/x") == [None, f"bytes={500_000 // 2**16 * 2**16}-"]
+    assert {auth for _, path, _, auth in server.requests if path == "/cdn/x"} == {None}  # the token stays with the hub
+    record = (terminal.folder / "x.model.record.json").read_text()
+    assert json.loads(record)["url"] == f"{server.url}/me/nets/resolve/{COMMIT}/x.model"
+    assert "s3cret" not in record + said
+
+    for name, code in (("me/other", "RepoNotFound"), ("me/private", "GatedRepo")):
+        refusal = Served(statuses=[404 if code == "RepoNotFound" else 403] * 9, headers={"X-Error-Code": code})
+        server.files[f"/{name}/resolve/main/x.model"] = refusal
+    server.files["/cdn/x"].content = content[:-1000] + bytes(1000)
+    said = terminal.type("weights", "fetch", "tiny", "--hf", "me/nets", "--force", status=2, **hub)
+    assert "Hugging Face" in said
+    assert (terminal.folder / "x.model").read_bytes() == content
+    for repository, expected in (
+        ("me/other", "there is no such repository"),
+        ("me/private", "its owner must grant access"),
+        ("not a repository", "not the name of a repository"),
+        ("me/nets@no", "the server answers 404"),
+    ):
+        said = terminal.type("weights", "fetch", "tiny", "--hf", repository, "--force", status=2, **hub)
+        assert expected in said
+
+
+def test_without_the_library_of_hugging_face(terminal: Terminal) -> None:
+    (terminal.root / "blocked").mkdir()
+    (terminal.root / "blocked" / "huggingface_hub.py").write_text("raise ImportError('not here')")
+    path = os.pathsep.join([str(terminal.root / "blocked"), os.environ.get("PYTHONPATH", "")])
+    said = terminal.type("weights", "fetch", "tiny", "--hf", "me/nets", status=2, PYTHONPATH=path)
+    assert "pip install 'stunet[hub]'" in said

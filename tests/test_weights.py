@@ -1,0 +1,328 @@
+"""Published weights fetched from a local server, checked and kept."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from file_server import FileServer, Served, serve
+from weights import tiny_weights, v1_plans, write_v1
+
+from stunet.errors import CheckpointError, DownloadError, UsageError
+from stunet.files import file_sha256
+from stunet.network import STUNetSize
+from stunet.weights import Listener, cached_weights, entry_folder, fetch, find_entry, load_registry, verify, verify_file
+
+FILES = ["x.model.pkl", "plans.pkl", "x.model"]  # in the order of fetching
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny STU-Net with 3 outputs as it would be published, and others that are not it."""
+    folder = tmp_path_factory.mktemp("published")
+    write_v1(folder, tiny_weights(), v1_plans())
+    (folder / "plans.pkl").write_bytes(pickle.dumps(v1_plans()))
+    write_v1(folder, tiny_weights(num_classes=4), None, name="outputs")
+    write_v1(folder, tiny_weights(input_channels=2), None, name="channels")
+    write_v1(folder, tiny_weights(size=STUNetSize("d111111w3", (1,) * 6, 3)), None, name="size")
+    (folder / "page.model").write_text("<!DOCTYPE html><html><body>Google Drive - virus scan warning</body></html>")
+    (folder / "cut.model").write_bytes((folder / "x.model").read_bytes()[:-5000])
+    (folder / "evil.pkl").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    return folder
+
+
+@pytest.fixture
+def server(published: Path) -> Iterator[FileServer]:
+    with serve() as running:
+        running.files |= {f"/{p.name}": Served(p.read_bytes()) for p in published.iterdir()}
+        yield running
+
+
+@pytest.fixture
+def register(
+    server: FileServer, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., None]:
+    """Write a registry with one entry ``tiny``, whose files are changed by name."""
+    monkeypatch.setenv("STUNET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("STUNET_REGISTRY", str(tmp_path / "registry.json"))
+
+    def write(changes: dict[str, dict[str, Any]] | None = None, **entry: Any) -> None:
+        files = [{"file": f, "url": f"{server.url}/{f}", **(changes or {}).get(f, {})} for f in FILES]
+        content = {"name": "tiny", "size": "d111111w2", "outputs": 3, "input_channels": 1, "files": files, **entry}
+        (tmp_path / "registry.json").write_text(json.dumps({"version": 1, "weights": [content]}))
+
+    write()
+    return write
+
+
+def get(**options: Any) -> Path:
+    return fetch(find_entry("tiny"), **{"attempts": 1, **options})
+
+
+def left_in_cache() -> list[str]:
+    """Everything in the folder of ``tiny`` but the lock."""
+    return sorted(str(p.relative_to(entry_folder("tiny"))) for p in entry_folder("tiny").rglob("*") if p.is_file()
+                  and p.name != "lock")  # fmt: skip
+
+
+COMPLETE = sorted([*FILES, *(f"{f}.record.json" for f in FILES)])
+
+
+def test_fetch_and_everything_after(register: Callable[..., None], published: Path, server: FileServer) -> None:
+    with pytest.raises(CheckpointError, match="stunet weights fetch tiny"):
+        cached_weights("tiny")
+    path = get()
+    assert path == cached_weights("tiny") == entry_folder("tiny") / "x.model"
+    assert left_in_cache() == COMPLETE
+    for name in FILES:
+        assert (path.parent / name).read_bytes() == (published / name).read_bytes()
+        record = json.loads((path.parent / f"{name}.record.json").read_text())
+        assert record["url"] == f"{server.url}/{name}"
+        assert record["sha256"] == file_sha256(published / name)
+        assert record["bytes"] == (published / name).stat().st_size
+        assert record["date"].endswith("+00:00")
+    server.files.clear()  # offline from here on
+    n_requests = len(server.requests)
+    assert get() == path
+    assert len(server.requests) == n_requests
+    assert [v.path.name for v in verify(find_entry("tiny"))] == FILES
+    assert all(v.compared_with.startswith("noted 20") for v in verify(find_entry("tiny")))
+
+
+def test_the_pickles_come_first(register: Callable[..., None], server: FileServer) -> None:
+    get()
+    assert [path for _, path, _, _ in server.requests] == [f"/{f}" for f in FILES]
+
+
+def test_a_cut_fetch_goes_on(register: Callable[..., None], server: FileServer, published: Path) -> None:
+    server.files["/x.model"].cuts = [100_000]
+    with pytest.raises(DownloadError):
+        get()
+    assert "x.model" not in left_in_cache()
+    assert ".partial/x.model" in left_in_cache()
+    assert (get()).read_bytes() == (published / "x.model").read_bytes()
+    assert server.ranges("/x.model") == [None, "bytes=65536-"]
+    assert left_in_cache() == COMPLETE
+
+
+@pytest.mark.parametrize(
+    ("served", "expected"),
+    [
+        ("page.model", ("a web page",)),
+        ("outputs.model", ("1 input channels and 4 outputs", "1 input channels and 3 outputs")),
+        ("channels.model", ("2 input channels", "1 input channels")),
+        ("size.model", ("d111111w3", "d111111w2")),
+        ("cut.model", ("truncated",)),
+        ("x.model.pkl", ("truncated, or not a checkpoint",)),
+    ],
+)
+def test_a_wrong_file_is_refused(
+    register: Callable[..., None], server: FileServer, served: str, expected: tuple[str, ...]
+) -> None:
+    register({"x.model": {"url": f"{server.url}/{served}"}})
+    with pytest.raises(CheckpointError, match="not the published one") as caught:
+        get()
+    for words in (*expected, f"{server.url}/{served}"):
+        assert words in str(caught.value)
+    assert [name for name in left_in_cache() if "x.model" in name and ".pkl" not in name] == []
+
+
+def test_a_length_that_is_too_short(register: Callable[..., None], server: FileServer) -> None:
+    server.files["/x.model"].length_lie = -100
+    with pytest.raises(CheckpointError, match="truncated"):
+        get()
+    assert "x.model" not in left_in_cache()
+
+
+def test_a_length_that_is_too_long(register: Callable[..., None], server: FileServer) -> None:
+    server.files["/x.model"].length_lie = 100
+    with pytest.raises(DownloadError, match="again and again"):
+        get()
+    assert "x.model" not in left_in_cache()
+
+
+def test_a_wrong_checksum_or_length(register: Callable[..., None], published: Path) -> None:
+    register({"x.model": {"sha256": "ab" * 32}})
+    with pytest.raises(CheckpointError, match="ab" * 32) as caught:
+        get()
+    assert file_sha256(published / "x.model") in caught.value.got
+    register({"x.model": {"bytes": 12}})
+    with pytest.raises(DownloadError, match="the file of 12 bytes"):
+        get()
+    assert [name for name in left_in_cache() if "x.model" in name and ".pkl" not in name] == []
+    register(
+        {"x.model": {"sha256": file_sha256(published / "x.model"), "bytes": (published / "x.model").stat().st_size}}
+    )
+    get()
+    compared = {v.path.name: v.compared_with for v in verify(find_entry("tiny"))}
+    assert compared["x.model"] == "the registry"
+
+
+def test_the_checksum_that_the_server_states(register: Callable[..., None], server: FileServer) -> None:
+    server.files["/x.model"].headers["X-Linked-ETag"] = f'"{"cd" * 32}"'
+    with pytest.raises(CheckpointError, match=r"cdcdcd.* \(Hugging Face\)"):
+        get()
+
+
+def test_a_pickle_that_asks_for_code_is_refused_before_the_weights_are_loaded(
+    register: Callable[..., None], server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    register({"plans.pkl": {"url": f"{server.url}/evil.pkl"}})
+    with pytest.raises(CheckpointError, match=r"os\.system|posix\.system"):
+        get()
+    assert not (tmp_path / "pwned").exists()
+    assert server.ranges("/x.model") == []
+
+
+def test_by_hand(register: Callable[..., None], published: Path) -> None:
+    place = {"page": "https://drive.example.org/folder?id=7", "item": "Task1/fold_all/x.model"}
+    register({"x.model": {"url": None, "by_hand": [place]}})
+    with pytest.raises(DownloadError) as caught:
+        get()
+    folder = entry_folder("tiny")
+    for words in (place["page"], place["item"], str(folder / "x.model"), "stunet weights verify tiny", "--url"):
+        assert words in caught.value.remedy
+    assert (folder / "plans.pkl").is_file()  # what could be fetched is there
+    (folder / "x.model").write_bytes((published / "x.model").read_bytes())
+    assert [v.compared_with for v in verify(find_entry("tiny"))][-1] == ""
+    record = json.loads((folder / "x.model.record.json").read_text())
+    assert record["url"] is None
+    assert record["sha256"] == file_sha256(published / "x.model")
+    assert verify(find_entry("tiny"))[-1].compared_with.startswith("noted")
+    assert cached_weights("tiny") == get() == folder / "x.model"
+
+
+def test_a_wrong_file_put_there_by_hand(register: Callable[..., None], published: Path) -> None:
+    get()
+    path = cached_weights("tiny")
+    for record in path.parent.glob("*.record.json"):
+        record.unlink()
+    path.write_bytes((published / "size.model").read_bytes())
+    with pytest.raises(CheckpointError, match="d111111w3"):
+        verify(find_entry("tiny"))
+    assert not path.with_name("x.model.record.json").exists()
+    with pytest.raises(CheckpointError, match="--force"):
+        get()
+    assert get(force=True).read_bytes() == (published / "x.model").read_bytes()
+    verify(find_entry("tiny"))
+
+
+def test_a_file_that_changes_later(register: Callable[..., None]) -> None:
+    """One bit in the middle of a tensor: still a fine STU-Net, but not what was fetched."""
+    path = get()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert cached_weights("tiny") == path  # it looks at lengths alone
+    with pytest.raises(CheckpointError, match="noted"):
+        verify(find_entry("tiny"))
+    path.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match="--force"):
+        cached_weights("tiny")
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"no x\.model in"):
+        verify(find_entry("tiny"))
+
+
+def test_a_failed_forced_fetch_keeps_the_old_file(register: Callable[..., None], published: Path) -> None:
+    path = get()
+    with pytest.raises(DownloadError):
+        get(force=True, urls=["http://127.0.0.1:1/x.model"])
+    assert path.read_bytes() == (published / "x.model").read_bytes()
+    verify(find_entry("tiny"))
+
+
+def test_other_addresses_and_another_folder(register: Callable[..., None], server: FileServer, tmp_path: Path) -> None:
+    register({f: {"url": None} for f in FILES})
+    server.files["/mirror"] = server.files["/x.model"]
+    urls = [f"{server.url}/{f}?key=s3cret" for f in ("mirror", "plans.pkl", "x.model.pkl")]
+    path = get(urls=urls, folder=tmp_path / "mine")
+    assert path == tmp_path / "mine" / "x.model"
+    assert json.loads(path.with_name("x.model.record.json").read_text())["url"] == f"{server.url}/mirror"
+    verify(find_entry("tiny"), tmp_path / "mine")
+    with pytest.raises(UsageError, match="two addresses"):
+        get(urls=[urls[0], f"{server.url}/x.model"])
+    with pytest.raises(DownloadError, match="http://"):
+        get(urls=["file:///etc/passwd"])
+
+
+def test_a_single_file_anywhere(register: Callable[..., None], published: Path) -> None:
+    assert verify_file(published / "x.model", find_entry("tiny")).sha256 == file_sha256(published / "x.model")
+    with pytest.raises(CheckpointError, match="4 outputs"):
+        verify_file(published / "outputs.model", find_entry("tiny"))
+    with pytest.raises(CheckpointError, match="missing file"):
+        verify_file(published / "nothing.model", find_entry("tiny"))
+    assert not list(published.glob("*.record.json"))
+
+
+def test_two_fetches_at_once(register: Callable[..., None], server: FileServer, published: Path) -> None:
+    """The second waits for the first and downloads nothing."""
+    gate = threading.Event()
+    server.files["/x.model"].gate = gate
+    said: list[str] = []
+    failures: list[BaseException] = []
+
+    class Second(Listener):
+        def note(self, text: str) -> None:
+            said.append(text)
+            if "waiting" in text:
+                gate.set()
+
+    def run(listener: Listener | None) -> None:
+        try:
+            get(listener=listener)
+        except BaseException as error:
+            failures.append(error)
+            gate.set()
+
+    first = threading.Thread(target=run, args=(None,))
+    first.start()
+    assert server.files["/x.model"].half_sent.wait(60)
+    second = threading.Thread(target=run, args=(Second(),))
+    second.start()
+    for thread in (first, second):
+        thread.join(60)
+    assert failures == []
+    assert any("waiting" in text for text in said)
+    assert len(server.ranges("/x.model")) == 1
+    assert cached_weights("tiny").read_bytes() == (published / "x.model").read_bytes()
+    assert left_in_cache() == COMPLETE
+
+
+def test_a_folder_that_cannot_be_made(register: Callable[..., None], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DownloadError, match="--to"):
+        get(folder=tmp_path / "file" / "folder")
+
+
+def test_safetensors(register: Callable[..., None], server: FileServer, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({key: tensor.contiguous() for key, tensor in tiny_weights().items()}, tmp_path / "t.safetensors")
+    server.files["/t.safetensors"] = Served((tmp_path / "t.safetensors").read_bytes())
+    register(files=[{"file": "t.safetensors", "url": f"{server.url}/t.safetensors"}])
+    assert torch.equal(*[next(iter(p.values())) for p in (_load(get()), _load(tmp_path / "t.safetensors"))])
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def test_the_cache_is_the_platforms_by_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("STUNET_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = entry_folder("small_ep4k")
+    assert folder.parts[-2:] == ("weights", "small_ep4k")
+    assert "stunet" in str(folder)
+    assert folder.is_relative_to(tmp_path)
+    assert "small_ep4k" in load_registry()
