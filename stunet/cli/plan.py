@@ -25,7 +25,7 @@ def plan(
     width: Annotated[int | None, typer.Option(help="Channels of the first stage, for example 24.")] = None,
     source: Annotated[
         Path | None,
-        typer.Option("--from", help="Weights to start from, a file or a fetched name; they decide the size."),
+        typer.Option("--from", help="Weights to start from, file or fetched name; they decide the size."),
     ] = None,
     strategy: Annotated[
         str | None,
