@@ -1,8 +1,8 @@
 """One case's sums and gradient, computed over chunks of voxels so that no map of all outputs is made but the gradient.
 
 Notation: z logits, p = softmax(z), y a voxel's label, E the set of outputs that y stands for in this case, and
-q = sum of p over E. Cross-entropy is -log q = LSE(z) - LSE(z over E). A voxel's gradient of any loss that depends on the
-probabilities through sum_v(-log q), I_l = sum_v [y = l] q and P_l = sum_v (sum of p over the outputs of l) is
+q = sum of p over E. Cross-entropy is -log q = LSE(z) - LSE(z over E). Where a loss depends on the probabilities through
+sum_v(-log q), I_l = sum_v [y = l] q and P_l = sum_v (sum of p over the outputs of l), its gradient at a voxel is
 
     p_c (beta_c - sum_j p_j beta_j + alpha_y q + nu) - [c in E] (p_c / q) (alpha_y q + nu)
 
@@ -23,7 +23,7 @@ from stunet.losses.annotation import Partition
 __all__ = ["Case", "Coefficients", "Sums", "case_gradient", "case_sums"]
 
 # Elements of a chunk: on the CPU it has to stay in a core's second-level cache, on a GPU to fill the device.
-_CHUNK_ELEMENTS = {"cpu": 2**17}
+_CHUNK_ELEMENTS = {"cpu": 2**18}
 _CHUNK_ELEMENTS_ELSEWHERE = 2**23
 
 
@@ -57,6 +57,47 @@ class Coefficients:
     prediction: Tensor
 
 
+@dataclass(frozen=True)
+class _Span:
+    """The probabilities of one set of outputs, or of all single ones, in a chunk: ``exponentials * weight``.
+
+    Attributes:
+        start, stop: Where the outputs are in the partition's order.
+        exponentials: ``(stop - start, n)``, exp(z - their maximum at the voxel).
+        total: ``(n,)``, sum of the exponentials.
+        weight: ``(n,)``, 0 where a voxel is left out.
+    """
+
+    start: int
+    stop: int
+    exponentials: Tensor
+    total: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A chunk of n voxels, the softmax taken.
+
+    Attributes:
+        voxels: Which voxels of the case.
+        x: ``(C, n)``, the exponentials of all spans.
+        spans: Sets, then the single outputs if there are any.
+        label: ``(n,)``, label that a voxel counts as, L where it is left out.
+        set_of: ``(n,)``, the set that it stands for; the number of sets where that is a single output.
+        output: ``(n,)``, that output.
+        nll: ``(n,)``, -log q; 0 where a voxel is left out.
+    """
+
+    voxels: slice
+    x: Tensor
+    spans: list[_Span]
+    label: Tensor
+    set_of: Tensor
+    output: Tensor
+    nll: Tensor
+
+
 class Case:
     """One case's logits and labels, read in chunks.
 
@@ -65,130 +106,127 @@ class Case:
         target: ``(N,)``, label values of any type.
         partition: How the case's annotation divides the outputs.
         ignore_label: Label value of voxels to be left out.
-        dtype: Precision to compute in.
     """
 
-    def __init__(
-        self, logits: Tensor, target: Tensor, partition: Partition, ignore_label: int | None, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, logits: Tensor, target: Tensor, partition: Partition, ignore_label: int | None) -> None:
         device = logits.device
         self.logits = logits
         self.target = target
         self.ignore_label = ignore_label
-        self.sets = partition.sets
-        self.singles = partition.singles
+        self.dtype = torch.promote_types(logits.dtype, torch.float32)
         self.n_outputs, self.n_voxels = logits.shape
         self.n_labels = partition.tables.shape[1] - 1
+        self.n_sets = len(partition.sets)
+        self.spans = list(partition.sets)
+        if partition.singles < self.n_outputs:
+            self.spans.append((partition.singles, self.n_outputs))
         self.leaves_out = ignore_label is not None or bool((partition.tables[0, :-1] == self.n_labels).any())
         self.order = None if partition.order is None else partition.order.to(device)
         self.owner = partition.owner.to(device)
-        self.tables = partition.tables.to(device)
+        # Rows looked up one by one: a lookup of all at once is several times slower.
+        self.tables = partition.tables.to(device).unbind()
         elements = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_ELSEWHERE)
-        self.chunk = min(self.n_voxels, max(elements // self.n_outputs, 1024))
-        self._buffer = logits.new_empty(self.chunk * self.n_outputs, dtype=dtype)
+        self.chunk_size = min(self.n_voxels, max(elements // self.n_outputs, 1024))
 
-    def __iter__(self) -> Iterator[slice]:
-        """The voxels of each chunk."""
-        return (slice(i, min(i + self.chunk, self.n_voxels)) for i in range(0, self.n_voxels, self.chunk))
+    def chunks(self) -> Iterator[_Chunk]:
+        """All chunks, in memory that the next one uses again."""
+        buffer = self.logits.new_empty(self.n_outputs * self.chunk_size, dtype=self.dtype)
+        for i in range(0, self.n_voxels, self.chunk_size):
+            yield self._softmax(slice(i, min(i + self.chunk_size, self.n_voxels)), buffer)
 
-    def load(self, voxels: slice) -> Tensor:
-        """``(C, n)`` logits in the partition's order, in memory that the next call uses again."""
+    def _softmax(self, voxels: slice, buffer: Tensor) -> _Chunk:
+        x = self._load(voxels, buffer)
+        label, set_of, output = self._look_up(voxels)
+        own = x.gather(0, output[None])[0]
+        # Each span has a maximum of its own, so that the softmax within a set is exact where q underflows.
+        peaks = [x[start:stop].amax(0) for start, stop in self.spans]
+        totals = []
+        for (start, stop), peak in zip(self.spans, peaks, strict=True):
+            totals.append(x[start:stop].sub_(peak).exp_().sum(0))
+        # Relative to the greatest, so that large logits cost no digits.
+        greatest = peaks[0] if len(peaks) == 1 else torch.stack(peaks).amax(0)
+        logs = [total.log().add_(peak - greatest) for total, peak in zip(totals, peaks, strict=True)]
+        normalizer = logs[0] if len(logs) == 1 else torch.stack(logs).logsumexp(0)
+        own -= greatest
+        if self.n_sets:
+            of_set = torch.stack(logs[: self.n_sets]).gather(0, set_of.clamp_max(self.n_sets - 1)[None])[0]
+            own = torch.where(set_of < self.n_sets, of_set, own)
+        nll = normalizer - own
+        weights = [(peak - greatest).sub_(normalizer).exp_() for peak in peaks]
+        if self.leaves_out:
+            left_out = label == self.n_labels
+            for tensor in (nll, *weights):
+                tensor.masked_fill_(left_out, 0)
+        spans = [
+            _Span(start, stop, x[start:stop], total, weight)
+            for (start, stop), total, weight in zip(self.spans, totals, weights, strict=True)
+        ]
+        return _Chunk(voxels, x, spans, label, set_of, output, nll)
+
+    def _load(self, voxels: slice, buffer: Tensor) -> Tensor:
         source = self.logits[:, voxels]
-        chunk = self._buffer[: source.numel()].view(source.shape)
+        chunk = buffer[: source.numel()].view(source.shape)
         if self.order is None:
             return chunk.copy_(source)
         if source.dtype == chunk.dtype:
             return torch.index_select(source, 0, self.order, out=chunk)
         return chunk.copy_(source.index_select(0, self.order))
 
-    def look_up(self, voxels: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """``(n,)`` each: label that a voxel counts as, its set, its output."""
+    def _look_up(self, voxels: slice) -> tuple[Tensor, Tensor, Tensor]:
         labels = self.target[voxels].long()
         if self.ignore_label is not None:
-            labels = labels.masked_fill_(labels == self.ignore_label, self.n_labels)
-        label, set_of, output = self.tables.index_select(1, labels)
+            labels = labels.masked_fill(labels == self.ignore_label, self.n_labels)
+        label, set_of, output = (table.index_select(0, labels) for table in self.tables)
         return label, set_of, output
 
 
-def case_sums(case: Case, log_normalizer: Tensor, nll: Tensor) -> Sums:
-    """Sums of one case.
-
-    Args:
-        case: The case.
-        log_normalizer: ``(N,)``, filled with LSE(z), which is infinite where a voxel is left out.
-        nll: ``(N,)``, filled with -log q, 0 where a voxel is left out.
-    """
-    prediction = nll.new_zeros(case.n_outputs)
-    by_label = nll.new_zeros(case.n_labels + 1, 2)
-    for voxels in case:
-        x = case.load(voxels)
-        label, set_of, output = case.look_up(voxels)
-        own = x.gather(0, output[None])[0]
-        spans = [*case.sets, *([(case.singles, case.n_outputs)] if case.singles < case.n_outputs else [])]
-        peaks, log_sums = [], []
-        for start, stop in spans:
-            rows = x[start:stop]
-            peaks.append(rows.amax(0))
-            log_sums.append(rows.sub_(peaks[-1]).exp_().sum(0).log_().add_(peaks[-1]))
-        if case.sets:
-            by_set = torch.stack(log_sums[: len(case.sets)])
-            of_set = by_set.gather(0, set_of.clamp_max(len(case.sets) - 1)[None])[0]
-            own = torch.where(set_of < len(case.sets), of_set, own)
-        total = log_sums[0] if len(spans) == 1 else torch.stack(log_sums).logsumexp(0)
-        minus_log_q = total - own
-        if case.leaves_out:
-            left_out = label == case.n_labels
-            minus_log_q.masked_fill_(left_out, 0)
-            total = total.masked_fill(left_out, torch.inf)
-        for (start, stop), peak in zip(spans, peaks, strict=True):
-            prediction[start:stop] += x[start:stop].mv((peak - total).exp_())
-        q = (-minus_log_q).exp_()
-        by_label.index_add_(0, label, torch.stack([q, torch.ones_like(q)], 1))
-        log_normalizer[voxels] = total
-        nll[voxels] = minus_log_q
-    intersection, reference = by_label[:-1].T
+def case_sums(case: Case) -> Sums:
+    """Sums of one case."""
+    device = case.logits.device
+    # A case has millions of voxels: one after the other, they would not add up right in fp32. (MPS has no fp64.)
+    dtype = case.dtype if device.type == "mps" else torch.float64
+    cross_entropy = torch.zeros((), dtype=dtype, device=device)
+    prediction = cross_entropy.new_zeros(case.n_outputs)
+    intersection, reference = cross_entropy.new_zeros(2, case.n_labels + 1)
+    for chunk in case.chunks():
+        cross_entropy += chunk.nll.sum()
+        for span in chunk.spans:
+            prediction[span.start : span.stop] += span.exponentials.mv(span.weight)
+        q = (-chunk.nll).exp_().to(dtype)
+        intersection.index_add_(0, chunk.label, q)
+        reference.index_add_(0, chunk.label, torch.ones_like(q))
+    # Without the last, which has what is left out.
+    intersection, reference = intersection[:-1], reference[:-1]
     by_owner = torch.zeros_like(intersection).index_add_(0, case.owner, prediction)
-    return Sums(nll.sum(), torch.stack([intersection, by_owner, reference]), reference.sum())
+    return Sums(cross_entropy, torch.stack([intersection, by_owner, reference]), reference.sum())
 
 
-def case_gradient(case: Case, log_normalizer: Tensor, nll: Tensor, by: Coefficients, out: Tensor) -> None:
+def case_gradient(case: Case, by: Coefficients, out: Tensor) -> None:
     """Gradient of the loss by one case's logits.
 
     Args:
         case: The case.
-        log_normalizer: As filled by :func:`case_sums`.
-        nll: Likewise.
         by: Derivatives of the loss by the case's sums.
         out: ``(C, N)``, filled with the gradient.
     """
     alpha = torch.cat([by.intersection, by.intersection.new_zeros(1)])
     beta = by.prediction[case.owner]
-    factors = beta.new_empty(case.chunk * case.n_outputs)
+    buffer = beta.new_empty(case.n_outputs * case.chunk_size)
     back = None if case.order is None else case.order.argsort()
-    for voxels in case:
-        x = case.load(voxels)
-        label, set_of, output = case.look_up(voxels)
-        total, minus_log_q = log_normalizer[voxels], nll[voxels]
-        q = (-minus_log_q).exp_()
-        pull = alpha[label].mul_(q).add_(by.cross_entropy)
+    for chunk in case.chunks():
+        factor = buffer[: chunk.x.numel()].view(chunk.x.shape)
+        pull = alpha[chunk.label].mul_((-chunk.nll).exp_()).add_(by.cross_entropy)
         if case.leaves_out:
-            pull.masked_fill_(label == case.n_labels, 0)
-        factor = factors[: x.numel()].view(x.shape)
-        # In the rows of a voxel's own set, x becomes p / q and share is q; everywhere else p and 1.
-        shares = []
+            pull.masked_fill_(chunk.label == case.n_labels, 0)
         push = pull.clone()
-        for i, (start, stop) in enumerate(case.sets):
-            own = set_of == i
-            x[start:stop].sub_(torch.where(own, total - minus_log_q, total)).exp_()
-            shares.append(torch.where(own, q, 1))
-            push -= x[start:stop].T.mv(beta[start:stop]).mul_(shares[-1])
-        singles = x[case.singles :]
-        singles.sub_(total).exp_()
-        push -= singles.T.mv(beta[case.singles :])
-        for i, (start, stop) in enumerate(case.sets):
-            shift = push * shares[i] - torch.where(set_of == i, pull, 0)
-            torch.addcmul(shift, beta[start:stop, None], shares[i], out=factor[start:stop])
-        torch.add(beta[case.singles :, None], push, out=factor[case.singles :])
-        x.mul_(factor)
-        x.scatter_add_(0, output[None], torch.where(set_of == len(case.sets), -pull, 0)[None])
-        out[:, voxels] = x if back is None else torch.index_select(x, 0, back, out=factor)
+        for span in chunk.spans:
+            push -= span.exponentials.T.mv(beta[span.start : span.stop]).mul_(span.weight)
+        for i, span in enumerate(chunk.spans):
+            shift = push * span.weight
+            if i < case.n_sets:
+                shift -= torch.where(chunk.set_of == i, pull / span.total, 0)
+            torch.addcmul(shift, beta[span.start : span.stop, None], span.weight, out=factor[span.start : span.stop])
+        gradient = factor.mul_(chunk.x)
+        pull_of_single = torch.where(chunk.set_of == case.n_sets, -pull, 0) if case.n_sets else -pull
+        gradient.scatter_add_(0, chunk.output[None], pull_of_single[None])
+        out[:, chunk.voxels] = gradient if back is None else torch.index_select(gradient, 0, back, out=chunk.x)

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from stunet.errors import LossError
 from stunet.losses.annotation import Partition, check_members, label_members, partition_outputs
+from stunet.losses.checks import check_annotated, check_target
 from stunet.losses.chunks import Case, Coefficients, Sums, case_gradient, case_sums
 
 __all__ = ["PartialDiceCELoss", "partial_dice_ce_loss"]
@@ -106,9 +107,9 @@ def partial_dice_ce_loss(
         CE = mean over voxels of -log q_v,  q_v = sum of softmax(z_v) over E(v).
 
     Dice is computed on the same probabilities, over annotated foreground labels alone and averaged over those that are
-    annotated in any case of the batch (``batch_dice``) or over all annotated pairs of case and label; a label annotated
-    and absent counts. The result is ``weight_ce * CE - weight_dice * Dice``. Where all cases annotate everything this is
-    nnU-Net's ``DC_and_CE_loss`` with ``MemoryEfficientSoftDiceLoss`` and without Dice of the background.
+    annotated in any case of the batch (``batch_dice``) or over all annotated pairs of case and label; a label that is
+    annotated and absent counts. The result is ``weight_ce * CE - weight_dice * Dice``. Where all cases annotate
+    everything this is nnU-Net's ``DC_and_CE_loss`` with ``MemoryEfficientSoftDiceLoss`` and ``do_bg=False``.
 
     A voxel with a label that its case does not annotate counts as the annotated superclass that contains the label, or
     else as (merged) background; if the label only overlaps with annotated ones, the voxel is left out of both terms.
@@ -120,8 +121,8 @@ def partial_dice_ce_loss(
     joint number of voxels; Dice with ``batch_dice`` is the joint one everywhere.) The processes' losses must be scaled
     alike before ``backward``, which communicates nothing.
 
-    Memory beyond the logits is their gradient, two numbers a voxel and chunks of constant size. Sums are of fp32 for
-    half-precision logits and of the logits' precision otherwise. There is no second derivative.
+    Memory beyond the logits is their gradient and chunks of constant size. Softmax and gradient are computed in fp32 or
+    the logits' precision, whichever is higher. There is no second derivative.
 
     Args:
         logits: ``(B, C, X, Y[, Z])``, output 0 being the background.
@@ -171,10 +172,10 @@ class _Settings:
 
 
 def _loss(logits: Tensor, target: Tensor, annotated: Tensor | None, members: Tensor, settings: _Settings) -> Tensor:
-    target = _check_target(logits, target, members, settings.ignore_label)
+    target = check_target(logits, target, members, settings.ignore_label)
     if annotated is None:
         annotated = (members.sum(1) == 1).expand(len(logits), -1)
-    annotated = _check_annotated(annotated, len(logits), len(members))
+    annotated = check_annotated(annotated, len(logits), len(members))
     if settings.ddp and not (dist.is_available() and dist.is_initialized()):
         raise LossError(
             "a loss over several processes without a process group",
@@ -183,53 +184,8 @@ def _loss(logits: Tensor, target: Tensor, annotated: Tensor | None, members: Ten
             remedy="Set ddp=False, or start the processes with nnU-Net's -num_gpus or torchrun.",
         )
     partitions = [partition_outputs(members, row, case) for case, row in enumerate(annotated)]
-    loss: Tensor = _PartialDiceCE.apply(logits, target, annotated, partitions, settings)  # type: ignore[no-untyped-call]
+    loss: Tensor = _PartialDiceCE.apply(logits, target, annotated, partitions, settings)
     return loss
-
-
-def _check_target(logits: Tensor, target: Tensor, members: Tensor, ignore_label: int | None) -> Tensor:
-    n_labels, n_outputs = members.shape
-    if logits.ndim < 3 or logits.shape[1] != n_outputs or not logits.is_floating_point():
-        raise LossError(
-            "logits that do not fit the labels",
-            got=f"{logits.dtype} {tuple(logits.shape)}",
-            expected=f"floating point (B, {n_outputs}, X, Y[, Z])",
-            remedy="Give a network and its loss the same number of outputs.",
-        )
-    if target.ndim == logits.ndim and target.shape[1] == 1:
-        target = target[:, 0]
-    if target.shape != logits.shape[:1] + logits.shape[2:]:
-        raise LossError(
-            "a target of another shape than the logits",
-            got=f"target {tuple(target.shape)} for logits {tuple(logits.shape)}",
-            expected=f"({logits.shape[0]}, [1,] {', '.join(map(str, logits.shape[2:]))})",
-            remedy="Give label values, not one-hot maps; with deep supervision, one target for each output.",
-        )
-    # Negated, so that NaN is found as well.
-    wrong = ~((target >= 0) & (target < n_labels))
-    if ignore_label is not None:
-        wrong &= target != ignore_label
-    if bool(wrong.any()):
-        raise LossError(
-            "label values that no output stands for",
-            got=", ".join(f"{value:g}" for value in target[wrong].unique().tolist()[:5]),
-            expected=f"0 to {n_labels - 1}" + ("" if ignore_label is None else f", or {ignore_label} to ignore"),
-            remedy="Check the dataset with `nnUNetv2_plan_and_preprocess --verify_dataset_integrity`.",
-        )
-    return target
-
-
-def _check_annotated(annotated: Tensor, batch_size: int, n_labels: int) -> Tensor:
-    if annotated.shape != (batch_size, n_labels) or annotated.dtype != torch.bool:
-        raise LossError(
-            "an annotation that does not fit batch and labels",
-            got=f"{annotated.dtype} {tuple(annotated.shape)}",
-            expected=f"boolean ({batch_size}, {n_labels}): one row a case, one column a label value, background included",
-            remedy="Make one row for each case of the batch, in its order.",
-        )
-    annotated = annotated.detach().cpu().clone()
-    annotated[:, 0] = False
-    return annotated
 
 
 class _PartialDiceCE(torch.autograd.Function):
@@ -239,37 +195,31 @@ class _PartialDiceCE(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, annotated: Tensor, partitions: list[Partition], settings: _Settings
     ) -> Tensor:
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        target = target.reshape(len(target), -1)
-        log_normalizer, nll = logits.new_empty(2, *target.shape, dtype=dtype)
+        target = target.flatten(1)
         with torch.autocast(logits.device.type, enabled=False):
-            sums = []
-            for b, case in enumerate(_cases(logits, target, partitions, settings, dtype)):
-                sums.append(case_sums(case, log_normalizer[b], nll[b]))
+            sums = [case_sums(case) for case in _cases(logits, target, partitions, settings)]
             value, coefficients = _combine(sums, annotated.to(logits.device), settings)
-        ctx.save_for_backward(logits, target, log_normalizer, nll, *coefficients)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        ctx.save_for_backward(logits, target, *(c.to(dtype) for c in coefficients))
         ctx.partitions, ctx.settings = partitions, settings
-        return value
+        return value.to(dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, log_normalizer, nll, *coefficients = ctx.saved_tensors
+        logits, target, *coefficients = ctx.saved_tensors
         gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         with torch.autocast(logits.device.type, enabled=False):
-            # Scaled before it is rounded to the logits' precision, where it may be half.
+            # Scaled before the gradient is rounded to the logits' precision, which may be half.
             nu, alpha, beta = (c * grad_output for c in coefficients)
-            for b, case in enumerate(_cases(logits, target, ctx.partitions, ctx.settings, nll.dtype)):
-                by = Coefficients(nu, alpha[b], beta[b])
-                case_gradient(case, log_normalizer[b], nll[b], by, gradient[b].flatten(1))
+            for b, case in enumerate(_cases(logits, target, ctx.partitions, ctx.settings)):
+                case_gradient(case, Coefficients(nu, alpha[b], beta[b]), gradient[b].flatten(1))
         return gradient, None, None, None, None
 
 
-def _cases(
-    logits: Tensor, target: Tensor, partitions: list[Partition], settings: _Settings, dtype: torch.dtype
-) -> Iterator[Case]:
+def _cases(logits: Tensor, target: Tensor, partitions: list[Partition], settings: _Settings) -> Iterator[Case]:
     for one, labels, partition in zip(logits, target, partitions, strict=True):
-        yield Case(one.flatten(1), labels, partition, settings.ignore_label, dtype)
+        yield Case(one.flatten(1), labels, partition, settings.ignore_label)
 
 
 def _combine(sums: list[Sums], annotated: Tensor, settings: _Settings) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
