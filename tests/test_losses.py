@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Iterator
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -341,7 +343,31 @@ def test_annotation_holds_within_its_context_only() -> None:
     assert float(loss(logits, target)) == everything
 
 
-def test_memory_is_the_gradient_and_little_more() -> None:
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_number_of_threads_changes_nothing(threads: Callable[[int], None]) -> None:
+    logits, target = random_case(14, (60, 61, 62), outputs=4, labels=4)
+    annotated = torch.tensor([[False, True, False, True], [False, False, False, True]])
+    results = []
+    for n in (1, 3):
+        threads(n)
+        results.append(value_and_gradient(partial_dice_ce_loss, logits, target, annotated, batch_dice=True))
+        assert torch.get_num_threads() == n
+        started = []
+        thread = Thread(target=lambda started=started: started.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert started == [n]
+    assert_same(*results, 1e-12)
+
+
+def test_memory_is_the_gradient_and_little_more(threads: Callable[[int], None]) -> None:
+    threads(1)  # the profiler sees no other
     logits = torch.randn(2, 105, 40, 40, 40, requires_grad=True)
     target = torch.randint(105, (2, 1, 40, 40, 40), dtype=torch.int16)
     annotated = torch.rand(2, 105) < 0.5

@@ -12,15 +12,20 @@ the label that owns output c. p_c / q is the softmax over E alone, and computed 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from stunet.losses.annotation import Partition
+from stunet.losses.threads import run_in_threads
 
-__all__ = ["Case", "Coefficients", "Sums", "case_gradient", "case_sums"]
+__all__ = ["Case", "Coefficients", "Sums", "batch_gradient", "batch_sums"]
+
+T = TypeVar("T")
 
 # Elements of a chunk: on the CPU it has to stay in a core's second-level cache, on a GPU to fill the device.
 _CHUNK_ELEMENTS = {"cpu": 2**18}
@@ -128,10 +133,16 @@ class Case:
         elements = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_ELSEWHERE)
         self.chunk_size = min(self.n_voxels, max(elements // self.n_outputs, 1024))
 
-    def chunks(self) -> Iterator[_Chunk]:
-        """All chunks, in memory that the next one uses again."""
+    def stripes(self) -> list[range]:
+        """Where the chunks of each stripe start: as many stripes as there are threads on the CPU, elsewhere one."""
+        starts = range(0, self.n_voxels, self.chunk_size)
+        n_stripes = min(torch.get_num_threads(), len(starts)) if self.logits.device.type == "cpu" else 1
+        return [starts[len(starts) * i // n_stripes : len(starts) * (i + 1) // n_stripes] for i in range(n_stripes)]
+
+    def chunks(self, starts: range) -> Iterator[_Chunk]:
+        """The chunks that start there, in memory that the next one uses again."""
         buffer = self.logits.new_empty(self.n_outputs * self.chunk_size, dtype=self.dtype)
-        for i in range(0, self.n_voxels, self.chunk_size):
+        for i in starts:
             yield self._softmax(slice(i, min(i + self.chunk_size, self.n_voxels)), buffer)
 
     def _softmax(self, voxels: slice, buffer: Tensor) -> _Chunk:
@@ -180,40 +191,65 @@ class Case:
         return label, set_of, output
 
 
-def case_sums(case: Case) -> Sums:
-    """Sums of one case."""
+def batch_sums(cases: list[Case]) -> list[Sums]:
+    """Sums of each case."""
+    stripes = [(case, starts) for case in cases for starts in case.stripes()]
+    parts = _run(cases, [partial(_stripe_sums, case, starts) for case, starts in stripes])
+    result = []
+    for case in cases:
+        own = [part for (other, _), part in zip(stripes, parts, strict=True) if other is case]
+        cross_entropy, intersection, reference, prediction = (
+            torch.stack(values).sum(0) for values in zip(*own, strict=True)
+        )
+        by_owner = torch.zeros_like(intersection).index_add_(0, case.owner, prediction)
+        # Without the last label, which has what is left out.
+        by_label = torch.stack([intersection, by_owner, reference])[:, :-1]
+        result.append(Sums(cross_entropy, by_label, by_label[2].sum()))
+    return result
+
+
+def _stripe_sums(case: Case, starts: range) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross-entropy ``()``, I and number of voxels ``(L + 1,)`` and sum of each output ``(C,)``."""
     device = case.logits.device
     # A case has millions of voxels: one after the other, they would not add up right in fp32. (MPS has no fp64.)
     dtype = case.dtype if device.type == "mps" else torch.float64
     cross_entropy = torch.zeros((), dtype=dtype, device=device)
     prediction = cross_entropy.new_zeros(case.n_outputs)
     intersection, reference = cross_entropy.new_zeros(2, case.n_labels + 1)
-    for chunk in case.chunks():
+    for chunk in case.chunks(starts):
         cross_entropy += chunk.nll.sum()
         for span in chunk.spans:
             prediction[span.start : span.stop] += span.exponentials.mv(span.weight)
         q = (-chunk.nll).exp_().to(dtype)
         intersection.index_add_(0, chunk.label, q)
         reference.index_add_(0, chunk.label, torch.ones_like(q))
-    # Without the last, which has what is left out.
-    intersection, reference = intersection[:-1], reference[:-1]
-    by_owner = torch.zeros_like(intersection).index_add_(0, case.owner, prediction)
-    return Sums(cross_entropy, torch.stack([intersection, by_owner, reference]), reference.sum())
+    return cross_entropy, intersection, reference, prediction
 
 
-def case_gradient(case: Case, by: Coefficients, out: Tensor) -> None:
-    """Gradient of the loss by one case's logits.
+def batch_gradient(cases: list[Case], by: list[Coefficients], out: Tensor) -> None:
+    """Gradient of the loss by the logits of all cases.
 
     Args:
-        case: The case.
-        by: Derivatives of the loss by the case's sums.
-        out: ``(C, N)``, filled with the gradient.
+        cases: The B cases.
+        by: Derivatives of the loss by each case's sums.
+        out: ``(B, C, N)``, filled with the gradient.
     """
+    _run(
+        cases,
+        [
+            partial(_stripe_gradient, case, starts, coefficients, one)
+            for case, coefficients, one in zip(cases, by, out, strict=True)
+            for starts in case.stripes()
+        ],
+    )
+
+
+def _stripe_gradient(case: Case, starts: range, by: Coefficients, out: Tensor) -> None:
     alpha = torch.cat([by.intersection, by.intersection.new_zeros(1)])
     beta = by.prediction[case.owner]
     buffer = beta.new_empty(case.n_outputs * case.chunk_size)
     back = None if case.order is None else case.order.argsort()
-    for chunk in case.chunks():
+    for chunk in case.chunks(starts):
         factor = buffer[: chunk.x.numel()].view(chunk.x.shape)
         pull = alpha[chunk.label].mul_((-chunk.nll).exp_()).add_(by.cross_entropy)
         if case.leaves_out:
@@ -230,3 +266,9 @@ def case_gradient(case: Case, by: Coefficients, out: Tensor) -> None:
         pull_of_single = torch.where(chunk.set_of == case.n_sets, -pull, 0) if case.n_sets else -pull
         gradient.scatter_add_(0, chunk.output[None], pull_of_single[None])
         out[:, chunk.voxels] = gradient if back is None else torch.index_select(gradient, 0, back, out=chunk.x)
+
+
+def _run(cases: list[Case], tasks: list[Callable[[], T]]) -> list[T]:
+    elements = sum(case.n_voxels * case.n_outputs for case in cases)
+    worth_it = cases[0].logits.device.type == "cpu" and elements > _CHUNK_ELEMENTS["cpu"]
+    return run_in_threads(tasks) if worth_it else [task() for task in tasks]

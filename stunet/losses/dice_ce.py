@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from stunet.errors import LossError
 from stunet.losses.annotation import Partition, check_members, label_members, partition_outputs
 from stunet.losses.checks import check_annotated, check_target
-from stunet.losses.chunks import Case, Coefficients, Sums, case_gradient, case_sums
+from stunet.losses.chunks import Case, Coefficients, Sums, batch_gradient, batch_sums
 
 __all__ = ["PartialDiceCELoss", "partial_dice_ce_loss"]
 
@@ -197,7 +197,7 @@ class _PartialDiceCE(torch.autograd.Function):
     ) -> Tensor:
         target = target.flatten(1)
         with torch.autocast(logits.device.type, enabled=False):
-            sums = [case_sums(case) for case in _cases(logits, target, partitions, settings)]
+            sums = batch_sums(_cases(logits, target, partitions, settings))
             value, coefficients = _combine(sums, annotated.to(logits.device), settings)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         ctx.save_for_backward(logits, target, *(c.to(dtype) for c in coefficients))
@@ -212,14 +212,16 @@ class _PartialDiceCE(torch.autograd.Function):
         with torch.autocast(logits.device.type, enabled=False):
             # Scaled before the gradient is rounded to the logits' precision, which may be half.
             nu, alpha, beta = (c * grad_output for c in coefficients)
-            for b, case in enumerate(_cases(logits, target, ctx.partitions, ctx.settings)):
-                case_gradient(case, Coefficients(nu, alpha[b], beta[b]), gradient[b].flatten(1))
+            by = [Coefficients(nu, *pair) for pair in zip(alpha, beta, strict=True)]
+            batch_gradient(_cases(logits, target, ctx.partitions, ctx.settings), by, gradient.flatten(2))
         return gradient, None, None, None, None
 
 
-def _cases(logits: Tensor, target: Tensor, partitions: list[Partition], settings: _Settings) -> Iterator[Case]:
-    for one, labels, partition in zip(logits, target, partitions, strict=True):
-        yield Case(one.flatten(1), labels, partition, settings.ignore_label)
+def _cases(logits: Tensor, target: Tensor, partitions: list[Partition], settings: _Settings) -> list[Case]:
+    return [
+        Case(one, labels, partition, settings.ignore_label)
+        for one, labels, partition in zip(logits.flatten(2), target, partitions, strict=True)
+    ]
 
 
 def _combine(sums: list[Sums], annotated: Tensor, settings: _Settings) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
