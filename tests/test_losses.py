@@ -264,10 +264,11 @@ def test_small_and_absent_structures(kind: str, batch_dice: bool) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
-def test_half_precision_logits(dtype: torch.dtype, precision: float) -> None:
+@pytest.mark.parametrize("everything", [True, False])
+def test_half_precision_logits(dtype: torch.dtype, precision: float, everything: bool) -> None:
     logits, target = random_case(8)
     rounded = logits.to(dtype)
-    annotated = random_annotation(8, 2)[:, :6]
+    annotated = None if everything else random_annotation(8, 2)[:, :6]
 
     def loss(x: Tensor) -> Tensor:
         return 2**10 * partial_dice_ce_loss(x, target, annotated, batch_dice=True)  # scaled, as mixed precision does

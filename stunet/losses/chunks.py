@@ -122,6 +122,8 @@ class Case:
         self.n_outputs, self.n_voxels = logits.shape
         self.n_labels = partition.tables.shape[1] - 1
         self.n_sets = len(partition.sets)
+        # The first set is then the background's, of which there is no Dice.
+        self.merges_background = self.n_sets > 0 and int(partition.owner[0]) == 0
         self.spans = list(partition.sets)
         if partition.singles < self.n_outputs:
             self.spans.append((partition.singles, self.n_outputs))
@@ -146,14 +148,17 @@ class Case:
             yield self._softmax(slice(i, min(i + self.chunk_size, self.n_voxels)), buffer)
 
     def _softmax(self, voxels: slice, buffer: Tensor) -> _Chunk:
-        x = self._load(voxels, buffer)
         label, set_of, output = self._look_up(voxels)
-        own = x.gather(0, output[None])[0]
+        z = self.logits[:, voxels]
+        x = buffer[: z.numel()].view(z.shape)
+        if self.order is not None:
+            z = torch.index_select(z, 0, self.order, out=x if z.dtype == x.dtype else None)
+        own = z.gather(0, output[None])[0].to(self.dtype)
         # Each span has a maximum of its own, so that the softmax within a set is exact where q underflows.
-        peaks = [x[start:stop].amax(0) for start, stop in self.spans]
+        peaks = [z[start:stop].amax(0).to(self.dtype) for start, stop in self.spans]
         totals = []
         for (start, stop), peak in zip(self.spans, peaks, strict=True):
-            totals.append(x[start:stop].sub_(peak).exp_().sum(0))
+            totals.append(torch.sub(z[start:stop], peak, out=x[start:stop]).exp_().sum(0))
         # Relative to the greatest, so that large logits cost no digits.
         greatest = peaks[0] if len(peaks) == 1 else torch.stack(peaks).amax(0)
         logs = [total.log().add_(peak - greatest) for total, peak in zip(totals, peaks, strict=True)]
@@ -173,15 +178,6 @@ class Case:
             for (start, stop), total, weight in zip(self.spans, totals, weights, strict=True)
         ]
         return _Chunk(voxels, x, spans, label, set_of, output, nll)
-
-    def _load(self, voxels: slice, buffer: Tensor) -> Tensor:
-        source = self.logits[:, voxels]
-        chunk = buffer[: source.numel()].view(source.shape)
-        if self.order is None:
-            return chunk.copy_(source)
-        if source.dtype == chunk.dtype:
-            return torch.index_select(source, 0, self.order, out=chunk)
-        return chunk.copy_(source.index_select(0, self.order))
 
     def _look_up(self, voxels: slice) -> tuple[Tensor, Tensor, Tensor]:
         labels = self.target[voxels].long()
@@ -255,17 +251,24 @@ def _stripe_gradient(case: Case, starts: range, by: Coefficients, out: Tensor) -
         if case.leaves_out:
             pull.masked_fill_(chunk.label == case.n_labels, 0)
         push = pull.clone()
-        for span in chunk.spans:
+        first = int(case.merges_background)
+        for span in chunk.spans[first:]:
             push -= span.exponentials.T.mv(beta[span.start : span.stop]).mul_(span.weight)
+        # Where nothing is to be converted or sorted, the gradient is written once, to its place.
+        in_place = back is None and out.dtype == case.dtype
+        gradient = out[:, chunk.voxels] if in_place else factor
         for i, span in enumerate(chunk.spans):
-            shift = push * span.weight
+            rows = slice(span.start, span.stop)
+            by_voxel = push * span.weight
             if i < case.n_sets:
-                shift -= torch.where(chunk.set_of == i, pull / span.total, 0)
-            torch.addcmul(shift, beta[span.start : span.stop, None], span.weight, out=factor[span.start : span.stop])
-        gradient = factor.mul_(chunk.x)
+                by_voxel -= torch.where(chunk.set_of == i, pull / span.total, 0)
+            if i >= first:
+                by_voxel = torch.addcmul(by_voxel, beta[rows, None], span.weight, out=factor[rows])
+            torch.mul(span.exponentials, by_voxel, out=gradient[rows])
         pull_of_single = torch.where(chunk.set_of == case.n_sets, -pull, 0) if case.n_sets else -pull
         gradient.scatter_add_(0, chunk.output[None], pull_of_single[None])
-        out[:, chunk.voxels] = gradient if back is None else torch.index_select(gradient, 0, back, out=chunk.x)
+        if not in_place:
+            out[:, chunk.voxels] = gradient if back is None else torch.index_select(gradient, 0, back, out=chunk.x)
 
 
 def _run(cases: list[Case], tasks: list[Callable[[], T]]) -> list[T]:
