@@ -27,9 +27,11 @@ __all__ = ["Case", "Coefficients", "Sums", "batch_gradient", "batch_sums"]
 
 T = TypeVar("T")
 
-# Elements of a chunk: on the CPU it has to stay in a core's second-level cache, on a GPU to fill the device.
-_CHUNK_ELEMENTS = {"cpu": 2**18}
+# Elements of a chunk: on the CPU few enough for a core's share of the cache, on a GPU enough to fill the device.
+_CHUNK_ELEMENTS = {"cpu": 2**19}
 _CHUNK_ELEMENTS_ELSEWHERE = 2**23
+_SMALLEST_CHUNK = 1024  # voxels
+_CHUNKS_PER_STRIPE = 8  # at least, on the CPU, so that all threads' chunks together are small beside the logits
 
 
 @dataclass(frozen=True)
@@ -132,14 +134,17 @@ class Case:
         self.owner = partition.owner.to(device)
         # Rows looked up one by one: a lookup of all at once is several times slower.
         self.tables = partition.tables.to(device).unbind()
-        elements = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_ELSEWHERE)
-        self.chunk_size = min(self.n_voxels, max(elements // self.n_outputs, 1024))
+        self.n_threads = torch.get_num_threads() if device.type == "cpu" else 1
+        chunk_size = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_ELSEWHERE) // self.n_outputs
+        if device.type == "cpu":
+            chunk_size = min(chunk_size, self.n_voxels // (_CHUNKS_PER_STRIPE * self.n_threads))
+        self.chunk_size = min(max(chunk_size, _SMALLEST_CHUNK), self.n_voxels)
 
     def stripes(self) -> list[range]:
         """Where the chunks of each stripe start: as many stripes as there are threads on the CPU, elsewhere one."""
         starts = range(0, self.n_voxels, self.chunk_size)
-        n_stripes = min(torch.get_num_threads(), len(starts)) if self.logits.device.type == "cpu" else 1
-        return [starts[len(starts) * i // n_stripes : len(starts) * (i + 1) // n_stripes] for i in range(n_stripes)]
+        n = min(self.n_threads, len(starts))
+        return [starts[len(starts) * i // n : len(starts) * (i + 1) // n] for i in range(n)]
 
     def chunks(self, starts: range) -> Iterator[_Chunk]:
         """The chunks that start there, in memory that the next one uses again."""
@@ -153,9 +158,10 @@ class Case:
         x = buffer[: z.numel()].view(z.shape)
         if self.order is not None:
             z = torch.index_select(z, 0, self.order, out=x if z.dtype == x.dtype else None)
-        own = z.gather(0, output[None])[0].to(self.dtype)
         # Each span has a maximum of its own, so that the softmax within a set is exact where q underflows.
         peaks = [z[start:stop].amax(0).to(self.dtype) for start, stop in self.spans]
+        # After the maxima, which have brought the logits into the cache row by row.
+        own = z.gather(0, output[None])[0].to(self.dtype)
         totals = []
         for (start, stop), peak in zip(self.spans, peaks, strict=True):
             totals.append(torch.sub(z[start:stop], peak, out=x[start:stop]).exp_().sum(0))
