@@ -8,6 +8,7 @@
     ├── PlansError          a plans file that is missing, unreadable, outdated or in conflict
     ├── DatasetError        a dataset that is unknown, incomplete or malformed
     ├── LabelError          a list of label names that is malformed or does not fit the outputs
+    ├── LossError           logits, target or annotation that a loss cannot take
     ├── NnUNetPathError     one of nnU-Net's environment variables is missing or points nowhere
     ├── CheckpointError     a checkpoint that is truncated, foreign or does not fit
     ├── DownloadError       a download that failed, or that no program can do
@@ -27,6 +28,7 @@ __all__ = [
     "DatasetError",
     "DownloadError",
     "LabelError",
+    "LossError",
     "NnUNetPathError",
     "PlansError",
     "STUNetError",
@@ -82,6 +84,10 @@ class DatasetError(STUNetError):
 
 class LabelError(STUNetError, ValueError):
     """A list of label names that is malformed or does not fit the network's outputs."""
+
+
+class LossError(STUNetError, ValueError):
+    """Logits, target or annotation that do not fit together, or labels that no output stands for."""
 
 
 class NnUNetPathError(STUNetError):

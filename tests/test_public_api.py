@@ -20,6 +20,7 @@ API = {
         "rewrite_configuration", "rewrite_plans", "write_model_folder", "write_plans",
     ],
     "stunet.labels": ["Vocabulary", "list_vocabularies", "load_vocabulary", "read_label_file", "vocabulary_for"],
+    "stunet.losses": ["PartialDiceCELoss", "label_members", "partial_dice_ce_loss"],
     "stunet.datasets": [
         "PHANTOM_LABELS", "Phantom", "RawDataset", "check_hold_out", "exclusive_labels", "hold_out", "make_phantom",
         "read_image", "read_raw_dataset", "write_phantom_dataset",

@@ -1,0 +1,6 @@
+"""Dice and cross-entropy where each case annotates only some structures."""
+
+from stunet.losses.annotation import label_members
+from stunet.losses.dice_ce import PartialDiceCELoss, partial_dice_ce_loss
+
+__all__ = ["PartialDiceCELoss", "label_members", "partial_dice_ce_loss"]
