@@ -13,7 +13,12 @@ from stunet.labels import list_vocabularies, load_vocabulary, read_label_file, v
 
 
 def test_published_orders() -> None:
-    assert list_vocabularies() == ["abdomenatlas_9", "totalsegmentator_104"]
+    assert list_vocabularies() == [
+        "abdomenatlas_9",
+        "totalsegmentator_104",
+        "totalsegmentator_v1",
+        "totalsegmentator_v2",
+    ]
     labels = vocabulary_for(105).labels
     assert len(set(labels)) == 105
     assert [labels[i] for i in (0, 1, 38, 40, 50, 77, 104)] == [

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import stunet
-from stunet.cli import convert, demo, env, info, plan
+from stunet.cli import convert, demo, env, imports, info, labels, plan
 from stunet.cli.console import ListOptionsCommand, print_error
 from stunet.errors import STUNetError
 
@@ -26,6 +26,8 @@ app.command("info", cls=ListOptionsCommand)(info.info)
 app.command("convert")(convert.convert)
 app.command("env")(env.env)
 app.command("demo")(demo.demo)
+app.add_typer(imports.app, name="import")
+app.add_typer(labels.app, name="labels")
 
 
 def _print_version(wanted: bool) -> None:

@@ -20,7 +20,8 @@ from stunet.planning import list_presets
 import os
 os.environ["nnUNet_extTrainer"] = str(trainers_folder())
 assert list_presets() == ["small", "base", "large", "huge"], list_presets()
-assert list_vocabularies() == ["abdomenatlas_9", "totalsegmentator_104"], list_vocabularies()
+names = ["abdomenatlas_9", "totalsegmentator_104", "totalsegmentator_v1", "totalsegmentator_v2"]
+assert list_vocabularies() == names, list_vocabularies()
 assert recursive_find_trainer_class_by_name("STUNetTrainer_huge_ep4k").size == "huge"
 assert (Path(stunet.__file__).parent / "py.typed").is_file()
 print(Path(stunet.__file__).parent, trainers_folder())
