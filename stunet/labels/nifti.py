@@ -36,7 +36,7 @@ _UNREADABLE: tuple[type[Exception], ...] = (
     OverflowError,
     ValueError,
     zlib.error,
-    isal_zlib.IsalError,
+    cast("type[Exception]", isal_zlib.IsalError),  # declared as an instance
 )
 _GEOMETRY_FIELDS = (
     "qform_code",
