@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from masks import SHAPE, save
+
 from stunet.labels import Coverage, bind_manifest, measure_coverage
 
 LABELS = {"background": 0, "a": 1, "b": 2, "c": 3, "whole": 4, "ignore": 5}

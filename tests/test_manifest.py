@@ -74,7 +74,7 @@ BAD_FIT: list[tuple[dict[str, Any], str]] = [
     ({"cases": {}, "default": "organs"}, "unknown group 'organs'"),
     ({"cases": {}, "groups": {"g": ["spleen"]}}, r"groups\['g'\] has the unknown structure"),
     ({"cases": {"a": ["liver"], "z": ["liver"]}}, "unknown case 'z'"),
-    ({"cases": {"a": ["liver"], "case_b": ["liver"]}, "default": ["liver"]}, r"unknown case 'case_b' \(did you mean 'case_a'"),
+    ({"cases": {"case_b": ["liver"]}, "default": ["liver"]}, r"unknown case 'case_b' \(did you mean 'case_a'"),
     ({"cases": {"case_a": ["liver"]}}, "nothing about case a and 2 more"),
     ({"cases": {}, "default": ["liver"], "weights": {"z": 2}}, "unknown case 'z'"),
     ({"cases": {}, "superclasses": {"kidneys": ["kidney_left", "kidney_right"]}}, "unknown structure 'kidneys'"),

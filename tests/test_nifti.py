@@ -9,8 +9,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-
 from masks import AFFINE, SHAPE, save
+
 from stunet.errors import DatasetError
 from stunet.labels import count_labels, merge_masks
 from stunet.labels.nifti import CHUNK_VOXELS, check_same_grid, open_volume, write_volume
@@ -50,7 +50,9 @@ def test_gzip_files_of_several_members(tmp_path: Path) -> None:
     volume = np.random.default_rng(0).integers(0, 2, LARGE).astype(np.uint8)
     save(volume, tmp_path / "a.nii")
     content = (tmp_path / "a.nii").read_bytes()
-    (tmp_path / "a.nii.gz").write_bytes(b"".join(gzip.compress(content[i : i + 99999]) for i in range(0, 400000, 99999)))
+    (tmp_path / "a.nii.gz").write_bytes(
+        b"".join(gzip.compress(content[i : i + 99999]) for i in range(0, 400000, 99999))
+    )
     assert np.array_equal(read_all(tmp_path / "a.nii.gz"), volume)
 
 

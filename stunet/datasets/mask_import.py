@@ -13,7 +13,7 @@ from stunet.datasets.import_state import ENDING, REPORT_NAME, ImportState, claim
 from stunet.datasets.side_files import SPLITS_NAME, carry_side_files
 from stunet.datasets.totalsegmentator import SourceCase
 from stunet.errors import DatasetError, STUNetError
-from stunet.files import write_json
+from stunet.files import remove_leftovers, write_json
 from stunet.labels import MANIFEST_NAME, group_cases, write_manifest
 from stunet.labels.mask_cases import MaskCase, finished_record, import_case
 from stunet.processes import run_jobs
@@ -114,8 +114,17 @@ def import_cases(
             "cases": records,
         }
         has_folds = _write_dataset(folder, records, structures, report)
-    stale = carry_side_files(folder, Path(preprocessed) / folder.name) if preprocessed is not None else []
+        stale = _carry(folder, preprocessed)
     return ImportReport(folder, splits, reused, left_out, failed, kept, overlaps, has_folds, stale)
+
+
+def _carry(folder: Path, preprocessed: str | os.PathLike[str] | None) -> list[Path]:
+    if preprocessed is None:
+        return []
+    target = Path(preprocessed) / folder.name
+    for name in (MANIFEST_NAME, SPLITS_NAME):
+        remove_leftovers(target, name)
+    return carry_side_files(folder, target)
 
 
 def _import_all(
