@@ -59,12 +59,12 @@ def merge_masks(masks: Sequence[tuple[int, Path]], reference: VolumeReader, n_la
         with open_volume(path) as mask:
             check_same_grid(mask, reference)
             for start, chunk in mask.chunks():
-                inside = np.flatnonzero(chunk > 0.5 if chunk.dtype.kind == "f" else chunk > 0)
-                if not inside.size:
+                highest = chunk.max()
+                if highest <= 0:  # most of most masks
                     continue
+                inside = np.flatnonzero(chunk > 0.5 if chunk.dtype.kind == "f" else chunk > 0)
                 if chunk.dtype.kind != "f":
-                    values = chunk[inside]
-                    found.update((int(values.min()), int(values.max())))
+                    found.update((int(chunk[inside].min()), int(highest)))
                 part = labels[start : start + chunk.size]
                 _count_losses(part[inside], value, voxels, overlaps)
                 part[inside] = value

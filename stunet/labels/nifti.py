@@ -27,8 +27,8 @@ __all__ = ["CHUNK_VOXELS", "VolumeReader", "check_same_grid", "open_volume", "wr
 CHUNK_VOXELS = 2**18
 #: As a fraction of the smallest voxel side, how far apart two grids may lie at any corner and still be one grid.
 _TOLERANCE = 0.05
-#: zlib's, not ISA-L's: the latter's bytes depend on the processor. Label maps hardly shrink further above it.
-_COMPRESSION_LEVEL = 3
+#: zlib's, not ISA-L's: the latter's bytes depend on the processor. A label map is a hundredth of its image anyway.
+_COMPRESSION_LEVEL = 1
 _UNREADABLE: tuple[type[Exception], ...] = (
     EOFError,
     HeaderDataError,
@@ -111,7 +111,7 @@ class VolumeReader:
 
 
 @contextmanager
-def open_volume(path: str | os.PathLike[str]) -> Iterator[VolumeReader]:
+def open_volume(path: Path) -> Iterator[VolumeReader]:
     """Open a NIfTI file, compressed or not.
 
     Args:
@@ -120,7 +120,6 @@ def open_volume(path: str | os.PathLike[str]) -> Iterator[VolumeReader]:
     Raises:
         DatasetError: Missing, not NIfTI, of values that are no single numbers, or with more axes than three.
     """
-    path = Path(path)
     with _explained(path):
         raw = path.open("rb")
     with raw:
