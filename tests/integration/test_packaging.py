@@ -15,13 +15,14 @@ import stunet, stunet.trainers
 from pathlib import Path
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from stunet.cli.env import trainers_folder
-from stunet.labels import list_vocabularies
+from stunet.labels import list_vocabularies, manifest_schema
 from stunet.planning import list_presets
 import os
 os.environ["nnUNet_extTrainer"] = str(trainers_folder())
 assert list_presets() == ["small", "base", "large", "huge"], list_presets()
 names = ["abdomenatlas_9", "totalsegmentator_104", "totalsegmentator_v1", "totalsegmentator_v2"]
 assert list_vocabularies() == names, list_vocabularies()
+assert manifest_schema()["required"] == ["version", "cases"]
 assert recursive_find_trainer_class_by_name("STUNetTrainer_huge_ep4k").size == "huge"
 assert (Path(stunet.__file__).parent / "py.typed").is_file()
 print(Path(stunet.__file__).parent, trainers_folder())
