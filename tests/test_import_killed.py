@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from masks import STRUCTURES, write_source
+from masks import STRUCTURES, random_masks, save, write_source
 
 from stunet.datasets import import_cases, read_totalsegmentator
 
@@ -101,6 +101,45 @@ def test_killed_while_a_finished_import_is_run_again(tmp_path: Path) -> None:
         assert contents(tmp_path / "whole") == expected, moment
         moment += 1
     assert moment > 10
+
+
+def test_killed_while_something_else_is_imported_over_it(tmp_path: Path) -> None:
+    source, moment = write_source(tmp_path / "source"), 1
+    shutil.copytree(source, tmp_path / "changed")
+    save(random_masks(9)["heart"], tmp_path / "changed" / "a0" / "segmentations" / "heart.nii.gz")
+    (tmp_path / "changed" / "a1" / "segmentations" / "aorta.nii.gz").unlink()
+    run(tmp_path / "changed", tmp_path / "fresh")
+    expected = contents(tmp_path / "fresh" / "Dataset101_T")
+    while True:
+        root = tmp_path / f"killed_{moment}"
+        run(source, root)
+        before = contents(root / "Dataset101_T")
+        if not run_and_kill(tmp_path / "changed", root, moment, True):
+            break
+        now = contents(root / "Dataset101_T")
+        cases = {k: v for k, v in now.items() if not k.startswith(".import")}
+        assert "dataset.json" not in now or cases in (before, expected), moment  # never a mixture of both
+        run(tmp_path / "changed", root)
+        assert contents(root / "Dataset101_T") == expected, moment
+        shutil.rmtree(root)
+        moment += 1
+    assert moment > 20
+
+
+def test_killed_and_continued_without_a_case(tmp_path: Path) -> None:
+    source, moment = write_source(tmp_path / "source"), 1
+    run(source, tmp_path / "fresh", excluded=("a1",))
+    while True:
+        root = tmp_path / f"killed_{moment}"
+        root.mkdir()
+        if not run_and_kill(source, root, moment, True):
+            break
+        if not (root / "preprocessed").exists():  # which would rightly keep what it has
+            run(source, root, excluded=("a1",))
+            assert contents(root) == contents(tmp_path / "fresh"), moment
+        shutil.rmtree(root)
+        moment += 1
+    assert moment > 20
 
 
 def test_killed_often_without_ever_ending(tmp_path: Path) -> None:

@@ -65,8 +65,10 @@ def test_truncated_files_are_named(tmp_path: Path, cut: int) -> None:
         read_all(tmp_path / "a.nii.gz")
 
 
-def test_a_wrong_checksum_is_found(tmp_path: Path) -> None:
-    save(np.random.default_rng(0).integers(0, 99, SHAPE).astype(np.uint8), tmp_path / "a.nii.gz")
+@pytest.mark.parametrize("shape", [SHAPE, (64, 128, 128)])  # the latter ends where a buffer does
+def test_a_wrong_checksum_is_found(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    volume = np.random.default_rng(0).integers(0, 99, shape).astype(np.uint8)
+    save(volume, tmp_path / "a.nii.gz")
     content = bytearray((tmp_path / "a.nii.gz").read_bytes())
     content[-6] ^= 1
     (tmp_path / "a.nii.gz").write_bytes(content)

@@ -29,7 +29,7 @@ def test_our_errors_stop_no_other_job_and_others_end_all(num_processes: int) -> 
     results = dict(run_jobs(load_vocabulary, ["nothing", "totalsegmentator_v1"], num_processes=num_processes))
     assert isinstance(results["nothing"], LabelError)
     assert not isinstance(results["totalsegmentator_v1"], STUNetError)
-    with pytest.raises(ValueError, match="math domain error|nonnegative"):
+    with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
         list(run_jobs(math.sqrt, [-1.0, 4.0], num_processes=num_processes))
 
 
