@@ -2,11 +2,12 @@
 
 python tests/benchmarks/import_throughput.py TOTALSEGMENTATOR_FOLDER [REPETITIONS]
 
-On one core, the two by turns. Two sources: the folder as it is; and its case with the most masks brought to the size of
-a whole scan (voxels repeated, noise added to the CT), as small images show mostly what a case costs once. The import
-also reads, checks and copies the CT, merges, writes and syncs, none of which the loop does; ``ratio_with_ct`` adds the
-CT to the loop, and those with ``cpu`` count the process's own seconds, which a busy machine disturbs less. Memory is
-the rise of a process's peak above what it held before, in volumes of one byte per voxel.
+On one core, by turns. Two sources: the folder as it is, and its case with the most masks at the size of a whole
+scan (voxels repeated, noise added to the CT), as small images show mostly what a case costs once. The import also reads,
+checks and copies the CT, writes and syncs, none of which the loop does: ``ratio_with_ct`` adds the CT to the loop,
+``ratio_of_merging`` leaves all but the masks out of ours. Ratios with ``cpu`` count the process's own seconds, which a
+busy machine disturbs less. Memory is the rise of a process's peak above what it held before, in volumes of one byte per
+voxel.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from stunet.datasets import choose_structures, import_cases, read_totalsegmentator
+from stunet.datasets import SourceCase, choose_structures, import_cases, read_totalsegmentator
+from stunet.labels import merge_masks
+from stunet.labels.nifti import open_volume
 
 VOXELS = 12e6  # 1.5 mm scans of the trunk have about so many
 
@@ -60,12 +63,14 @@ def compare(source: Path, workspace: Path, repetitions: int) -> dict[str, object
     for i in range(repetitions + 1):
         target = workspace / f"Dataset{i:03d}_A"
         ours = timed(partial(import_cases, list(found.cases.values()), structures, target, details={}))
+        merging = timed(partial(merge_all, list(found.cases.values()), structures))
         of_masks, of_images = timed(partial(read_one_by_one, masks)), timed(partial(read_one_by_one, images))
         if i == 0:  # the first round fills the page cache
             continue
-        row = {"masks_per_second": len(masks) / ours[0]}
+        row = {"masks_per_second": len(masks) / ours[0], "masks_per_second_merged": len(masks) / merging[0]}
         for kind, j in (("", 0), ("cpu_", 1)):
             row[f"{kind}ratio"] = of_masks[j] / ours[j]
+            row[f"{kind}ratio_of_merging"] = of_masks[j] / merging[j]
             row[f"{kind}ratio_with_ct"] = (of_masks[j] + of_images[j]) / ours[j]
         for name, value in row.items():
             results.setdefault(name, []).append(value)
@@ -80,6 +85,13 @@ def compare(source: Path, workspace: Path, repetitions: int) -> dict[str, object
 def read_one_by_one(paths: list[Path]) -> None:
     for path in paths:  # none is kept: a hundred would fill the memory, and their time would be the swap's
         nib.load(path).get_fdata()
+
+
+def merge_all(cases: list[SourceCase], structures: list[str]) -> None:
+    for case in cases:
+        masks = [(i, case.mask(name)) for i, name in enumerate(structures, start=1) if name in case.masks]
+        with open_volume(case.ct) as ct:
+            merge_masks(masks, ct, len(structures))
 
 
 def timed(function: Callable[[], object]) -> tuple[float, float]:
