@@ -3,8 +3,8 @@
 python tests/benchmarks/import_throughput.py TOTALSEGMENTATOR_FOLDER [REPETITIONS]
 
 On one core, by turns. Two sources: the folder as it is, and its case with the most masks at the size of a whole
-scan (voxels repeated, noise added to the CT), as small images show mostly what a case costs once. The import also reads,
-checks and copies the CT, writes and syncs, none of which the loop does: ``ratio_with_ct`` adds the CT to the loop,
+scan (voxels repeated, noise added to the CT), as small images show mostly what a case costs once. The import also
+reads, checks and copies the CT, writes and syncs, none of which the loop does: ``ratio_with_ct`` adds the CT to it,
 ``ratio_of_merging`` leaves all but the masks out of ours. Ratios with ``cpu`` count the process's own seconds, which a
 busy machine disturbs less. Memory is the rise of a process's peak above what it held before, in volumes of one byte per
 voxel.
