@@ -13,7 +13,12 @@ from stunet.labels import list_vocabularies, load_vocabulary, read_label_file, v
 
 
 def test_published_orders() -> None:
-    assert list_vocabularies() == ["abdomenatlas_9", "totalsegmentator_104"]
+    assert list_vocabularies() == [
+        "abdomenatlas_9",
+        "totalsegmentator_104",
+        "totalsegmentator_v1",
+        "totalsegmentator_v2",
+    ]
     labels = vocabulary_for(105).labels
     assert len(set(labels)) == 105
     assert [labels[i] for i in (0, 1, 38, 40, 50, 77, 104)] == [
@@ -83,3 +88,23 @@ def test_label_files_that_cannot_be_used(tmp_path: Path, content: Any, expected:
 def test_missing_label_file(tmp_path: Path) -> None:
     with pytest.raises(LabelError, match="missing label file"):
         read_label_file(tmp_path / "l.json", 3)
+
+
+@pytest.mark.parametrize(("version", "facts"), [(1, "v1_104"), (2, "v2_117")])
+def test_official_orders_are_the_facts(shared: Path, version: int, facts: str) -> None:
+    expected = json.loads((shared / "facts" / "totalsegmentator_classes.json").read_text())[facts]
+    labels = load_vocabulary(f"totalsegmentator_v{version}").labels
+    assert {str(i): name for i, name in enumerate(labels) if i} == expected
+
+
+@pytest.mark.parametrize(("version", "sizes"), [(1, [17, 24, 18, 21, 24]), (2, [24, 26, 18, 23, 26])])
+def test_the_five_groups_share_out_all_structures(version: int, sizes: list[int]) -> None:
+    vocabulary = load_vocabulary(f"totalsegmentator_v{version}")
+    assert list(vocabulary.groups) == ["organs", "vertebrae", "cardiac", "muscles", "ribs"]
+    assert [len(names) for names in vocabulary.groups.values()] == sizes
+    assert sorted(sum(vocabulary.groups.values(), ())) == sorted(vocabulary.labels[1:])
+    assert all("vertebrae" in name or name == "sacrum" for name in vocabulary.groups["vertebrae"])
+
+
+def test_the_published_order_is_alphabetical() -> None:
+    assert tuple(sorted(load_vocabulary("totalsegmentator_v1").labels[1:])) == vocabulary_for(105).labels[1:]

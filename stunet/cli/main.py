@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import stunet
-from stunet.cli import convert, demo, env, finetune, info, plan, weights
+from stunet.cli import convert, demo, env, finetune, imports, info, labels, plan, weights
 from stunet.cli.console import ListOptionsCommand, print_error
 from stunet.errors import STUNetError
 
@@ -28,6 +28,8 @@ app.command("convert")(convert.convert)
 app.add_typer(weights.app, name="weights")
 app.command("env")(env.env)
 app.command("demo")(demo.demo)
+app.add_typer(imports.app, name="import")
+app.add_typer(labels.app, name="labels")
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,24 +1,48 @@
 """Datasets in nnU-Net's raw layout that stunet makes or imports."""
 
+from stunet.datasets.import_state import REPORT_NAME, dataset_folder
+from stunet.datasets.mask_import import ImportReport, import_cases
 from stunet.datasets.phantoms import PHANTOM_LABELS, Phantom, make_phantom, write_phantom_dataset
 from stunet.datasets.raw import (
     RawDataset,
+    case_names,
     check_hold_out,
     exclusive_labels,
     hold_out,
     read_image,
     read_raw_dataset,
 )
+from stunet.datasets.side_files import SPLITS_NAME, carry_side_files, read_annotations
+from stunet.datasets.totalsegmentator import (
+    KNOWN_BAD_CASES,
+    SourceCase,
+    TotalSegmentatorSource,
+    choose_structures,
+    read_totalsegmentator,
+)
 
 __all__ = [
+    "KNOWN_BAD_CASES",
     "PHANTOM_LABELS",
+    "REPORT_NAME",
+    "SPLITS_NAME",
+    "ImportReport",
     "Phantom",
     "RawDataset",
+    "SourceCase",
+    "TotalSegmentatorSource",
+    "carry_side_files",
+    "case_names",
     "check_hold_out",
+    "choose_structures",
+    "dataset_folder",
     "exclusive_labels",
     "hold_out",
+    "import_cases",
     "make_phantom",
+    "read_annotations",
     "read_image",
     "read_raw_dataset",
+    "read_totalsegmentator",
     "write_phantom_dataset",
 ]

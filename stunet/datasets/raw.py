@@ -18,7 +18,15 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from stunet.errors import DatasetError
 from stunet.files import write_json
 
-__all__ = ["RawDataset", "check_hold_out", "exclusive_labels", "hold_out", "read_image", "read_raw_dataset"]
+__all__ = [
+    "RawDataset",
+    "case_names",
+    "check_hold_out",
+    "exclusive_labels",
+    "hold_out",
+    "read_image",
+    "read_raw_dataset",
+]
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,13 @@ def read_raw_dataset(folder: str | os.PathLike[str]) -> RawDataset:
             remedy="Add the missing files, or remove the cases.",
         )
     return RawDataset(folder, dataset_json, cases)
+
+
+def case_names(dataset: RawDataset) -> set[str]:
+    """Names of all cases that have a label map: those to train on, and those of ``labelsTs``."""
+    ending = dataset.dataset_json["file_ending"]
+    test = (path.name for path in (dataset.folder / "labelsTs").glob(f"*{ending}"))
+    return {*dataset.cases, *(name.removesuffix(ending) for name in test)}
 
 
 def check_hold_out(dataset: RawDataset, n_held_out: int) -> None:

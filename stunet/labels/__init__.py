@@ -1,6 +1,18 @@
-"""Which output is which structure: the orders of published weights, lists that users bring, and usual spellings."""
+"""Which output is which structure, under which names, and which case annotates what."""
 
 from stunet.labels.aliases import canonical_name, match_names
+from stunet.labels.coverage import Coverage, StructureCoverage, measure_coverage
+from stunet.labels.label_maps import MergedMasks, count_labels, merge_masks
+from stunet.labels.manifest import (
+    MANIFEST_NAME,
+    AnnotationManifest,
+    bind_manifest,
+    group_cases,
+    read_manifest,
+    structures_of,
+    write_manifest,
+)
+from stunet.labels.manifest_format import manifest_schema
 from stunet.labels.outputs import Outputs, outputs_of
 from stunet.labels.vocabularies import (
     Vocabulary,
@@ -11,13 +23,27 @@ from stunet.labels.vocabularies import (
 )
 
 __all__ = [
+    "MANIFEST_NAME",
+    "AnnotationManifest",
+    "Coverage",
+    "MergedMasks",
     "Outputs",
+    "StructureCoverage",
     "Vocabulary",
+    "bind_manifest",
     "canonical_name",
+    "count_labels",
+    "group_cases",
     "list_vocabularies",
     "load_vocabulary",
+    "manifest_schema",
     "match_names",
+    "measure_coverage",
+    "merge_masks",
     "outputs_of",
     "read_label_file",
+    "read_manifest",
+    "structures_of",
     "vocabulary_for",
+    "write_manifest",
 ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from stunet.errors import LabelError
 __all__ = ["Vocabulary", "list_vocabularies", "load_vocabulary", "read_label_file", "vocabulary_for"]
 
 _BACKGROUND = "background"
+#: Orders that weights were published in; the others are those of datasets.
+_OF_PUBLISHED_WEIGHTS = ("abdomenatlas_9", "totalsegmentator_104")
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,13 @@ class Vocabulary:
         name: Name of the vocabulary, or of the file it was read from.
         labels: Names by label value, background first.
         source: Where the order is from.
+        groups: Structures by the name of a group, where the source makes such groups.
     """
 
     name: str
     labels: tuple[str, ...]
     source: str
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def as_dataset_labels(self) -> dict[str, int]:
         """The form of ``labels`` in nnU-Net's ``dataset.json``: values by name."""
@@ -56,7 +61,8 @@ def load_vocabulary(name: str) -> Vocabulary:
             remedy="Choose one of these.",
         )
     content = json.loads((files("stunet.labels") / f"{name}.json").read_text(encoding="utf-8"))
-    return Vocabulary(name, tuple(content["labels"]), content["source"])
+    groups = {group: tuple(names) for group, names in content.get("groups", {}).items()}
+    return Vocabulary(name, tuple(content["labels"]), content["source"], groups)
 
 
 def vocabulary_for(num_classes: int) -> Vocabulary:
@@ -68,7 +74,7 @@ def vocabulary_for(num_classes: int) -> Vocabulary:
     Raises:
         LabelError: No published weights have so many.
     """
-    known = [load_vocabulary(name) for name in list_vocabularies()]
+    known = [load_vocabulary(name) for name in _OF_PUBLISHED_WEIGHTS]
     for vocabulary in known:
         if len(vocabulary.labels) == num_classes:
             return vocabulary

@@ -15,13 +15,15 @@ import stunet, stunet.trainers
 from pathlib import Path
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from stunet.cli.env import trainers_folder
-from stunet.labels import list_vocabularies
+from stunet.labels import list_vocabularies, manifest_schema
 from stunet.planning import list_presets
 from stunet.weights import load_registry
 import os
 os.environ["nnUNet_extTrainer"] = str(trainers_folder())
 assert list_presets() == ["small", "base", "large", "huge"], list_presets()
-assert list_vocabularies() == ["abdomenatlas_9", "totalsegmentator_104"], list_vocabularies()
+names = ["abdomenatlas_9", "totalsegmentator_104", "totalsegmentator_v1", "totalsegmentator_v2"]
+assert list_vocabularies() == names, list_vocabularies()
+assert manifest_schema()["required"] == ["version", "cases"]
 assert load_registry()["small_ep4k"].outputs == 105
 assert recursive_find_trainer_class_by_name("STUNetTrainer_huge_ep4k").size == "huge"
 assert (Path(stunet.__file__).parent / "py.typed").is_file()

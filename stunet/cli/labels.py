@@ -1,0 +1,119 @@
+"""``stunet labels``: which structures the cases of a dataset annotate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from stunet.labels import Coverage
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Check and carry annotated_labels.json.", no_args_is_help=True)
+
+
+@app.command()
+def check(
+    dataset: Annotated[str, typer.Option("-d", "--dataset", help="Dataset id or name, in nnUNet_raw.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with what each case has.")] = False,
+    num_processes: Annotated[int, typer.Option("-np", help="Cases at a time.", min=1)] = 8,
+) -> None:
+    """Compare what the training cases annotate (annotated_labels.json) with what their label maps hold.
+
+    Exit status: 0 where training can go ahead, be it that a structure occurs nowhere; 1 where a structure is annotated
+    nowhere, a label occurs in a case that does not annotate it, or a value is not in dataset.json; 2 where a file is
+    missing, malformed or unreadable.
+    """
+    from rich.progress import Progress
+
+    from stunet.cli.console import stderr
+    from stunet.datasets import case_names, read_raw_dataset
+    from stunet.labels import MANIFEST_NAME, measure_coverage, read_manifest
+    from stunet.planning import find_dataset, nnunet_folder
+
+    raw = read_raw_dataset(nnunet_folder("nnUNet_raw") / find_dataset(dataset))
+    labels = raw.dataset_json["labels"]
+    manifest = read_manifest(raw.folder / MANIFEST_NAME, labels=labels, cases=case_names(raw))
+    files = {case: label for case, (_, label) in sorted(raw.cases.items())}
+    with Progress(console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
+        bar = progress.add_task("Counting labels", total=len(files))
+        coverage = measure_coverage(
+            manifest,
+            files,
+            ignore=labels.get("ignore"),
+            num_processes=num_processes,
+            on_case=lambda case: progress.advance(bar),
+        )
+    if as_json:
+        typer.echo(json.dumps({"dataset": raw.folder.name, **coverage.as_json()}, indent=4))
+    else:
+        _print_coverage(coverage, raw.folder)
+    _warn(coverage)
+    if coverage.unreadable:
+        raise typer.Exit(2)
+    if coverage.never_annotated or coverage.contradictions or coverage.unknown_values:
+        raise typer.Exit(1)
+
+
+def _print_coverage(coverage: Coverage, folder: Path) -> None:
+    from rich.table import Table
+
+    from stunet.cli.console import stdout
+
+    table = Table(title=f"{folder.name}, {len(coverage.voxels)} training cases", title_justify="left")
+    table.add_column("value", justify="right")
+    table.add_column("structure")
+    for name in ("cases annotated", "cases present", "voxels"):
+        table.add_column(name, justify="right")
+    for row in coverage.structures:
+        table.add_row(str(row.value), row.name, str(row.annotated), str(row.present), str(row.voxels))
+    stdout.print(table)
+    numbers = sorted((len(coverage.manifest.annotated(case)) for case in coverage.voxels), reverse=True)
+    if numbers and (numbers[0] > numbers[-1] or numbers[0] < len(coverage.structures)):
+        shown = ", ".join(map(str, numbers[:12])) + (" …" if len(numbers) > 12 else "")
+        _print(f"Structures annotated, by case: {shown} (of {len(coverage.structures)})")
+    else:
+        _print("Every case annotates everything.")
+
+
+def _warn(coverage: Coverage) -> None:
+    from stunet.cli.console import print_error
+
+    for names, what in ((coverage.never_annotated, "never annotated"), (coverage.never_present, "never present")):
+        if names:
+            _print(f"warning: {len(names)} {what}: {', '.join(names)}", error=True)
+    for case, structures in coverage.contradictions.items():
+        _print(f"warning: {case} has {', '.join(structures)} and does not annotate it", error=True)
+    for case, values in coverage.unknown_values.items():
+        _print(f"warning: {case} has values that dataset.json does not list: {', '.join(map(str, values))}", error=True)
+    for case, error in coverage.unreadable.items():
+        _print(f"case {case}:", error=True)
+        print_error(error)
+
+
+@app.command()
+def carry(
+    dataset: Annotated[str, typer.Option("-d", "--dataset", help="Dataset id or name, in nnUNet_raw.")],
+) -> None:
+    """Copy annotated_labels.json and splits_final.json from nnUNet_raw to nnUNet_preprocessed, over what is there.
+
+    Training reads them there. Importing and training do this by themselves while nothing differs; where the raw files
+    have changed since, check that the preprocessed data is of after the change.
+    """
+    from stunet.datasets import carry_side_files
+    from stunet.planning import find_dataset, nnunet_folder
+
+    name = find_dataset(dataset)
+    folder = nnunet_folder("nnUNet_preprocessed") / name
+    carry_side_files(nnunet_folder("nnUNet_raw") / name, folder, overwrite=True)
+    _print(f"{folder} is up to date")
+
+
+def _print(line: str, *, error: bool = False) -> None:
+    from stunet.cli.console import stderr, stdout
+
+    (stderr if error else stdout).print(line, soft_wrap=True, highlight=False, markup=False)

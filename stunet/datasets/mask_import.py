@@ -1,0 +1,252 @@
+"""Importing cases with separate masks as an nnU-Net raw dataset: resumable, whole cases only, the dataset last."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stunet.datasets.import_state import ENDING, REPORT_NAME, ImportState, claim_folder
+from stunet.datasets.side_files import SPLITS_NAME, carry_side_files
+from stunet.datasets.totalsegmentator import SourceCase
+from stunet.errors import DatasetError, STUNetError
+from stunet.files import remove_leftovers, write_json
+from stunet.labels import MANIFEST_NAME, group_cases, write_manifest
+from stunet.labels.mask_cases import MaskCase, finished_record, import_case
+from stunet.processes import run_jobs
+
+__all__ = ["ImportReport", "import_cases"]
+
+_FORMAT = 1
+OnCase = Callable[[str, int, bool], None]
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import has done.
+
+    Attributes:
+        folder: The dataset's folder.
+        splits: ``train``, ``val`` or ``test`` for each case of the dataset.
+        reused: How many of them an earlier run had finished.
+        left_out: Cases left out because they annotate none of the chosen structures.
+        failed: Errors of the cases that could not be imported.
+        kept: Cases of an earlier run that this one could not import again, and that stay as they were.
+        overlaps: Voxels that a structure has lost to another, by (loser, winner), the most first.
+        has_folds: Whether the official split was written as nnU-Net's only fold.
+        stale: Files of the preprocessed folder that differ from the new ones and were left alone.
+    """
+
+    folder: Path
+    splits: dict[str, str]
+    reused: int
+    left_out: list[str]
+    failed: dict[str, STUNetError]
+    kept: list[str]
+    overlaps: dict[tuple[str, str], int]
+    has_folds: bool
+    stale: list[Path]
+
+
+def import_cases(
+    cases: Sequence[SourceCase],
+    structures: Sequence[str],
+    folder: str | os.PathLike[str],
+    *,
+    details: Mapping[str, Any],
+    excluded: Collection[str] = (),
+    link_images: bool = False,
+    allow_unannotated: bool = False,
+    preprocessed: str | os.PathLike[str] | None = None,
+    num_processes: int = 1,
+    on_case: OnCase = lambda case, n_masks, reused: None,
+) -> ImportReport:
+    """Import cases, or continue an import of the same structures into the same folder.
+
+    Each case is written whole or not at all. ``dataset.json`` appears last, with the cases that could be imported;
+    those that could not are reported, and tried again by the next run. Cases that an earlier run has imported leave the
+    dataset only where they are excluded by name. The same source gives the same bytes, however often the import was
+    interrupted.
+
+    Args:
+        cases: What the source has.
+        structures: Names in the order of their label values, from 1; later ones are painted over earlier ones.
+        folder: The dataset's folder in ``nnUNet_raw``.
+        details: What else the report shall say and a later run must agree with.
+        excluded: Names of cases to leave out.
+        link_images: Hard links (symbolic ones to other file systems) in place of copies of the images.
+        allow_unannotated: Whether structures may stay that no training case annotates.
+        preprocessed: nnU-Net's ``nnUNet_preprocessed``, where manifest and folds are needed too.
+        num_processes: Cases at a time.
+        on_case: Called as a case is done, with its name, number of masks, and whether an earlier run had finished it.
+
+    Raises:
+        DatasetError: The folder holds something else, nothing could be imported, or no training case annotates one of
+            the structures.
+    """
+    folder = Path(folder)
+    images = "link" if link_images else "copy"
+    settings = {"format": _FORMAT, **details, "images": images, "structures": list(structures)}
+    included = [case for case in cases if case.name not in excluded]
+    # A case without any mask does not annotate other structures: it is broken, and reported as such below.
+    left_out = sorted(case.name for case in included if case.masks and not case.masks & set(structures))
+    chosen = {case.name: case for case in included if case.name not in left_out}
+    if not allow_unannotated:
+        _check_annotated(structures, [case.masks for case in chosen.values() if case.split != "test"])
+    with claim_folder(folder, settings) as state:
+        records, failed, reused = _import_all(state, chosen, structures, link_images, num_processes, on_case)
+        kept = _keep_earlier(state, records, set(excluded), failed)
+        if not records or not allow_unannotated:
+            annotated = [set(record["voxels"]) for record in records.values() if record["split"] != "test"]
+            _check_annotated(structures, annotated, failed)
+        splits = {name: record["split"] for name, record in records.items()}
+        state.tidy(splits)
+        overlaps = _sum_overlaps(records)
+        report = {
+            **settings,
+            "left_out": left_out,
+            "failed": {name: str(error) for name, error in failed.items()},
+            "kept": kept,
+            "overlaps": _nested(overlaps),
+            "cases": records,
+        }
+        has_folds = _write_dataset(folder, records, structures, report)
+        stale = _carry(folder, preprocessed)
+    return ImportReport(folder, splits, reused, left_out, failed, kept, overlaps, has_folds, stale)
+
+
+def _carry(folder: Path, preprocessed: str | os.PathLike[str] | None) -> list[Path]:
+    if preprocessed is None:
+        return []
+    target = Path(preprocessed) / folder.name
+    for name in (MANIFEST_NAME, SPLITS_NAME):
+        remove_leftovers(target, name)
+    return carry_side_files(folder, target)
+
+
+def _import_all(
+    state: ImportState,
+    chosen: Mapping[str, SourceCase],
+    structures: Sequence[str],
+    link: bool,
+    num_processes: int,
+    on_case: OnCase,
+) -> tuple[dict[str, dict[str, Any]], dict[str, STUNetError], int]:
+    jobs: list[MaskCase] = []
+    failed: dict[str, STUNetError] = {}
+    for name, case in chosen.items():
+        if not case.masks:
+            failed[name] = DatasetError(
+                "a case without masks",
+                got=case.folder / "segmentations",
+                expected=f"a STRUCTURE{ENDING} for each structure that it annotates",
+                remedy="Add masks, or leave the case out.",
+            )
+            on_case(name, 0, False)
+            continue
+        masks = tuple((i, s, case.mask(s)) for i, s in enumerate(structures, start=1) if s in case.masks)
+        image, label = state.files(name, case.split)
+        record = state.record(name)
+        jobs.append(MaskCase(name, case.split, case.ct, masks, len(structures), image, label, record, link))
+    records, reused = {}, 0
+    try:
+        for job, result in run_jobs(import_case, jobs, num_processes=num_processes):
+            if isinstance(result, STUNetError):
+                failed[job.name] = result
+                on_case(job.name, len(job.masks), False)
+                continue
+            records[job.name] = result.record
+            reused += result.reused
+            on_case(job.name, len(job.masks), result.reused)
+    except OSError as error:
+        raise DatasetError(
+            "the dataset could not be written",
+            got=error,
+            expected="room and permission to write",
+            remedy="Mend that and run the same command again: it continues.",
+        ) from error
+    return dict(sorted(records.items())), dict(sorted(failed.items())), reused
+
+
+def _keep_earlier(
+    state: ImportState, records: dict[str, dict[str, Any]], excluded: set[str], failed: Mapping[str, STUNetError]
+) -> list[str]:
+    """Add whole cases of earlier runs that are broken or gone in the source now: they may be all that is left of it."""
+    kept = []
+    for name in state.started():
+        if name in records or name in excluded:
+            continue
+        for split in ("train", "test"):
+            record = finished_record(state.record(name), *state.files(name, split))
+            if record is not None:
+                records[name] = record
+                kept.append(name)
+    ordered = dict(sorted(records.items()))
+    records.clear()
+    records.update(ordered)
+    return kept
+
+
+def _check_annotated(
+    structures: Sequence[str], annotated: Sequence[Collection[str]], failed: Mapping[str, STUNetError] | None = None
+) -> None:
+    covered = {structure for names in annotated for structure in names}
+    missing = [structure for structure in structures if structure not in covered]
+    detail = ""
+    for name, error in list((failed or {}).items())[:1]:
+        detail = f"; {len(failed or {})} cases failed, {name} first: {error.problem}, {error.got}"
+    if not annotated:
+        raise DatasetError(
+            "no training cases",
+            got=f"none that annotates one of {len(structures)} structures{detail}",
+            expected="at least one",
+            remedy="Check the source, --structures, --group and --exclude.",
+        )
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise DatasetError(
+            "structures that no training case annotates",
+            got=shown + detail,
+            expected="each annotated in at least one training case, since nothing else could teach it",
+            remedy="Choose others with --structures or --group, or keep them with --allow-unannotated.",
+        )
+
+
+def _sum_overlaps(records: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], int]:
+    total: Counter[tuple[str, str]] = Counter()
+    for record in records.values():
+        for loser, winners in record["overlaps"].items():
+            total.update({(loser, winner): n for winner, n in winners.items()})
+    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _nested(overlaps: Mapping[tuple[str, str], int]) -> dict[str, dict[str, int]]:
+    nested: dict[str, dict[str, int]] = {}
+    for (loser, winner), n in sorted(overlaps.items()):
+        nested.setdefault(loser, {})[winner] = n
+    return nested
+
+
+def _write_dataset(
+    folder: Path, records: Mapping[str, Mapping[str, Any]], structures: Sequence[str], report: Mapping[str, Any]
+) -> bool:
+    annotated = {name: record["voxels"] for name, record in records.items()}
+    write_manifest(group_cases(annotated, structures), folder / MANIFEST_NAME)
+    fold = {split: [n for n, record in records.items() if record["split"] == split] for split in ("train", "val")}
+    has_folds = bool(fold["train"] and fold["val"])
+    if has_folds:
+        write_json([fold], folder / SPLITS_NAME)
+    else:  # nnU-Net makes five folds of its own
+        (folder / SPLITS_NAME).unlink(missing_ok=True)
+    write_json(report, folder / REPORT_NAME)
+    dataset_json = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, **{name: value for value, name in enumerate(structures, start=1)}},
+        "numTraining": sum(record["split"] != "test" for record in records.values()),
+        "file_ending": ENDING,
+    }
+    write_json(dataset_json, folder / "dataset.json")
+    return has_folds

@@ -1,0 +1,142 @@
+"""Label maps: made of masks, and counted."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stunet.errors import DatasetError
+from stunet.labels.nifti import VolumeReader, check_same_grid, open_volume
+
+__all__ = ["MergedMasks", "count_labels", "merge_masks"]
+
+_NIFTI_ENDINGS = (".nii.gz", ".nii")
+
+
+@dataclass(frozen=True)
+class MergedMasks:
+    """A label map made of masks.
+
+    Attributes:
+        labels: Label values in the file's order, uint8 or uint16 of shape ``(X * Y * Z,)``.
+        voxels: Voxels by label value, for each mask; 0 where a mask is blank or others cover it wholly.
+        overlaps: How many voxels one structure has lost to another, by (loser's value, winner's value). A voxel that
+            three masks claim is lost by the first to the second and by the second to the third.
+    """
+
+    labels: npt.NDArray[Any]
+    voxels: dict[int, int]
+    overlaps: dict[tuple[int, int], int]
+
+
+def merge_masks(masks: Sequence[tuple[int, Path]], reference: VolumeReader, n_labels: int) -> MergedMasks:
+    """Merge one mask per structure into one label map; later masks are painted over earlier ones.
+
+    Masks are decoded chunk by chunk into the label map, which is all that is held in memory. A voxel is inside where
+    the mask's value, scaled as its header says, is above 0.5.
+
+    Args:
+        masks: Label value and file of each mask, in the order in which they are painted.
+        reference: The image that they belong to.
+        n_labels: The highest label value of the dataset, which decides the type: uint8 up to 255, else uint16.
+
+    Raises:
+        DatasetError: A mask that cannot be read, lies on another grid, or has several values.
+    """
+    labels = np.zeros(math.prod(reference.shape), np.uint8 if n_labels <= 255 else np.uint16)
+    voxels = {value: 0 for value, _ in masks}
+    overlaps: Counter[tuple[int, int]] = Counter()
+    for value, path in masks:
+        found: set[float] = set()
+        with open_volume(path) as mask:
+            check_same_grid(mask, reference)
+            for start, chunk in mask.chunks():
+                highest = chunk.max()
+                if highest <= 0:  # most of most masks
+                    continue
+                inside = np.flatnonzero(chunk > 0.5 if chunk.dtype.kind == "f" else chunk > 0)
+                if chunk.dtype.kind != "f":
+                    found.update((int(chunk[inside].min()), int(highest)))
+                part = labels[start : start + chunk.size]
+                _count_losses(part[inside], value, voxels, overlaps)
+                part[inside] = value
+                voxels[value] += inside.size
+        if len(found) > 1:
+            raise DatasetError(
+                "a mask with several values",
+                got=f"{path}: values from {min(found)} to {max(found)}",
+                expected="one value inside the structure and 0 outside",
+                remedy="Give each structure a mask of its own; this looks like a label map.",
+            )
+    return MergedMasks(labels, voxels, dict(overlaps))
+
+
+def _count_losses(
+    covered: npt.NDArray[Any], winner: int, voxels: dict[int, int], overlaps: Counter[tuple[int, int]]
+) -> None:
+    lost = covered[covered != 0]
+    if not lost.size:
+        return
+    counts = np.bincount(lost)
+    for loser in np.flatnonzero(counts).tolist():
+        overlaps[loser, winner] += int(counts[loser])
+        voxels[loser] -= int(counts[loser])
+
+
+def count_labels(path: str | os.PathLike[str]) -> dict[int, int]:
+    """Count the voxels of each label value in a label map of any format that nnU-Net takes.
+
+    Returns:
+        Voxels by label value, for the values that occur.
+
+    Raises:
+        DatasetError: Unreadable, or with values that are no whole numbers from 0 to 65535.
+    """
+    path = Path(path)
+    counts: Counter[int] = Counter()
+    if not path.name.endswith(_NIFTI_ENDINGS):
+        _add_counts(_read_other(path), path, counts)
+        return dict(sorted(counts.items()))
+    with open_volume(path) as volume:
+        for _, chunk in volume.chunks():
+            _add_counts(chunk, path, counts)
+    return dict(sorted(counts.items()))
+
+
+def _add_counts(values: npt.NDArray[Any], path: Path, counts: Counter[int]) -> None:
+    whole = values
+    if values.dtype not in (np.uint8, np.uint16):
+        with np.errstate(invalid="ignore"):
+            whole = values.astype(np.uint16)
+        if not np.array_equal(whole, values):
+            raise DatasetError(
+                "a label map with values that are no labels",
+                got=f"{path}: {values.dtype} from {values.min()} to {values.max()}",
+                expected="whole numbers from 0 to 65535",
+                remedy="Write the label map again with whole numbers.",
+            )
+    found = np.bincount(whole.ravel())
+    for value in np.flatnonzero(found).tolist():
+        counts[value] += int(found[value])
+
+
+def _read_other(path: Path) -> npt.NDArray[Any]:
+    import SimpleITK as sitk
+
+    try:
+        return np.asarray(sitk.GetArrayFromImage(sitk.ReadImage(str(path))))
+    except RuntimeError as error:
+        raise DatasetError(
+            "an unreadable label map",
+            got=f"{path}: {str(error).strip().splitlines()[-1]}",
+            expected="an image file that SimpleITK reads",
+            remedy="Write it again.",
+        ) from error

@@ -1,0 +1,148 @@
+"""One case of separate masks becomes an image and a label map; what the processes of an import do.
+
+Nothing here imports torch or nnU-Net, which each process would load anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stunet.errors import DatasetError
+from stunet.files import atomic_path, write_json
+from stunet.labels.label_maps import merge_masks
+from stunet.labels.nifti import open_volume, write_volume
+
+__all__ = ["ImportedCase", "MaskCase", "finished_record", "import_case"]
+
+_TRAILER_BYTES = 8  # a gzip file ends with checksum and length of its content
+
+
+@dataclass(frozen=True)
+class MaskCase:
+    """A case to import.
+
+    Attributes:
+        name: Name of the case.
+        split: ``train``, ``val`` or ``test``; goes into the record.
+        ct: Its image, a ``.nii.gz`` file.
+        masks: Label value, structure and file of each mask, later ones painted over earlier ones.
+        n_labels: The highest label value of the dataset.
+        image: Where the image goes.
+        label: Where the label map goes.
+        record: Where the record goes, whose presence says that both are whole.
+        link: Whether the image is linked instead of copied.
+    """
+
+    name: str
+    split: str
+    ct: Path
+    masks: tuple[tuple[int, str, Path], ...]
+    n_labels: int
+    image: Path
+    label: Path
+    record: Path
+    link: bool
+
+
+@dataclass(frozen=True)
+class ImportedCase:
+    """What has become of a case.
+
+    Attributes:
+        reused: Whether an earlier run had finished it.
+        record: ``split``; ``source`` and ``output``, fingerprints; ``voxels`` in the label map by structure that it
+            annotates; and ``overlaps``, voxels that a structure has lost, by the structure that took them.
+    """
+
+    reused: bool
+    record: dict[str, Any]
+
+
+def import_case(case: MaskCase) -> ImportedCase:
+    """Import a case: image, label map, record, each whole or not at all and in this order.
+
+    What an earlier run has finished is kept where neither the source's files nor the output have changed since.
+
+    Raises:
+        DatasetError: A file that cannot be read, or a mask that does not fit the image.
+    """
+    source = _fingerprint([case.ct, *(path for _, _, path in case.masks)], [str(mask[:2]) for mask in case.masks])
+    record = finished_record(case.record, case.image, case.label)
+    if record is not None and record["source"] == source and record["split"] == case.split:
+        return ImportedCase(True, record)
+    # The image is written once all masks have been found to fit it: a case that fails leaves nothing behind.
+    with open_volume(case.ct) as ct:
+        for _ in ct.chunks():  # a truncated image would show only when it is preprocessed
+            pass
+        merged = merge_masks([(value, path) for value, _, path in case.masks], ct, case.n_labels)
+        case.record.write_text("{}", encoding="utf-8")  # begun, and not whole
+        _place_image(case)
+        with atomic_path(case.label) as temporary:
+            write_volume(merged.labels, ct, temporary)
+    names = {value: structure for value, structure, _ in case.masks}
+    overlaps: dict[str, dict[str, int]] = {}
+    for (loser, winner), n in sorted(merged.overlaps.items()):
+        overlaps.setdefault(names[loser], {})[names[winner]] = n
+    record = {
+        "split": case.split,
+        "source": source,
+        "output": _fingerprint([case.image, case.label]),
+        "voxels": {names[value]: n for value, n in merged.voxels.items()},
+        "overlaps": overlaps,
+    }
+    write_json(record, case.record)
+    return ImportedCase(False, record)
+
+
+def finished_record(record: Path, image: Path, label: Path) -> dict[str, Any] | None:
+    """The record of a case that an earlier run has finished, where image and label map are as they were then."""
+    try:
+        content = dict(json.loads(record.read_text(encoding="utf-8")))
+        return content if content["output"] == _fingerprint([image, label]) else None
+    except (OSError, ValueError, KeyError, TypeError, DatasetError):
+        return None
+
+
+def _fingerprint(paths: list[Path], details: list[str] | None = None) -> str:
+    """A digest of files by size and gzip trailer: as good as a checksum of all bytes, and a small part of its time."""
+    digest = hashlib.sha256(json.dumps(details).encode())
+    for path in paths:
+        try:
+            # Python's file objects would take several times as long, and there are a hundred masks in a case.
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            try:
+                size = os.lseek(descriptor, 0, os.SEEK_END)
+                os.lseek(descriptor, max(size - _TRAILER_BYTES, 0), os.SEEK_SET)
+                digest.update(size.to_bytes(8, "little") + os.read(descriptor, _TRAILER_BYTES))
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise DatasetError(
+                "an unreadable file",
+                got=f"{path}: {error.strerror}",
+                expected="a file that can be read",
+                remedy="Check that it is there and readable, or leave its case out.",
+            ) from error
+    return digest.hexdigest()
+
+
+def _place_image(case: MaskCase) -> None:
+    if not case.link:
+        with atomic_path(case.image) as temporary:
+            shutil.copyfile(case.ct, temporary)
+        return
+    # No atomic_path: it would open the source for writing to have it on disk.
+    temporary = case.image.with_name(f".{case.image.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(case.ct.resolve(), temporary)
+    except OSError:  # another file system, or one without hard links
+        temporary.symlink_to(case.ct.resolve())
+    os.replace(temporary, case.image)
+    temporary.unlink(missing_ok=True)  # renaming one link of a file to another link of it does nothing

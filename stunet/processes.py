@@ -1,0 +1,77 @@
+"""Spreading work over processes that must not outlive the one that started them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from threading import Thread
+from typing import TypeVar
+
+from stunet.errors import CommandError, STUNetError
+
+__all__ = ["run_jobs"]
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def run_jobs(
+    function: Callable[[Job], Result], jobs: Sequence[Job], *, num_processes: int
+) -> Iterator[tuple[Job, Result | STUNetError]]:
+    """Call a function on each job and yield job and result as they are finished.
+
+    Args:
+        function: A module's function, since the processes are spawned and import it. What its module imports is
+            imported by every process.
+        jobs: Its arguments; must pickle, as its results must.
+        num_processes: Processes to take; 1 works in this one.
+
+    Yields:
+        A job and what the function returned, or the error of ours that it raised: one bad job stops no other.
+
+    Raises:
+        CommandError: A process was killed from outside, for want of memory for example.
+    """
+    num_processes = min(num_processes, len(jobs))
+    if num_processes <= 1:
+        for job in jobs:
+            yield job, _call(function, job)
+        return
+    executor = ProcessPoolExecutor(
+        num_processes, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent
+    )
+    try:
+        futures = {executor.submit(_call, function, job): job for job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool:
+        raise CommandError(
+            "a process ended without a word",
+            got=f"one of {num_processes} processes was killed",
+            expected="processes that run to their end",
+            remedy="Where memory has run out, take fewer processes with -np. Finished work is kept.",
+        ) from None
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _call(function: Callable[[Job], Result], job: Job) -> Result | STUNetError:
+    try:
+        return function(job)
+    except STUNetError as error:
+        return error
+
+
+def _end_with_parent() -> None:
+    # A worker whose parent was killed would wait for its next job for ever, and first finish the present one.
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=watch, daemon=True).start()

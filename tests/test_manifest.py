@@ -1,0 +1,193 @@
+"""Annotation manifests: their form, their fit to a dataset, and what they answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from stunet.errors import LabelError
+from stunet.labels import (
+    bind_manifest,
+    group_cases,
+    manifest_schema,
+    read_manifest,
+    structures_of,
+    write_manifest,
+)
+
+LABELS = {"background": 0, "kidney_left": 1, "kidney_right": 2, "liver": 3, "kidney": 4, "ignore": 5}
+FULL = {
+    "version": 1,
+    "groups": {"organs": ["liver", "kidney_left", "kidney_right"], "united": ["kidney"]},
+    "cases": {"a": "organs", "b": "united", "c": ["liver"]},
+    "default": ["liver", "kidney"],
+    "weights": {"a": 0.5, "c": 2},
+    "superclasses": {"kidney": ["kidney_left", "kidney_right"]},
+}
+
+GOOD: list[Any] = [
+    FULL,
+    {"version": 1, "cases": {}},
+    {"version": 1.0, "cases": {"a": ["liver"]}, "groups": {}},
+    {"version": 1, "cases": {}, "default": ["liver"]},
+]
+
+BAD_FORM: list[tuple[Any, str]] = [
+    ([], "list at the top"),
+    ({"cases": {}}, "version None"),
+    ({"version": 2, "cases": {}}, "version 2"),
+    ({"version": True, "cases": {}}, "version True"),
+    ({"version": "1", "cases": {}}, "version '1'"),
+    ({"version": 1}, "no cases"),
+    ({"version": 1, "cases": []}, "cases is list"),
+    ({"version": 1, "cases": {"a": 3}}, r"cases\['a'\] is 3"),
+    ({"version": 1, "cases": {"a": None}}, r"cases\['a'\] is None"),
+    ({"version": 1, "cases": {"a": ""}}, r"cases\['a'\] is empty"),
+    ({"version": 1, "cases": {"a": []}}, r"cases\['a'\] has 0 structures"),
+    ({"version": 1, "cases": {"a": ["liver", "liver"]}}, "'liver' twice"),
+    ({"version": 1, "cases": {"a": ["liver", 3]}}, r"cases\['a'\] is \['liver', 3\]"),
+    ({"version": 1, "cases": {"a": [""]}}, r"cases\['a'\] is \[''\]"),
+    ({"version": 1, "cases": {"": ["liver"]}}, "an empty name"),
+    ({"version": 1, "cases": {}, "case": {}}, "unknown key 'case'"),
+    ({"version": 1, "cases": {}, "groups": {"g": "liver"}}, r"groups\['g'\] is 'liver'"),
+    ({"version": 1, "cases": {}, "groups": {"g": []}}, r"groups\['g'\] has 0"),
+    ({"version": 1, "cases": {}, "groups": None}, "groups is NoneType"),
+    ({"version": 1, "cases": {}, "default": None}, "default is None"),
+    ({"version": 1, "cases": {}, "weights": {"a": 0}}, r"weights\['a'\] is 0"),
+    ({"version": 1, "cases": {}, "weights": {"a": -1.5}}, "a number above 0"),
+    ({"version": 1, "cases": {}, "weights": {"a": True}}, "a number above 0"),
+    ({"version": 1, "cases": {}, "weights": {"a": "2"}}, "a number above 0"),
+    ({"version": 1, "cases": {}, "superclasses": {"kidney": ["kidney_left"]}}, "at least 2"),
+    ({"version": 1, "cases": {}, "superclasses": {"kidney": "kidney_left"}}, "a list of names"),
+]
+
+BAD_FIT: list[tuple[dict[str, Any], str]] = [
+    ({"cases": {"a": ["spleen"]}}, "unknown structure 'spleen'"),
+    ({"cases": {"a": ["Liver"]}}, r"unknown structure 'Liver' \(did you mean 'liver'\?\)"),
+    ({"cases": {"a": ["background"]}}, "unknown structure 'background'"),
+    ({"cases": {"a": ["ignore"]}}, "unknown structure 'ignore'"),
+    ({"cases": {"a": "organs"}}, "unknown group 'organs'"),
+    ({"cases": {}, "default": "organs"}, "unknown group 'organs'"),
+    ({"cases": {}, "groups": {"g": ["spleen"]}}, r"groups\['g'\] has the unknown structure"),
+    ({"cases": {"a": ["liver"], "z": ["liver"]}}, "unknown case 'z'"),
+    ({"cases": {"case_b": ["liver"]}, "default": ["liver"]}, r"unknown case 'case_b' \(did you mean 'case_a'"),
+    ({"cases": {"case_a": ["liver"]}}, "nothing about case a and 2 more"),
+    ({"cases": {}, "default": ["liver"], "weights": {"z": 2}}, "unknown case 'z'"),
+    ({"cases": {}, "superclasses": {"kidneys": ["kidney_left", "kidney_right"]}}, "unknown structure 'kidneys'"),
+    ({"cases": {}, "superclasses": {"kidney": ["kidney_left", "spleen"]}}, "unknown structure 'spleen'"),
+    ({"cases": {}, "superclasses": {"kidney": ["kidney", "liver"]}}, "superclass 'kidney' as a member"),
+    (
+        {"cases": {}, "superclasses": {"kidney": ["kidney_left", "kidney_right"], "liver": ["kidney", "kidney_left"]}},
+        "superclass 'kidney' as a member",
+    ),
+    (
+        {"cases": {"a": ["kidney", "kidney_left"]}, "superclasses": {"kidney": ["kidney_left", "kidney_right"]}},
+        "'kidney' and 'kidney_left', which overlap",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", GOOD)
+def test_what_the_schema_takes_is_read(content: Any) -> None:
+    jsonschema.validate(content, manifest_schema())
+    bind_manifest(content, labels=LABELS, source="m.json")
+
+
+@pytest.mark.parametrize(("content", "expected"), BAD_FORM)
+def test_what_the_schema_refuses_is_refused_with_its_place(tmp_path: Path, content: Any, expected: str) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(content, manifest_schema())
+    (tmp_path / "m.json").write_text(json.dumps(content))
+    with pytest.raises(LabelError, match=rf"m\.json: .*{expected}|{expected}"):
+        read_manifest(tmp_path / "m.json", labels=LABELS)
+
+
+def test_the_schema_is_a_schema() -> None:
+    jsonschema.Draft202012Validator.check_schema(manifest_schema())
+
+
+@pytest.mark.parametrize(("content", "expected"), BAD_FIT)
+def test_what_only_the_dataset_tells(content: dict[str, Any], expected: str) -> None:
+    content = {"version": 1, **content}
+    jsonschema.validate(content, manifest_schema())
+    with pytest.raises(LabelError, match=expected):
+        bind_manifest(content, labels=LABELS, cases=["a", "b", "c", "case_a"], source="m.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "", "[" * 100_000, '{"version": 1, "cases": {"a": ["liver"], "a": ["kidney"]}}', '{"version": NaN}'],
+)
+def test_files_that_are_no_json_or_name_a_case_twice(tmp_path: Path, text: str) -> None:
+    (tmp_path / "m.json").write_text(text)
+    with pytest.raises(LabelError, match="cannot be used"):
+        read_manifest(tmp_path / "m.json", labels=LABELS)
+    (tmp_path / "m.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(LabelError, match="text file"):
+        read_manifest(tmp_path / "m.json", labels=LABELS)
+
+
+def test_what_cases_annotate() -> None:
+    manifest = bind_manifest(FULL, labels=LABELS, cases="abcd", source="m.json")
+    assert [manifest.annotated(case) for case in "abcd"] == [(1, 2, 3), (4,), (3,), (3, 4)]
+    assert manifest.annotated_mask("a").tolist() == [True, True, True, True, False]
+    assert manifest.annotated_mask("b").tolist() == [True, False, False, False, True]
+    assert [manifest.weight(case) for case in "abcd"] == [0.5, 1, 2, 1]
+    assert manifest.leaves == (1, 2, 3)
+    assert manifest.superclasses == {4: (1, 2)}
+    assert not manifest.is_complete
+
+
+def test_absent_means_everything(tmp_path: Path) -> None:
+    manifest = read_manifest(tmp_path / "annotated_labels.json", labels={"background": 0, "b": 2, "a": 1}, cases=["x"])
+    assert manifest.annotated("x") == (1, 2)
+    assert manifest.weight("x") == 1
+    assert manifest.is_complete
+    assert list(manifest.structures) == ["a", "b"]
+
+
+def test_a_case_that_is_not_listed_is_no_background() -> None:
+    manifest = bind_manifest({"version": 1, "cases": {"a": ["liver"]}}, labels=LABELS, source="m.json")
+    with pytest.raises(LabelError, match="nothing about case b"):
+        manifest.annotated("b")
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ({"background": 0, "liver": 1, "Liver": 2}, "'liver' and 'Liver'"),
+        ({"background": 0, "whole": [1, 2], "core": 2}, "no regions"),
+        ({"background": 0, "a": 1, "b": 1}, "a value that stands twice"),
+        ({"background": 0}, "no structures"),
+        ({"background": 0, "a": True}, "one whole number"),
+    ],
+)
+def test_labels_that_cannot_be_annotated_in_part(labels: dict[str, Any], expected: str) -> None:
+    with pytest.raises(LabelError, match=expected):
+        structures_of(labels)
+
+
+def test_written_manifests_are_read_again_and_equal_bytes(tmp_path: Path) -> None:
+    write_manifest(FULL, tmp_path / "a.json")
+    again = {key: dict(reversed(v.items())) if isinstance(v, dict) else v for key, v in reversed(FULL.items())}
+    write_manifest(again, tmp_path / "b.json")
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert json.loads((tmp_path / "a.json").read_text()) == FULL
+    with pytest.raises(LabelError, match="has 0 structures"):
+        write_manifest({"version": 1, "cases": {"a": []}}, tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text()) == FULL
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_cases_that_annotate_the_same_share_a_group() -> None:
+    annotated = {"d": "ca", "a": "abc", "c": "ac", "b": "b", "e": "cba"}
+    content = group_cases(annotated, "abc")
+    assert content["groups"] == {"everything": ["a", "b", "c"], "group_1": ["a", "c"]}
+    assert content["cases"] == {"a": "everything", "b": ["b"], "c": "group_1", "d": "group_1", "e": "everything"}
+    manifest = bind_manifest(content, labels={"background": 0, "a": 1, "b": 2, "c": 3}, cases=annotated, source="m")
+    values = {"a": 1, "b": 2, "c": 3}
+    assert all(manifest.annotated(case) == tuple(sorted(values[s] for s in names)) for case, names in annotated.items())

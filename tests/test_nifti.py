@@ -1,0 +1,193 @@
+"""Streaming NIfTI: against nibabel and SimpleITK."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from masks import AFFINE, SHAPE, save
+
+from stunet.errors import DatasetError
+from stunet.labels import count_labels, merge_masks
+from stunet.labels.nifti import CHUNK_VOXELS, check_same_grid, open_volume, write_volume
+
+LARGE = (70, 70, 70)  # more than one chunk, and no multiple of it
+
+
+def read_all(path: Path) -> np.ndarray:
+    with open_volume(path) as volume:
+        flat = np.concatenate([chunk for _, chunk in volume.chunks()])
+        return flat.reshape(volume.shape, order="F")
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "<i2", ">i2", "<u2", "<i4", ">i4", "<f4", ">f4", "<f8"])
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("ending", ["nii", "nii.gz"])
+def test_values_are_nibabels(tmp_path: Path, dtype: str, kind: type, ending: str) -> None:
+    assert np.prod(LARGE) > CHUNK_VOXELS
+    volume = np.random.default_rng(0).integers(0, 100, LARGE).astype(dtype)
+    path = tmp_path / f"a.{ending}"
+    header = kind.header_class(endianness=">" if dtype[0] == ">" else "<")
+    header.set_data_dtype(np.dtype(dtype))
+    nib.save(kind(volume, AFFINE, header), path)
+    assert np.array_equal(read_all(path), nib.load(path).get_fdata())
+
+
+def test_scaling_and_trailing_axes_are_nibabels(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(np.arange(2 * 3 * 4, dtype=np.int16).reshape(2, 3, 4, 1), AFFINE)
+    image.header.set_slope_inter(0.25, -2)
+    nib.save(image, tmp_path / "a.nii.gz")
+    expected = nib.load(tmp_path / "a.nii.gz").get_fdata()[..., 0]
+    assert np.abs(expected).max() > 0
+    assert np.array_equal(read_all(tmp_path / "a.nii.gz"), expected)
+
+
+def test_gzip_files_of_several_members(tmp_path: Path) -> None:
+    volume = np.random.default_rng(0).integers(0, 2, LARGE).astype(np.uint8)
+    save(volume, tmp_path / "a.nii")
+    content = (tmp_path / "a.nii").read_bytes()
+    (tmp_path / "a.nii.gz").write_bytes(
+        b"".join(gzip.compress(content[i : i + 99999]) for i in range(0, 400000, 99999))
+    )
+    assert np.array_equal(read_all(tmp_path / "a.nii.gz"), volume)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 60, 200, -9, -4, -1])
+def test_truncated_files_are_named(tmp_path: Path, cut: int) -> None:
+    save(np.random.default_rng(0).integers(0, 99, SHAPE).astype(np.uint8), tmp_path / "a.nii.gz")
+    content = (tmp_path / "a.nii.gz").read_bytes()
+    (tmp_path / "a.nii.gz").write_bytes(content[:cut])
+    with pytest.raises(DatasetError, match=r"unreadable NIfTI file[\s\S]*a\.nii\.gz"):
+        read_all(tmp_path / "a.nii.gz")
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (96, 61, 179)])  # with its header, 2^20 bytes: the end of a buffer
+def test_a_wrong_checksum_is_found(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    volume = np.random.default_rng(0).integers(0, 99, shape).astype(np.uint8)
+    save(volume, tmp_path / "a.nii.gz")
+    content = bytearray((tmp_path / "a.nii.gz").read_bytes())
+    content[-6] ^= 1
+    (tmp_path / "a.nii.gz").write_bytes(content)
+    with pytest.raises(DatasetError, match="unreadable NIfTI file"):
+        read_all(tmp_path / "a.nii.gz")
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", bytes(400), gzip.compress(bytes(352))])
+def test_files_that_are_no_images(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.nii.gz").write_bytes(content)
+    with pytest.raises(DatasetError, match="unreadable NIfTI file"):
+        read_all(tmp_path / "a.nii.gz")
+    with pytest.raises(DatasetError, match="missing image file"):
+        read_all(tmp_path / "b.nii.gz")
+
+
+def test_images_that_are_no_volumes(tmp_path: Path) -> None:
+    save(np.zeros((*SHAPE, 2), np.uint8), tmp_path / "series.nii.gz")
+    save(np.zeros(SHAPE, np.complex64), tmp_path / "complex.nii.gz")
+    for name, expected in (("series", "not three axes"), ("complex", "not single numbers")):
+        with pytest.raises(DatasetError, match=expected):
+            read_all(tmp_path / f"{name}.nii.gz")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_written_maps_are_as_nibabel_and_simpleitk_read_them(tmp_path: Path, dtype: type) -> None:
+    oblique = nib.affines.from_matvec(
+        nib.eulerangles.euler2mat(0.1, 0.2, 0.3) @ np.diag([-1.5, 0.8, 2.5]), [10.0, -20.0, 30.0]
+    )
+    image = nib.Nifti1Image(np.zeros(LARGE, np.int16), oblique)
+    image.set_qform(oblique, 1)
+    image.set_sform(oblique, 1)
+    nib.save(image, tmp_path / "ct.nii.gz")
+    labels = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, LARGE, dtype=dtype)
+    with open_volume(tmp_path / "ct.nii.gz") as ct:
+        for name in ("a.nii.gz", "b.nii.gz"):
+            write_volume(labels.ravel(order="F"), ct, tmp_path / name)
+    assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
+    written = nib.load(tmp_path / "a.nii.gz")
+    assert written.get_data_dtype() == dtype
+    assert np.array_equal(np.asarray(written.dataobj), labels)
+    assert np.array_equal(written.affine, nib.load(tmp_path / "ct.nii.gz").affine)
+    a, b = sitk.ReadImage(str(tmp_path / "a.nii.gz")), sitk.ReadImage(str(tmp_path / "ct.nii.gz"))
+    assert (a.GetSpacing(), a.GetOrigin(), a.GetDirection()) == (b.GetSpacing(), b.GetOrigin(), b.GetDirection())
+    assert np.array_equal(sitk.GetArrayFromImage(a), labels.T)
+    assert a.GetPixelIDTypeAsString() in ("8-bit unsigned integer", "16-bit unsigned integer")
+
+
+def test_grids_are_compared_at_the_corners(tmp_path: Path) -> None:
+    def compare(affine: np.ndarray, shape: tuple[int, ...] = SHAPE) -> None:
+        save(np.zeros(shape, np.uint8), tmp_path / "mask.nii.gz", affine=affine)
+        with open_volume(tmp_path / "mask.nii.gz") as mask, open_volume(tmp_path / "ct.nii.gz") as ct:
+            check_same_grid(mask, ct)
+
+    save(np.zeros(SHAPE, np.int16), tmp_path / "ct.nii.gz")
+    compare(AFFINE + 1e-5)
+    moved, stretched, flipped = AFFINE.copy(), AFFINE.copy(), AFFINE.copy()
+    moved[0, 3] += 0.06 * 1.5
+    compare(moved - (moved - AFFINE) / 3)  # two thirds of it are within a twentieth of a voxel
+    stretched[0, 0] *= 1.01  # 0.15 mm after ten voxels
+    flipped[0, 0] *= -1
+    for affine in (moved, stretched, flipped):
+        with pytest.raises(DatasetError, match=r"another affine[\s\S]*mask\.nii\.gz[\s\S]*ct\.nii\.gz"):
+            compare(affine)
+    with pytest.raises(DatasetError, match=r"another shape[\s\S]*\(9, 11, 7\)[\s\S]*\(11, 9, 7\)"):
+        compare(AFFINE, (9, 11, 7))
+
+
+@pytest.mark.parametrize(
+    "dtype", ["u1", "i1", ">i2", "<u2", "<i4", "<f4", ">f8"]
+)  # fmt: skip
+def test_masks_of_any_type(tmp_path: Path, dtype: str) -> None:
+    inside = np.random.default_rng(1).random(LARGE) < 0.01
+    save(np.zeros(LARGE, np.int16), tmp_path / "ct.nii.gz")
+    header = nib.Nifti1Header(endianness=dtype[0] if dtype[0] == ">" else "<")
+    header.set_data_dtype(np.dtype(dtype))
+    nib.save(nib.Nifti1Image(inside.astype(dtype), AFFINE, header), tmp_path / "mask.nii.gz")
+    with open_volume(tmp_path / "ct.nii.gz") as ct:
+        merged = merge_masks([(7, tmp_path / "mask.nii.gz")], ct, 255)
+    assert merged.labels.dtype == np.uint8
+    assert np.array_equal(merged.labels.reshape(LARGE, order="F"), 7 * inside)
+    assert merged.voxels == {7: inside.sum()}
+
+
+def test_scaled_masks_count_by_their_scaled_value(tmp_path: Path) -> None:
+    stored = np.arange(np.prod(SHAPE), dtype=np.uint8).reshape(SHAPE) % 5
+    image = nib.Nifti1Image(stored, AFFINE)
+    nib.save(image, tmp_path / "ct.nii.gz")
+    content = bytearray(gzip.decompress((tmp_path / "ct.nii.gz").read_bytes()))
+    content[112:120] = np.array([-0.5, 1.0], "<f4").tobytes()  # slope and intercept: stored 0 is inside alone
+    (tmp_path / "mask.nii.gz").write_bytes(gzip.compress(bytes(content)))
+    assert np.array_equal(nib.load(tmp_path / "mask.nii.gz").get_fdata() > 0.5, stored == 0)
+    with open_volume(tmp_path / "ct.nii.gz") as ct:
+        merged = merge_masks([(1, tmp_path / "mask.nii.gz")], ct, 300)
+    assert merged.labels.dtype == np.uint16
+    assert np.array_equal(merged.labels.reshape(SHAPE, order="F"), stored == 0)
+
+
+def test_a_label_map_is_no_mask(tmp_path: Path) -> None:
+    save(np.arange(np.prod(SHAPE), dtype=np.int16).reshape(SHAPE) % 4, tmp_path / "mask.nii.gz")
+    with open_volume(tmp_path / "mask.nii.gz") as ct, pytest.raises(DatasetError, match="values from 1 to 3"):
+        merge_masks([(1, tmp_path / "mask.nii.gz")], ct, 4)
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nrrd", "a.mha"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float32])
+def test_counting_labels(tmp_path: Path, name: str, dtype: type) -> None:
+    labels = np.random.default_rng(0).integers(0, 4, SHAPE).astype(dtype)
+    sitk.WriteImage(sitk.GetImageFromArray(labels), str(tmp_path / name))
+    assert count_labels(tmp_path / name) == {v: int((labels == v).sum()) for v in range(4)}
+
+
+def test_values_that_are_no_labels(tmp_path: Path) -> None:
+    for value in (0.5, -1.0, np.nan, 1e9):
+        volume = np.zeros(SHAPE, np.float32)
+        volume[1, 2, 3] = value
+        save(volume, tmp_path / "a.nii.gz")
+        with pytest.raises(DatasetError, match="values that are no labels"):
+            count_labels(tmp_path / "a.nii.gz")
+    (tmp_path / "a.nrrd").write_text("no image")
+    with pytest.raises(DatasetError, match="unreadable label map"):
+        count_labels(tmp_path / "a.nrrd")

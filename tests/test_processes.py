@@ -1,0 +1,61 @@
+"""Jobs spread over processes."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from stunet.errors import CommandError, LabelError, STUNetError
+from stunet.labels import load_vocabulary
+from stunet.processes import run_jobs
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_results_come_with_their_jobs(num_processes: int) -> None:
+    jobs = [float(n) for n in range(20)]
+    assert sorted(run_jobs(math.sqrt, jobs, num_processes=num_processes)) == [(n, math.sqrt(n)) for n in jobs]
+    assert list(run_jobs(math.sqrt, [], num_processes=num_processes)) == []
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_our_errors_stop_no_other_job_and_others_end_all(num_processes: int) -> None:
+    results = dict(run_jobs(load_vocabulary, ["nothing", "totalsegmentator_v1"], num_processes=num_processes))
+    assert isinstance(results["nothing"], LabelError)
+    assert not isinstance(results["totalsegmentator_v1"], STUNetError)
+    with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
+        list(run_jobs(math.sqrt, [-1.0, 4.0], num_processes=num_processes))
+
+
+def test_a_process_that_dies_is_reported() -> None:
+    with pytest.raises(CommandError, match=r"ended without a word[\s\S]*fewer processes"):
+        list(run_jobs(os._exit, [3, 3], num_processes=2))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_processes_end_with_the_one_that_started_them() -> None:
+    code = (
+        "import time\nfrom stunet.processes import run_jobs\n"
+        "if __name__ == '__main__': list(run_jobs(time.sleep, [0.1] * 2 + [100.0] * 2, num_processes=2))"
+    )
+    parent = psutil.Process(subprocess.Popen([sys.executable, "-c", code]).pid)
+    deadline = time.monotonic() + 60
+    while sum("spawn_main" in " ".join(child.cmdline()) for child in parent.children()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(2.0)  # until they have begun
+    children = parent.children()
+    parent.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert alive == []
+
+
+def test_workers_of_an_import_load_neither_torch_nor_nnunet() -> None:
+    code = "import sys, stunet.labels.mask_cases; assert not {'torch', 'nnunetv2', 'SimpleITK'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
