@@ -12,7 +12,7 @@ from stunet.datasets.raw import (
     read_image,
     read_raw_dataset,
 )
-from stunet.datasets.side_files import SPLITS_NAME, carry_side_files, read_annotations
+from stunet.datasets.side_files import SPLITS_NAME, carry_side_files, has_annotations, read_annotations
 from stunet.datasets.totalsegmentator import (
     KNOWN_BAD_CASES,
     SourceCase,
@@ -37,6 +37,7 @@ __all__ = [
     "choose_structures",
     "dataset_folder",
     "exclusive_labels",
+    "has_annotations",
     "hold_out",
     "import_cases",
     "make_phantom",
