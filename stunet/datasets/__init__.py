@@ -2,7 +2,13 @@
 
 from stunet.datasets.import_state import REPORT_NAME, dataset_folder
 from stunet.datasets.mask_import import ImportReport, import_cases
-from stunet.datasets.phantoms import PHANTOM_LABELS, Phantom, make_phantom, write_phantom_dataset
+from stunet.datasets.phantoms import (
+    PHANTOM_LABELS,
+    Phantom,
+    make_phantom,
+    write_phantom_dataset,
+    write_phantom_masks,
+)
 from stunet.datasets.raw import (
     RawDataset,
     case_names,
@@ -46,4 +52,5 @@ __all__ = [
     "read_raw_dataset",
     "read_totalsegmentator",
     "write_phantom_dataset",
+    "write_phantom_masks",
 ]
