@@ -4,8 +4,8 @@
 Anterior and half only for Posterior, 40 cases held out. Four arms with the same budget, three seeds each: everything
 annotated; partial labels with the manifest; the same label maps without it, so that what is not annotated is
 background; and partial labels of half the cases. Scored by nnU-Net's final validation on the held-out cases, which
-annotate both. Every step is a command that a user types. Prints a table to standard error and one JSON line. With --work,
-what is finished is not done again after an interruption.
+annotate both. Every step is a command that a user types. Prints a table to standard error and one JSON line. With
+--work, what is finished is not done again after an interruption.
 
     python tests/benchmarks/partial_labels.py
 """
