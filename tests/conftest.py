@@ -9,6 +9,12 @@ import pytest
 
 from stunet.cli.env import trainers_folder
 
+# Test processes share the cores: with more threads than cores, each waits for the others at every operation. Before
+# torch is imported, and inherited by the commands that tests type.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_THREAD_LIMIT", str(max(1, share)))
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

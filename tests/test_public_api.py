@@ -9,7 +9,7 @@ import pytest
 API = {
     "stunet": ["__version__"],
     "stunet.network": [
-        "ActivationCheckpointing", "Estimate", "N_STAGES", "Precision", "SIZES", "STUNet", "STUNetSize",
+        "ActivationCheckpointing", "Estimate", "Loss", "N_STAGES", "Precision", "SIZES", "STUNet", "STUNetSize",
         "build_stunet", "default_strides", "estimate", "find_size", "size_of", "total_stride",
     ],
     "stunet.planning": [
@@ -33,7 +33,7 @@ API = {
         "SourceCase", "TotalSegmentatorSource", "carry_side_files", "case_names", "check_hold_out",
         "choose_structures", "dataset_folder", "exclusive_labels", "has_annotations", "hold_out", "import_cases",
         "make_phantom", "read_annotations", "read_image", "read_raw_dataset", "read_totalsegmentator",
-        "write_phantom_dataset",
+        "write_phantom_dataset", "write_phantom_masks",
     ],
     "stunet.training": [
         "BaseSTUNetTrainer", "CaseAnnotations", "Counts", "GroupSchedule", "ParameterGroup", "PartialLabelTrainer",

@@ -6,20 +6,26 @@ import argparse
 import os
 import statistics
 import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from processes import run
 
 __all__ = ["Experiment", "add_data_arguments", "spread"]
 
+T = TypeVar("T")
+
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, dataset: str) -> None:
-    """``--data`` and ``--work``."""
+    """``--data``, ``--work`` and ``--jobs``."""
     shared = Path(os.environ.get("STUNET_SHARED", _ROOT.parent / "shared"))
     parser.add_argument("--data", type=Path, default=shared / "data" / dataset)
     parser.add_argument("--work", type=Path, help="keep everything here, and go on from what is here")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, each with its share of the cores")
 
 
 class Experiment:
@@ -27,10 +33,11 @@ class Experiment:
 
     Args:
         root: The folder.
+        jobs: Trainings at a time.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root.resolve()
+    def __init__(self, root: Path, jobs: int) -> None:
+        self.root, self.jobs = root.resolve(), jobs
         self.raw, self.preprocessed, self.results = (
             self.root / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
         )
@@ -40,11 +47,18 @@ class Experiment:
         self.environment = {
             **os.environ, **{folder.name: str(folder) for folder in (self.raw, self.preprocessed, self.results)},
             "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "2",
+            # Threads of several trainings that share a core would wait for each other at every operation.
+            "OMP_THREAD_LIMIT": str(max(1, (os.cpu_count() or 1) // jobs)),
         }  # fmt: skip
 
     def run(self, line: str) -> None:
         """Run a line of shell with the trainers; leaves the benchmark where it fails."""
         run(f'eval "$(stunet env)"; {line}', self.environment)
+
+    def all_of(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+        """Results of all calls, as many at a time as there are jobs."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
 def spread(values: list[float]) -> dict[str, float]:

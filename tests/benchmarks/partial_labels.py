@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,15 +51,19 @@ class Benchmark(Experiment):
     """The steps, each skipped where its result is there."""
 
     def __init__(self, root: Path, args: argparse.Namespace) -> None:
-        super().__init__(root)
+        super().__init__(root, args.jobs)
         self.args = args
 
     def measure(self) -> dict[str, Any]:
         started = time.monotonic()
         self.prepare()
-        dice: dict[str, list[dict[str, float]]] = {}
-        for arm, (dataset, share) in ARMS.items():
-            dice[arm] = [self.train(dataset, seed + (N_SEEDS if share == 2 else 0)) for seed in range(N_SEEDS)]
+        calls = [
+            partial(self.train, dataset, seed + (N_SEEDS if share == 2 else 0))
+            for dataset, share in ARMS.values()
+            for seed in range(N_SEEDS)
+        ]
+        scores = self.all_of(calls)
+        dice = {arm: scores[i * N_SEEDS : (i + 1) * N_SEEDS] for i, arm in enumerate(ARMS)}
         means = {arm: [entry["mean"] for entry in entries] for arm, entries in dice.items()}
         self.print_table(dice)
         return {

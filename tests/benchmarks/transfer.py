@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,17 +49,21 @@ class Benchmark(Experiment):
     """The steps, each skipped where its result is there."""
 
     def __init__(self, root: Path, args: argparse.Namespace) -> None:
-        super().__init__(root)
+        super().__init__(root, args.jobs)
         self.args = args
 
     def measure(self) -> dict[str, Any]:
         started = time.monotonic()
         self.prepare()
         source = self.pretrain()
-        arms: dict[str, list[Path]] = {"scratch": [self.from_scratch(seed) for seed in range(N_SEEDS)]}
+        calls = {"scratch": [partial(self.from_scratch, seed) for seed in range(N_SEEDS)]}
         for strategy in STRATEGIES:
-            arms[strategy] = [self.fine_tune(strategy, seed, source) for seed in range(N_SEEDS)]
-        arms["full, fresh heads"] = [self.fine_tune("full", seed, source, head="fresh") for seed in range(N_SEEDS)]
+            calls[strategy] = [partial(self.fine_tune, strategy, seed, source) for seed in range(N_SEEDS)]
+        calls["full, fresh heads"] = [
+            partial(self.fine_tune, "full", seed, source, head="fresh") for seed in range(N_SEEDS)
+        ]
+        folds = self.all_of([call for listed in calls.values() for call in listed])
+        arms = {arm: folds[i * N_SEEDS : (i + 1) * N_SEEDS] for i, arm in enumerate(calls)}
         dice = {arm: [final_dice(fold) for fold in folds] for arm, folds in arms.items()}
         first = {arm: [first_epoch_dice(fold) for fold in folds] for arm, folds in arms.items()}
         gains = {arm: [a - b for a, b in zip(scores, dice["scratch"], strict=True)] for arm, scores in dice.items()}
