@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 from typing import TypeVar
 
 from processes import run
@@ -25,7 +26,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, dataset: str) -> None:
     shared = Path(os.environ.get("STUNET_SHARED", _ROOT.parent / "shared"))
     parser.add_argument("--data", type=Path, default=shared / "data" / dataset)
     parser.add_argument("--work", type=Path, help="keep everything here, and go on from what is here")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, each with its share of the cores")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, each with its share of the cores")
 
 
 class Experiment:
@@ -38,6 +39,12 @@ class Experiment:
 
     def __init__(self, root: Path, jobs: int) -> None:
         self.root, self.jobs = root.resolve(), jobs
+        # Each job has cores of its own: threads of several trainings that share one wait for each other at every
+        # operation.
+        cores = [str(core) for core in range(os.cpu_count() or 1)]
+        self._shares: Queue[str] = Queue()
+        for job in range(jobs):
+            self._shares.put(",".join(cores[job % len(cores) :: jobs]))
         self.raw, self.preprocessed, self.results = (
             self.root / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
         )
@@ -47,13 +54,15 @@ class Experiment:
         self.environment = {
             **os.environ, **{folder.name: str(folder) for folder in (self.raw, self.preprocessed, self.results)},
             "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "2",
-            # Threads of several trainings that share a core would wait for each other at every operation.
-            "OMP_THREAD_LIMIT": str(max(1, (os.cpu_count() or 1) // jobs)),
         }  # fmt: skip
 
     def run(self, line: str) -> None:
         """Run a line of shell with the trainers; leaves the benchmark where it fails."""
-        run(f'eval "$(stunet env)"; {line}', self.environment)
+        share = self._shares.get()
+        try:
+            run(f'taskset -cp {share} $$ >&2; eval "$(stunet env)"; {line}', self.environment)
+        finally:
+            self._shares.put(share)
 
     def all_of(self, calls: Sequence[Callable[[], T]]) -> list[T]:
         """Results of all calls, as many at a time as there are jobs."""
