@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from weights import TINY, tiny_weights, write_v1
 
 import stunet
-from plans import make_plans
+from plans import DATASET_JSON, make_plans
 from stunet.cli.console import human_bytes, human_count
 from stunet.cli.env import trainers_folder
 from stunet.cli.main import main
@@ -124,6 +125,36 @@ def test_plan_writes_and_says_what_to_do_next(folders: dict[str, str]) -> None:
     again = run("plan", "-d", "1", "--size", "small", "--set", "num_epochs=3", "--set", "initial_lr=0.1", **folders)
     assert again.returncode == 0
     assert "unchanged" in again.stdout
+
+
+def test_plan_from_published_weights(folders: dict[str, str], tmp_path: Path) -> None:
+    dataset = Path(folders["nnUNet_preprocessed"]) / "Dataset001_Test"
+    labels = {"background": 0, "Left Kidney": 1, "lesion": 2}
+    (dataset / "dataset.json").write_text(json.dumps({**DATASET_JSON, "labels": labels}))
+    weights = write_v1(tmp_path, tiny_weights(num_classes=105), None)
+    got = run("plan", "-d", "1", "--from", str(weights), "--strategy", "layerwise", "--set", "stem=first", **folders)
+    assert got.returncode == 0, got.stderr
+    assert "Left Kidney from kidney_left" in got.stdout
+    configurations = plans_in(folders, f"STUNetPlans_{TINY.name}_ft_layerwise")["configurations"]
+    assert configurations["3d_fullres"]["stunet"] == {
+        "pretrained_weights": str(weights), "fine_tune": "layerwise", "initial_lr": 1e-3, "stem": "first",
+    }  # fmt: skip
+    assert configurations["3d_lowres"]["architecture"]["arch_kwargs"]["features_per_stage"] == list(TINY.features)
+    assert "stunet" not in configurations["2d"]
+
+
+def test_plan_with_the_pretraining_recipe(folders: dict[str, str]) -> None:
+    got = run("plan", "-d", "1", "--preset", "totalsegmentator", "--size", "small", "--set", "num_epochs=5", **folders)
+    assert got.returncode == 0, got.stderr
+    plans = plans_in(folders, "STUNetPlans_small_totalsegmentator")
+    configuration = plans["configurations"]["3d_fullres"]
+    assert (configuration["patch_size"], configuration["spacing"]) == ([128] * 3, [1.5] * 3)
+    assert configuration["stunet"]["num_epochs"] == 5
+    assert configuration["stunet"]["nearest_labels"] is True
+    assert "nnUNetv2_preprocess -d 1 -plans_name STUNetPlans_small_totalsegmentator -c 3d_fullres" in got.stdout
+    wrong = run("plan", "-d", "1", "--preset", "totalsegmentator", "--name", "x", "-c", "2d", **folders)
+    assert wrong.returncode == 2
+    assert "unknown configuration" in wrong.stderr
 
 
 def test_plan_of_ones_own_size_for_some_configurations(folders: dict[str, str]) -> None:
