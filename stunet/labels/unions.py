@@ -156,7 +156,7 @@ def _name_all(
     names: dict[str, str] = {}
     for keyed in keys.values():
         for label, key in keyed.items():
-            whole = key in _PARTS or {f"{key}_left", f"{key}_right"} <= automatic
+            whole = key in _PARTS or {f"{key}_left", f"{key}_right"} <= automatic | set(_PARTS)
             names.setdefault(key, known.get(key) or (key if whole else label))
     return {
         source: {label: overriding.get(source, {}).get(label, names[key]) for label, key in keyed.items()}
