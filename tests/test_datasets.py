@@ -18,6 +18,7 @@ from stunet.datasets import (
     read_image,
     read_raw_dataset,
     write_phantom_dataset,
+    write_phantom_masks,
 )
 from stunet.errors import DatasetError
 
@@ -36,7 +37,7 @@ def test_phantoms_look_like_ct(case: int) -> None:
     assert phantom.image.shape == phantom.segmentation.shape
     assert set(np.unique(phantom.segmentation)) == set(PHANTOM_LABELS.values())
     means = {name: phantom.image[phantom.segmentation == value].mean() for name, value in PHANTOM_LABELS.items()}
-    assert 50 < means["liver"] < 160 < means["kidneys"] < means["aorta"] < means["spine"] < 550
+    assert 50 < means["liver"] < 160 < means["kidneys"] < means["aorta"] < means["spine"] < 650
     assert phantom.image[:, 0, 0].mean() == pytest.approx(-1000, abs=20)
     assert max(phantom.spacing) > 1.4 * min(phantom.spacing)
 
@@ -127,3 +128,23 @@ def test_incomplete_datasets(tmp_path: Path) -> None:
     (folder / "dataset.json").write_text("{")
     with pytest.raises(DatasetError, match="not an nnU-Net raw dataset"):
         read_raw_dataset(folder)
+
+
+def test_phantoms_in_totalsegmentators_layout(tmp_path: Path) -> None:
+    write_phantom_masks(tmp_path, n_training=10, n_test=2, seed=3, missing=0.4)
+    lines = (tmp_path / "meta.csv").read_text().split()
+    assert lines[0] == "image_id;split"
+    splits = dict(line.split(";") for line in lines[1:])
+    assert [splits[f"s{case:04d}"] for case in (0, 4, 9, 10, 11)] == ["train", "val", "val", "test", "test"]
+    n_masks = {"train": 0, "val": 0, "test": 0}
+    for case, split in splits.items():
+        phantom = make_phantom(3, int(case[1:]))
+        ct, spacing = read_image(tmp_path / case / "ct.nii.gz")
+        np.testing.assert_array_equal(ct[0] if ct.ndim == 4 else ct, np.round(phantom.image))
+        assert spacing == pytest.approx(phantom.spacing)
+        for mask in (tmp_path / case / "segmentations").iterdir():
+            n_masks[split] += 1
+            value = PHANTOM_LABELS[mask.name.removesuffix(".nii.gz")]
+            np.testing.assert_array_equal(read_image(mask)[0], phantom.segmentation == value)
+    assert (n_masks["val"], n_masks["test"]) == (10, 10)  # annotated in full
+    assert 12 <= n_masks["train"] <= 36  # of 40

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from stunet.losses import partial_dice_ce_loss
 from stunet.network import SIZES, STUNet, STUNetSize, build_stunet, default_strides, estimate
 
 PUBLISHED_STRIDES = [1, 2, 2, 2, 2, (1, 1, 2)]
@@ -49,7 +51,7 @@ def test_default_strides() -> None:
     assert default_strides((8, 40, 56)) == [[1, 1, 1], [2, 2, 2], [1, 2, 2], [1, 2, 2], [1, 1, 1], [1, 1, 1]]
 
 
-def _measured_peak(network: STUNet, *, train: bool, patch: tuple[int, ...], batch: int, classes: int) -> int:
+def _measured_peak(network: STUNet, *, train: bool, patch: tuple[int, ...], batch: int, classes: int, loss: str) -> int:
     """Peak of memory that PyTorch allocates on the CPU, from its profiler's allocation events."""
     image = torch.randn(batch, 1, *patch)
     target = torch.randint(classes, (batch, *patch))
@@ -61,6 +63,9 @@ def _measured_peak(network: STUNet, *, train: bool, patch: tuple[int, ...], batc
         for output in network(image)[:-1]:
             stride = [a // b for a, b in zip(patch, output.shape[2:], strict=True)]
             small = target[:, :: stride[0], :: stride[1], :: stride[2]]
+            if loss == "stunet":
+                losses.append(partial_dice_ce_loss(output, small, batch_dice=False))
+                continue
             p = output.softmax(1)
             one_hot = torch.zeros(p.shape, dtype=torch.bool).scatter_(1, small[:, None], 1)
             dice = 2 * (p * one_hot)[:, 1:].sum((2, 3, 4)) / p[:, 1:].sum((2, 3, 4))
@@ -87,14 +92,17 @@ def _measured_peak(network: STUNet, *, train: bool, patch: tuple[int, ...], batc
     return peak + fixed
 
 
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("classes", [3, 25])
-def test_memory_is_what_pytorch_allocates(train: bool, classes: int) -> None:
+@pytest.mark.parametrize(
+    ("train", "loss", "classes"),
+    [(True, "stunet", 3), (True, "stunet", 25), (True, "nnunet", 25), (False, "stunet", 3), (False, "stunet", 25)],
+)
+def test_memory_is_what_pytorch_allocates(train: bool, loss: Any, classes: int) -> None:
     # Large enough for oneDNN's convolutions; for small tensors PyTorch copies the image to columns instead.
     size, patch = SIZES["small"], (64, 64, 64)
     network = build_stunet(size, 1, classes, default_strides(patch), deep_supervision=train)
-    measured = _measured_peak(network, train=train, patch=patch, batch=2 if train else 1, classes=classes)
-    got = estimate(size, patch_size=patch, batch_size=2, num_classes=classes)
+    batch = 2 if train else 1
+    measured = _measured_peak(network, train=train, patch=patch, batch=batch, classes=classes, loss=loss)
+    got = estimate(size, patch_size=patch, batch_size=2, num_classes=classes, loss=loss)
     assert (got.training_bytes if train else got.inference_bytes) == pytest.approx(measured, rel=0.15)
 
 
@@ -108,3 +116,13 @@ def test_checkpointing_and_half_precision_save_memory() -> None:
     assert cost(precision="amp") < cost()
     activations = math.prod((64,) * 3) * 2 * 4
     assert cost() > 16 * 4 * activations  # the finest level alone keeps several maps of 16 channels
+
+
+def test_the_lean_loss_shows_at_many_classes() -> None:
+    def cost(loss: Any, classes: int) -> int:
+        return estimate(
+            SIZES["small"], patch_size=(64,) * 3, batch_size=2, num_classes=classes, loss=loss
+        ).training_bytes
+
+    logits = 105 * 4 * 2 * 64**3
+    assert cost("nnunet", 105) - cost("stunet", 105) > 2 * logits

@@ -9,15 +9,16 @@ import pytest
 API = {
     "stunet": ["__version__"],
     "stunet.network": [
-        "ActivationCheckpointing", "Estimate", "N_STAGES", "Precision", "SIZES", "STUNet", "STUNetSize",
+        "ActivationCheckpointing", "Estimate", "Loss", "N_STAGES", "Precision", "SIZES", "STUNet", "STUNetSize",
         "build_stunet", "default_strides", "estimate", "find_size", "size_of", "total_stride",
     ],
     "stunet.planning": [
-        "ModelDescription", "NETWORK_CLASS_NAME", "PRETRAINING", "Preparation", "Preset", "SETTINGS", "SETTINGS_KEY",
-        "STRATEGIES", "Setting", "Strategy", "check_plans", "check_settings", "describe_model", "find_dataset",
-        "find_plans", "fine_tuning_configurations", "fine_tuning_settings", "fit_strides", "has_own_architecture",
-        "is_stunet", "list_presets", "load_plans", "load_preset", "make_plans", "missing_preprocessed_cases",
-        "nnunet_folder", "parse_settings", "plan_with_nnunet", "plans_size", "preview_transfer", "read_v1_plans",
+        "Mirroring", "ModelDescription", "NETWORK_CLASS_NAME", "PRETRAINING", "Preparation", "Preset", "Recipe",
+        "SETTINGS", "SETTINGS_KEY", "STRATEGIES", "Setting", "Strategy", "apply_recipe", "check_plans",
+        "check_settings", "describe_model", "find_dataset", "find_plans", "fine_tuning_configurations",
+        "fine_tuning_settings", "fit_strides", "has_own_architecture", "is_stunet", "list_presets", "list_recipes",
+        "load_plans", "load_preset", "load_recipe", "make_plans", "missing_preprocessed_cases", "nnunet_folder",
+        "parse_settings", "plan_with_nnunet", "plans_size", "preview_transfer", "read_v1_plans",
         "resolve_configuration", "rewrite_configuration", "rewrite_plans", "write_model_folder", "write_plans",
     ],
     "stunet.labels": [
@@ -31,11 +32,15 @@ API = {
     "stunet.datasets": [
         "ImportReport", "KNOWN_BAD_CASES", "PHANTOM_LABELS", "Phantom", "REPORT_NAME", "RawDataset", "SPLITS_NAME",
         "SourceCase", "TotalSegmentatorSource", "UnionReport", "UnionSource", "carry_side_files", "case_names",
-        "check_hold_out", "check_sources", "choose_structures", "dataset_folder", "exclusive_labels", "hold_out",
-        "import_cases", "import_union", "make_phantom", "merge_sources", "read_annotations", "read_image",
-        "read_raw_dataset", "read_totalsegmentator", "read_union_source", "sampling_weights", "write_phantom_dataset",
+        "check_hold_out", "check_sources", "choose_structures", "dataset_folder", "exclusive_labels",
+        "has_annotations", "hold_out", "import_cases", "import_union", "make_phantom", "merge_sources",
+        "read_annotations", "read_image", "read_raw_dataset", "read_totalsegmentator", "read_union_source",
+        "sampling_weights", "write_phantom_dataset", "write_phantom_masks",
     ],
-    "stunet.training": ["BaseSTUNetTrainer", "GroupSchedule", "ParameterGroup", "freeze_others", "parameter_groups"],
+    "stunet.training": [
+        "BaseSTUNetTrainer", "CaseAnnotations", "Counts", "GroupSchedule", "ParameterGroup", "PartialLabelTrainer",
+        "count_voxels", "freeze_others", "mask_summary", "parameter_groups",
+    ],
     "stunet.reports": ["StructureDice", "read_dice", "side_by_side"],
     "stunet.weights": [
         "Listener", "Place", "Verified", "WeightsEntry", "WeightsFile", "cached_weights", "describe_file",

@@ -2,8 +2,8 @@
 
 Thin on purpose: nnU-Net imports this file as a top-level module and forgets it again, so all that does something lives
 in ``stunet.training``. Names follow the published checkpoints: ``_ft`` fine-tunes with a tenth of the learning rate,
-``_ep1k``, ``_ep2k`` and ``_ep4k`` train for 1000, 2000 and 4000 epochs. What the plans' ``"stunet"`` block sets goes
-before what a name stands for.
+``_ep1k``, ``_ep2k`` and ``_ep4k`` train for 1000, 2000 and 4000 epochs; ``_pretrain`` trains on many structures. All of
+them heed what each case annotates. What the plans' ``"stunet"`` block sets goes before what a name stands for.
 """
 
 from stunet.training import BaseSTUNetTrainer
@@ -19,6 +19,12 @@ class STUNetTrainer_ft(STUNetTrainer):
     default_settings = {"initial_lr": 1e-3}
 
 
+class STUNetTrainer_pretrain(STUNetTrainer):
+    """Pre-trains as published: 4000 epochs, nearest labels in augmentation, as there are many structures."""
+
+    default_settings = {"num_epochs": 4000, "nearest_labels": True}
+
+
 class STUNetTrainer_small(STUNetTrainer):
     """STU-Net small, 14.6 million parameters."""
 
@@ -26,6 +32,10 @@ class STUNetTrainer_small(STUNetTrainer):
 
 
 class STUNetTrainer_small_ft(STUNetTrainer_ft):
+    size = "small"
+
+
+class STUNetTrainer_small_pretrain(STUNetTrainer_pretrain):
     size = "small"
 
 
@@ -51,6 +61,10 @@ class STUNetTrainer_base_ft(STUNetTrainer_ft):
     size = "base"
 
 
+class STUNetTrainer_base_pretrain(STUNetTrainer_pretrain):
+    size = "base"
+
+
 class STUNetTrainer_base_ep1k(STUNetTrainer_base):
     default_settings = {"num_epochs": 1000}
 
@@ -73,6 +87,10 @@ class STUNetTrainer_large_ft(STUNetTrainer_ft):
     size = "large"
 
 
+class STUNetTrainer_large_pretrain(STUNetTrainer_pretrain):
+    size = "large"
+
+
 class STUNetTrainer_large_ep1k(STUNetTrainer_large):
     default_settings = {"num_epochs": 1000}
 
@@ -92,6 +110,10 @@ class STUNetTrainer_huge(STUNetTrainer):
 
 
 class STUNetTrainer_huge_ft(STUNetTrainer_ft):
+    size = "huge"
+
+
+class STUNetTrainer_huge_pretrain(STUNetTrainer_pretrain):
     size = "huge"
 
 

@@ -1,4 +1,4 @@
-"""``stunet demo``: the main job from data to figure, through nnU-Net's own commands."""
+"""``stunet demo``: from partially annotated data to scores and a figure, through the commands that a user types."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ __all__ = ["demo"]
 
 _DATASET_ID = 1
 _PLANS = "STUNetPlans_demo"
+_TRAINER = "STUNetTrainer_pretrain"
 _FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 #: Patches larger than this take too long on a CPU; voxels.
 _MAX_PATCH_ON_CPU = 64**3
@@ -35,12 +36,13 @@ def demo(
     size: Annotated[
         str | None, typer.Option(help="small, base, large or huge; a narrow network by default, for speed.")
     ] = None,
-    epochs: Annotated[int, typer.Option(help="Epochs of 20 iterations.", min=1)] = 15,
+    epochs: Annotated[int, typer.Option(help="Epochs of 20 iterations.", min=1)] = 12,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the phantoms and of the choice of unseen cases.", min=0)] = 0,
 ) -> None:
-    """Train a STU-Net, predict cases it has not seen and score them: on phantoms, or on a dataset of yours.
+    """Pre-train a STU-Net, predict cases it has not seen and score them: on phantoms, or on a dataset of yours.
 
+    The phantoms come in TotalSegmentator's layout with a third of the masks missing: not annotated, and not background.
     Every step is a command of nnU-Net or of this package, printed as you would type it.
     """
     from stunet.cli.console import stdout
@@ -52,6 +54,8 @@ def demo(
     chosen_device = _choose_device(device)
     workspace = _Workspace.make(output, data, seed)
     workspace.print_exports()
+    if data is None:
+        _import(workspace)
     _train(workspace, size, epochs, chosen_device)
     predictions = _predict(workspace, chosen_device)
     summary = _evaluate(workspace, predictions)
@@ -82,12 +86,17 @@ class _Workspace:
         return self.root / "nnUNet_raw" / self.dataset_name
 
     @property
+    def source(self) -> Path:
+        """The phantoms as TotalSegmentator's cases would lie."""
+        return self.root / "phantoms"
+
+    @property
     def preprocessed(self) -> Path:
         return self.root / "nnUNet_preprocessed" / self.dataset_name
 
     @property
     def model(self) -> Path:
-        return self.root / "nnUNet_results" / self.dataset_name / f"STUNetTrainer__{_PLANS}__{self.configuration}"
+        return self.root / "nnUNet_results" / self.dataset_name / f"{_TRAINER}__{_PLANS}__{self.configuration}"
 
     @property
     def dataset_json(self) -> dict[str, Any]:
@@ -112,7 +121,7 @@ class _Workspace:
     @classmethod
     def make(cls, output: Path, data: Path | None, seed: int) -> _Workspace:
         from stunet.cli.console import stdout
-        from stunet.datasets import check_hold_out, hold_out, read_image, read_raw_dataset, write_phantom_dataset
+        from stunet.datasets import check_hold_out, hold_out, read_image, read_raw_dataset, write_phantom_masks
         from stunet.errors import UsageError
 
         root, name, configuration = output.resolve(), "Phantoms", "3d_fullres"
@@ -135,7 +144,7 @@ class _Workspace:
             (root / folder).mkdir(parents=True, exist_ok=True)
         if data is None:
             stdout.print("Making 20 phantoms to train on and 4 to test on …", highlight=False)
-            write_phantom_dataset(workspace.dataset, n_training=20, n_test=4, seed=seed)
+            write_phantom_masks(workspace.source, n_training=20, n_test=4, seed=seed)
         else:
             cases = hold_out(dataset, workspace.dataset, n_held_out=n_held_out, seed=seed)
             stdout.print(f"Holding out {', '.join(cases)} to test on.", highlight=False)
@@ -155,6 +164,19 @@ class _Workspace:
         run_command([str(part) for part in command], environment=self.environment, log=self.log)
 
 
+def _import(workspace: _Workspace) -> None:
+    from stunet.datasets import PHANTOM_LABELS
+    from stunet.files import write_json
+
+    structures = workspace.root / "structures.json"
+    write_json([name for name in PHANTOM_LABELS if name != "background"], structures)
+    workspace.run(
+        "stunet", "import", "totalsegmentator", workspace.source, "-d", str(_DATASET_ID), "--name", "Phantoms",
+        "--task", structures, "-np", "2",
+    )  # fmt: skip
+    workspace.run("stunet", "labels", "check", "-d", str(_DATASET_ID), "-np", "2")
+
+
 def _train(workspace: _Workspace, size: str | None, epochs: int, device: str) -> None:
     d, c = str(_DATASET_ID), workspace.configuration
     workspace.run("nnUNetv2_plan_and_preprocess", "-d", d, "-c", c, "-npfp", "2", "-np", "2")
@@ -171,14 +193,14 @@ def _train(workspace: _Workspace, size: str | None, epochs: int, device: str) ->
     }
     assignments = [f"{key}={value}" for key, value in settings.items()]
     workspace.run("stunet", "plan", "-d", d, "-c", c, *network, "--name", _PLANS, "--set", *assignments)
-    workspace.run("nnUNetv2_train", d, c, "0", "-p", _PLANS, "-tr", "STUNetTrainer", "-device", device)
+    workspace.run("nnUNetv2_train", d, c, "0", "-p", _PLANS, "-tr", _TRAINER, "-device", device)
 
 
 def _predict(workspace: _Workspace, device: str) -> Path:
     predictions = workspace.root / "predictions"
     workspace.run(
         "nnUNetv2_predict", "-i", workspace.dataset / "imagesTs", "-o", predictions, "-d", str(_DATASET_ID),
-        "-c", workspace.configuration, "-f", "0", "-p", _PLANS, "-tr", "STUNetTrainer", "-device", device,
+        "-c", workspace.configuration, "-f", "0", "-p", _PLANS, "-tr", _TRAINER, "-device", device,
         "-npp", "1", "-nps", "1",
     )  # fmt: skip
     return predictions

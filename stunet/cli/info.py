@@ -22,6 +22,7 @@ def info(
     channels: Annotated[int, typer.Option(help="Channels of the image.", min=1)] = 1,
     precision: Annotated[str, typer.Option(help="amp (nnU-Net on CUDA) or fp32 (on a CPU).")] = "amp",
     activation_checkpointing: Annotated[str, typer.Option(help="none, encoder or all.")] = "none",
+    loss: Annotated[str, typer.Option(help="stunet (STUNetTrainer) or nnunet (nnU-Net's own trainer).")] = "stunet",
     depth: Annotated[str | None, typer.Option(help="Blocks of six stages, for a size of your own.")] = None,
     width: Annotated[int | None, typer.Option(help="Channels of the first stage, for a size of your own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -32,6 +33,7 @@ def info(
 
     patch_size = _parse_patch(patch)
     _check_choice("precision", precision, ("fp32", "amp"))
+    _check_choice("loss", loss, ("stunet", "nnunet"))
     if depth is None and width is None:
         sizes = [choose_size(name, None, None) for name in size or SIZES]
     else:
@@ -43,12 +45,16 @@ def info(
         "input_channels": channels,
         "precision": precision,
         "activation_checkpointing": activation_checkpointing,
+        "loss": loss,
     }
     rows = [_row(s, settings) for s in sizes]
     if as_json:
         typer.echo(json.dumps({"settings": settings, "sizes": rows}, indent=2))
     else:
         _print_table(rows, settings)
+
+
+_TRAINERS = {"stunet": "STUNetTrainer", "nnunet": "nnUNetTrainer"}
 
 
 def _row(size: STUNetSize, settings: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +79,8 @@ def _print_table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
         title=f"patch {patch}, batch {settings['batch_size']}, {settings['num_classes']} outputs, "
         f"{settings['precision']}, activation checkpointing {settings['activation_checkpointing']}",
         caption="MACs: forward pass of one patch.\n"
-        "Training: all tensors of a step with nnU-Net's loss and optimizer.\n"
+        f"Training: all tensors of a step with {_TRAINERS[settings['loss']]}'s loss "
+        "and nnU-Net's optimizer.\n"
         "Inference: all tensors of the forward pass of one patch.\n"
         "Not counted: CUDA context, workspaces, fragmentation, and the logits of a whole image.",
         title_justify="left",

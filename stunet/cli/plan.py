@@ -31,6 +31,10 @@ def plan(
         str | None,
         typer.Option(help="With --from: full (default), warmup, layerwise, frozen-encoder or head-only."),
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="A pre-training recipe in the place of nnU-Net's planning: totalsegmentator."),
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the new plans; STUNetPlans_SIZE by default, with --from …_SIZE_ft.")
     ] = None,
@@ -63,6 +67,7 @@ def plan(
             settings=settings or [],
             source=source,
             strategy=strategy,
+            preset=preset,
             name=name,
             overwrite=overwrite,
             num_processes=num_processes,

@@ -16,6 +16,7 @@ from stunet.network import STUNetSize
 from stunet.planning import (
     STRATEGIES,
     Strategy,
+    apply_recipe,
     find_dataset,
     find_plans,
     fine_tuning_configurations,
@@ -23,6 +24,7 @@ from stunet.planning import (
     list_presets,
     load_plans,
     load_preset,
+    load_recipe,
     parse_settings,
     plan_with_nnunet,
     preview_transfer,
@@ -46,6 +48,7 @@ class PlanRequest:
     settings: list[str] = field(default_factory=list)
     source: Path | None = None
     strategy: str | None = None
+    preset: str | None = None
     name: str | None = None
     overwrite: bool = False
     num_processes: int = 8
@@ -74,7 +77,8 @@ def make_plans_file(request: PlanRequest) -> MadePlans:
     """Write the plans; nnU-Net's planner runs first where it has not planned the dataset yet."""
     weights = None if request.source is None else open_weights(find_fetched([request.source])[1])
     size = _choose_size(request, weights)
-    settings = _settings(request, size, weights)
+    recipe = None if request.preset is None else load_recipe(request.preset)
+    settings = {**(recipe.settings if recipe else {}), **_settings(request, size, weights)}
     dataset_name = find_dataset(request.dataset)
     source = find_plans(dataset_name, request.plans)
     target = find_plans(dataset_name, plans_identifier(request, size))
@@ -88,6 +92,8 @@ def make_plans_file(request: PlanRequest) -> MadePlans:
     if not source.is_file():
         plan_with_nnunet(dataset_name, request.plans, num_processes=request.num_processes)
     planned = load_plans(source)
+    if recipe is not None:
+        planned = apply_recipe(planned, recipe)
     configurations, transfer = request.configurations, None
     if weights is not None:
         configurations = configurations or fine_tuning_configurations(planned, weights)
@@ -102,13 +108,17 @@ def make_plans_file(request: PlanRequest) -> MadePlans:
 
 
 def plans_identifier(request: PlanRequest, size: STUNetSize) -> str:
-    """The name given, or that of the size, with ``_ft`` and the strategy where the training starts from weights."""
+    """The name given, or that of size and preset, with ``_ft`` and the strategy where weights are started from."""
     if request.name is not None:
         return request.name
-    if request.source is None:
-        return f"STUNetPlans_{size.name}"
-    strategy = request.strategy or "full"
-    return f"STUNetPlans_{size.name}_ft" + (f"_{strategy}" if strategy != "full" else "")
+    parts = ["STUNetPlans", size.name]
+    if request.preset is not None:
+        parts.append(request.preset)
+    if request.source is not None:
+        parts.append("ft")
+    if request.strategy not in (None, "full"):
+        parts.append(str(request.strategy))
+    return "_".join(parts)
 
 
 def _choose_size(request: PlanRequest, weights: SourceWeights | None) -> STUNetSize:

@@ -2,7 +2,13 @@
 
 from stunet.datasets.import_state import REPORT_NAME, dataset_folder
 from stunet.datasets.mask_import import ImportReport, import_cases
-from stunet.datasets.phantoms import PHANTOM_LABELS, Phantom, make_phantom, write_phantom_dataset
+from stunet.datasets.phantoms import (
+    PHANTOM_LABELS,
+    Phantom,
+    make_phantom,
+    write_phantom_dataset,
+    write_phantom_masks,
+)
 from stunet.datasets.raw import (
     RawDataset,
     case_names,
@@ -12,7 +18,7 @@ from stunet.datasets.raw import (
     read_image,
     read_raw_dataset,
 )
-from stunet.datasets.side_files import SPLITS_NAME, carry_side_files, read_annotations
+from stunet.datasets.side_files import SPLITS_NAME, carry_side_files, has_annotations, read_annotations
 from stunet.datasets.totalsegmentator import (
     KNOWN_BAD_CASES,
     SourceCase,
@@ -42,6 +48,7 @@ __all__ = [
     "choose_structures",
     "dataset_folder",
     "exclusive_labels",
+    "has_annotations",
     "hold_out",
     "import_cases",
     "import_union",
@@ -54,4 +61,5 @@ __all__ = [
     "read_union_source",
     "sampling_weights",
     "write_phantom_dataset",
+    "write_phantom_masks",
 ]

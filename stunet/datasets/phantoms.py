@@ -14,7 +14,7 @@ from scipy.ndimage import gaussian_filter
 
 from stunet.files import write_json
 
-__all__ = ["PHANTOM_LABELS", "Phantom", "make_phantom", "write_phantom_dataset"]
+__all__ = ["PHANTOM_LABELS", "Phantom", "make_phantom", "write_phantom_dataset", "write_phantom_masks"]
 
 Volume = npt.NDArray[np.float32]
 
@@ -136,6 +136,45 @@ def write_phantom_dataset(
         "file_ending": ".nii.gz",
     }
     write_json(dataset_json, folder / "dataset.json")
+
+
+def write_phantom_masks(
+    folder: str | os.PathLike[str],
+    *,
+    n_training: int = 20,
+    n_test: int = 4,
+    seed: int = 0,
+    missing: float = 0.3,
+) -> None:
+    """Write phantoms in TotalSegmentator's layout, as ``stunet import totalsegmentator`` reads it.
+
+    Each case has a folder with ``ct.nii.gz`` and one mask for each structure that it annotates; ``meta.csv`` says which
+    cases are for training, validation (a fifth of the training cases) and test.
+
+    Args:
+        folder: The folder for the cases, made where it does not exist.
+        n_training: Cases for training and validation.
+        n_test: Cases for testing, which annotate everything.
+        seed: Equal seeds give equal files, and the same phantoms as :func:`write_phantom_dataset`.
+        missing: Share of the training cases' masks that are left out, as if nobody had drawn them.
+    """
+    folder = Path(folder)
+    rng = np.random.default_rng([seed, n_training])
+    structures = [name for name in PHANTOM_LABELS if name != "background"]
+    rows = ["image_id;split"]
+    for case in range(n_training + n_test):
+        split = "test" if case >= n_training else "val" if case % 5 == 4 else "train"
+        rows.append(f"s{case:04d};{split}")
+        masks = folder / f"s{case:04d}" / "segmentations"
+        masks.mkdir(parents=True, exist_ok=True)
+        phantom = make_phantom(seed, case)
+        _write_nifti(phantom.image, phantom.spacing, masks.parent / "ct.nii.gz")
+        kept = rng.random(len(structures)) >= missing if split == "train" else np.ones(len(structures), np.bool_)
+        for name, is_kept in zip(structures, kept, strict=True):
+            if is_kept:
+                mask = (phantom.segmentation == PHANTOM_LABELS[name]).astype(np.uint8)
+                _write_nifti(mask, phantom.spacing, masks / f"{name}.nii.gz")
+    (folder / "meta.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def _write_nifti(volume: npt.NDArray[Any], spacing: tuple[float, float, float], path: Path) -> None:

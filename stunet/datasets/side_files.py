@@ -12,7 +12,7 @@ from stunet.errors import DatasetError
 from stunet.files import atomic_path, remove_leftovers
 from stunet.labels import MANIFEST_NAME, AnnotationManifest, read_manifest
 
-__all__ = ["SPLITS_NAME", "carry_new_files", "carry_side_files", "read_annotations"]
+__all__ = ["SPLITS_NAME", "carry_new_files", "carry_side_files", "has_annotations", "read_annotations"]
 
 SPLITS_NAME = "splits_final.json"
 """Name of nnU-Net's file with the folds, which it reads from the preprocessed folder alone."""
@@ -67,6 +67,16 @@ def carry_new_files(folder: Path, preprocessed: str | os.PathLike[str] | None) -
     for name in (MANIFEST_NAME, SPLITS_NAME):
         remove_leftovers(target, name)
     return carry_side_files(folder, target)
+
+
+def has_annotations(dataset_name: str) -> bool:
+    """Whether a dataset has a manifest, raw or preprocessed; without one every case annotates everything.
+
+    Args:
+        dataset_name: For example ``Dataset101_TotalSegmentator``.
+    """
+    folders = [os.environ.get(variable) for variable in ("nnUNet_raw", "nnUNet_preprocessed")]
+    return any((Path(folder) / dataset_name / MANIFEST_NAME).is_file() for folder in folders if folder)
 
 
 def read_annotations(dataset_name: str, dataset_json: Mapping[str, Any]) -> AnnotationManifest:

@@ -1,7 +1,7 @@
 """STU-Net and what is known of its size: blocks, network, sizes, estimates. Needs torch alone."""
 
 from stunet.network.architecture import ActivationCheckpointing, STUNet, build_stunet, total_stride
-from stunet.network.estimate import Estimate, Precision, default_strides, estimate
+from stunet.network.estimate import Estimate, Loss, Precision, default_strides, estimate
 from stunet.network.sizes import N_STAGES, SIZES, STUNetSize, find_size, size_of
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "SIZES",
     "ActivationCheckpointing",
     "Estimate",
+    "Loss",
     "Precision",
     "STUNet",
     "STUNetSize",

@@ -19,10 +19,13 @@ from stunet.network.architecture import ActivationCheckpointing, STUNet
 from stunet.network.blocks import CONV_OPS
 from stunet.network.sizes import N_STAGES, STUNetSize
 
-__all__ = ["Estimate", "Precision", "default_strides", "estimate"]
+__all__ = ["Estimate", "Loss", "Precision", "default_strides", "estimate"]
 
 Precision = Literal["fp32", "amp"]
 """``fp32`` is training on a CPU; ``amp`` is nnU-Net's mixed precision on CUDA, fp32 weights and half activations."""
+
+Loss = Literal["stunet", "nnunet"]
+"""Whose Dice and cross-entropy: that of this package's trainers, or nnU-Net's own, which takes more memory."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ def estimate(
     strides: Sequence[int | Sequence[int]] | None = None,
     precision: Precision = "fp32",
     activation_checkpointing: ActivationCheckpointing = "none",
+    loss: Loss = "stunet",
 ) -> Estimate:
     """Estimate what a STU-Net costs by running it on PyTorch's meta device, which computes shapes alone.
 
@@ -69,6 +73,7 @@ def estimate(
         strides: Stride of each stage; :func:`default_strides` of the patch by default.
         precision: ``fp32`` or ``amp``.
         activation_checkpointing: As for :class:`STUNet`.
+        loss: ``stunet`` or ``nnunet``.
 
     Raises:
         ArchitectureError: The strides do not divide the patch, or the network is impossible.
@@ -86,7 +91,7 @@ def estimate(
         with torch.device("meta"):
             network = STUNet(input_channels, num_classes, **kwargs)
         macs, inference_peak = _run_inference(network, image_shape, precision)
-        training_peak = _run_training(network, image_shape, batch_size, precision)
+        training_peak = _run_training(network, image_shape, batch_size, precision, _LOSSES[loss])
     except ArchitectureError:
         raise
     except (RuntimeError, ValueError) as error:  # PyTorch's own checks, of sizes beyond 64 bits or norms of one voxel
@@ -126,7 +131,13 @@ def _run_inference(network: STUNet, image_shape: tuple[int, ...], precision: Pre
     return int(flops.get_total_flops()) // 2, weights + memory.peak
 
 
-def _run_training(network: STUNet, image_shape: tuple[int, ...], batch_size: int, precision: Precision) -> int:
+def _run_training(
+    network: STUNet,
+    image_shape: tuple[int, ...],
+    batch_size: int,
+    precision: Precision,
+    loss_of: Callable[[Tensor], Tensor],
+) -> int:
     n_parameters = sum(p.numel() for p in network.parameters())
     network.decoder.deep_supervision = True
     network.train()
@@ -134,7 +145,7 @@ def _run_training(network: STUNet, image_shape: tuple[int, ...], batch_size: int
         image = torch.empty(batch_size, *image_shape, device="meta", dtype=dtype)
         logits = network(image)
         # nnU-Net gives the coarsest output the weight 0 and leaves it out.
-        loss = sum((_dice_and_cross_entropy(output) for output in logits[:-1]), torch.zeros((), device="meta"))
+        loss = sum((loss_of(output) for output in logits[:-1]), torch.zeros((), device="meta"))
         del logits
         torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
     # Weights, momentum and gradients are fp32 whatever the activations are. While the network runs, autocast keeps a
@@ -156,6 +167,28 @@ def _dice_and_cross_entropy(logits: Tensor) -> Tensor:
     axes = tuple(range(2, logits.ndim))
     intersection, total = (probabilities * one_hot)[:, 1:].sum(axes), probabilities[:, 1:].sum(axes)
     return cross_entropy - (2 * intersection / total).mean()
+
+
+class _LeanLoss(torch.autograd.Function):
+    """The tensors of this package's loss: the logits, and their gradient when it is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return logits.new_zeros((), dtype=torch.float)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        (logits,) = ctx.saved_tensors
+        return torch.empty_like(logits)
+
+
+def _lean_loss(logits: Tensor) -> Tensor:
+    loss: Tensor = _LeanLoss.apply(logits)
+    return loss
+
+
+_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"stunet": _lean_loss, "nnunet": _dice_and_cross_entropy}
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from stunet.planning.locations import (
 )
 from stunet.planning.model_folder import ModelDescription, describe_model, make_plans, write_model_folder
 from stunet.planning.presets import Preset, list_presets, load_preset
+from stunet.planning.recipes import Recipe, apply_recipe, list_recipes, load_recipe
 from stunet.planning.rewrite import (
     NETWORK_CLASS_NAME,
     check_plans,
@@ -27,6 +28,7 @@ from stunet.planning.settings import (
     SETTINGS,
     SETTINGS_KEY,
     STRATEGIES,
+    Mirroring,
     Setting,
     Strategy,
     check_settings,
@@ -40,11 +42,14 @@ __all__ = [
     "SETTINGS",
     "SETTINGS_KEY",
     "STRATEGIES",
+    "Mirroring",
     "ModelDescription",
     "Preparation",
     "Preset",
+    "Recipe",
     "Setting",
     "Strategy",
+    "apply_recipe",
     "check_plans",
     "check_settings",
     "describe_model",
@@ -56,8 +61,10 @@ __all__ = [
     "has_own_architecture",
     "is_stunet",
     "list_presets",
+    "list_recipes",
     "load_plans",
     "load_preset",
+    "load_recipe",
     "make_plans",
     "missing_preprocessed_cases",
     "nnunet_folder",

@@ -21,7 +21,14 @@ from stunet.network import STUNetSize
 from stunet.planning.rewrite import check_plans, resolve_configuration, rewrite_configuration
 from stunet.planning.v1_plans import PRETRAINING, Preparation, read_v1_plans
 
-__all__ = ["CONFIGURATION", "ModelDescription", "describe_model", "make_plans", "write_model_folder"]
+__all__ = [
+    "CONFIGURATION",
+    "ModelDescription",
+    "configuration_for",
+    "describe_model",
+    "make_plans",
+    "write_model_folder",
+]
 
 CONFIGURATION = "3d_fullres"
 _RESAMPLING = "resample_data_or_seg_to_shape"
@@ -118,7 +125,7 @@ def make_plans(preparation: Preparation, size: STUNetSize) -> dict[str, Any]:
         "image_reader_writer": "SimpleITKIO",
         "transpose_forward": preparation.transpose_forward,
         "transpose_backward": preparation.transpose_backward,
-        "configurations": {CONFIGURATION: _configuration(preparation, f"{name}_{CONFIGURATION}")},
+        "configurations": {CONFIGURATION: configuration_for(preparation, f"{name}_{CONFIGURATION}")},
         "experiment_planner_used": "ExperimentPlanner",
         "label_manager": "LabelManager",
         "foreground_intensity_properties_per_channel": {
@@ -129,7 +136,13 @@ def make_plans(preparation: Preparation, size: STUNetSize) -> dict[str, Any]:
     return deepcopy(plans)
 
 
-def _configuration(preparation: Preparation, data_identifier: str) -> dict[str, Any]:
+def configuration_for(preparation: Preparation, data_identifier: str) -> dict[str, Any]:
+    """A configuration of nnU-Net v2's plans whose architecture has strides only.
+
+    Args:
+        preparation: How images are prepared.
+        data_identifier: Name of the folder with the preprocessed data.
+    """
     resampling: dict[str, Any] = {}
     for kind, order in (("data", 3), ("seg", 1), ("probabilities", 1)):
         kwargs = {"is_seg": kind == "seg", "order": order, "order_z": 0, "force_separate_z": None}

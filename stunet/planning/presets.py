@@ -32,8 +32,9 @@ class Preset:
 
 def list_presets() -> list[str]:
     """Names of all presets, smallest network first."""
-    entries = [entry.name for entry in files("stunet.plans").iterdir()]
-    names = [name.removesuffix(".json") for name in entries if name.endswith(".json")]
+    entries = [entry for entry in files("stunet.plans").iterdir() if entry.name.endswith(".json")]
+    contents = {entry.name.removesuffix(".json"): json.loads(entry.read_text(encoding="utf-8")) for entry in entries}
+    names = [name for name, content in contents.items() if "size" in content]  # the others are recipes
     return sorted(names, key=lambda name: (load_preset(name).size.width, name))
 
 

@@ -14,7 +14,19 @@ from stunet.checkpoints import HeadPolicy, StemPolicy
 from stunet.errors import SettingsError
 from stunet.network import ActivationCheckpointing
 
-__all__ = ["SETTINGS", "SETTINGS_KEY", "STRATEGIES", "Setting", "Strategy", "check_settings", "parse_settings"]
+__all__ = [
+    "SETTINGS",
+    "SETTINGS_KEY",
+    "STRATEGIES",
+    "Mirroring",
+    "Setting",
+    "Strategy",
+    "check_settings",
+    "parse_settings",
+]
+
+Mirroring = Literal["all", "no-left-right", "none"]
+"""Axes that augmentation may mirror, and with it prediction."""
 
 Strategy = Literal["full", "warmup", "layerwise", "frozen-encoder", "head-only"]
 """How a network is fine-tuned; :func:`stunet.training.parameter_groups` says what each one does."""
@@ -82,6 +94,11 @@ SETTINGS: dict[str, Setting] = {
     "oversample_foreground_percent": Setting("training", *_FRACTION, "share of patches centred on foreground"),
     "probabilistic_oversampling": Setting("training", *_BOOL, "draw that share instead of fixing it in each batch"),
     "save_every": Setting("training", *_COUNT, "epochs between two checkpoint_latest.pth"),
+    "mirroring": Setting(
+        "training", *_one_of(get_args(Mirroring)), "axes to mirror; no-left-right where structures come in sides"
+    ),
+    "nearest_labels": Setting("training", *_BOOL, "nearest labels in augmentation: faster with many structures"),
+    "allow_unannotated": Setting("training", *_BOOL, "train although no case annotates some structure"),
     "pretrained_weights": Setting(
         "training",
         "the path of a file, from the root",

@@ -35,12 +35,13 @@ from stunet.planning import (
     resolve_configuration,
     rewrite_configuration,
 )
+from stunet.training.partial_labels import PartialLabelTrainer
 from stunet.training.strategies import GroupSchedule, freeze_others, parameter_groups
 
 __all__ = ["BaseSTUNetTrainer"]
 
 
-class BaseSTUNetTrainer(nnUNetTrainer):
+class BaseSTUNetTrainer(PartialLabelTrainer):
     """nnU-Net's trainer with a STU-Net in the plans, settings from the plans, and checkpoints that are always whole.
 
     The network is put into the plans before nnU-Net reads them, so ordinary plans train a STU-Net and the model folder

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, default=Path(os.environ.get("STUNET_SHARED", ROOT.parent / "shared")) / "data"
     )
-    parser.add_argument("--epochs", type=int, default=30, help=f"epochs of {ITERATIONS_PER_EPOCH} iterations")
+    parser.add_argument("--epochs", type=int, default=25, help=f"epochs of {ITERATIONS_PER_EPOCH} iterations")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--fold", type=int, default=0)
     args = parser.parse_args()

@@ -16,7 +16,7 @@ def run(line: str, environment: dict[str, str]) -> int:
 
     def watch() -> None:
         nonlocal peak
-        while not finished.wait(0.5):
+        while not finished.wait(3.0):  # reading it holds up the process that is watched
             peak = max(peak, tree_memory(process.pid))
 
     watcher = Thread(target=watch)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
 import shutil
@@ -21,13 +20,13 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from processes import run
+from experiment import Experiment, add_data_arguments, spread
 
-ROOT = Path(__file__).resolve().parents[2]
 DATA = "Dataset004_Hippocampus"
 SOURCE, TARGET = "Dataset104_Source", "Dataset105_Target"
 STRATEGIES = ("full", "warmup", "layerwise", "frozen-encoder", "head-only")
@@ -37,10 +36,7 @@ N_PRETRAIN, N_FEW, N_SEEDS = 140, 8, 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data", type=Path, default=Path(os.environ.get("STUNET_SHARED", ROOT.parent / "shared")) / "data" / DATA
-    )
-    parser.add_argument("--work", type=Path, help="keep everything here, and go on from what is here")
+    add_data_arguments(parser, DATA)
     parser.add_argument("--width", type=int, default=8)
     parser.add_argument("--pretrain-epochs", type=int, default=40, help="epochs of 20 iterations")
     parser.add_argument("--epochs", type=int, default=10, help="epochs of 10 iterations on the 8 cases")
@@ -49,32 +45,25 @@ def main() -> None:
         print(json.dumps(Benchmark(args.work or Path(temporary), args).measure()))
 
 
-class Benchmark:
+class Benchmark(Experiment):
     """The steps, each skipped where its result is there."""
 
     def __init__(self, root: Path, args: argparse.Namespace) -> None:
-        self.root, self.args = root.resolve(), args
-        folders = {name: str(self.root / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-        for folder in folders.values():
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        scripts = Path(sys.executable).parent
-        self.environment = {
-            **os.environ, **folders, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "nnUNet_n_proc_DA": "1",
-            "nnUNet_def_n_proc": "2",
-        }  # fmt: skip
-        self.results = self.root / "nnUNet_results"
-
-    def run(self, line: str) -> None:
-        run(f'eval "$(stunet env)"; {line}', self.environment)
+        super().__init__(root, args.jobs)
+        self.args = args
 
     def measure(self) -> dict[str, Any]:
         started = time.monotonic()
         self.prepare()
         source = self.pretrain()
-        arms: dict[str, list[Path]] = {"scratch": [self.from_scratch(seed) for seed in range(N_SEEDS)]}
+        calls = {"scratch": [partial(self.from_scratch, seed) for seed in range(N_SEEDS)]}
         for strategy in STRATEGIES:
-            arms[strategy] = [self.fine_tune(strategy, seed, source) for seed in range(N_SEEDS)]
-        arms["full, fresh heads"] = [self.fine_tune("full", seed, source, head="fresh") for seed in range(N_SEEDS)]
+            calls[strategy] = [partial(self.fine_tune, strategy, seed, source) for seed in range(N_SEEDS)]
+        calls["full, fresh heads"] = [
+            partial(self.fine_tune, "full", seed, source, head="fresh") for seed in range(N_SEEDS)
+        ]
+        folds = self.all_of([call for listed in calls.values() for call in listed])
+        arms = {arm: folds[i * N_SEEDS : (i + 1) * N_SEEDS] for i, arm in enumerate(calls)}
         dice = {arm: [final_dice(fold) for fold in folds] for arm, folds in arms.items()}
         first = {arm: [first_epoch_dice(fold) for fold in folds] for arm, folds in arms.items()}
         gains = {arm: [a - b for a, b in zip(scores, dice["scratch"], strict=True)] for arm, scores in dice.items()}
@@ -116,12 +105,12 @@ class Benchmark:
             TARGET: [{"train": names, "val": scored} for names in few],
         }
         for dataset, split in folds.items():
-            path = self.root / "nnUNet_preprocessed" / dataset / "splits_final.json"
+            path = self.preprocessed / dataset / "splits_final.json"
             path.write_text(json.dumps(split))
         (self.root / "prepared").touch()
 
     def copy_cases(self, dataset: str, names: list[str]) -> None:
-        folder = self.root / "nnUNet_raw" / dataset
+        folder = self.raw / dataset
         for part, suffix in (("imagesTr", "_0000"), ("labelsTr", "")):
             (folder / part).mkdir(parents=True, exist_ok=True)
             for name in names:
@@ -176,10 +165,6 @@ def first_epoch_dice(fold: Path) -> float:
     log = max(fold.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime).read_text()
     scores = [float(score) for score in re.findall(r"\d\.\d+(?:e-\d+)?", re.search(r"Pseudo dice (.*)", log)[1])]  # type: ignore[index]
     return round(statistics.mean(scores), 4)
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"mean": round(statistics.mean(values), 4), "sd": round(statistics.stdev(values), 4)}
 
 
 def print_table(dice: dict[str, list[float]], first: dict[str, list[float]], gains: dict[str, list[float]]) -> None:

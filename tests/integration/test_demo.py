@@ -40,5 +40,7 @@ def test_demo_on_data_of_ones_own(tmp_path: Path) -> None:
     out = tmp_path / "out"
     (held_out,) = (out / "predictions").glob("*.nii.gz")
     assert held_out.name in before
-    assert (out / "nnUNet_results" / "Dataset001_Mine" / "STUNetTrainer__STUNetPlans_demo__3d_fullres").is_dir()
+    assert (
+        out / "nnUNet_results" / "Dataset001_Mine" / "STUNetTrainer_pretrain__STUNetPlans_demo__3d_fullres"
+    ).is_dir()
     assert imread(out / "demo.png").shape[1] > 500

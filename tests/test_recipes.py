@@ -1,0 +1,70 @@
+"""Pre-training recipes in plans."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from plans import make_plans
+from stunet.errors import PlansError
+from stunet.network import find_size
+from stunet.planning import PRETRAINING, apply_recipe, list_presets, list_recipes, load_recipe, rewrite_plans
+
+
+def test_the_recipe_is_what_the_published_plans_say() -> None:
+    assert list_recipes() == ["totalsegmentator"]
+    assert "totalsegmentator" not in list_presets()
+    recipe = load_recipe("totalsegmentator")
+    for key in ("spacing", "patch_size", "batch_size", "batch_dice", "strides"):
+        assert recipe.preparation[key] == getattr(PRETRAINING, key)
+    assert [recipe.preparation["normalization_scheme"]] == PRETRAINING.normalization_schemes
+    assert recipe.settings["num_epochs"] == 4000
+
+
+def planned(**more: Any) -> dict[str, Any]:
+    return {
+        **make_plans(), "original_median_spacing_after_transp": [3.0, 0.75, 1.5],
+        "original_median_shape_after_transp": [100, 200, 300], "transpose_forward": [2, 0, 1],
+        "transpose_backward": [1, 2, 0], **more,
+    }  # fmt: skip
+
+
+def test_images_are_prepared_as_published_whatever_nnunet_planned() -> None:
+    before = planned()
+    plans = apply_recipe(before, load_recipe("totalsegmentator"))
+    assert before == planned()
+    assert (plans["transpose_forward"], plans["transpose_backward"]) == ([0, 1, 2], [0, 1, 2])
+    # the axes in the images' own order, and the median image at 1.5 mm
+    assert plans["original_median_spacing_after_transp"] == [0.75, 1.5, 3.0]
+    configuration = plans["configurations"]["3d_fullres"]
+    assert configuration["median_image_size_in_voxels"] == [100.0, 300.0, 200.0]
+    assert list(plans["configurations"]) == ["3d_fullres"]
+    rewritten = rewrite_plans(plans, size=find_size("base"), plans_name="STUNetPlans_base_totalsegmentator")
+    manager = PlansManager(rewritten).get_configuration("3d_fullres")
+    assert manager.patch_size == [128, 128, 128]
+    assert list(manager.spacing) == [1.5, 1.5, 1.5]
+    assert manager.batch_size == 2
+    assert manager.normalization_schemes == ["ZScoreNormalization"]
+    assert manager.pool_op_kernel_sizes == [[1, 1, 1], *[[2, 2, 2]] * 4, [1, 1, 2]]
+    # data of its own, which all sizes share
+    assert manager.data_identifier == "STUNetPlans_totalsegmentator_3d_fullres"
+
+
+def test_every_channel_is_normalized() -> None:
+    statistics = make_plans()["foreground_intensity_properties_per_channel"]["0"]
+    plans = apply_recipe(
+        planned(foreground_intensity_properties_per_channel={"0": statistics, "1": statistics}),
+        load_recipe("totalsegmentator"),
+    )
+    configuration = plans["configurations"]["3d_fullres"]
+    assert configuration["normalization_schemes"] == ["ZScoreNormalization"] * 2
+    assert configuration["use_mask_for_norm"] == [False, False]
+
+
+def test_unknown_recipe() -> None:
+    with pytest.raises(PlansError, match="one of totalsegmentator"):
+        load_recipe("totalsegmentater")
+    with pytest.raises(PlansError, match="one of totalsegmentator"):
+        load_recipe("../small")

@@ -1,0 +1,68 @@
+"""Every strategy over two processes (gloo) against one process with both processes' images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch import multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+from weights import STRIDES, TINY
+
+from stunet.network import build_stunet
+from stunet.planning import STRATEGIES, Strategy
+from stunet.training import GroupSchedule, freeze_others, parameter_groups
+
+EPOCHS = 6
+SIZE = (32, 32, 64)
+
+
+def train(strategy: Strategy, images: list[Tensor], *, ddp: bool) -> dict[str, Tensor]:
+    """One step an epoch, in the order of nnU-Net's trainer: groups and optimizer first, then the wrapper."""
+    torch.manual_seed(0)
+    network = build_stunet(TINY, 1, 3, STRIDES, deep_supervision=True)
+    groups = parameter_groups(network, strategy, num_epochs=EPOCHS, warmup_epochs=2)
+    freeze_others(network, groups)
+    optimizer = torch.optim.SGD([{"params": list(g.parameters)} for g in groups], 0.01, momentum=0.99, nesterov=True)
+    schedule = GroupSchedule(optimizer, groups, 0.01)
+    wrapped: nn.Module = DistributedDataParallel(network) if ddp else network
+    for epoch, image in enumerate(images):
+        schedule.step(epoch)
+        optimizer.zero_grad(set_to_none=True)
+        sum(logits.square().mean() for logits in wrapped(image)).backward()
+        optimizer.step()
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def make_images() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(2, 1, *SIZE, generator=generator) for _ in range(EPOCHS)]
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    images = [image[rank : rank + 1] for image in make_images()]
+    torch.save({s: train(s, images, ddp=True) for s in STRATEGIES}, f"{folder}/rank_{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, args=(str(folder),), nprocs=2)
+    return [torch.load(Path(folder) / f"rank_{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_train_as_one(ranks: list[dict[str, dict[str, Tensor]]], strategy: Strategy) -> None:
+    first, second = (results[strategy] for results in ranks)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    alone = train(strategy, make_images(), ddp=False)
+    for name, value in alone.items():
+        # Biases before a norm have no effect, and a gradient that is rounding alone.
+        if not name.endswith((".conv1.bias", ".conv2.bias")):
+            assert (first[name] - value).abs().max() <= 1e-4 * value.abs().max().clamp_min(0.1)
