@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stunet.cli.console import ListOptionsCommand
+from stunet.cli.import_steps import PREPROCESSED, new_dataset, print_failures, print_line, print_stale, shorten
+from stunet.cli.unions import union
+
 if TYPE_CHECKING:
     from stunet.datasets import ImportReport, TotalSegmentatorSource
     from stunet.datasets.mask_import import OnCase
@@ -19,9 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(help="Turn other layouts into nnU-Net raw datasets.", no_args_is_help=True)
+app.command("union", cls=ListOptionsCommand)(union)
 
 _MOST_OVERLAPS = 8
-_PREPROCESSED = "nnUNet_preprocessed"
 
 
 class Images(str, Enum):
@@ -83,13 +87,13 @@ def totalsegmentator(
     from stunet.cli.console import stdout
     from stunet.datasets import KNOWN_BAD_CASES, choose_structures, import_cases, read_totalsegmentator
 
-    folder = _new_dataset(dataset_id, name)
+    folder = new_dataset(dataset_id, name)
     found = read_totalsegmentator(source)
     told, chosen = choose_structures(
         found, task=task, version=version, label_order=label_order, structures=_split(structures), groups=_split(group)
     )
     excluded = _excluded(_split(exclude) if exclude is not None else None, KNOWN_BAD_CASES.get(told, ()), found)
-    _print(f"{len(found.cases)} cases, {len(chosen)} structures" + (f" of version {told}" if told else ""))
+    print_line(f"{len(found.cases)} cases, {len(chosen)} structures" + (f" of version {told}" if told else ""))
     details = {"task": task if task == "total" else Path(task).name, "version": told}
     n_cases = sum(case.name not in excluded for case in found.cases.values())
     started = time.monotonic()
@@ -101,7 +105,7 @@ def totalsegmentator(
             details=details,
             excluded=excluded,
             link_images=images is Images.link,
-            preprocessed=os.environ.get(_PREPROCESSED) or None,
+            preprocessed=os.environ.get(PREPROCESSED) or None,
             allow_unannotated=allow_unannotated,
             num_processes=num_processes,
             on_case=on_case,
@@ -111,14 +115,6 @@ def totalsegmentator(
     stdout.print(f"Next: stunet labels check -d {dataset_id}", highlight=False)
     if report.failed:
         raise typer.Exit(2)
-
-
-def _new_dataset(dataset_id: int, name: str) -> Path:
-    from stunet.datasets import dataset_folder
-    from stunet.planning import nnunet_folder
-
-    others = [Path(v) for v in map(os.environ.get, (_PREPROCESSED, "nnUNet_results")) if v]
-    return dataset_folder(dataset_id, name, raw=nnunet_folder("nnUNet_raw"), others=others)
 
 
 def _split(values: list[str] | None) -> list[str]:
@@ -173,12 +169,10 @@ def _progress(n_cases: int) -> Iterator[tuple[OnCase, list[int]]]:
 def _report(
     report: ImportReport, source: TotalSegmentatorSource, excluded: set[str], n_masks: int, seconds: float
 ) -> None:
-    from stunet.cli.console import print_error
-
     n_train, n_val, n_test = (list(report.splits.values()).count(split) for split in ("train", "val", "test"))
-    _print(f"Wrote {report.folder}: {n_train} cases to train, {n_val} to validate, {n_test} to test")
+    print_line(f"Wrote {report.folder}: {n_train} cases to train, {n_val} to validate, {n_test} to test")
     rate = f", {n_masks / seconds:.0f} masks/s" if n_masks else ""
-    _print(f"{n_masks} masks decoded in {seconds:.1f} s{rate}; {report.reused} cases were finished before")
+    print_line(f"{n_masks} masks decoded in {seconds:.1f} s{rate}; {report.reused} cases were finished before")
     for names, what in (
         (sorted(excluded & set(source.cases)), "excluded"),
         (report.left_out, "left out, as they annotate none of these structures"),
@@ -187,19 +181,12 @@ def _report(
         (list(source.unlisted), "not in meta.csv, taken for training"),
     ):
         if names:
-            _print(f"{len(names)} {'case' if len(names) == 1 else 'cases'} {what}: {_shorten(names)}")
+            print_line(f"{len(names)} {'case' if len(names) == 1 else 'cases'} {what}: {shorten(names)}")
     if not report.has_folds:
-        _print("No official split: nnU-Net makes five folds of its own.")
+        print_line("No official split: nnU-Net makes five folds of its own.")
     _print_overlaps(report)
-    for path in report.stale:
-        _print(
-            f"Left alone, as it differs: {path}. Preprocess again, then: stunet labels carry -d {report.folder.name}"
-        )
-    for case, error in report.failed.items():
-        _print(f"case {case}:", error=True)
-        print_error(error)
-    if report.failed:
-        _print(f"{len(report.failed)} cases could not be imported; the dataset is complete without them.", error=True)
+    print_stale(report.stale, report.folder.name)
+    print_failures(report.failed)
 
 
 def _print_overlaps(report: ImportReport) -> None:
@@ -213,14 +200,6 @@ def _print_overlaps(report: ImportReport) -> None:
     for (loser, winner), n in list(report.overlaps.items())[:_MOST_OVERLAPS]:
         table.add_row(loser, winner, str(n))
     stdout.print(table)
-    _print(f"{sum(report.overlaps.values())} voxels in {len(report.overlaps)} pairs; all of them in import_report.json")
-
-
-def _shorten(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
-
-
-def _print(line: str, *, error: bool = False) -> None:
-    from stunet.cli.console import stderr, stdout
-
-    (stderr if error else stdout).print(line, soft_wrap=True, highlight=False, markup=False)
+    print_line(
+        f"{sum(report.overlaps.values())} voxels in {len(report.overlaps)} pairs; all of them in import_report.json"
+    )

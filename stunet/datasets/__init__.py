@@ -26,6 +26,8 @@ from stunet.datasets.totalsegmentator import (
     choose_structures,
     read_totalsegmentator,
 )
+from stunet.datasets.union_import import UnionReport, import_union
+from stunet.datasets.union_sources import UnionSource, check_sources, merge_sources, read_union_source, sampling_weights
 
 __all__ = [
     "KNOWN_BAD_CASES",
@@ -37,20 +39,27 @@ __all__ = [
     "RawDataset",
     "SourceCase",
     "TotalSegmentatorSource",
+    "UnionReport",
+    "UnionSource",
     "carry_side_files",
     "case_names",
     "check_hold_out",
+    "check_sources",
     "choose_structures",
     "dataset_folder",
     "exclusive_labels",
     "has_annotations",
     "hold_out",
     "import_cases",
+    "import_union",
     "make_phantom",
+    "merge_sources",
     "read_annotations",
     "read_image",
     "read_raw_dataset",
     "read_totalsegmentator",
+    "read_union_source",
+    "sampling_weights",
     "write_phantom_dataset",
     "write_phantom_masks",
 ]

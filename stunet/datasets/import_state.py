@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from stunet.errors import CommandError, DatasetError, UsageError
 from stunet.files import remove_leftovers, write_json
 
-__all__ = ["ENDING", "REPORT_NAME", "ImportState", "claim_folder", "dataset_folder"]
+__all__ = ["ENDING", "REPORT_NAME", "ImportState", "claim_folder", "dataset_folder", "explaining_full_disks"]
 
 REPORT_NAME = "import_report.json"
 """Name of the file that says what an import has found; beside ``dataset.json``."""
@@ -35,9 +35,17 @@ class ImportState:
 
     Attributes:
         folder: The dataset's folder.
+        ending: File ending of images and label maps.
     """
 
     folder: Path
+    ending: str = ENDING
+
+    def label(self, case: str) -> Path:
+        """Where the label map of a training case belongs; the folder is made."""
+        labels = self.folder / "labelsTr"
+        labels.mkdir(exist_ok=True)
+        return labels / f"{case}{self.ending}"
 
     def files(self, case: str, split: str) -> tuple[Path, Path]:
         """Where a case's image and label map belong; their folders are made."""
@@ -45,7 +53,7 @@ class ImportState:
         images, labels = self.folder / f"images{part}", self.folder / f"labels{part}"
         images.mkdir(exist_ok=True)
         labels.mkdir(exist_ok=True)
-        return images / f"{case}_0000{ENDING}", labels / f"{case}{ENDING}"
+        return images / f"{case}_0000{self.ending}", labels / f"{case}{self.ending}"
 
     def record(self, case: str) -> Path:
         """Where a case's record is."""
@@ -68,7 +76,7 @@ class ImportState:
         began = set(self.started())
         for part in ("Tr", "Ts"):
             mine = {name for name, split in splits.items() if (split == "test") == (part == "Ts")}
-            for kind, ending in (("images", f"_0000{ENDING}"), ("labels", ENDING)):
+            for kind, ending in (("images", f"_0000{self.ending}"), ("labels", self.ending)):
                 sub = self.folder / f"{kind}{part}"
                 for path in sorted(sub.iterdir()) if sub.is_dir() else ():
                     case = path.name.removesuffix(ending)
@@ -125,7 +133,7 @@ def dataset_folder(dataset_id: int, name: str, *, raw: Path, others: Collection[
 
 
 @contextmanager
-def claim_folder(folder: Path, settings: Mapping[str, Any]) -> Iterator[ImportState]:
+def claim_folder(folder: Path, settings: Mapping[str, Any], *, ending: str = ENDING) -> Iterator[ImportState]:
     """Make a folder ours for one import, new or continued, for the length of the block.
 
     ``dataset.json`` is removed at the start, since cases may change; the block writes it as its last act. What is kept
@@ -155,12 +163,30 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> Iterator[ImportSt
             _restore_records(folder, ImportState(folder))
             write_json(settings, state / _SETTINGS)
         (folder / "dataset.json").unlink(missing_ok=True)
-        yield ImportState(folder)
+        yield ImportState(folder, ending)
         # First, so that a kill from here on makes the next run take all records from the report.
         (state / _SETTINGS).unlink()
     finally:
         lock.release()
     shutil.rmtree(state)
+
+
+@contextmanager
+def explaining_full_disks() -> Iterator[None]:
+    """Turn failures to write into an error of ours.
+
+    Raises:
+        DatasetError: No room or no permission.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DatasetError(
+            "the dataset could not be written",
+            got=error,
+            expected="room and permission to write",
+            remedy="Mend that and run the same command again: it continues.",
+        ) from error
 
 
 def _check_ours(folder: Path, settings: Mapping[str, Any]) -> None:

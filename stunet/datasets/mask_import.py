@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stunet.datasets.import_state import ENDING, REPORT_NAME, ImportState, claim_folder
-from stunet.datasets.side_files import SPLITS_NAME, carry_side_files
+from stunet.datasets.import_state import ENDING, REPORT_NAME, ImportState, claim_folder, explaining_full_disks
+from stunet.datasets.side_files import SPLITS_NAME, carry_new_files
 from stunet.datasets.totalsegmentator import SourceCase
 from stunet.errors import DatasetError, STUNetError
-from stunet.files import remove_leftovers, write_json
+from stunet.files import write_json
 from stunet.labels import MANIFEST_NAME, group_cases, write_manifest
 from stunet.labels.mask_cases import MaskCase, finished_record, import_case
 from stunet.processes import run_jobs
@@ -114,17 +114,8 @@ def import_cases(
             "cases": records,
         }
         has_folds = _write_dataset(folder, records, structures, report)
-        stale = _carry(folder, preprocessed)
+        stale = carry_new_files(folder, preprocessed)
     return ImportReport(folder, splits, reused, left_out, failed, kept, overlaps, has_folds, stale)
-
-
-def _carry(folder: Path, preprocessed: str | os.PathLike[str] | None) -> list[Path]:
-    if preprocessed is None:
-        return []
-    target = Path(preprocessed) / folder.name
-    for name in (MANIFEST_NAME, SPLITS_NAME):
-        remove_leftovers(target, name)
-    return carry_side_files(folder, target)
 
 
 def _import_all(
@@ -152,7 +143,7 @@ def _import_all(
         record = state.record(name)
         jobs.append(MaskCase(name, case.split, case.ct, masks, len(structures), image, label, record, link))
     records, reused = {}, 0
-    try:
+    with explaining_full_disks():
         for job, result in run_jobs(import_case, jobs, num_processes=num_processes):
             if isinstance(result, STUNetError):
                 failed[job.name] = result
@@ -161,13 +152,6 @@ def _import_all(
             records[job.name] = result.record
             reused += result.reused
             on_case(job.name, len(job.masks), result.reused)
-    except OSError as error:
-        raise DatasetError(
-            "the dataset could not be written",
-            got=error,
-            expected="room and permission to write",
-            remedy="Mend that and run the same command again: it continues.",
-        ) from error
     return dict(sorted(records.items())), dict(sorted(failed.items())), reused
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from stunet.errors import DatasetError
-from stunet.files import atomic_path
+from stunet.files import atomic_path, remove_leftovers
 from stunet.labels import MANIFEST_NAME, AnnotationManifest, read_manifest
 
-__all__ = ["SPLITS_NAME", "carry_side_files", "has_annotations", "read_annotations"]
+__all__ = ["SPLITS_NAME", "carry_new_files", "carry_side_files", "has_annotations", "read_annotations"]
 
 SPLITS_NAME = "splits_final.json"
 """Name of nnU-Net's file with the folds, which it reads from the preprocessed folder alone."""
@@ -49,6 +49,24 @@ def carry_side_files(
             with atomic_path(target) as temporary:
                 temporary.write_bytes(content)
     return left
+
+
+def carry_new_files(folder: Path, preprocessed: str | os.PathLike[str] | None) -> list[Path]:
+    """Carry what an import has just written, and tidy up after one that was killed.
+
+    Args:
+        folder: The dataset's folder in ``nnUNet_raw``.
+        preprocessed: ``nnUNet_preprocessed``; None where it is not known.
+
+    Returns:
+        The files that differ and were left alone.
+    """
+    if preprocessed is None:
+        return []
+    target = Path(preprocessed) / folder.name
+    for name in (MANIFEST_NAME, SPLITS_NAME):
+        remove_leftovers(target, name)
+    return carry_side_files(folder, target)
 
 
 def has_annotations(dataset_name: str) -> bool:

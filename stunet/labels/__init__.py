@@ -14,6 +14,8 @@ from stunet.labels.manifest import (
 )
 from stunet.labels.manifest_format import manifest_schema
 from stunet.labels.outputs import Outputs, outputs_of
+from stunet.labels.union_mapping import UnionMapping, dump_mapping, read_mapping
+from stunet.labels.unions import LabelUnion, merge_labels
 from stunet.labels.vocabularies import (
     Vocabulary,
     list_vocabularies,
@@ -26,23 +28,28 @@ __all__ = [
     "MANIFEST_NAME",
     "AnnotationManifest",
     "Coverage",
+    "LabelUnion",
     "MergedMasks",
     "Outputs",
     "StructureCoverage",
+    "UnionMapping",
     "Vocabulary",
     "bind_manifest",
     "canonical_name",
     "count_labels",
+    "dump_mapping",
     "group_cases",
     "list_vocabularies",
     "load_vocabulary",
     "manifest_schema",
     "match_names",
     "measure_coverage",
+    "merge_labels",
     "merge_masks",
     "outputs_of",
     "read_label_file",
     "read_manifest",
+    "read_mapping",
     "structures_of",
     "vocabulary_for",
     "write_manifest",

@@ -16,9 +16,9 @@ import numpy.typing as npt
 from stunet.errors import DatasetError
 from stunet.labels.nifti import VolumeReader, check_same_grid, open_volume
 
-__all__ = ["MergedMasks", "count_labels", "merge_masks"]
+__all__ = ["NIFTI_ENDINGS", "MergedMasks", "array_of", "count_labels", "count_values", "merge_masks", "read_other"]
 
-_NIFTI_ENDINGS = (".nii.gz", ".nii")
+NIFTI_ENDINGS = (".nii.gz", ".nii")
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,17 @@ def count_labels(path: str | os.PathLike[str]) -> dict[int, int]:
     """
     path = Path(path)
     counts: Counter[int] = Counter()
-    if not path.name.endswith(_NIFTI_ENDINGS):
-        _add_counts(_read_other(path), path, counts)
+    if not path.name.endswith(NIFTI_ENDINGS):
+        count_values(array_of(read_other(path)), path, counts)
         return dict(sorted(counts.items()))
     with open_volume(path) as volume:
         for _, chunk in volume.chunks():
-            _add_counts(chunk, path, counts)
+            count_values(chunk, path, counts)
     return dict(sorted(counts.items()))
 
 
-def _add_counts(values: npt.NDArray[Any], path: Path, counts: Counter[int]) -> None:
+def count_values(values: npt.NDArray[Any], path: Path, counts: Counter[int]) -> npt.NDArray[Any]:
+    """Count values, and return them as uint8 or uint16."""
     whole = values
     if values.dtype not in (np.uint8, np.uint16):
         with np.errstate(invalid="ignore"):
@@ -126,13 +127,19 @@ def _add_counts(values: npt.NDArray[Any], path: Path, counts: Counter[int]) -> N
     found = np.bincount(whole.ravel())
     for value in np.flatnonzero(found).tolist():
         counts[value] += int(found[value])
+    return whole
 
 
-def _read_other(path: Path) -> npt.NDArray[Any]:
+def read_other(path: Path) -> Any:
+    """A label map of another format than NIfTI, as SimpleITK's image.
+
+    Raises:
+        DatasetError: SimpleITK cannot read it.
+    """
     import SimpleITK as sitk
 
     try:
-        return np.asarray(sitk.GetArrayFromImage(sitk.ReadImage(str(path))))
+        return sitk.ReadImage(str(path))
     except RuntimeError as error:
         raise DatasetError(
             "an unreadable label map",
@@ -140,3 +147,10 @@ def _read_other(path: Path) -> npt.NDArray[Any]:
             expected="an image file that SimpleITK reads",
             remedy="Write it again.",
         ) from error
+
+
+def array_of(image: Any) -> npt.NDArray[Any]:
+    """The voxels of SimpleITK's image, of shape ``(Z, Y, X)`` or ``(Y, X)``."""
+    import SimpleITK as sitk
+
+    return np.asarray(sitk.GetArrayFromImage(image))

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from stunet.errors import DatasetError
-from stunet.files import atomic_path, write_json
+from stunet.files import atomic_path, file_sha256, write_json
 from stunet.labels.label_maps import merge_masks
 from stunet.labels.nifti import open_volume, write_volume
 
-__all__ = ["ImportedCase", "MaskCase", "finished_record", "import_case"]
+__all__ = ["ImportedCase", "MaskCase", "fingerprint", "finished_record", "import_case"]
 
 _TRAILER_BYTES = 8  # a gzip file ends with checksum and length of its content
 
@@ -72,7 +72,7 @@ def import_case(case: MaskCase) -> ImportedCase:
     Raises:
         DatasetError: A file that cannot be read, or a mask that does not fit the image.
     """
-    source = _fingerprint([case.ct, *(path for _, _, path in case.masks)], [str(mask[:2]) for mask in case.masks])
+    source = fingerprint([case.ct, *(path for _, _, path in case.masks)], [str(mask[:2]) for mask in case.masks])
     record = finished_record(case.record, case.image, case.label)
     if record is not None and record["source"] == source and record["split"] == case.split:
         return ImportedCase(True, record)
@@ -92,7 +92,7 @@ def import_case(case: MaskCase) -> ImportedCase:
     record = {
         "split": case.split,
         "source": source,
-        "output": _fingerprint([case.image, case.label]),
+        "output": fingerprint([case.image, case.label]),
         "voxels": {names[value]: n for value, n in merged.voxels.items()},
         "overlaps": overlaps,
     }
@@ -100,20 +100,27 @@ def import_case(case: MaskCase) -> ImportedCase:
     return ImportedCase(False, record)
 
 
-def finished_record(record: Path, image: Path, label: Path) -> dict[str, Any] | None:
-    """The record of a case that an earlier run has finished, where image and label map are as they were then."""
+def finished_record(record: Path, *outputs: Path) -> dict[str, Any] | None:
+    """The record of a case that an earlier run has finished, where the files that it wrote are as they were then."""
     try:
         content = dict(json.loads(record.read_text(encoding="utf-8")))
-        return content if content["output"] == _fingerprint([image, label]) else None
+        return content if content["output"] == fingerprint(list(outputs)) else None
     except (OSError, ValueError, KeyError, TypeError, DatasetError):
         return None
 
 
-def _fingerprint(paths: list[Path], details: list[str] | None = None) -> str:
-    """A digest of files by size and gzip trailer: as good as a checksum of all bytes, and a small part of its time."""
+def fingerprint(paths: list[Path], details: list[str] | None = None) -> str:
+    """A digest of files: gzip files by size and trailer, which takes a small part of the time of reading all bytes.
+
+    Raises:
+        DatasetError: A file that cannot be read.
+    """
     digest = hashlib.sha256(json.dumps(details).encode())
     for path in paths:
         try:
+            if path.suffix != ".gz":  # no checksum at its end
+                digest.update(file_sha256(path).encode())
+                continue
             # Python's file objects would take several times as long, and there are a hundred masks in a case.
             descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             try:

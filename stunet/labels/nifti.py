@@ -7,7 +7,7 @@ import math
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -204,13 +204,16 @@ def _refuse_grid(
     )
 
 
-def write_volume(labels: npt.NDArray[Any], reference: VolumeReader, path: str | os.PathLike[str]) -> None:
+def write_volume(
+    labels: npt.NDArray[Any], reference: VolumeReader, path: str | os.PathLike[str], *, compress: bool = True
+) -> None:
     """Write a label map on the grid of another volume. Equal labels and grids give equal bytes.
 
     Args:
         labels: Whole numbers in the file's order, first axis fastest, of shape ``(X * Y * Z,)``.
         reference: The volume whose shape, spacing, position and orientation it has.
         path: A file whose name need not end in ``.nii.gz``.
+        compress: Whether the content is that of a ``.nii.gz`` file, else that of a ``.nii`` file.
     """
     source = reference.header
     header = type(source)(endianness="<")
@@ -221,10 +224,11 @@ def write_volume(labels: npt.NDArray[Any], reference: VolumeReader, path: str | 
         header[name] = source[name]
     header["scl_slope"], header["scl_inter"] = 1, 0
     header["vox_offset"] = len(header.binaryblock) + 4
-    with (
-        Path(path).open("wb") as raw,
-        gzip.GzipFile(filename="", mode="wb", compresslevel=_COMPRESSION_LEVEL, fileobj=raw, mtime=0) as file,
-    ):
+    with ExitStack() as stack:
+        file: Any = stack.enter_context(Path(path).open("wb"))
+        if compress:
+            packed = gzip.GzipFile(filename="", mode="wb", compresslevel=_COMPRESSION_LEVEL, fileobj=file, mtime=0)
+            file = stack.enter_context(packed)
         file.write(header.binaryblock + bytes(4))  # four bytes: no extension follows
         little_endian = labels.dtype.newbyteorder("<")
         for start in range(0, labels.size, CHUNK_VOXELS):

@@ -1,0 +1,161 @@
+"""``stunet import union`` as it is typed, and what nnU-Net makes of a union."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from commands import Shell
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from raw_datasets import voxels, write_raw
+
+from stunet.cli.main import main
+from stunet.datasets import write_phantom_dataset
+
+SIDED, WHOLE, UNION = "Dataset101_Sided", "Dataset004_Whole", "Dataset700_Union"
+#: As write_phantom_dataset has them.
+PHANTOM = {"liver": 1, "spleen": 2, "kidneys": 3, "spine": 4, "aorta": 5}
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    return Shell.make(tmp_path)
+
+
+@pytest.fixture
+def phantoms(shell: Shell) -> Path:
+    """Sided: liver and each kidney, four cases. Whole: kidneys, spleen and aorta, three other cases."""
+    raw = shell.root / "nnUNet_raw"
+    for name, n, seed in ((SIDED, 4, 1), (WHOLE, 3, 2)):
+        write_phantom_dataset(raw / name, n_training=n, n_test=0, seed=seed)
+    for path in (raw / SIDED / "labelsTr").iterdir():
+        image = nib.load(path)
+        old = np.asarray(image.dataobj)
+        right = np.arange(old.shape[0])[:, None, None] < old.shape[0] / 2  # of the patient
+        new = np.select([old == 1, (old == 3) & ~right, (old == 3) & right], [1, 2, 3], 0)
+        nib.save(nib.Nifti1Image(new.astype(np.uint8), image.affine, image.header), path)
+    for path in (raw / WHOLE / "labelsTr").iterdir():
+        image = nib.load(path)
+        new = np.array([0, 0, 2, 1, 0, 3], np.uint8)[np.asarray(image.dataobj)]
+        nib.save(nib.Nifti1Image(new, image.affine, image.header), path)
+    for name, labels in ((SIDED, ["Liver", "left kidney", "kidney_r"]), (WHOLE, ["kidneys", "spleen", "aorta"])):
+        content = json.loads((raw / name / "dataset.json").read_text())
+        content["labels"] = {label: value for value, label in enumerate(["background", *labels])}
+        (raw / name / "dataset.json").write_text(json.dumps(content))
+    return raw
+
+
+def test_nnunet_checks_and_preprocesses_a_union(shell: Shell, phantoms: Path) -> None:
+    before = {path: path.read_bytes() for path in phantoms.rglob("*") if path.is_file()}
+    preview = shell.run(
+        "stunet import union -d 700 --from 101 4 --dry-run 2> /dev/null > mapping.yaml; cat mapping.yaml"
+    )
+    assert "kidneys: kidney\n" in preview
+    assert not (phantoms / UNION).exists()
+    output = shell.run("stunet import union -d 700 --from 101 4 --mapping mapping.yaml --weights 4=0.25 -np 1")
+    assert "7 cases; 0 were finished before" in output
+    dataset = json.loads((phantoms / UNION / "dataset.json").read_text())
+    labels = {name: i for i, name in enumerate(
+        ["background", "liver", "kidney_left", "kidney_right", "spleen", "aorta", "kidney"])}  # fmt: skip
+    assert dataset["labels"] == labels
+    check = shell.run("stunet labels check -d 700 --json -np 1")
+    found = json.loads(check[check.index("{") : check.rindex("}") + 1])
+    annotated = {"D101": {"liver", "kidney_left", "kidney_right"}, "D004": {"kidney", "spleen", "aorta"}}
+    assert len(found["cases"]) == 7
+    for case, content in found["cases"].items():
+        assert set(content["annotated"]) == annotated[case[:4]]
+        source = phantoms / (SIDED if case.startswith("D101") else WHOLE) / "labelsTr" / f"{case[5:]}.nii.gz"
+        values = [1, 2, 3] if case.startswith("D101") else [6, 4, 5]
+        names = {value: name for name, value in labels.items()}
+        counts = np.bincount(voxels(source).ravel(), minlength=4)[1:]
+        assert content["voxels"] == {names[v]: int(n) for v, n in zip(values, counts, strict=True) if n}
+    rows = {row["name"]: row["annotated"] for row in found["structures"]}
+    assert rows == {"liver": 4, "kidney_left": 4, "kidney_right": 4, "spleen": 3, "aorta": 3, "kidney": 3}
+    assert (found["never_annotated"], found["occurs_without_annotation"]) == ([], {})
+
+    shell.run("nnUNetv2_plan_and_preprocess -d 700 --verify_dataset_integrity -c 3d_fullres -npfp 1 -np 1")
+    preprocessed = shell.root / "nnUNet_preprocessed" / UNION
+    manifest = (phantoms / UNION / "annotated_labels.json").read_bytes()
+    assert (preprocessed / "annotated_labels.json").read_bytes() == manifest
+    assert json.loads(manifest)["weights"] == {
+        case: 0.5 if case.startswith("D101") else 0.25 for case in found["cases"]
+    }
+    cases = {path.stem.removesuffix("_seg") for path in (preprocessed / "nnUNetPlans_3d_fullres").glob("*_seg.b2nd")}
+    assert cases == set(found["cases"])
+    for case in cases:
+        segmentation, _ = SimpleITKIO().read_seg(str(preprocessed / "gt_segmentations" / f"{case}.nii.gz"))
+        assert set(np.unique(segmentation)) <= {0, *(labels[name] for name in annotated[case[:4]])}
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_killed_with_all_its_processes_and_continued(shell: Shell, tmp_path: Path) -> None:
+    raw = tmp_path / "nnUNet_raw"
+    write_raw(raw / SIDED, {"background": 0, "liver": 1}, [f"s{i:02d}" for i in range(60)])
+    write_raw(raw / WHOLE, {"background": 0, "spleen": 1}, ["w"])
+    line = "stunet import union --from 101 4"
+    shell.run(f"{line} -d 701 --name Whole -np 1")
+    union, n_labels = raw / UNION, 0
+
+    def wrote_some(log: str) -> bool:
+        return len(list((union / "labelsTr").glob("*.nii.gz"))) >= n_labels
+
+    for n_labels in (1, 20):  # noqa: B007 - read by wrote_some
+        shell.run_and_kill(f"{line} -d 700 -np 2", wrote_some)
+        assert not (union / "dataset.json").exists()
+    assert " 0 were finished before" not in shell.run(f"{line} -d 700 -np 2")
+    assert digests(union) == digests(raw / "Dataset701_Whole")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_errors(
+    nnunet_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = nnunet_folders["nnUNet_raw"]
+    write_raw(raw / SIDED, {"background": 0, "liver": 1, "kidney_left": 2}, ["a", "b"])
+    write_raw(raw / WHOLE, {"background": 0, "spleen": 1}, ["c"])
+    write_raw(raw / "Dataset005_Kidney", {"background": 0, "kidney": 1}, ["c"])
+    (tmp_path / "m.yaml").write_text("superclasses: {liver: [spleen]}")
+
+    def stunet(line: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["stunet", *line.split()])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        printed = capsys.readouterr()
+        return int(caught.value.code or 0), printed.out + printed.err
+
+    before = digests(raw)
+    for line, expected in (
+        ("-d 700 --from 101 9", "9"),
+        ("-d 700 --from 101 4 101", "Dataset101_Sided twice"),
+        ("-d 700 --from 101 Dataset101_Sided", "Dataset101_Sided twice"),
+        ("-d 700 --from 101", "two or more"),
+        ("-d 101 --from 101 4", "a dataset id that is taken"),
+        ("-d 4 --name Whole --from 101 4", "a dataset that is there already"),
+        ("-d 700 --from 101 5", "kidney (Dataset005_Kidney) contains kidney_left (Dataset101_Sided)"),
+        (f"-d 700 --from 101 4 --mapping {tmp_path}/m.yaml", "liver has 1 members"),
+        (f"-d 700 --from 101 4 --mapping {tmp_path}/n.yaml", "No such file"),
+        ("-d 700 --from 101 4 --weights 7=1", "an impossible sampling weight"),
+        ("-d 700 --from 101 4 --weights 101=0", "an impossible sampling weight"),
+        ("-d 700 --from 101 4 --weights 101=1 101=2", "an impossible sampling weight"),
+    ):
+        status, output = stunet(f"import union -np 1 {line}")
+        assert (status, "Traceback" in output) == (2, False), output
+        assert expected in " ".join(output.split()), output
+    assert digests(raw) == before
+    (raw / SIDED / "labelsTr" / "b.nii.gz").write_bytes(b"broken")
+    status, output = stunet("import union -np 1 -d 700 --from 101 4")
+    assert (status, "Traceback" in output) == (2, False)
+    assert "labelsTr/b.nii.gz" in output
+    assert "1 cases could not be imported; the dataset is complete without them." in output
+    assert list(json.loads((raw / UNION / "dataset.json").read_text())["dataset"]) == ["D004_c", "D101_a"]
+    assert stunet("labels check -d 700 -np 1")[0] == 0

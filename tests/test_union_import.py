@@ -1,0 +1,470 @@
+"""Making unions of datasets: against a plain remapping, and with all that can be wrong with the sources."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from raw_datasets import AFFINE, SHAPE, voxels, write_raw
+
+from stunet.datasets import UnionReport, UnionSource, check_sources, import_union, merge_sources, read_union_source
+from stunet.errors import DatasetError, LabelError, UsageError
+from stunet.labels import UnionMapping, read_manifest
+
+A_LABELS = {"background": 0, "liver": 1, "Left Kidney": 2, "right kidney": 3}
+B_LABELS = {"background": 0, "kidneys": 1, "Spleen": 2, "liver tumour": 3}
+NAMES = ("Dataset007_A", "Dataset123_B")
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    write_raw(tmp_path / NAMES[0], A_LABELS, [f"a{i}" for i in range(4)])
+    write_raw(tmp_path / NAMES[1], B_LABELS, ["x"])
+    return tmp_path
+
+
+def run(
+    raw: Path,
+    folder: str = "Dataset700_U",
+    mapping: UnionMapping | None = None,
+    sources: Sequence[UnionSource] = (),
+    **options: Any,
+) -> UnionReport:
+    sources = sources or [read_union_source(raw / name) for name in NAMES]
+    return import_union(sources, merge_sources(sources, mapping), raw / folder, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def dataset_json(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "dataset.json").read_text()))
+
+
+def annotated(folder: Path) -> dict[str, list[str]]:
+    dataset = dataset_json(folder)
+    manifest = read_manifest(
+        folder / "annotated_labels.json", labels=dataset["labels"], cases=dataset["dataset"]
+    )  # fmt: skip
+    names = {value: name for name, value in manifest.structures.items()}
+    return {case: [names[value] for value in manifest.annotated(case)] for case in sorted(dataset["dataset"])}
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_label_maps_manifest_and_references(raw: Path, num_processes: int) -> None:
+    before = contents(raw)
+    report = run(raw, num_processes=num_processes)
+    union = raw / "Dataset700_U"
+    labels = ["background", "liver", "kidney_left", "kidney_right", "spleen", "liver tumour", "kidney"]
+    cases = [f"D007_a{i}" for i in range(4)] + ["D123_x"]
+    assert dataset_json(union) == {
+        "channel_names": {"0": "CT"},
+        "labels": {name: value for value, name in enumerate(labels)},
+        "numTraining": 5,
+        "file_ending": ".nii.gz",
+        "dataset": {
+            name: {
+                "images": [f"../{NAMES[name == 'D123_x']}/imagesTr/{name[5:]}_0000.nii.gz"],
+                "label": f"labelsTr/{name}.nii.gz",
+            }
+            for name in cases
+        },
+    }
+    values = {NAMES[0]: [0, 1, 2, 3], NAMES[1]: [0, 6, 4, 5]}
+    for name in cases:
+        source = NAMES[name == "D123_x"]
+        written = nib.load(union / "labelsTr" / f"{name}.nii.gz")
+        original = nib.load(raw / source / "labelsTr" / f"{name[5:]}.nii.gz")
+        assert np.array_equal(
+            voxels(Path(written.get_filename())), np.array(values[source])[voxels(Path(original.get_filename()))]
+        )
+        assert written.get_data_dtype() == np.uint8
+        for key in ("qform_code", "sform_code", "pixdim", "srow_x", "srow_y", "srow_z", "quatern_b", "xyzt_units"):
+            kept = slice(0, 4) if key == "pixdim" else ...
+            assert np.array_equal(written.header[key][kept], original.header[key][kept]), key
+    everything = {"a": labels[1:4], "x": ["spleen", "liver tumour", "kidney"]}
+    assert annotated(union) == {name: everything[name[5]] for name in cases}
+    manifest = json.loads((union / "annotated_labels.json").read_text())
+    assert manifest["superclasses"] == {"kidney": ["kidney_left", "kidney_right"]}
+    assert manifest["weights"] == {**dict.fromkeys(cases[:4], 0.5), "D123_x": 1.0}
+    assert report.cases == {NAMES[0]: cases[:4], NAMES[1]: cases[4:]}
+    assert (report.failed, report.left_out, report.kept, report.has_folds) == ({}, [], [], False)
+    assert not list(union.rglob("*_0000*"))
+    assert {k: v for k, v in contents(raw).items() if not k.startswith("Dataset700")} == before
+
+
+def test_again_and_elsewhere_gives_the_same_bytes(raw: Path, tmp_path: Path) -> None:
+    run(raw)
+    first = contents(raw / "Dataset700_U")
+    times = {p: p.stat().st_mtime_ns for p in (raw / "Dataset700_U" / "labelsTr").iterdir()}
+    report = run(raw, num_processes=2)
+    assert report.reused == 5
+    assert contents(raw / "Dataset700_U") == first
+    assert times == {p: p.stat().st_mtime_ns for p in times}
+    moved = tmp_path / "moved"
+    for name in NAMES:
+        shutil.copytree(raw / name, moved / name, copy_function=shutil.copyfile)
+    run(moved)
+    assert contents(moved / "Dataset700_U") == first
+
+
+def test_manifests_of_sources_count_case_by_case(raw: Path) -> None:
+    manifest = {"groups": {"k": ["Left Kidney", "right kidney"]}, "cases": {"a0": ["liver"], "a1": "k"},
+                "default": ["liver", "Left Kidney", "right kidney"]}  # fmt: skip
+    write_raw(raw / NAMES[0], A_LABELS, [f"a{i}" for i in range(4)], manifest=manifest)
+    run(raw)
+    everything = ["liver", "kidney_left", "kidney_right"]
+    assert annotated(raw / "Dataset700_U") == {
+        "D007_a0": ["liver"], "D007_a1": ["kidney_left", "kidney_right"], "D007_a2": everything, "D007_a3": everything,
+        "D123_x": ["spleen", "liver tumour", "kidney"],
+    }  # fmt: skip
+
+
+def test_a_structure_of_several_labels_is_annotated_where_all_of_them_are(raw: Path) -> None:
+    manifest = {"cases": {"x": ["kidneys", "Spleen"], "y": ["kidneys", "liver tumour", "Spleen"], "z": ["Spleen"]}}
+    write_raw(raw / NAMES[1], B_LABELS, ["x", "y", "z"], manifest=manifest)
+    mapping = UnionMapping({123: {"kidneys": "organ", "liver tumour": "organ", "Spleen": "ignore"}}, None, "m.yaml")
+    report = run(raw, mapping=mapping)
+    union = raw / "Dataset700_U"
+    labels = dataset_json(union)["labels"]
+    assert (labels["organ"], labels["ignore"]) == (4, 5)
+    assert report.left_out == ["D123_x", "D123_z"]
+    assert annotated(union)["D123_y"] == ["organ"]
+    original = voxels(raw / NAMES[1] / "labelsTr" / "y.nii.gz")
+    assert np.array_equal(voxels(union / "labelsTr" / "D123_y.nii.gz"), np.array([0, 4, 5, 4])[original])
+    assert not (union / "labelsTr" / "D123_x.nii.gz").exists()
+    # Of x, "kidneys" alone says nothing certain about the organ. "liver tumour", which x has without annotating it, is
+    # the source's contradiction: it stays, for "stunet labels check" to find.
+    mapping = UnionMapping({123: {"kidneys": "organ", "liver tumour": "organ"}}, None, "m.yaml")
+    run(raw, "Dataset701_U", mapping)
+    assert annotated(raw / "Dataset701_U")["D123_x"] == ["spleen"]
+    assert dataset_json(raw / "Dataset701_U")["labels"]["spleen"] == 5
+    original = voxels(raw / NAMES[1] / "labelsTr" / "x.nii.gz")
+    written = voxels(raw / "Dataset701_U" / "labelsTr" / "D123_x.nii.gz")
+    assert np.array_equal(written, np.array([0, 0, 5, 4])[original])
+
+
+def test_ignore_labels_become_one(raw: Path) -> None:
+    write_raw(raw / NAMES[1], {**B_LABELS, "ignore": 4}, ["x"])
+    run(raw)
+    labels = dataset_json(raw / "Dataset700_U")["labels"]
+    assert list(labels)[-2:] == ["kidney", "ignore"]
+    assert labels["ignore"] == max(labels.values()) == 7
+    original = voxels(raw / NAMES[1] / "labelsTr" / "x.nii.gz")
+    assert np.array_equal(
+        voxels(raw / "Dataset700_U" / "labelsTr" / "D123_x.nii.gz"), np.array([0, 6, 4, 5, 7])[original]
+    )
+
+
+def test_weights_keep_the_proportions_of_a_source(raw: Path) -> None:
+    cases = [f"a{i}" for i in range(4)]
+    manifest = {"cases": {}, "default": ["liver"], "weights": {"a0": 5}}
+    write_raw(raw / NAMES[0], A_LABELS, cases, manifest=manifest)
+    report = run(raw, weights={NAMES[1]: 0.25}, allow_unannotated=True)
+    # mean of 5, 1, 1, 1 is 2, and shall be 1 / sqrt(4)
+    assert report.weights == {"D007_a0": 1.25, "D007_a1": 0.25, "D007_a2": 0.25, "D007_a3": 0.25, "D123_x": 0.25}
+    run(raw, weights={NAMES[1]: 3}, allow_unannotated=True)  # no other import: only the manifest changes
+    manifest = json.loads((raw / "Dataset700_U" / "annotated_labels.json").read_text())
+    assert manifest["weights"]["D123_x"] == 3
+    for weights in ({NAMES[0]: 0.0}, {NAMES[0]: float("nan")}, {"Dataset001_C": 1.0}):
+        with pytest.raises(UsageError, match="impossible sampling weight"):
+            run(raw, weights=weights, allow_unannotated=True)
+
+
+def test_a_union_of_a_union(raw: Path) -> None:
+    run(raw)
+    write_raw(raw / "Dataset008_C", {"background": 0, "L1": 1, "kidney": 2}, ["c"])
+    sources = [read_union_source(raw / name) for name in ("Dataset700_U", "Dataset008_C")]
+    import_union(sources, merge_sources(sources), raw / "Dataset701_V")
+    content = dataset_json(raw / "Dataset701_V")
+    assert list(content["labels"]) == [
+        "background", "liver", "kidney_left", "kidney_right", "spleen", "liver tumour", "vertebrae_L1", "kidney",
+    ]  # fmt: skip
+    assert content["dataset"]["D700_D123_x"]["images"] == ["../Dataset123_B/imagesTr/x_0000.nii.gz"]
+    original = voxels(raw / NAMES[1] / "labelsTr" / "x.nii.gz")
+    assert np.array_equal(
+        voxels(raw / "Dataset701_V" / "labelsTr" / "D700_D123_x.nii.gz"), np.array([0, 7, 4, 5])[original]
+    )
+    assert annotated(raw / "Dataset701_V")["D700_D123_x"] == ["spleen", "liver tumour", "kidney"]
+    assert annotated(raw / "Dataset701_V")["D008_c"] == ["vertebrae_L1", "kidney"]
+
+
+def test_folds_are_carried_where_all_sources_have_them(raw: Path, tmp_path: Path) -> None:
+    folds = {NAMES[0]: {"train": ["a2", "a0"], "val": ["a3"]}, NAMES[1]: {"train": ["x"], "val": []}}
+    (raw / NAMES[0] / "splits_final.json").write_text(json.dumps([folds[NAMES[0]], {"train": ["a3"], "val": ["a0"]}]))
+    assert not run(raw).has_folds
+    (raw / NAMES[1] / "splits_final.json").write_text(json.dumps([folds[NAMES[1]]]))
+    assert run(raw, preprocessed=tmp_path / "preprocessed").has_folds
+    expected = [{"train": ["D007_a0", "D007_a2", "D123_x"], "val": ["D007_a3"]}]
+    for folder in (raw / "Dataset700_U", tmp_path / "preprocessed" / "Dataset700_U"):
+        assert json.loads((folder / "splits_final.json").read_text()) == expected
+    (raw / NAMES[1] / "splits_final.json").write_text(json.dumps([{"train": ["y"], "val": []}]))
+    with pytest.raises(DatasetError, match=r"folds that cannot be used[\s\S]*Dataset123_B.*'y'"):
+        run(raw)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-12])
+
+
+def unlisted_value(path: Path) -> None:
+    nib.save(nib.Nifti1Image(np.full(SHAPE, 9, np.uint8), AFFINE), path)
+
+
+def fraction(path: Path) -> None:
+    nib.save(nib.Nifti1Image(np.full(SHAPE, 0.5, np.float32), AFFINE), path)
+
+
+def reshape(path: Path) -> None:
+    nib.save(nib.Nifti1Image(np.zeros((2, 5, 4), np.uint8), AFFINE), path)
+
+
+def stretch(path: Path) -> None:
+    nib.save(nib.Nifti1Image(np.zeros(SHAPE, np.uint8), AFFINE * [[2], [1], [1], [1]]), path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (truncate, "unreadable NIfTI"),
+        (unlisted_value, r"does not list[\s\S]*: 9\n"),
+        (fraction, "values that are no labels"),
+        (reshape, r"another shape[\s\S]*\(2, 5, 4\)[\s\S]*\(6, 5, 4\), as .*a1_0000"),
+        (stretch, "another spacing"),
+    ],
+)
+def test_a_bad_label_map_is_named_and_stops_no_other(raw: Path, damage: Callable[[Path], None], expected: str) -> None:
+    path = raw / NAMES[0] / "labelsTr" / "a1.nii.gz"
+    whole = path.read_bytes()
+    run(raw, "Dataset701_U")
+    damage(path)
+    report = run(raw)
+    assert list(report.failed) == ["D007_a1"]
+    assert str(path) in str(report.failed["D007_a1"])
+    with pytest.raises(DatasetError, match=expected):
+        raise report.failed["D007_a1"]
+    union = raw / "Dataset700_U"
+    assert [p.name[:-7] for p in sorted((union / "labelsTr").iterdir())] == ["D007_a0", "D007_a2", "D007_a3", "D123_x"]
+    assert dataset_json(union)["numTraining"] == 4
+    assert report.weights["D007_a0"] == pytest.approx(3**-0.5, rel=1e-5)
+    kept = run(raw, "Dataset701_U")  # which had it when it was whole
+    assert (list(kept.failed), kept.kept) == (["D007_a1"], ["D007_a1"])
+    path.write_bytes(whole)
+    assert run(raw).reused == 4
+    assert contents(union) == contents(raw / "Dataset701_U") | {
+        "import_report.json": (union / "import_report.json").read_bytes()
+    }
+
+
+def test_what_has_changed_since_is_done_again(raw: Path) -> None:
+    run(raw)
+    write_raw(raw / NAMES[0], A_LABELS, [f"a{i}" for i in range(3)])  # one case less
+    shutil.copyfile(raw / NAMES[0] / "labelsTr" / "a0.nii.gz", raw / NAMES[0] / "labelsTr" / "a1.nii.gz")
+    (raw / "Dataset700_U" / "labelsTr" / "D007_a2.nii.gz").write_bytes(b"damaged")
+    assert run(raw).reused == 2
+    run(raw, "Dataset701_U")
+    assert contents(raw / "Dataset700_U") == contents(raw / "Dataset701_U")
+
+
+def test_many_structures_take_two_bytes(raw: Path) -> None:
+    write_raw(raw / NAMES[1], {"background": 0, **{f"s{i}": i for i in range(1, 300)}}, ["x"], dtype=np.int16)
+    run(raw)
+    written = nib.load(raw / "Dataset700_U" / "labelsTr" / "D123_x.nii.gz")
+    original = voxels(raw / NAMES[1] / "labelsTr" / "x.nii.gz")
+    assert written.get_data_dtype() == np.uint16
+    assert original.max() > 255
+    assert np.array_equal(np.asarray(written.dataobj), np.where(original, original + 3, 0))
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nrrd", ".mha"])
+def test_other_file_endings(raw: Path, ending: str) -> None:
+    for name, labels in zip(NAMES, (A_LABELS, B_LABELS), strict=True):
+        shutil.rmtree(raw / name)
+        write_raw(raw / name, labels, ["c"], file_ending=".nii")
+        if ending != ".nii":
+            for path in sorted((raw / name).rglob("*.nii")):
+                image = sitk.ReadImage(str(path))
+                sitk.WriteImage(image, str(path.with_suffix(ending)))
+                path.unlink()
+            text = (raw / name / "dataset.json").read_text()
+            (raw / name / "dataset.json").write_text(text.replace(".nii", ending))
+    for folder in ("Dataset700_U", "Dataset701_U"):
+        run(raw, folder)
+    union = raw / "Dataset700_U"
+    assert contents(union) == contents(raw / "Dataset701_U")
+    written, original = (
+        sitk.ReadImage(str(path))
+        for path in (union / "labelsTr" / f"D123_c{ending}", raw / NAMES[1] / "labelsTr" / f"c{ending}")
+    )
+    assert np.array_equal(sitk.GetArrayFromImage(written), np.array([0, 6, 4, 5])[sitk.GetArrayFromImage(original)])
+    for geometry in ("GetSpacing", "GetOrigin", "GetDirection"):
+        assert np.allclose(getattr(written, geometry)(), getattr(original, geometry)(), rtol=1e-12)
+    assert run(raw).reused == 2
+    (raw / NAMES[0] / "labelsTr" / f"c{ending}").write_bytes(b"broken")
+    assert list(run(raw).failed) == ["D007_c"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"channel_names": {"0": "MRI"}}, r"different channels[\s\S]*Dataset007_A: CT; Dataset123_B: MRI"),
+        ({"file_ending": ".nii"}, r"different file endings[\s\S]*one reader"),
+        ({"unit": "micron"}, r"different units of spacing[\s\S]*Dataset007_A: mm; Dataset123_B: µm"),
+        ({"overwrite_image_reader_writer": "NibabelIO"}, "different image readers"),
+        ({"labels": {"background": 0, "a": [1, 2], "b": 2}}, r"regions[\s\S]*Dataset123_B: a is \[1, 2\]"),
+        ({"labels": {"background": 0, "a": 1, "A": 2}}, r"Dataset123_B: 'a' and 'A'"),
+        ({"manifest": {"cases": {"x": ["lung"]}}}, r"Dataset123_B/annotated_labels.json.*unknown structure 'lung'"),
+        ({"cases": ["x", "X"]}, r"duplicate case names[\s\S]*Dataset123_B"),
+    ],
+)
+def test_sources_that_do_not_fit(raw: Path, options: dict[str, Any], expected: str) -> None:
+    shutil.rmtree(raw / NAMES[1])
+    options = {"labels": B_LABELS, "cases": ["x"], **options}
+    write_raw(raw / NAMES[1], **options)
+    with pytest.raises((DatasetError, LabelError), match=expected):
+        run(raw)
+    assert not (raw / "Dataset700_U").exists()
+
+
+def test_channels_are_compared_in_order_and_without_case(raw: Path) -> None:
+    two = {"channel_names": {"1": "b", "0": "A"}}
+    for folder, names in (("Dataset001_A", two), ("Dataset002_B", {"channel_names": {"0": "a", "1": "B"}})):
+        write_raw(raw / folder, B_LABELS, ["x"], **names)
+    sources = [read_union_source(raw / name) for name in ("Dataset001_A", "Dataset002_B")]
+    check_sources(sources)
+    with pytest.raises(DatasetError, match=r"different channels[\s\S]*A, b; Dataset007_A: CT"):
+        check_sources([*sources, read_union_source(raw / NAMES[0])])
+    with pytest.raises(DatasetError, match="Dataset001_A twice"):
+        check_sources([sources[0], sources[0]])
+    with pytest.raises(DatasetError, match="two or more"):
+        check_sources(sources[:1])
+
+
+def test_a_case_that_annotates_a_superclass_and_a_member(raw: Path) -> None:
+    write_raw(raw / NAMES[1], {"background": 0, "kidney": 1, "kidney_left": 2}, ["x", "y"])
+    with pytest.raises(LabelError, match=r"overlapping[\s\S]*Dataset123_B, case x: kidney and kidney_left"):
+        run(raw)
+    manifest = {"cases": {"x": ["kidney"], "y": ["kidney_left"]}}
+    write_raw(raw / NAMES[1], {"background": 0, "kidney": 1, "kidney_left": 2}, ["x", "y"], manifest=manifest)
+    run(raw)
+    assert annotated(raw / "Dataset700_U")["D123_x"] == ["kidney"]
+
+
+def test_a_structure_annotated_nowhere(raw: Path) -> None:
+    manifest = {"cases": {"x": ["kidneys", "Spleen"]}}
+    write_raw(raw / NAMES[1], B_LABELS, ["x"], manifest=manifest)
+    with pytest.raises(DatasetError, match=r"no case annotates[\s\S]*liver tumour[\s\S]*--allow-unannotated"):
+        run(raw)
+    assert not (raw / "Dataset700_U").exists()
+    run(raw, allow_unannotated=True)
+    shutil.rmtree(raw / "Dataset700_U")
+    (raw / NAMES[1] / "annotated_labels.json").unlink()
+    truncate(raw / NAMES[1] / "labelsTr" / "x.nii.gz")
+    with pytest.raises(DatasetError, match=r"spleen, liver tumour.*; 1 cases failed, D123_x first: an unreadable"):
+        run(raw)
+    assert not (raw / "Dataset700_U" / "dataset.json").exists()
+
+
+def test_a_folder_that_holds_something_else_is_kept(raw: Path) -> None:
+    run(raw)
+    before = contents(raw)
+    mapping = UnionMapping({}, {}, "m.yaml")
+    with pytest.raises(DatasetError, match=r"there already[\s\S]*an import with other labels, superclasses"):
+        run(raw, mapping=mapping)
+    with pytest.raises(DatasetError, match=r"there already[\s\S]*no import of this kind"):
+        run(raw, NAMES[0])
+    assert contents(raw) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and a limit of file sizes")
+def test_a_full_disk_and_then_room(raw: Path) -> None:
+    import resource
+
+    sources = [read_union_source(raw / name) for name in NAMES]
+    pid = os.fork()
+    if not pid:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (250, 250))
+        try:
+            run(raw, sources=sources)
+        except DatasetError as error:
+            os._exit(7 if "could not be written" in str(error) and "run the same command" in str(error) else 1)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    assert not (raw / "Dataset700_U" / "dataset.json").exists()
+    run(raw)
+    run(raw, "Dataset701_U")
+    assert contents(raw / "Dataset700_U") == contents(raw / "Dataset701_U")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("broken", [False, True])
+def test_killed_at_each_change_and_continued(raw: Path, after: bool, broken: bool) -> None:
+    for name in NAMES:
+        (raw / name / "splits_final.json").write_text('[{"train": [], "val": []}]')
+    (raw / NAMES[0] / "splits_final.json").write_text('[{"train": ["a0"], "val": ["a1"]}]')
+    if broken:
+        truncate(raw / NAMES[0] / "labelsTr" / "a2.nii.gz")
+    options: dict[str, Any] = {
+        "preprocessed": raw / "preprocessed",
+        "sources": [read_union_source(raw / name) for name in NAMES],
+    }
+    run(raw, **options)
+    expected = contents(raw / "Dataset700_U") | contents(raw / "preprocessed")
+    moment, dataset_seen = 0, False
+    while True:
+        moment += 1
+        shutil.rmtree(raw / "Dataset700_U")
+        shutil.rmtree(raw / "preprocessed", ignore_errors=True)
+        if not _run_and_kill(lambda: run(raw, **options), moment, after):
+            break
+        if (raw / "Dataset700_U" / "dataset.json").exists():
+            dataset_seen = True
+            there = {k: v for k, v in contents(raw / "Dataset700_U").items() if not k.startswith(".import")}
+            assert there.items() <= expected.items()
+        run(raw, **options)
+        assert contents(raw / "Dataset700_U") | contents(raw / "preprocessed") == expected, moment
+    assert moment > 15
+    assert dataset_seen
+
+
+def _run_and_kill(function: Callable[[], object], moment: int, after: bool) -> bool:
+    """Run in a process that is killed before or after its nth change to the file system; whether it was."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    count = 0
+
+    def killing(change: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == moment and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                return change(*args, **kwargs)
+            finally:
+                if count == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        return call
+
+    try:
+        for name in ("replace", "unlink", "mkdir", "rmdir"):
+            setattr(os, name, killing(getattr(os, name)))
+        function()
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
