@@ -64,6 +64,8 @@ class PartialLabelTrainer(nnUNetTrainer):
             self._annotations = CaseAnnotations.of(read_annotations(plans["dataset_name"], dataset_json))
             # The network has outputs for leaves alone, so that is what checkpoints and model folder describe.
             dataset_json = self._annotations.of_leaves(dataset_json)
+        # A list of all cases with their paths, which nnU-Net would copy into every checkpoint.
+        dataset_json = {key: value for key, value in dataset_json.items() if key != "dataset"}
         super().__init__(plans, configuration, fold, dataset_json, device)
 
     def _build_loss(self) -> nn.Module:
