@@ -16,7 +16,7 @@ from stunet.network import build_stunet
 from stunet.planning import STRATEGIES, Strategy
 from stunet.training import GroupSchedule, freeze_others, parameter_groups
 
-EPOCHS = 6
+EPOCHS, LR = 6, 1e-5  # small, so that rounding does not grow from step to step
 SIZE = (32, 32, 64)
 
 
@@ -26,8 +26,8 @@ def train(strategy: Strategy, images: list[Tensor], *, ddp: bool) -> dict[str, T
     network = build_stunet(TINY, 1, 3, STRIDES, deep_supervision=True)
     groups = parameter_groups(network, strategy, num_epochs=EPOCHS, warmup_epochs=2)
     freeze_others(network, groups)
-    optimizer = torch.optim.SGD([{"params": list(g.parameters)} for g in groups], 0.01, momentum=0.99, nesterov=True)
-    schedule = GroupSchedule(optimizer, groups, 0.01)
+    optimizer = torch.optim.SGD([{"params": list(g.parameters)} for g in groups], LR, momentum=0.99, nesterov=True)
+    schedule = GroupSchedule(optimizer, groups, LR)
     wrapped: nn.Module = DistributedDataParallel(network) if ddp else network
     for epoch, image in enumerate(images):
         schedule.step(epoch)
@@ -61,8 +61,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, 
 def test_two_processes_train_as_one(ranks: list[dict[str, dict[str, Tensor]]], strategy: Strategy) -> None:
     first, second = (results[strategy] for results in ranks)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
-    alone = train(strategy, make_images(), ddp=False)
+    start, alone = train(strategy, [], ddp=False), train(strategy, make_images(), ddp=False)
+    moved = {name for name, value in alone.items() if not torch.equal(value, start[name])}
+    assert moved
     for name, value in alone.items():
         # Biases before a norm have no effect, and a gradient that is rounding alone.
-        if not name.endswith((".conv1.bias", ".conv2.bias")):
-            assert (first[name] - value).abs().max() <= 1e-4 * value.abs().max().clamp_min(0.1)
+        if name in moved and not name.endswith((".conv1.bias", ".conv2.bias")):
+            assert (first[name] - value).abs().max() <= 0.02 * (value - start[name]).abs().max()
+        elif name not in moved:
+            assert torch.equal(first[name], start[name])

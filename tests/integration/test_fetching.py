@@ -131,7 +131,7 @@ def test_a_fetch_that_is_stopped_or_killed_goes_on(terminal: Terminal, signal_nu
     while not part.exists() or part.stat().st_size < 2**17:
         assert process.poll() is None
     process.send_signal(signal_number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     gate.set()
     assert process.returncode == (130 if signal_number == signal.SIGINT else -signal.SIGKILL)
     if signal_number == signal.SIGINT:

@@ -26,7 +26,7 @@ def test_real_cts_with_118_outputs(shared: Path, tmp_path: Path) -> None:
     assert sum(structure["annotated"] for structure in report["structures"]) == 117 + 5 + 1 + 8
     shell.run(
         "stunet plan -d 101 -np 2 --preset totalsegmentator --depth 1 --width 2 --name P_mini "
-        f"--set {TINY} patch_size=64,64,64"
+        f"--set {TINY} patch_size=64,64,64 mirroring=none"
     )
     preprocessed = shell.root / "nnUNet_preprocessed" / MINI
     shell.run("nnUNetv2_preprocess -d 101 -plans_name P_mini -c 3d_fullres -np 2")
