@@ -176,7 +176,7 @@ class PartialLabelTrainer(nnUNetTrainer):
             super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         )
         axes = self._allowed_axes(axes)
-        self.inference_allowed_mirroring_axes = axes
+        self.inference_allowed_mirroring_axes = axes or None  # prediction cannot do with an empty list
         return rotation, dummy_2d, initial_patch_size, axes
 
     def _allowed_axes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
