@@ -11,6 +11,7 @@
     ├── LossError           logits, target or annotation that a loss cannot take
     ├── NnUNetPathError     one of nnU-Net's environment variables is missing or points nowhere
     ├── CheckpointError     a checkpoint that is truncated, foreign or does not fit
+    ├── FeatureError        a layer, image or point that no features can be read from, or features that are not finite
     ├── DownloadError       a download that failed, or that no program can do
     ├── UsageError          an argument that a command cannot take
     └── CommandError        a command that stunet ran for the user has failed
@@ -27,6 +28,7 @@ __all__ = [
     "CommandError",
     "DatasetError",
     "DownloadError",
+    "FeatureError",
     "LabelError",
     "LossError",
     "NnUNetPathError",
@@ -96,6 +98,10 @@ class NnUNetPathError(STUNetError):
 
 class CheckpointError(STUNetError):
     """A checkpoint that is truncated, not a checkpoint, or does not fit the network."""
+
+
+class FeatureError(STUNetError, ValueError):
+    """A layer, image or point that no features can be read from, or features that are not finite."""
 
 
 class DownloadError(STUNetError):

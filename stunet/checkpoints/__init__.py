@@ -14,6 +14,7 @@ from stunet.checkpoints.transfer import (
     source_outputs,
     transfer_weights,
 )
+from stunet.checkpoints.unets import UNetArchitecture, UNetWeights, open_any_weights
 
 __all__ = [
     "Architecture",
@@ -21,10 +22,13 @@ __all__ = [
     "SourceWeights",
     "StemPolicy",
     "TransferReport",
+    "UNetArchitecture",
+    "UNetWeights",
     "adapt_stem",
     "check_weights",
     "from_published_key",
     "infer_architecture",
+    "open_any_weights",
     "open_weights",
     "read_checkpoint",
     "read_pickle",

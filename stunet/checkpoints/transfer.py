@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stunet.checkpoints.loading import describe_mismatch
 from stunet.checkpoints.sources import SourceWeights
+from stunet.checkpoints.unets import UNetWeights
 from stunet.errors import CheckpointError, LabelError, UsageError
 from stunet.labels import Outputs, match_names, outputs_of, vocabulary_for
 from stunet.network import STUNet
@@ -95,7 +96,7 @@ def _some(names: tuple[str, ...] | list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def source_outputs(weights: SourceWeights) -> Outputs | None:
+def source_outputs(weights: SourceWeights | UNetWeights) -> Outputs | None:
     """What the outputs of weights stand for: their own ``dataset.json``, or the published order of so many outputs.
 
     Args:
@@ -145,7 +146,7 @@ def transfer_weights(
         CheckpointError: Source and target differ in axes or size; nothing was changed.
         UsageError: An unknown policy, or outputs that the network does not have.
     """
-    _check_policies(stem, head)
+    check_policies(stem, head)
     target = dict(network.state_dict(keep_vars=True))
     _check_fit(weights, network, target, outputs)
     origin = source_outputs(weights)
@@ -249,7 +250,12 @@ def _match(origin: Outputs | None, outputs: Outputs, head: HeadPolicy) -> tuple[
     return match_names(origin.names, outputs.names), ""
 
 
-def _check_policies(stem: str, head: str) -> None:
+def check_policies(stem: str, head: str = "fresh") -> None:
+    """Check the names of policies.
+
+    Raises:
+        UsageError: There is no such policy.
+    """
     for name, value, policy in (("stem", stem, StemPolicy), ("head", head, HeadPolicy)):
         if value not in get_args(policy):
             raise UsageError(
