@@ -6,6 +6,7 @@ from stunet.checkpoints.loading import check_weights, read_checkpoint
 from stunet.checkpoints.pickles import read_pickle
 from stunet.checkpoints.published import write_published
 from stunet.checkpoints.sources import SourceWeights, open_weights
+from stunet.checkpoints.states import locate_checkpoint
 from stunet.checkpoints.transfer import (
     HeadPolicy,
     StemPolicy,
@@ -28,6 +29,7 @@ __all__ = [
     "check_weights",
     "from_published_key",
     "infer_architecture",
+    "locate_checkpoint",
     "open_any_weights",
     "open_weights",
     "read_checkpoint",

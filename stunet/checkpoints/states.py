@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,16 @@ from stunet.checkpoints.archives import load_archive
 from stunet.checkpoints.extent import check_extent
 from stunet.errors import CheckpointError
 
-__all__ = ["Kind", "bad_tensor", "finite_float32", "known_args", "read_state", "sort_paths", "strip_prefixes"]
+__all__ = [
+    "Kind",
+    "bad_tensor",
+    "finite_float32",
+    "known_args",
+    "locate_checkpoint",
+    "read_state",
+    "sort_paths",
+    "strip_prefixes",
+]
 
 Kind = Literal["nnU-Net v1", "old nnU-Net v2 port", "nnU-Net v2", "safetensors", "plain tensors"]
 
@@ -39,6 +49,18 @@ def sort_paths(given: Sequence[Path]) -> tuple[Path, list[Path]]:
             remedy="Give the weights themselves." if not others else "Convert one after the other.",
         )
     return _checkpoint_in(others[0]) if others[0].is_dir() else others[0], pickles
+
+
+def locate_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """The file with the weights, that of a model folder where one was given.
+
+    Raises:
+        CheckpointError: Nothing there, or a folder without a checkpoint or with several.
+    """
+    found, _ = sort_paths([Path(path)])
+    if not found.is_file():
+        raise CheckpointError("missing checkpoint", got=found, expected="a file", remedy="Check the path.")
+    return found
 
 
 def _checkpoint_in(folder: Path) -> Path:

@@ -11,6 +11,7 @@ from stunet.planning.locations import (
     write_plans,
 )
 from stunet.planning.model_folder import ModelDescription, describe_model, make_plans, write_model_folder
+from stunet.planning.preprocessed import PreprocessedCase, PreprocessedDataset, open_preprocessed
 from stunet.planning.presets import Preset, list_presets, load_preset
 from stunet.planning.recipes import Recipe, apply_recipe, list_recipes, load_recipe
 from stunet.planning.rewrite import (
@@ -45,6 +46,8 @@ __all__ = [
     "Mirroring",
     "ModelDescription",
     "Preparation",
+    "PreprocessedCase",
+    "PreprocessedDataset",
     "Preset",
     "Recipe",
     "Setting",
@@ -68,6 +71,7 @@ __all__ = [
     "make_plans",
     "missing_preprocessed_cases",
     "nnunet_folder",
+    "open_preprocessed",
     "parse_settings",
     "plan_with_nnunet",
     "plans_size",

@@ -115,6 +115,12 @@ SETTINGS: dict[str, Setting] = {
     ),
     "stem": Setting("training", *_one_of(get_args(StemPolicy)), "how pretrained_weights get other input channels"),
     "head": Setting("training", *_one_of(get_args(HeadPolicy)), "whether heads of pretrained_weights are used"),
+    "select_for": Setting(
+        "training",
+        "the id or name of a dataset",
+        lambda v: isinstance(v, str | int) and not isinstance(v, bool) and v != "",
+        "dataset for which periodic checkpoints are scored, and the best one is kept",
+    ),
     "activation_checkpointing": Setting(
         "architecture",
         *_one_of(get_args(ActivationCheckpointing)),

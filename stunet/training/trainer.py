@@ -31,11 +31,13 @@ from stunet.planning import (
     Strategy,
     check_plans,
     is_stunet,
+    open_preprocessed,
     plans_size,
     resolve_configuration,
     rewrite_configuration,
 )
 from stunet.training.partial_labels import PartialLabelTrainer
+from stunet.training.selection import TransferSelection
 from stunet.training.strategies import GroupSchedule, freeze_others, parameter_groups
 
 __all__ = ["BaseSTUNetTrainer"]
@@ -63,8 +65,10 @@ class BaseSTUNetTrainer(PartialLabelTrainer):
     layer_decay: float = 0.85
     stem: StemPolicy = "repeat-scaled"
     head: HeadPolicy = "by-name"
+    select_for: str | int | None = None
 
     _continued = False
+    _selection: TransferSelection | None = None
 
     def __init__(
         self,
@@ -152,6 +156,24 @@ class BaseSTUNetTrainer(PartialLabelTrainer):
         super().on_train_start()
         if self.local_rank == 0:
             remove_leftovers(self.output_folder, "checkpoint_*.pth")
+            if self.select_for is not None:
+                target = open_preprocessed(str(self.select_for), "nnUNetPlans", self.configuration_name)
+                self._selection = TransferSelection.prepare(
+                    target, Path(self.output_folder), self.device, self.print_to_log_file
+                )
+
+    def on_epoch_end(self) -> None:
+        """Also score the periodic checkpoint, where the plans name a dataset to select for."""
+        super().on_epoch_end()
+        is_periodic = self.current_epoch % self.save_every == 0 and self.current_epoch < self.num_epochs
+        if self._selection is not None and is_periodic:
+            self._selection.score(Path(self.output_folder, "checkpoint_latest.pth"), self.current_epoch)
+
+    def on_train_end(self) -> None:
+        """Also score the final checkpoint, where the plans name a dataset to select for."""
+        super().on_train_end()
+        if self._selection is not None:
+            self._selection.score(Path(self.output_folder, "checkpoint_final.pth"), self.current_epoch)
 
     def _start_from(self, path: str) -> None:
         if not torch.equal(self._stem_weight(), self._initial_stem):

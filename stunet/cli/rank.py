@@ -1,0 +1,216 @@
+"""``stunet rank``: which pre-trained checkpoint to fine-tune on a dataset."""
+
+from __future__ import annotations
+
+import shlex
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from stunet.planning import PreprocessedDataset
+    from stunet.reports.ranking import RankingReport
+    from stunet.transferability import CandidateScores, TargetCases, ZooEntry
+
+__all__ = ["rank"]
+
+_DEFAULT_METRICS = "ccfv,logme,transrate,leep,gbc,zero-shot"
+
+
+def rank(
+    dataset: Annotated[str, typer.Option("-d", "--dataset", help="Target dataset: id or name, preprocessed.")],
+    checkpoints: Annotated[
+        list[Path] | None,
+        typer.Option("--checkpoints", help="Checkpoints, model folders or fetched names. Takes several."),
+    ] = None,
+    zoo: Annotated[Path | None, typer.Option(help="YAML file with the checkpoints and names for them.")] = None,
+    configuration: Annotated[str, typer.Option("-c", "--configuration", help="A configuration.")] = "3d_fullres",
+    fold: Annotated[str, typer.Option("-f", "--fold", help="Take only cases that this fold trains on.")] = "all",
+    plans: Annotated[str, typer.Option("--plans", "-p", help="Plans that the target is preprocessed with.")] = (
+        "nnUNetPlans"
+    ),
+    metrics: Annotated[str, typer.Option(help="Names with commas between; the first one ranks.")] = _DEFAULT_METRICS,
+    n_cases: Annotated[int, typer.Option("--cases", help="Cases to look at, drawn by seed.", min=2)] = 20,
+    per_class: Annotated[int, typer.Option("--points", help="Voxels of each structure in a case.", min=8)] = 100,
+    n_whole: Annotated[int, typer.Option("--whole", help="Voxels of the whole volume of a case.", min=8)] = 1000,
+    normalize: Annotated[str, typer.Option(help="Unit features: none, variety or both.")] = "both",
+    debias: Annotated[str, typer.Option(help="Noise of small samples: none, null or project.")] = "null",
+    device: Annotated[str, typer.Option("-device", "--device", help="auto, cpu, cuda or mps.")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Windows at once.", min=1)] = 2,
+    n_resamples: Annotated[int, typer.Option("--resamples", help="Bootstrap resamples of the cases.", min=10)] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of cases, points and resamples.", min=0)] = 0,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results.")] = Path("ranking"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print ranking.json instead of a table.")] = False,
+) -> None:
+    """Rank checkpoints by how well they will transfer to a dataset, without fine-tuning any of them.
+
+    Each is scored by its features of a few labelled cases: CC-FV (arXiv 2307.11958) and rivals. Writes ranking.json,
+    ranking.csv and ranking.html, and keeps results, so that a ranking that was interrupted goes on where it was. Exit
+    status 1 where a candidate could not be scored, 2 where none could.
+    """
+    from stunet.cli.console import stderr
+    from stunet.cli.demo import choose_device
+    from stunet.planning import open_preprocessed
+    from stunet.reports.ranking import RankingReport, write_ranking
+    from stunet.transferability import MetricSettings, ResultCache, check_metrics
+
+    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    check_metrics(names)
+    settings = MetricSettings(normalise=_one_of("--normalize", normalize, ("none", "variety", "both")),
+                              debias=_one_of("--debias", debias, ("none", "null", "project")))  # fmt: skip
+    device = choose_device(device)
+    entries = _entries(checkpoints or [], zoo)
+    target = open_preprocessed(dataset, plans, configuration)
+    cases = target.choose(target.training_cases(fold), n_cases, seed)
+    output.mkdir(parents=True, exist_ok=True)
+    cache = ResultCache(output / "results")
+    prepared, ranking = _rank(target, cases, entries, cache, metrics=names, settings=settings, device=device,
+                              per_class=per_class, n_whole=n_whole, batch_size=batch_size, n_resamples=n_resamples,
+                              seed=seed)  # fmt: skip
+    for path in cache.outdated:
+        stderr.print(f"Computed again, as another version of this package wrote it: {path}", soft_wrap=True)
+    report = RankingReport(
+        ranking=ranking,
+        target=prepared,
+        about={"dataset": target.name, "configuration": configuration, "plans": plans},
+        metrics=names,
+        settings={"fold": fold, "cases": len(cases), "points of each structure": per_class,
+                  "points of the whole volume": n_whole, "normalize": normalize, "debias": debias,
+                  "resamples": n_resamples, "seed": seed, "device": device},
+        command=_command(ranking.candidates, target, configuration, plans),
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    )  # fmt: skip
+    _show(report, write_ranking(report, output), as_json)
+    if ranking.failures:
+        raise typer.Exit(1 if ranking.candidates else 2)
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
+    from stunet.errors import UsageError
+
+    if value not in allowed:
+        raise UsageError(
+            f"impossible value of {option}", got=value, expected=" or ".join(allowed), remedy=f"Correct {option}."
+        )
+    return value
+
+
+def _entries(checkpoints: Sequence[Path], zoo: Path | None) -> list[ZooEntry]:
+    from stunet.cli.convert import find_fetched
+    from stunet.errors import UsageError
+    from stunet.transferability import name_checkpoints, read_zoo
+
+    if bool(checkpoints) == (zoo is not None):
+        raise UsageError(
+            "no checkpoints to choose from" if zoo is None else "checkpoints from two places",
+            got="neither --checkpoints nor --zoo" if zoo is None else "--checkpoints and --zoo",
+            expected="one of them",
+            remedy="Give the checkpoints, or a zoo file that lists them.",
+        )
+    if zoo is not None:
+        return read_zoo(zoo)
+    return name_checkpoints([find_fetched([path])[1][0] for path in checkpoints])
+
+
+def _rank(
+    dataset: PreprocessedDataset, cases: Sequence[str], entries: Sequence[ZooEntry], cache: Any, **options: Any
+) -> tuple[TargetCases, Any]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from stunet.cli.console import stderr
+    from stunet.planning import fit_strides
+    from stunet.transferability import Failure, Target, prepare_target, rank_candidates
+
+    configuration = dataset.configuration
+    network = Target(
+        input_channels=dataset.input_channels,
+        patch_size=configuration["patch_size"],
+        strides=fit_strides(configuration["architecture"]["arch_kwargs"]["strides"]),
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
+        bar = progress.add_task("Reading cases", total=len(cases) * (1 + len(entries)))
+        prepared = prepare_target(
+            dataset.load,
+            cases,
+            structures=dataset.structures,
+            target=network,
+            per_class=options.pop("per_class"),
+            n_whole=options.pop("n_whole"),
+            seed=options["seed"],
+            ignore_label=dataset.ignore_label,
+            annotated=dataset.annotated,
+            on_case=lambda case: progress.advance(bar),
+        )
+        done = 0
+
+        def finished(outcome: CandidateScores | Failure) -> None:
+            nonlocal done
+            done += 1
+            progress.update(bar, completed=len(cases) * (1 + done))
+            failed = isinstance(outcome, Failure)
+            stderr.print(f"{outcome.name}: {'failed' if failed else _took(outcome)}", highlight=False, soft_wrap=True)
+
+        ranking = rank_candidates(
+            entries,
+            prepared,
+            cache=cache,
+            on_case=lambda name, case: progress.update(bar, advance=1, description=name),
+            on_candidate=finished,
+            **options,
+        )
+    return prepared, ranking
+
+
+def _took(outcome: Any) -> str:
+    return f"{outcome.seconds:.1f} s" if outcome.seconds else "kept from an earlier run"
+
+
+def _command(candidates: Sequence[CandidateScores], target: PreprocessedDataset, configuration: str, plans: str) -> str:
+    """How to fine-tune the first candidate. Only a STU-Net can be: another network needs its own plans."""
+    if not candidates or not str(candidates[0].description["network"]).startswith("STU-Net"):
+        return ""
+    command = [
+        "stunet",
+        "finetune",
+        "-d",
+        str(int(target.name[7:10])),
+        "-c",
+        configuration,
+        "--from",
+        candidates[0].path,
+    ]
+    return shlex.join(command + (["-p", plans] if plans != "nnUNetPlans" else []))
+
+
+def _show(report: RankingReport, paths: Sequence[Path], as_json: bool) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from stunet.cli.console import stderr, stdout
+
+    for failure in report.ranking.failures:
+        stderr.print(f"[bold]{failure.name}[/bold] could not be scored: {failure.error}", soft_wrap=True)
+    if as_json:
+        typer.echo(paths[0].read_text(encoding="utf-8"), nl=False)
+        return
+    # The interval belongs to CC-FV, whatever ranks.
+    table = Table(title="Best first", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    table.add_column("candidate", overflow="fold", min_width=12)
+    for name in (*report.metrics, "95 %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for candidate in report.ranking.candidates:
+        scores = [candidate.scores.get(metric) for metric in report.metrics]
+        interval = "" if candidate.interval is None else "{:.2f} to {:.2f}".format(*candidate.interval)
+        table.add_row(candidate.name, *["-" if score is None else f"{score:.2f}" for score in scores], interval)
+    stdout.print(table)
+    for line in (*report.shortfalls, report.verdict):
+        stdout.print(line, highlight=False, soft_wrap=True)
+    stdout.print(f"Report: {paths[2]}", highlight=False, soft_wrap=True)
+    if report.command:
+        stdout.print("Next:", highlight=False)
+        stdout.print(f"$ {report.command}", style="bold", highlight=False, soft_wrap=True)

@@ -1,0 +1,184 @@
+"""Preprocessed cases of a dataset, read with nnU-Net's own code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from stunet.errors import DatasetError, UsageError
+from stunet.labels import MANIFEST_NAME, AnnotationManifest, read_manifest
+from stunet.planning.locations import find_dataset, find_plans, load_plans, nnunet_folder
+from stunet.planning.rewrite import resolve_configuration
+
+__all__ = ["PreprocessedCase", "PreprocessedDataset", "open_preprocessed"]
+
+
+@dataclass(frozen=True, eq=False)
+class PreprocessedCase:
+    """One case as the network sees it.
+
+    Attributes:
+        name: The case's identifier.
+        image: ``(C, X, Y, Z)`` float32, normalised and resampled.
+        segmentation: ``(X, Y, Z)``, whole numbers; -1 outside the image's nonzero part.
+    """
+
+    name: str
+    image: npt.NDArray[np.float32]
+    segmentation: npt.NDArray[np.int16]
+
+
+class PreprocessedDataset:
+    """The preprocessed cases of one configuration.
+
+    Attributes:
+        name: For example ``Dataset004_Hippocampus``.
+        plans: The plans that they were preprocessed with.
+        configuration: The configuration, inheritance resolved.
+        dataset_json: As saved beside the plans.
+        cases: Names of all cases, sorted.
+        ignore_label: Label of voxels that nobody annotated; None where there is none.
+    """
+
+    def __init__(self, name: str, plans: dict[str, Any], configuration: str) -> None:
+        self.name = name
+        self.plans = plans
+        self.configuration = resolve_configuration(plans, configuration)
+        self._base = nnunet_folder("nnUNet_preprocessed") / name
+        self._folder = self._base / self.configuration["data_identifier"]
+        if not any(self._folder.glob("*.pkl")):
+            plans_name = plans.get("plans_name", "nnUNetPlans")
+            raise DatasetError(
+                "a dataset that is not preprocessed",
+                got=f"no cases in {self._folder}",
+                expected=f"preprocessed cases of configuration {configuration}",
+                remedy=f"Run `nnUNetv2_preprocess -d {int(name[7:10])} -plans_name {plans_name} -c {configuration}`.",
+            )
+        self.dataset_json = cast("dict[str, Any]", _read_json(self._base / "dataset.json"))
+        self._dataset = infer_dataset_class(str(self._folder))(str(self._folder))
+        self.cases: list[str] = sorted(self._dataset.identifiers)
+        self._manifest: AnnotationManifest | None = None
+        self.ignore_label: int | None = PlansManager(plans).get_label_manager(self.dataset_json).ignore_label
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the images."""
+        return len(self.dataset_json.get("channel_names") or self.dataset_json["modality"])
+
+    @property
+    def structures(self) -> dict[int, str]:
+        """Name of each label value, background and the ignore label left out; regions have no one name."""
+        return {
+            value: name
+            for name, value in self.dataset_json["labels"].items()
+            if isinstance(value, int) and value not in (0, self.ignore_label)
+        }
+
+    def training_cases(self, fold: str) -> list[str]:
+        """Cases that a fold trains on.
+
+        Args:
+            fold: ``0`` and so on, or ``all``.
+
+        Raises:
+            DatasetError: There are no splits yet, or not this one.
+        """
+        if fold == "all":
+            return self.cases
+        path = self._base / "splits_final.json"
+        if not path.is_file():
+            raise DatasetError(
+                "no splits yet",
+                got=f"no {path.name} in {path.parent}",
+                expected="the splits that nnU-Net writes when it first trains a fold",
+                remedy="Leave -f out, to take all cases, or train a fold first.",
+            )
+        splits = _read_json(path)
+        if not fold.isdigit() or int(fold) >= len(splits):
+            raise UsageError(
+                "unknown fold", got=fold, expected=f"0 to {len(splits) - 1}, or all", remedy="Correct the fold."
+            )
+        return sorted(set(splits[int(fold)]["train"]) & set(self.cases))
+
+    def annotated(self, case: str) -> frozenset[int]:
+        """Label values of the structures that a case annotates: all of them, unless a manifest says otherwise.
+
+        Raises:
+            LabelError: The manifest beside the plans cannot be used, or does not speak of the case.
+        """
+        if self._manifest is None:
+            self._manifest = read_manifest(self._base / MANIFEST_NAME, labels=self.dataset_json["labels"])
+        if self._manifest.is_complete:
+            return frozenset(self.structures)
+        return frozenset(self._manifest.annotated(case))
+
+    def load(self, case: str) -> PreprocessedCase:
+        """Read one case.
+
+        Raises:
+            DatasetError: Its files cannot be read.
+        """
+        try:
+            image, segmentation, _, _ = self._dataset.load_case(case)
+            return PreprocessedCase(
+                case, np.asarray(image[:], dtype=np.float32), np.asarray(segmentation[:])[0].astype(np.int16)
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, EOFError) as error:
+            raise DatasetError(
+                "a preprocessed case that cannot be read",
+                got=f"{case} in {self._folder}: {' '.join(str(error).split())[:200]}",
+                expected="image, segmentation and properties as nnU-Net writes them",
+                remedy="Remove its files and preprocess again.",
+            ) from error
+
+    def choose(self, cases: Sequence[str], n: int, seed: int) -> list[str]:
+        """At most ``n`` of the cases, drawn by seed, sorted."""
+        if n >= len(cases):
+            return sorted(cases)
+        drawn = np.random.default_rng(seed).choice(len(cases), n, replace=False)
+        return sorted(cases[i] for i in drawn)
+
+
+def open_preprocessed(dataset: str, plans: str, configuration: str) -> PreprocessedDataset:
+    """Find the preprocessed cases of a dataset.
+
+    Args:
+        dataset: Id or name.
+        plans: Identifier of the plans, such as ``nnUNetPlans``.
+        configuration: Name of a configuration.
+
+    Raises:
+        DatasetError: Unknown, or not preprocessed; names the command that does it.
+        PlansError: No such plans or configuration.
+        NnUNetPathError: nnU-Net's variables are not set.
+    """
+    name = find_dataset(dataset)
+    path = find_plans(name, plans)
+    if not path.is_file():
+        raise DatasetError(
+            "a dataset that is not planned",
+            got=f"no {path.name} in {path.parent}",
+            expected="plans and preprocessed cases",
+            remedy=f"Run `nnUNetv2_plan_and_preprocess -d {int(name[7:10])} -c {configuration}`.",
+        )
+    return PreprocessedDataset(name, load_plans(path), configuration)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DatasetError(
+            "a side file of a preprocessed dataset that cannot be read",
+            got=f"{path}: {' '.join(str(error).split())}",
+            expected="JSON as nnU-Net writes it",
+            remedy="Run nnU-Net's planning and preprocessing again.",
+        ) from error
