@@ -9,6 +9,7 @@
     ├── DatasetError        a dataset that is unknown, incomplete or malformed
     ├── LabelError          a list of label names that is malformed or does not fit the outputs
     ├── LossError           logits, target or annotation that a loss cannot take
+    ├── TransferabilityError  features, labels or scores that no transferability metric can take
     ├── NnUNetPathError     one of nnU-Net's environment variables is missing or points nowhere
     ├── CheckpointError     a checkpoint that is truncated, foreign or does not fit
     ├── DownloadError       a download that failed, or that no program can do
@@ -33,6 +34,7 @@ __all__ = [
     "PlansError",
     "STUNetError",
     "SettingsError",
+    "TransferabilityError",
     "UsageError",
 ]
 
@@ -88,6 +90,10 @@ class LabelError(STUNetError, ValueError):
 
 class LossError(STUNetError, ValueError):
     """Logits, target or annotation that do not fit together, or labels that no output stands for."""
+
+
+class TransferabilityError(STUNetError, ValueError):
+    """Features, labels or scores that no transferability metric can take."""
 
 
 class NnUNetPathError(STUNetError):
