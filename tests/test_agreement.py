@@ -82,9 +82,9 @@ def test_intervals_against_a_loop() -> None:
 
 
 def test_intervals_without_any_value() -> None:
-    result = agreement({"a": 1, "b": 1, "c": 2}, {"a": 1, "b": 2, "c": 3}, n_resamples=1, seed=3)
+    result = agreement({"a": 1, "b": 1, "c": 2}, {"a": 1, "b": 2, "c": 3}, n_resamples=1, seed=6)
     estimate = result.estimates["pearson"]
-    assert estimate.degenerate == 1  # seed 3 draws no other score than 1
+    assert estimate.degenerate == 1  # seed 6 draws no other score than 1
     assert math.isnan(estimate.low)
     content = json.loads(json.dumps(result.as_dict()))
     assert content["estimates"]["pearson"]["low"] is None
@@ -165,10 +165,10 @@ def test_files_that_hold_something_else(tmp_path: Path) -> None:
         read_summaries({"a": write(tmp_path / "summary.json", {"mean": {}})})
     write_summary(tmp_path / "folds/a/fold_0/summary.json", 0.5)
     write_summary(tmp_path / "folds/a/fold_1/summary.json", 0.5)
-    with pytest.raises(TransferabilityError, match="2: fold_0/summary.json, fold_1/summary.json"):
+    with pytest.raises(TransferabilityError, match=r"2: fold_0/summary\.json, fold_1/summary\.json"):
         read_dice(tmp_path / "folds")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(TransferabilityError, match="no summary.json"):
+    with pytest.raises(TransferabilityError, match=r"no summary\.json"):
         read_dice(tmp_path / "empty")
 
 

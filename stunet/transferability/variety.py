@@ -60,9 +60,9 @@ def hyperspherical_energy(points: ArrayLike, *, s: float = 1.0, floor: float = F
         squares = norms[part, None] + norms[start:] - 2 * rows[part] @ rows[start:].T
         np.clip(squares, floor**2, None, out=squares)
         terms = -0.5 * np.log(squares) if s == 0 else squares ** (-s / 2)
-        width = terms.shape[0]
-        # Pairs within the block occur twice already, those with later blocks once; no point pairs with itself.
-        total += terms[:, :width].sum() - np.trace(terms[:, :width]) + 2 * terms[:, width:].sum()
+        np.fill_diagonal(terms, 0)  # no point pairs with itself
+        # Pairs within the block occur twice already, those with later blocks once.
+        total += terms[:, : len(terms)].sum() + 2 * terms[:, len(terms) :].sum()
     mean = float(total) / (len(rows) * (len(rows) - 1))
     return mean - float(np.log(radius)) if s == 0 else mean * radius**-s
 
