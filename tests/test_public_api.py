@@ -41,6 +41,15 @@ API = {
         "BaseSTUNetTrainer", "CaseAnnotations", "Counts", "GroupSchedule", "ParameterGroup", "PartialLabelTrainer",
         "count_voxels", "freeze_others", "mask_summary", "parameter_groups",
     ],
+    "stunet.transferability": [
+        "Agreement", "CCFV", "CaseFeatures", "Covariance", "Debias", "Estimate", "Evidence", "GaussianFactor",
+        "METRICS", "Metric", "MetricSettings", "Normalise", "RANKING_FORMAT", "STATISTICS", "ZeroShotDice",
+        "agreement", "bootstrap_scores", "ccfv", "check_cases", "coding_rate", "draw_cases", "evidence",
+        "factor_from_moments", "feature_variety", "gaussian_factor", "gbc", "hyperspherical_energy", "leep", "logme",
+        "mean_over_scales", "pairwise_fidelity", "pairwise_wasserstein2", "pool_probabilities", "pool_scale",
+        "read_dice", "read_scores", "read_summaries", "scores_of_draws", "shared_structures", "top_regret",
+        "transrate", "wasserstein2", "weighted_kendall", "zero_shot_dice",
+    ],
     "stunet.reports": ["StructureDice", "read_dice", "side_by_side"],
     "stunet.weights": [
         "Listener", "Place", "Verified", "WeightsEntry", "WeightsFile", "cached_weights", "describe_file",

@@ -199,7 +199,9 @@ def _show(report: RankingReport, paths: Sequence[Path], as_json: bool) -> None:
         typer.echo(paths[0].read_text(encoding="utf-8"), nl=False)
         return
     # The interval belongs to CC-FV, whatever ranks.
-    table = Table(title="Best first", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    table = Table(
+        title="Best first", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False
+    )
     table.add_column("candidate", overflow="fold", min_width=12)
     for name in (*report.metrics, "95 %"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -1,0 +1,222 @@
+"""Scores beside Dice: statistics by hand and by scipy, intervals by a loop, and the command as it is typed."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from stunet.cli.main import main
+from stunet.errors import TransferabilityError
+from stunet.transferability import (
+    agreement,
+    read_dice,
+    read_scores,
+    read_summaries,
+    top_regret,
+    weighted_kendall,
+)
+
+SCORES = {"base": 1.0, "large": 3.0, "small": 0.5, "huge": 2.0, "other": -1.0, "last": 0.7}
+DICE = {"base": 0.80, "large": 0.86, "small": 0.79, "huge": 0.88, "other": 0.81, "last": 0.70}
+
+
+def test_weighted_kendall_counts_the_top() -> None:
+    dice = np.array([0.9, 0.8, 0.7, 0.6])
+    assert weighted_kendall(np.array([4.0, 3, 2, 1]), dice) == pytest.approx(1)
+    assert weighted_kendall(np.array([3.0, 4, 2, 1]), dice) == pytest.approx(0.52)
+    assert weighted_kendall(np.array([4.0, 3, 1, 2]), dice) == pytest.approx(0.8133, abs=1e-4)
+
+
+def test_regret_by_hand() -> None:
+    dice = np.array([0.9, 0.8, 0.7])
+    assert top_regret(np.array([3.0, 2, 1]), dice) == 0
+    assert top_regret(np.array([1.0, 2, 3]), dice) == pytest.approx(0.2)
+    assert top_regret(np.array([1.0, 3, 3]), dice) == pytest.approx(0.15)  # either of two
+
+
+def test_values_against_scipy() -> None:
+    result = agreement(SCORES, DICE, n_resamples=10)
+    x, y = list(SCORES.values()), list(DICE.values())
+    got = {name: estimate.value for name, estimate in result.estimates.items()}
+    assert got == pytest.approx(
+        {
+            "weighted_kendall": stats.weightedtau(x, y).statistic,
+            "pearson": np.corrcoef(x, y)[0, 1],
+            "spearman": stats.spearmanr(x, y).statistic,
+            "regret": 0.02,
+        }
+    )
+    assert (result.top, result.best, result.n_checkpoints) == ("large", "huge", 6)
+    # Names pair the values, not their order.
+    shuffled = agreement(dict(reversed(SCORES.items())), DICE, n_resamples=10)
+    assert shuffled.as_dict() == result.as_dict()
+
+
+def test_intervals_against_a_loop() -> None:
+    names = sorted(SCORES)[:3]
+    scores, dice = {n: SCORES[n] for n in names}, {n: DICE[n] for n in names}
+    result = agreement(scores, dice, n_resamples=300, confidence=0.8, seed=4)
+    x, y = np.array(list(scores.values())), np.array(list(dice.values()))
+    rng = np.random.default_rng(4)
+    values: dict[str, list[float]] = {name: [] for name in result.estimates}
+    for draw in rng.integers(0, 3, size=(300, 3)):
+        values["regret"].append(y[draw].max() - y[draw][x[draw] == x[draw].max()].mean())
+        if len(set(draw.tolist())) > 1:
+            values["weighted_kendall"].append(stats.weightedtau(x[draw], y[draw]).statistic)
+            values["pearson"].append(np.corrcoef(x[draw], y[draw])[0, 1])
+            values["spearman"].append(stats.spearmanr(x[draw], y[draw]).statistic)
+    for name, estimate in result.estimates.items():
+        assert (estimate.low, estimate.high) == pytest.approx(tuple(np.quantile(values[name], [0.1, 0.9])))
+        assert estimate.degenerate == 300 - len(values[name])
+    assert result.estimates["pearson"].degenerate > 10  # one checkpoint thrice: 3 of 27
+    assert result.estimates["regret"].degenerate == 0
+    again = agreement(scores, dice, n_resamples=300, confidence=0.8, seed=4)
+    assert again == result
+    assert agreement(scores, dice, n_resamples=300, confidence=0.8, seed=5) != result
+
+
+def test_intervals_without_any_value() -> None:
+    result = agreement({"a": 1, "b": 1, "c": 2}, {"a": 1, "b": 2, "c": 3}, n_resamples=1, seed=6)
+    estimate = result.estimates["pearson"]
+    assert estimate.degenerate == 1  # seed 6 draws no other score than 1
+    assert math.isnan(estimate.low)
+    content = json.loads(json.dumps(result.as_dict()))
+    assert content["estimates"]["pearson"]["low"] is None
+    assert content["estimates"]["pearson"]["value"] == pytest.approx(math.sqrt(3) / 2)
+
+
+def test_nan_and_constants_and_names_are_refused() -> None:
+    nan = {**SCORES, "base": math.nan}
+    with pytest.raises(TransferabilityError, match=r"scores that are not finite[\s\S]*base: nan"):
+        agreement(nan, DICE)
+    with pytest.raises(TransferabilityError, match="not finite"):  # before names are compared
+        agreement({**nan, "new": 1}, DICE)
+    with pytest.raises(TransferabilityError, match=r"Dice that are not finite[\s\S]*huge: inf"):
+        agreement(SCORES, {**DICE, "huge": math.inf})
+    with pytest.raises(TransferabilityError, match="only in the scores: new; only in the Dice: base"):
+        agreement({**{k: v for k, v in SCORES.items() if k != "base"}, "new": 1}, DICE)
+    with pytest.raises(TransferabilityError, match="scores that are all equal"):
+        agreement(dict.fromkeys(DICE, 1.0), DICE)
+    with pytest.raises(TransferabilityError, match="Dice that are all equal"):
+        agreement(SCORES, dict.fromkeys(DICE, 0.9))
+    with pytest.raises(TransferabilityError, match="at least 3"):
+        agreement({"a": 1, "b": 2}, {"a": 1, "b": 2})
+    for options in ({"n_resamples": 0}, {"confidence": 1.0}):
+        with pytest.raises(TransferabilityError, match="interval"):
+            agreement(SCORES, DICE, **options)  # type: ignore[arg-type]
+
+
+def write(path: Path, content: object) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def write_summary(path: Path, dice: float) -> str:
+    return write(path, {"foreground_mean": {"Dice": dice, "IoU": 0.1}, "mean": {}, "metric_per_case": []})
+
+
+def ranking(**changes: object) -> dict[str, object]:
+    candidates = [{"name": name, "scores": {"ccfv": s, "logme": s**2}, "file": "x"} for name, s in SCORES.items()]
+    return {"format": 1, "candidates": candidates, "target": "Dataset004", **changes}
+
+
+def test_files(tmp_path: Path) -> None:
+    ranked = read_scores(write(tmp_path / "ranking.json", ranking()))
+    assert ranked == {"ccfv": SCORES, "logme": {name: s**2 for name, s in SCORES.items()}}
+    assert read_scores(write(tmp_path / "plain.json", SCORES)) == {"score": SCORES}
+    partial = ranking(candidates=[{"name": "a", "scores": {"ccfv": None}}, {"name": "b", "scores": {"leep": -1}}])
+    got = read_scores(write(tmp_path / "partial.json", partial))
+    assert list(got) == ["ccfv", "leep"]
+    assert math.isnan(got["ccfv"]["a"])
+    assert math.isnan(got["ccfv"]["b"])
+    assert got["leep"]["b"] == -1
+    assert read_dice(write(tmp_path / "dice.json", DICE)) == DICE
+    write_summary(tmp_path / "results/base/fold_0/validation/summary.json", 0.5)
+    write_summary(tmp_path / "results/large/summary.json", 0.6)
+    (tmp_path / "results/notes").mkdir()
+    assert read_dice(tmp_path / "results") == {"base": 0.5, "large": 0.6}
+    assert read_summaries({"x": tmp_path / "results/base"}) == {"x": 0.5}
+
+
+def test_files_that_hold_something_else(tmp_path: Path) -> None:
+    for content, message in (
+        ("{", "no JSON"),
+        ([1], "a JSON list"),
+        ({"a": "high"}, "a: high"),
+        ({"a": True}, "a: True"),
+        (ranking(format=2), "format 2"),
+        (ranking(candidates=[{"name": "a"}]), "without names and scores"),
+        (ranking(candidates=[{"name": "a", "scores": {"m": 1}}] * 2), "several candidates called a"),
+        (ranking(candidates=[]), "no scores"),
+    ):
+        path = write(tmp_path / "bad.json", content)
+        with pytest.raises(TransferabilityError, match=message):
+            read_scores(path)
+    with pytest.raises(TransferabilityError, match="No such file"):
+        read_scores(tmp_path / "missing.json")
+    with pytest.raises(TransferabilityError, match="foreground_mean"):
+        read_summaries({"a": write(tmp_path / "summary.json", {"mean": {}})})
+    write_summary(tmp_path / "folds/a/fold_0/summary.json", 0.5)
+    write_summary(tmp_path / "folds/a/fold_1/summary.json", 0.5)
+    with pytest.raises(TransferabilityError, match=r"2: fold_0/summary\.json, fold_1/summary\.json"):
+        read_dice(tmp_path / "folds")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TransferabilityError, match=r"no summary\.json"):
+        read_dice(tmp_path / "empty")
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: object) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["stunet", "rank-eval", *map(str, args)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    captured = capsys.readouterr()
+    return int(caught.value.code or 0), captured.out, captured.err
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, dice = write(tmp_path / "ranking.json", ranking()), write(tmp_path / "dice.json", DICE)
+    status, out, _ = run(capsys, monkeypatch, scores, dice, "--json", "--resamples", 50, "--seed", 2)
+    assert status == 0
+    metrics = json.loads(out)["metrics"]
+    assert metrics["ccfv"] == agreement(SCORES, DICE, n_resamples=50, seed=2).as_dict()
+    assert list(metrics) == ["ccfv", "logme"]
+    status, out, _ = run(capsys, monkeypatch, scores, dice, "--resamples", 50, "--metric", "logme")
+    assert status == 0
+    tau = stats.weightedtau([s**2 for s in SCORES.values()], list(DICE.values())).statistic
+    assert f"{tau:.3f}" in out
+    assert "ccfv" not in out
+    assert "large" in out
+    assert "huge" in out
+
+
+def test_the_command_reads_summaries(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = write(tmp_path / "scores.json", SCORES)
+    summaries = [f"{name}={write_summary(tmp_path / name / 'summary.json', d)}" for name, d in DICE.items()]
+    options = [word for summary in summaries for word in ("--summary", summary)]
+    status, out, _ = run(capsys, monkeypatch, scores, *options, "--json", "--resamples", 20)
+    assert status == 0
+    assert json.loads(out)["metrics"]["score"] == agreement(SCORES, DICE, n_resamples=20).as_dict()
+    part = write(tmp_path / "dice.json", {k: v for k, v in DICE.items() if k != "base"})
+    status, out, _ = run(capsys, monkeypatch, scores, part, *options[:2], "--json", "--resamples", 20)
+    assert json.loads(out)["metrics"]["score"]["n_checkpoints"] == 6
+    full = write(tmp_path / "full.json", DICE)
+    for args, message in (
+        ((scores, full, *options[:2]), "two values of one Dice"),
+        ((scores,), "neither DICE nor --summary"),
+        ((scores, "--summary", "summary.json"), "NAME=PATH"),
+        ((scores, full, "--metric", "ccfv"), "unknown metric"),
+        ((scores, part), "only in the scores: base"),
+    ):
+        status, _, err = run(capsys, monkeypatch, *args)
+        assert status == 2
+        assert message in err
+        assert "Traceback" not in err

@@ -1,0 +1,264 @@
+"""LogME, TransRate, LEEP, GBC and zero-shot Dice against closed forms and definitions; all metrics by name."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from case_features import make_cases, replaced, scaled
+from scipy.stats import entropy, multivariate_normal
+
+from stunet.errors import TransferabilityError
+from stunet.transferability import (
+    METRICS,
+    CaseFeatures,
+    MetricSettings,
+    ccfv,
+    coding_rate,
+    evidence,
+    gbc,
+    leep,
+    logme,
+    mean_over_scales,
+    pool_scale,
+    shared_structures,
+    transrate,
+    zero_shot_dice,
+)
+
+
+def features_and_labels(n: int, width: int, seed: int = 0, k: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(n) % k)
+    return rng.standard_normal((n, width)) + 0.8 * labels[:, None] * np.linspace(0, 1, width), labels
+
+
+def normal_log_evidence(x: np.ndarray, y: np.ndarray, alpha: float, beta: float) -> float:
+    covariance = x @ x.T / alpha + np.eye(len(y)) / beta
+    return float(multivariate_normal.logpdf(y, np.zeros(len(y)), covariance))
+
+
+@pytest.mark.parametrize(("n", "width", "rank"), [(40, 6, 6), (20, 50, 50), (30, 12, 5), (15, 40, 8)])
+def test_evidence_is_the_normal_density_at_its_maximum(n: int, width: int, rank: int) -> None:
+    x, labels = features_and_labels(n, rank)
+    if rank < width:
+        x = x @ np.random.default_rng(1).standard_normal((rank, width))
+    y = (labels == 1).astype(float) + 0.1 * np.random.default_rng(2).standard_normal(n)
+    found = evidence(x, y)
+    assert found.log_evidence == pytest.approx(normal_log_evidence(x, y, found.alpha, found.beta), rel=1e-6)
+    if n > rank:  # with as many weights as points, beta has no finite best value
+        for factor in (0.7, 1.4):
+            assert normal_log_evidence(x, y, found.alpha * factor, found.beta) < found.log_evidence
+            assert normal_log_evidence(x, y, found.alpha, found.beta * factor) < found.log_evidence
+
+
+@pytest.mark.parametrize(("n", "width"), [(60, 8), (24, 40)])
+def test_logme_is_the_mean_over_one_hot_targets(n: int, width: int) -> None:
+    x, labels = features_and_labels(n, width)
+    found = [evidence(x, (labels == k).astype(float)) for k in range(3)]
+    exact = [normal_log_evidence(x, (labels == k).astype(float), e.alpha, e.beta) for k, e in enumerate(found)]
+    assert logme(x, labels) == pytest.approx(np.mean(exact) / n, rel=1e-5)
+    assert logme(100 * x, labels) == pytest.approx(logme(x, labels), rel=1e-5)
+    assert logme(x, labels * 5 + 2) == logme(x, labels)  # names of classes do not matter
+    noise = np.random.default_rng(9).standard_normal((n, 4))
+    assert logme(noise + 2 * np.eye(3, 4)[labels], labels) > logme(noise, labels)
+
+
+def test_leep_closed_forms() -> None:
+    labels = np.repeat([0, 1, 2], [10, 20, 30])
+    shares = np.array([10, 20, 30]) / 60
+    assert leep(np.full((60, 4), 0.25), labels) == pytest.approx(-entropy(shares), rel=1e-12)
+    assert leep(np.eye(3)[labels], labels) == pytest.approx(0, abs=1e-12)
+    # One-hot outputs that join classes 1 and 2, with an output that never fires: -H(Y | Z).
+    outputs = np.eye(3)[np.array([0, 1, 1])[labels]]
+    assert leep(outputs, labels) == pytest.approx(-50 / 60 * entropy([0.4, 0.6]), rel=1e-12)
+
+
+def test_leep_by_definition() -> None:
+    rng = np.random.default_rng(0)
+    theta, labels = rng.dirichlet(np.ones(5), 40), rng.integers(0, 3, 40)
+    joint = np.zeros((3, 5))
+    for row, y in zip(theta, labels, strict=True):
+        joint[y] += row / 40
+    logs = [
+        math.log(sum(joint[y, z] / joint[:, z].sum() * row[z] for z in range(5)))
+        for row, y in zip(theta, labels, strict=True)
+    ]
+    assert leep(theta, labels) == pytest.approx(np.mean(logs), rel=1e-12)
+    for bad in (theta * 2, theta - 0.5):
+        with pytest.raises(TransferabilityError, match="softmax"):
+            leep(bad, labels)
+
+
+@pytest.mark.parametrize(("n", "width"), [(60, 7), (24, 50)])
+def test_transrate_by_definition(n: int, width: int) -> None:
+    x, labels = features_and_labels(n, width)
+    z = x - x.mean(0)
+
+    def rate(rows: np.ndarray) -> float:
+        eigenvalues = np.linalg.svd(rows, compute_uv=False) ** 2 / (len(rows) * 1e-2)
+        return float(0.5 * np.log1p(eigenvalues).sum())
+
+    expected = rate(z) - sum((labels == k).mean() * rate(z[labels == k]) for k in range(3))
+    assert transrate(x, labels, eps=1e-2) == pytest.approx(expected, rel=1e-9)
+    assert coding_rate(z, eps=1e-2) == pytest.approx(rate(z), rel=1e-9)
+    assert transrate(x + 7, labels) == pytest.approx(transrate(x, labels), rel=1e-9)
+
+
+def test_transrate_of_equal_classes_is_zero_and_never_less() -> None:
+    x = np.random.default_rng(0).standard_normal((15, 6))
+    assert transrate(np.concatenate([x, x]), np.repeat([0, 1], 15)) == pytest.approx(0, abs=1e-9)
+    for seed in range(5):
+        noise = np.random.default_rng(seed).standard_normal((30, 4))
+        assert transrate(noise, np.random.default_rng(seed + 10).integers(0, 4, 30)) >= 0
+
+
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+def test_gbc_of_equal_and_of_separate_classes(covariance: str) -> None:
+    x = np.random.default_rng(0).standard_normal((12, 5))
+    labels = np.repeat([0, 1, 2], 12)
+    same = gbc(np.concatenate([x, x, x]), labels, covariance=covariance)  # type: ignore[arg-type]
+    assert same == pytest.approx(-6, abs=1e-9)
+    apart = gbc(np.concatenate([x, x + 50, x - 50]), labels, covariance=covariance)  # type: ignore[arg-type]
+    assert apart == pytest.approx(0, abs=1e-12)
+
+
+def test_gbc_by_definition() -> None:
+    x, labels = features_and_labels(80, 4, k=2)
+    a, b = x[labels == 0], x[labels == 1]
+    shift = a.mean(0) - b.mean(0)
+
+    def coefficient(s: np.ndarray, t: np.ndarray) -> float:
+        middle = (s + t) / 2
+        log_det = math.log(np.linalg.det(middle) / math.sqrt(np.linalg.det(s) * np.linalg.det(t)))
+        return math.exp(-shift @ np.linalg.inv(middle) @ shift / 8 - log_det / 2)
+
+    s, t = np.cov(a.T), np.cov(b.T)
+    assert gbc(x, labels, covariance="full") == pytest.approx(-2 * coefficient(s, t), rel=1e-9)
+    diagonals = [np.diag(np.diag(m)) for m in (s, t)]
+    assert gbc(x, labels) == pytest.approx(-2 * coefficient(*diagonals), rel=1e-9)
+    assert gbc(x, labels, floor=100.0) == pytest.approx(-2 * math.exp(-shift @ shift / 800), rel=1e-9)
+    assert gbc(x, labels, covariance="full", floor=100.0) == pytest.approx(gbc(x, labels, floor=100.0), rel=1e-9)
+
+
+def test_gbc_of_principal_components() -> None:
+    x, labels = features_and_labels(60, 3, k=2)
+    rotation, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((9, 9)))
+    wide = np.concatenate([x * [1, 2, 3], np.zeros((60, 6))], axis=1) @ rotation
+    expected = gbc(x * [1, 2, 3], labels, covariance="full")
+    assert gbc(wide, labels, covariance="full", components=3) == pytest.approx(expected, rel=1e-8)
+    axes = np.linalg.svd(wide - wide.mean(0), full_matrices=False)[2][:2]
+    assert gbc(wide, labels, components=2) == pytest.approx(gbc(wide @ axes.T, labels), rel=1e-8)
+    assert gbc(x, labels, components=3) == gbc(x, labels)
+    for options in ({"covariance": "spherical"}, {"components": 0}, {"floor": 0.0}):
+        with pytest.raises(TransferabilityError, match="GBC"):
+            gbc(x, labels, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("metric", [logme, transrate, gbc, leep])
+def test_pooled_metrics_refuse_what_does_not_fit(metric: object) -> None:
+    x = np.full((6, 3), 1 / 3)
+    for labels, message in ((np.zeros(6, int), "one class only"), (np.array([0, 1]), "do not fit")):
+        with pytest.raises(TransferabilityError, match=message):
+            metric(x, labels)  # type: ignore[operator]
+    with pytest.raises(TransferabilityError, match="not all finite"):
+        metric(np.where(np.eye(6, 3) > 0, np.nan, x), np.arange(6) % 2)  # type: ignore[operator]
+
+
+def test_zero_shot_dice_by_hand() -> None:
+    values = shared_structures(
+        {"background": 0, "liver": 1, "left kidney": 2, "lung": [3, 4], "spleen": 5},
+        {"background": 0, "kidney_left": 7, "lung": 1, "tumour": 2, "liver": 3, "ignore": 9},
+    )
+    assert values == {"kidney_left": (2, 7), "lung": ((3, 4), 1), "liver": (1, 3)}
+    pairs = [
+        (np.array([[2, 2, 3], [4, 0, 5]]), np.array([[7, 0, 1], [1, 1, 2]])),  # kidney 2/3, lung 4/5, no liver
+        (np.array([0, 1, 1, 3]), np.array([3, 3, 1, 0])),  # no kidney, lung 0, liver 1/2
+    ]
+    result = zero_shot_dice(pairs, values)
+    assert result.structures == pytest.approx({"kidney_left": 2 / 3, "lung": 0.4, "liver": 0.5})
+    assert result.mean == pytest.approx((2 / 3 + 0.4 + 0.5) / 3)
+    assert result.n_cases == 2
+    empty = zero_shot_dice([(np.zeros(3, int), np.zeros(3, int))], values)
+    assert math.isnan(empty.mean)
+    assert math.isnan(empty.structures["liver"])
+    with pytest.raises(TransferabilityError, match="shapes"):
+        zero_shot_dice([(np.zeros(3, int), np.zeros(4, int))], values)
+    with pytest.raises(TransferabilityError, match="share"):
+        zero_shot_dice(pairs, {})
+
+
+def test_names_and_means_over_scales() -> None:
+    cases = make_cases(3)
+    before = [array.copy() for case in cases for array in (*case.scales, *case.variety)]
+    settings = MetricSettings()
+    got = {name: metric(cases, settings) for name, metric in METRICS.items()}
+    assert list(got) == ["ccfv", "logme", "transrate", "leep", "gbc", "gbc-full"]
+    assert got["ccfv"] == ccfv(cases).score
+    assert got["logme"] == pytest.approx(np.mean([logme(*pool_scale(cases, d)) for d in range(2)]))
+    labels = np.concatenate([case.labels for case in cases])
+    assert got["leep"] == leep(np.concatenate([case.probabilities for case in cases]).astype(float), labels)
+    rates, overlaps = [], []
+    for d in range(2):
+        x = np.concatenate([case.scales[d] for case in cases]).astype(float)
+        x = x / math.sqrt(x.var(0).sum())
+        rates.append(transrate(x, labels))
+        overlaps.append(gbc(x, labels, covariance="full"))
+    assert got["transrate"] == pytest.approx(np.mean(rates), rel=1e-9)
+    assert got["gbc-full"] == pytest.approx(np.mean(overlaps), rel=1e-9)
+    assert mean_over_scales(cases, logme) == got["logme"]
+    after = [array for case in cases for array in (*case.scales, *case.variety)]
+    for x, y in zip(before, after, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_settings_reach_the_metrics() -> None:
+    cases = make_cases(3, points=40)
+    default = {name: metric(cases, MetricSettings()) for name, metric in METRICS.items()}
+    for name, settings in (
+        ("ccfv", MetricSettings(debias="none")),
+        ("ccfv", MetricSettings(normalise="none")),
+        ("transrate", MetricSettings(eps=1e-2)),
+        ("gbc", MetricSettings(components=2)),
+        ("gbc-full", MetricSettings(floor=0.1)),
+    ):
+        assert METRICS[name](cases, settings) != pytest.approx(default[name], rel=1e-3)
+    assert METRICS["ccfv"](cases, MetricSettings(debias="project", project_to=4)) == pytest.approx(
+        ccfv(cases, debias="project", project_to=4).score
+    )
+    with pytest.raises(TransferabilityError, match="no foreground"):
+        METRICS["ccfv"](cases, MetricSettings(min_points=41))
+
+
+@pytest.mark.parametrize("name", list(METRICS))
+def test_scaled_layers_and_order_of_cases_change_nothing(name: str) -> None:
+    cases, metric = make_cases(3), METRICS[name]
+    score = metric(cases, MetricSettings())
+    assert metric([scaled(case, 0, 50.0) for case in cases], MetricSettings()) == pytest.approx(score, rel=1e-4)
+    assert metric(cases[::-1], MetricSettings()) == pytest.approx(score, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", list(METRICS))
+def test_features_that_tell_classes_apart_rank_higher(name: str) -> None:
+    def candidate(signal: float) -> list[CaseFeatures]:
+        rng, cases = np.random.default_rng(0), []
+        for case in make_cases(4):
+            means = signal * np.eye(3, 6)[case.labels]
+            scale = (means + 0.3 * rng.standard_normal(means.shape)).astype(np.float32)
+            logits = means[:, :4] + 0.1 * rng.standard_normal((len(means), 4))
+            theta = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+            cases.append(
+                replaced(case, scales=(scale,), variety=case.variety[:1], probabilities=theta.astype(np.float32))
+            )
+        return cases
+
+    assert METRICS[name](candidate(3.0), MetricSettings()) > METRICS[name](candidate(0.3), MetricSettings())
+
+
+def test_leep_needs_probabilities() -> None:
+    with pytest.raises(TransferabilityError, match="none in 2 of 2 cases"):
+        METRICS["leep"](make_cases(2, outputs=None), MetricSettings())
+    other = make_cases(2, outputs=5)[1]
+    with pytest.raises(TransferabilityError, match=r"\[4, 5\] outputs"):
+        METRICS["leep"]([make_cases(2)[0], other], MetricSettings())
