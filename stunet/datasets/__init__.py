@@ -4,8 +4,10 @@ from stunet.datasets.import_state import REPORT_NAME, dataset_folder
 from stunet.datasets.mask_import import ImportReport, import_cases
 from stunet.datasets.phantoms import (
     PHANTOM_LABELS,
+    Modality,
     Phantom,
     make_phantom,
+    phantom_labels,
     write_phantom_dataset,
     write_phantom_masks,
 )
@@ -35,6 +37,7 @@ __all__ = [
     "REPORT_NAME",
     "SPLITS_NAME",
     "ImportReport",
+    "Modality",
     "Phantom",
     "RawDataset",
     "SourceCase",
@@ -54,6 +57,7 @@ __all__ = [
     "import_union",
     "make_phantom",
     "merge_sources",
+    "phantom_labels",
     "read_annotations",
     "read_image",
     "read_raw_dataset",

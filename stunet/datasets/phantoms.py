@@ -1,11 +1,11 @@
-"""Generated abdomens that look a little like CT: data for demonstrations and tests that needs no download."""
+"""Generated abdomens that look a little like CT or MR: data for demonstrations and tests that needs no download."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +14,20 @@ from scipy.ndimage import gaussian_filter
 
 from stunet.files import write_json
 
-__all__ = ["PHANTOM_LABELS", "Phantom", "make_phantom", "write_phantom_dataset", "write_phantom_masks"]
+__all__ = [
+    "PHANTOM_LABELS",
+    "Modality",
+    "Phantom",
+    "make_phantom",
+    "phantom_labels",
+    "write_phantom_dataset",
+    "write_phantom_masks",
+]
 
 Volume = npt.NDArray[np.float32]
 
 _SHAPE = (26, 56, 68)  # voxels, z y x
 _SPACING = (5.0, 3.0, 3.0)  # mm, z y x: thick slices, as abdominal CT often has
-_AIR, _FAT, _SOFT_TISSUE = -1000.0, -100.0, 40.0  # HU
-_NOISE = 25.0  # HU, standard deviation before smoothing
 
 
 @dataclass(frozen=True)
@@ -29,26 +35,72 @@ class _Organ:
     """An ellipsoid before its surface and place are varied."""
 
     name: str
-    intensity: float  # HU
+    intensity: float  # HU, or what the scanner calls it
     centre: tuple[float, float, float]  # fraction of the body's half axes from its centre, z y x
     radii: tuple[float, float, float]  # mm, z y x
+    is_labelled: bool = True
 
 
-# Later ones are painted over earlier ones. x runs from the patient's right to the left, y from front to back.
-_ORGANS = (
-    _Organ("liver", 120.0, (0.15, -0.15, -0.42), (42.0, 36.0, 38.0)),
-    _Organ("spleen", 200.0, (0.20, 0.30, 0.62), (28.0, 18.0, 15.0)),
-    _Organ("kidneys", 290.0, (-0.25, 0.42, 0.36), (24.0, 14.0, 13.0)),
-    _Organ("kidneys", 290.0, (-0.30, 0.42, -0.36), (24.0, 14.0, 13.0)),
-    _Organ("spine", 560.0, (0.0, 0.55, 0.0), (400.0, 13.0, 14.0)),
-    _Organ("aorta", 390.0, (0.0, 0.20, 0.10), (400.0, 9.0, 9.0)),
+@dataclass(frozen=True)
+class _Anatomy:
+    """What is in a body, and how bright it is. Later organs are painted over earlier ones."""
+
+    air: float
+    fat: float
+    soft_tissue: float
+    noise: float  # standard deviation before smoothing
+    variation: float  # standard deviation of an organ's intensity from case to case
+    organs: tuple[_Organ, ...]  # x runs from the patient's right to the left, y from front to back
+
+    @property
+    def labels(self) -> dict[str, int]:
+        names = dict.fromkeys(organ.name for organ in self.organs if organ.is_labelled)
+        return {"background": 0, **{name: i for i, name in enumerate(names, start=1)}}
+
+
+_CT = _Anatomy(
+    air=-1000.0,
+    fat=-100.0,
+    soft_tissue=40.0,
+    noise=25.0,
+    variation=10.0,
+    organs=(
+        _Organ("liver", 120.0, (0.15, -0.15, -0.42), (42.0, 36.0, 38.0)),
+        _Organ("spleen", 200.0, (0.20, 0.30, 0.62), (28.0, 18.0, 15.0)),
+        _Organ("kidneys", 290.0, (-0.25, 0.42, 0.36), (24.0, 14.0, 13.0)),
+        _Organ("kidneys", 290.0, (-0.30, 0.42, -0.36), (24.0, 14.0, 13.0)),
+        _Organ("spine", 560.0, (0.0, 0.55, 0.0), (400.0, 13.0, 14.0)),
+        _Organ("aorta", 390.0, (0.0, 0.20, 0.10), (400.0, 9.0, 9.0)),
+    ),
 )
+# Another contrast, where bone is dark and fat is bright, and other structures: only the kidneys are in both.
+_MR = _Anatomy(
+    air=0.0,
+    fat=700.0,
+    soft_tissue=240.0,
+    noise=30.0,
+    variation=20.0,
+    organs=(
+        _Organ("liver", 340.0, (0.15, -0.15, -0.42), (42.0, 36.0, 38.0), is_labelled=False),
+        _Organ("stomach", 560.0, (0.15, -0.30, 0.38), (26.0, 20.0, 22.0)),
+        _Organ("kidneys", 450.0, (-0.25, 0.42, 0.36), (24.0, 14.0, 13.0)),
+        _Organ("kidneys", 450.0, (-0.30, 0.42, -0.36), (24.0, 14.0, 13.0)),
+        _Organ("spine", 90.0, (0.0, 0.55, 0.0), (400.0, 13.0, 14.0), is_labelled=False),
+        _Organ("vena cava", 880.0, (0.0, 0.20, -0.12), (400.0, 9.0, 10.0)),
+    ),
+)
+_ANATOMIES = {"CT": _CT, "MR": _MR}
 
-PHANTOM_LABELS: dict[str, int] = {
-    "background": 0,
-    **{name: i for i, name in enumerate(dict.fromkeys(o.name for o in _ORGANS), start=1)},
-}
-"""Label value of each structure in a phantom."""
+Modality = Literal["CT", "MR"]
+"""Which phantoms: with what contrast, and which structures."""
+
+PHANTOM_LABELS: dict[str, int] = _CT.labels
+"""Label value of each structure in a phantom that looks like CT."""
+
+
+def phantom_labels(modality: Modality) -> dict[str, int]:
+    """Label value of each structure, with background."""
+    return _ANATOMIES[modality].labels
 
 
 @dataclass(frozen=True)
@@ -56,8 +108,8 @@ class Phantom:
     """One generated case.
 
     Attributes:
-        image: HU, float32 of shape ``(Z, Y, X)``.
-        segmentation: Labels as in :data:`PHANTOM_LABELS`, uint8 of the same shape.
+        image: Intensity (HU in CT), float32 of shape ``(Z, Y, X)``.
+        segmentation: Labels as in :func:`phantom_labels`, uint8 of the same shape.
         spacing: mm along ``(z, y, x)``.
     """
 
@@ -66,13 +118,15 @@ class Phantom:
     spacing: tuple[float, float, float]
 
 
-def make_phantom(seed: int, case: int) -> Phantom:
+def make_phantom(seed: int, case: int, modality: Modality = "CT") -> Phantom:
     """Make one phantom: a body with organs whose surface, place, size and contrast vary from case to case.
 
     Args:
         seed: Seed of the dataset.
         case: Number of the case. Equal arguments give equal voxels.
+        modality: Contrast and structures.
     """
+    anatomy, labels = _ANATOMIES[modality], phantom_labels(modality)
     rng = np.random.default_rng([seed, case])
     shape = tuple(int(n + rng.integers(-2, 3)) for n in _SHAPE)
     spacing = tuple(float(np.round(s * rng.uniform(0.95, 1.05), 3)) for s in _SPACING)
@@ -80,18 +134,18 @@ def make_phantom(seed: int, case: int) -> Phantom:
     grid = np.stack(np.meshgrid(*axes, indexing="ij"))  # (3, Z, Y, X) in mm from the centre
     half_axes = np.array([1e4, 70.0, 90.0]) * rng.uniform(0.95, 1.05, 3)
 
-    image = np.full(shape, _AIR)
-    image[_blob(grid, np.zeros(3), half_axes, 0.05, spacing, rng)] = _FAT
-    image[_blob(grid, np.zeros(3), half_axes * 0.92, 0.05, spacing, rng)] = _SOFT_TISSUE
+    image = np.full(shape, anatomy.air)
+    image[_blob(grid, np.zeros(3), half_axes, 0.05, spacing, rng)] = anatomy.fat
+    image[_blob(grid, np.zeros(3), half_axes * 0.92, 0.05, spacing, rng)] = anatomy.soft_tissue
     segmentation = np.zeros(shape, np.uint8)
     reach = np.array([shape[0] * spacing[0] / 2, *half_axes[1:]])
-    for organ in _ORGANS:
+    for organ in anatomy.organs:
         centre = np.array(organ.centre) * reach + rng.normal(0, 4.0, 3)
         radii = np.array(organ.radii) * rng.uniform(0.85, 1.15, 3)
         inside = _blob(grid, centre, radii, 0.35, spacing, rng)
-        image[inside] = organ.intensity + rng.normal(0, 10.0)
-        segmentation[inside] = PHANTOM_LABELS[organ.name]
-    image = gaussian_filter(image, 0.6) + gaussian_filter(rng.normal(0, _NOISE, shape), 0.4)
+        image[inside] = organ.intensity + rng.normal(0, anatomy.variation)
+        segmentation[inside] = labels.get(organ.name, 0)
+    image = gaussian_filter(image, 0.6) + gaussian_filter(rng.normal(0, anatomy.noise, shape), 0.4)
     return Phantom(image.astype(np.float32), segmentation, (spacing[0], spacing[1], spacing[2]))
 
 
@@ -110,7 +164,12 @@ def _blob(
 
 
 def write_phantom_dataset(
-    folder: str | os.PathLike[str], *, n_training: int = 20, n_test: int = 4, seed: int = 0
+    folder: str | os.PathLike[str],
+    *,
+    n_training: int = 20,
+    n_test: int = 4,
+    seed: int = 0,
+    modality: Modality = "CT",
 ) -> None:
     """Write phantoms in nnU-Net's raw layout, with test cases in ``imagesTs`` and ``labelsTs``.
 
@@ -119,6 +178,7 @@ def write_phantom_dataset(
         n_training: Cases in ``imagesTr``.
         n_test: Cases in ``imagesTs``, numbered after those.
         seed: Equal seeds give equal files.
+        modality: Contrast and structures.
     """
     folder = Path(folder)
     for split, cases in (("Tr", range(n_training)), ("Ts", range(n_training, n_training + n_test))):
@@ -126,12 +186,12 @@ def write_phantom_dataset(
         images.mkdir(parents=True, exist_ok=True)
         labels.mkdir(exist_ok=True)
         for case in cases:
-            phantom = make_phantom(seed, case)
+            phantom = make_phantom(seed, case, modality)
             _write_nifti(phantom.image, phantom.spacing, images / f"phantom_{case:03d}_0000.nii.gz")
             _write_nifti(phantom.segmentation, phantom.spacing, labels / f"phantom_{case:03d}.nii.gz")
     dataset_json = {
-        "channel_names": {"0": "CT"},
-        "labels": PHANTOM_LABELS,
+        "channel_names": {"0": modality},
+        "labels": phantom_labels(modality),
         "numTraining": n_training,
         "file_ending": ".nii.gz",
     }

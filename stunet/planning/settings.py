@@ -94,6 +94,9 @@ SETTINGS: dict[str, Setting] = {
     "oversample_foreground_percent": Setting("training", *_FRACTION, "share of patches centred on foreground"),
     "probabilistic_oversampling": Setting("training", *_BOOL, "draw that share instead of fixing it in each batch"),
     "save_every": Setting("training", *_COUNT, "epochs between two checkpoint_latest.pth"),
+    "keep_every": Setting(
+        "training", *_COUNT, "epochs between two checkpoints that are kept, as checkpoint_epoch_0100.pth"
+    ),
     "mirroring": Setting(
         "training", *_one_of(get_args(Mirroring)), "axes to mirror; no-left-right where structures come in sides"
     ),

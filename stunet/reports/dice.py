@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["StructureDice", "read_dice"]
+__all__ = ["StructureDice", "mean_dice", "read_dice"]
 
 
 @dataclass(frozen=True)
@@ -59,3 +59,9 @@ def read_dice(summary: str | os.PathLike[str], labels: Mapping[str, Any]) -> lis
             StructureDice(name, mean, min(scores, default=math.nan), max(scores, default=math.nan), len(scores))
         )
     return rows
+
+
+def mean_dice(rows: Sequence[StructureDice]) -> float:
+    """Mean over the structures that have a score, NaN where none has."""
+    means = [row.mean for row in rows if not math.isnan(row.mean)]
+    return sum(means) / len(means) if means else math.nan

@@ -66,6 +66,7 @@ class BaseSTUNetTrainer(PartialLabelTrainer):
     stem: StemPolicy = "repeat-scaled"
     head: HeadPolicy = "by-name"
     select_for: str | int | None = None
+    keep_every: int | None = None
 
     _continued = False
     _selection: TransferSelection | None = None
@@ -163,11 +164,17 @@ class BaseSTUNetTrainer(PartialLabelTrainer):
                 )
 
     def on_epoch_end(self) -> None:
-        """Also score the periodic checkpoint, where the plans name a dataset to select for."""
+        """Also keep checkpoints for good, and score the periodic one, where the plans ask for it."""
         super().on_epoch_end()
-        is_periodic = self.current_epoch % self.save_every == 0 and self.current_epoch < self.num_epochs
-        if self._selection is not None and is_periodic:
-            self._selection.score(Path(self.output_folder, "checkpoint_latest.pth"), self.current_epoch)
+        done = self.current_epoch
+        if done == self.num_epochs:  # checkpoint_final.pth is about to be written
+            return
+        if self.keep_every is not None and done % self.keep_every == 0:
+            self.current_epoch -= 1  # save_checkpoint counts the epoch that is being finished
+            self.save_checkpoint(os.path.join(self.output_folder, f"checkpoint_epoch_{done:04d}.pth"))
+            self.current_epoch += 1
+        if self._selection is not None and done % self.save_every == 0:
+            self._selection.score(Path(self.output_folder, "checkpoint_latest.pth"), done)
 
     def on_train_end(self) -> None:
         """Also score the final checkpoint, where the plans name a dataset to select for."""

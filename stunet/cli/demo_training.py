@@ -1,0 +1,131 @@
+"""Steps of the demo: training, prediction and scoring, with nnU-Net's commands; and the demo on a user's own data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stunet.cli.demo_workspace import Workspace
+    from stunet.reports import StructureDice
+
+__all__ = ["as_options", "draw_cases", "predict_and_score", "print_dice", "train_on_data", "training_settings"]
+
+_PLANS = "STUNetPlans_demo"
+_TRAINER = "STUNetTrainer_pretrain"
+
+
+def training_settings(epochs: int, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings for a training this short."""
+    return {
+        "num_epochs": epochs,
+        "num_iterations_per_epoch": 20,
+        "num_val_iterations_per_epoch": 2,
+        "oversample_foreground_percent": 0.5,
+        # Fast, with a Dice loss over the batch, where most structures occur somewhere.
+        "initial_lr": 0.03,
+        "batch_dice": "true",
+        "mirroring": "none",  # an eighth of the passes in prediction
+        **batch,
+    }
+
+
+def as_options(settings: Mapping[str, Any]) -> list[str]:
+    """``--set`` with its values."""
+    return ["--set", *(f"{key}={value}" for key, value in settings.items())]
+
+
+def train_on_data(
+    data: Path, output: Path, *, network: Sequence[str], epochs: int, device: str, seed: int
+) -> Workspace:
+    """Train on a dataset in nnU-Net's raw layout, hold cases out, predict and score them."""
+    from stunet.cli.console import stdout
+    from stunet.cli.demo_workspace import Workspace, batch_settings
+    from stunet.datasets import check_hold_out, hold_out, read_image, read_raw_dataset
+
+    raw = read_raw_dataset(data)
+    n_held_out = min(4, max(1, len(raw.cases) // 5))
+    check_hold_out(raw, n_held_out)
+    dataset = f"Dataset001_{raw.folder.name.partition('_')[2] or raw.folder.name}"
+    first_image = next(iter(raw.cases.values()))[0][0]
+    c = "2d" if read_image(first_image)[0].shape[0] == 1 else "3d_fullres"
+    workspace = Workspace.make(output)
+    cases = hold_out(raw, workspace.raw(dataset), n_held_out=n_held_out, seed=seed)
+    stdout.print(f"Holding out {', '.join(cases)} to test on.", highlight=False)
+    workspace.print_exports()
+    workspace.run("nnUNetv2_plan_and_preprocess", "-d", "1", "-c", c, "-npfp", "2", "-np", "2")
+    settings = training_settings(epochs, batch_settings(workspace, dataset, c, device))
+    workspace.run("stunet", "plan", "-d", "1", "-c", c, *network, "--name", _PLANS, *as_options(settings))
+    workspace.run("nnUNetv2_train", "1", c, "0", "-p", _PLANS, "-tr", _TRAINER, "-device", device)
+    predictions = workspace.root / "predictions"
+    rows = predict_and_score(
+        workspace, dataset, _TRAINER, _PLANS, configuration=c, device=device, predictions=predictions
+    )
+    print_dice({"mean Dice": rows})
+    figure = draw_cases(workspace, dataset, predictions, workspace.root / "demo.png")
+    stdout.print(f"Figure:       {figure}", highlight=False, soft_wrap=True)
+    stdout.print(f"Predictions:  {predictions}", highlight=False, soft_wrap=True)
+    return workspace
+
+
+def predict_and_score(
+    workspace: Workspace,
+    dataset: str,
+    trainer: str,
+    plans: str,
+    *,
+    configuration: str,
+    device: str,
+    predictions: Path,
+) -> list[StructureDice]:
+    """Predict a dataset's test cases with a model that was trained on it, and compare with their labels."""
+    from stunet.reports import read_dice
+
+    raw, model = workspace.raw(dataset), workspace.model(dataset, trainer, plans, configuration)
+    workspace.run(
+        "nnUNetv2_predict", "-i", raw / "imagesTs", "-o", predictions, "-d", str(int(dataset[7:10])),
+        "-c", configuration, "-f", "0", "-p", plans, "-tr", trainer, "-device", device, "-npp", "1", "-nps", "1",
+    )  # fmt: skip
+    workspace.run(
+        "nnUNetv2_evaluate_folder", raw / "labelsTs", predictions,
+        "-djfile", model / "dataset.json", "-pfile", model / "plans.json", "-np", "2",
+    )  # fmt: skip
+    return read_dice(predictions / "summary.json", workspace.dataset_json(dataset)["labels"])
+
+
+def print_dice(columns: Mapping[str, Sequence[StructureDice]]) -> None:
+    """A table of Dice by structure, of one model or of several beside each other; of one, its lowest and highest too."""
+    from rich.table import Table
+
+    from stunet.cli.console import stdout
+    from stunet.reports import mean_dice
+
+    alone = len(columns) == 1
+    table = Table("structure", *columns, title="Unseen cases", title_justify="left")
+    for name in ("lowest", "highest", "cases") if alone else ():
+        table.add_column(name)
+    for rows in zip(*columns.values(), strict=True):
+        spread = [f"{rows[0].lowest:.3f}", f"{rows[0].highest:.3f}", str(rows[0].n_cases)] if alone else []
+        table.add_row(rows[0].name, *[f"{row.mean:.3f}" for row in rows], *spread)
+    table.add_section()
+    table.add_row("mean", *[f"{mean_dice(rows):.3f}" for rows in columns.values()], *([""] * 3 if alone else []))
+    stdout.print()
+    stdout.print(table)
+
+
+def draw_cases(workspace: Workspace, dataset: str, predictions: Path, path: Path) -> Path:
+    """Three test cases with truth and prediction side by side."""
+    from stunet.datasets import exclusive_labels, read_image
+    from stunet.reports import side_by_side
+
+    description, raw = workspace.dataset_json(dataset), workspace.raw(dataset)
+    ending = description["file_ending"]
+    names, merge = exclusive_labels(description)
+    cases: list[Any] = []
+    for truth in sorted((raw / "labelsTs").glob(f"*{ending}"))[:3]:
+        name = truth.name.removesuffix(ending)
+        image, spacing = read_image(raw / "imagesTs" / f"{name}_0000{ending}")
+        cases.append((name, image, merge(read_image(truth)[0]), read_image(predictions / truth.name)[0]))
+    side_by_side(cases, names, path, spacing=spacing)
+    return path
