@@ -57,8 +57,8 @@ def tell_story(workspace: Workspace, *, network: Sequence[str], epochs: int, dev
     chapters.close(
         "Pre-train on what is annotated",
         "20 generated CT-like phantoms in TotalSegmentator's layout, a third of the masks of the training cases left "
-        "out. A missing mask means not annotated, and not background: the loss leaves open what these voxels are. Three "
-        "checkpoints are kept on the way.",
+        "out. A missing mask means not annotated, and not background: the loss leaves open what these voxels are. "
+        "Three checkpoints are kept on the way.",
     )
     checkpoints = _checkpoints(workspace)
     ranking = _pick(workspace, checkpoints, device, seed)

@@ -95,7 +95,7 @@ def predict_and_score(
 
 
 def print_dice(columns: Mapping[str, Sequence[StructureDice]]) -> None:
-    """A table of Dice by structure, of one model or of several beside each other; of one, its lowest and highest too."""
+    """A table of Dice by structure, of models beside each other; of one model alone, its lowest and highest too."""
     from rich.table import Table
 
     from stunet.cli.console import stdout

@@ -171,7 +171,7 @@ class BaseSTUNetTrainer(PartialLabelTrainer):
             return
         if self.keep_every is not None and done % self.keep_every == 0:
             self.current_epoch -= 1  # save_checkpoint counts the epoch that is being finished
-            self.save_checkpoint(os.path.join(self.output_folder, f"checkpoint_epoch_{done:04d}.pth"))
+            self.save_checkpoint(str(Path(self.output_folder, f"checkpoint_epoch_{done:04d}.pth")))
             self.current_epoch += 1
         if self._selection is not None and done % self.save_every == 0:
             self._selection.score(Path(self.output_folder, "checkpoint_latest.pth"), done)

@@ -36,7 +36,7 @@ from stunet.transferability.wasserstein import (
 )
 from stunet.transferability.windows import Window, assign_windows, cut_window, window_starts
 from stunet.transferability.zero_shot import ZeroShotDice, shared_structures, zero_shot_dice
-from stunet.transferability.zero_shot_points import zero_shot_at_points
+from stunet.transferability.zero_shot_points import PointPredictions, zero_shot_at_points
 from stunet.transferability.zoo import ZooEntry, name_checkpoints, read_zoo
 
 __all__ = [
@@ -62,6 +62,7 @@ __all__ = [
     "Metric",
     "MetricSettings",
     "Normalise",
+    "PointPredictions",
     "Ranking",
     "ResultCache",
     "SourceHead",

@@ -115,7 +115,8 @@ def rank_candidates(
                 "settings": asdict(settings),
                 "resamples": [n_resamples, seed],
             }
-            outcome = _kept(entry, cache, key) or score_candidate(
+            kept = _kept(entry, cache, key)
+            outcome = kept or score_candidate(
                 entry,
                 target,
                 sha256=sha256,
@@ -127,7 +128,7 @@ def rank_candidates(
                 seed=seed,
                 on_case=on_case,
             )
-            if cache is not None:
+            if cache is not None and kept is None:
                 cache.put(key, asdict(outcome))
             results.append(outcome)
         except STUNetError as error:
@@ -171,7 +172,14 @@ def _kept(entry: ZooEntry, cache: ResultCache | None, key: dict[str, Any]) -> Ca
     kept = None if cache is None else cache.get(key)
     if kept is None:
         return None
-    return CandidateScores(**{**kept, "name": entry.name, "path": str(entry.path), "seconds": 0.0})
+    here = {
+        "name": entry.name,
+        "path": str(entry.path),
+        "description": {**kept["description"], "path": str(entry.path)},
+        "draws": tuple(kept["draws"]),
+        "seconds": 0.0,
+    }
+    return CandidateScores(**{**kept, **here})
 
 
 def _best_first(results: Sequence[CandidateScores], metric: str) -> tuple[CandidateScores, ...]:
