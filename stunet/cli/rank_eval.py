@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from stunet.transferability import Agreement, Estimate
 
 __all__ = ["rank_eval"]
@@ -38,7 +40,7 @@ def rank_eval(
     truth = _gather_dice(dice, summary or [])
     results = {
         name: agreement(by_metric[name], truth, n_resamples=resamples, seed=seed)
-        for name in _choose(metric or [], list(by_metric), scores)
+        for name in _choose(metric or [], by_metric, scores)
     }
     if as_json:
         typer.echo(json.dumps({"metrics": {name: result.as_dict() for name, result in results.items()}}, indent=4))
@@ -80,7 +82,11 @@ def _gather_dice(dice: Path | None, summaries: list[str]) -> dict[str, float]:
     return {**found, **read_summaries(paths)}
 
 
-def _choose(wanted: list[str], metrics: list[str], path: Path) -> list[str]:
+def _choose(wanted: list[str], metrics: Mapping[str, Mapping[str, float]], path: Path) -> list[str]:
+    """The metrics asked for; by default all that have a score for every candidate."""
+    import math
+
+    from stunet.cli.console import stderr
     from stunet.errors import UsageError
 
     unknown = [name for name in wanted if name not in metrics]
@@ -91,7 +97,16 @@ def _choose(wanted: list[str], metrics: list[str], path: Path) -> list[str]:
             expected=f"one of {', '.join(metrics)}, which {path} has",
             remedy="Correct --metric.",
         )
-    return wanted or metrics
+    if wanted:
+        return wanted
+    lacking = {name: [c for c, value in scores.items() if math.isnan(value)] for name, scores in metrics.items()}
+    whole = [name for name, without in lacking.items() if not without]
+    if not whole:
+        return list(metrics)  # which says what is missing
+    for name, without in lacking.items():
+        if without:
+            stderr.print(f"{name} is left out: no score for {', '.join(without)}", highlight=False, soft_wrap=True)
+    return whole
 
 
 def _print_table(results: dict[str, Agreement]) -> None:

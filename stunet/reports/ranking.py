@@ -14,11 +14,9 @@ from typing import Any
 from stunet.files import atomic_path, write_json
 from stunet.reports.pages import inline_svg, write_page
 from stunet.reports.ranking_figures import scale_lines, score_bars
-from stunet.transferability import CandidateScores, Ranking, TargetCases
+from stunet.transferability import RANKING_FORMAT, CandidateScores, Ranking, TargetCases
 
 __all__ = ["RankingReport", "write_ranking"]
-
-_FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +119,7 @@ def _as_json(report: RankingReport) -> dict[str, Any]:
             }
         )
     return {
-        "format": _FORMAT,
+        "format": RANKING_FORMAT,
         "date": report.date,
         "versions": _versions(),
         "target": {
