@@ -3,10 +3,10 @@
 A zoo of nine checkpoints of different worth from the hippocampus data (Medical Segmentation Decathlon, task 04): random
 weights, four lengths of pre-training, pre-training on half of the labels, on another task (strong edges of the image),
 and the longest one with noise on its weights. Each is really fine-tuned on the same 10 cases with the same budget, for
-each of several seeds with other cases, and scored by nnU-Net's final validation on cases that none of them saw; and each
-is ranked by ``stunet rank`` on the same 10 cases. Then weighted Kendall tau, Pearson, Spearman and top-1 regret of every
-metric with bootstrap intervals over the checkpoints, by ``stunet rank-eval``. Every step is a command that a user types.
-Prints a table to standard error and one JSON line. With --work, what is finished is not done again after an
+each of several seeds with other cases, and scored by nnU-Net's final validation on cases that none of them saw; and
+each is ranked by ``stunet rank`` on the same 10 cases. Then weighted Kendall tau, Pearson, Spearman and top-1 regret of
+every metric with bootstrap intervals over the checkpoints, by ``stunet rank-eval``. Every step is a command that a user
+types. Prints a table to standard error and one JSON line. With --work, what is finished is not done again after an
 interruption.
 
     python tests/benchmarks/ranking_agreement.py
@@ -164,7 +164,7 @@ class Benchmark(Experiment):
         if not path.is_file():
             checkpoint = torch.load(source, map_location="cpu", weights_only=False)  # our own file
             torch.manual_seed(0)
-            for key, tensor in checkpoint["network_weights"].items():
+            for tensor in checkpoint["network_weights"].values():
                 if tensor.ndim < 2:
                     continue
                 if noise is None:
