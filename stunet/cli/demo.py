@@ -22,8 +22,9 @@ _DATASET_ID = 1
 _PLANS = "STUNetPlans_demo"
 _TRAINER = "STUNetTrainer_pretrain"
 _FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-#: Patches larger than this take too long on a CPU; voxels.
-_MAX_PATCH_ON_CPU = 64**3
+#: Patches larger than this take too long on a CPU; voxels. Small ones learn faster for the same time there: the cases in
+#: a batch of four differ more than the places of one patch.
+_MAX_PATCH_ON_CPU = 32**3
 
 
 def demo(
@@ -36,7 +37,7 @@ def demo(
     size: Annotated[
         str | None, typer.Option(help="small, base, large or huge; a narrow network by default, for speed.")
     ] = None,
-    epochs: Annotated[int, typer.Option(help="Epochs of 20 iterations.", min=1)] = 16,
+    epochs: Annotated[int, typer.Option(help="Epochs of 20 iterations.", min=1)] = 12,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the phantoms and of the choice of unseen cases.", min=0)] = 0,
 ) -> None:
@@ -186,9 +187,10 @@ def _train(workspace: _Workspace, size: str | None, epochs: int, device: str) ->
         "num_iterations_per_epoch": 20,
         "num_val_iterations_per_epoch": 2,
         "oversample_foreground_percent": 0.5,
-        # For a training this short: faster, and with a Dice loss that small structures do not drop out of.
+        # For a training this short: faster, with a Dice loss over the batch, where most structures occur somewhere.
         "initial_lr": 0.03,
         "batch_dice": "true",
+        "mirroring": "none",  # an eighth of the passes in prediction
         **_batch_for(workspace, device),
     }
     assignments = [f"{key}={value}" for key, value in settings.items()]
@@ -282,9 +284,9 @@ def _batch_for(workspace: _Workspace, device: str) -> dict[str, Any]:
     if len(patch) == 2:
         return {"batch_size": min(8, configuration["batch_size"])}
     if device != "cpu" or math.prod(patch) <= _MAX_PATCH_ON_CPU:
-        return {"batch_size": 2}
+        return {"batch_size": 4}
     step = total_stride(fit_strides(configuration["architecture"]["arch_kwargs"]["strides"]))
     while math.prod(patch) > _MAX_PATCH_ON_CPU and any(n > s for n, s in zip(patch, step, strict=True)):
         axis = max(range(len(patch)), key=lambda i: patch[i] / step[i])
         patch[axis] -= step[axis]
-    return {"batch_size": 2, "patch_size": str(patch).replace(" ", "")}
+    return {"batch_size": 4, "patch_size": str(patch).replace(" ", "")}
