@@ -22,8 +22,8 @@ _DATASET_ID = 1
 _PLANS = "STUNetPlans_demo"
 _TRAINER = "STUNetTrainer_pretrain"
 _FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-#: Patches larger than this take too long on a CPU; voxels. Small ones learn faster for the same time there: the cases in
-#: a batch of four differ more than the places of one patch.
+#: Patches larger than this take too long on a CPU; voxels. For the same time, small ones learn faster: the cases in a
+#: batch of four differ more than the places of one patch.
 _MAX_PATCH_ON_CPU = 32**3
 
 
