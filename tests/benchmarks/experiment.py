@@ -39,9 +39,9 @@ class Experiment:
 
     def __init__(self, root: Path, jobs: int) -> None:
         self.root, self.jobs = root.resolve(), jobs
-        # Each job has cores of its own: threads of several trainings that share one wait for each other at every
-        # operation.
-        cores = [str(core) for core in range(os.cpu_count() or 1)]
+        # Each job has cores of its own, out of those that this process may use: threads of several trainings that share
+        # one wait for each other at every operation.
+        cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
         self._shares: Queue[str] = Queue()
         for job in range(jobs):
             self._shares.put(",".join(cores[job % len(cores) :: jobs]))

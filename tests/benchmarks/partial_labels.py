@@ -72,6 +72,7 @@ class Benchmark(Experiment):
             "width": self.args.width,
             "iterations": self.args.epochs * 20,
             "batch_size": 2,
+            "patch_size": [32, 48, 32],
             "dice": dice,
             "mean": {arm: spread(values) for arm, values in means.items()},
             "below_upper_bound": {
@@ -127,7 +128,7 @@ class Benchmark(Experiment):
             plan = f"stunet plan -d {dataset_id} --depth 1 --width {self.args.width} -c 3d_fullres --name P_partial"
             settings = f"num_epochs={self.args.epochs} num_iterations_per_epoch=20 num_val_iterations_per_epoch=2"
             train = f"nnUNetv2_train {dataset_id} 3d_fullres {fold} -p P_partial -tr STUNetTrainer -device cpu"
-            self.run(f"{plan} --set {settings} batch_size=2 && {train}")
+            self.run(f"{plan} --set {settings} batch_size=2 patch_size=32,48,32 mirroring=none && {train}")
         content = json.loads(summary.read_text())
         each = {label: round(metrics["Dice"], 4) for label, metrics in content["mean"].items() if label != "0"}
         return {**each, "mean": round(content["foreground_mean"]["Dice"], 4)}

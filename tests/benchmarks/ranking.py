@@ -1,7 +1,7 @@
 """How long a whole ranking takes: four checkpoints of the small size on 20 real cases, by ``stunet rank``. By hand.
 
-The checkpoints have random weights, which take as long to read as any. Hippocampus data (Medical Segmentation Decathlon,
-task 04), all metrics; once from nothing and once with all results kept. One JSON line.
+The checkpoints have random weights, which take as long to read as any. Hippocampus data (Medical Segmentation
+Decathlon, task 04), all metrics; once from nothing and once with all results kept. One JSON line.
 
     python tests/benchmarks/ranking.py
 """
