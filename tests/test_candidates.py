@@ -114,7 +114,9 @@ def test_other_channels_by_the_stem_policies(tmp_path: Path, kind: str, stem: An
     else:
         write_unet(path, unet(kind))
         key = "encoder.stages.0.0.convs.0.conv" if kind == "PlainConvUNet" else "encoder.stem.convs.0.conv"
-    candidate, again = (build_candidate(path, target(channels=3), stem=stem) for _ in range(2))
+    candidate = build_candidate(path, target(channels=3), stem=stem)
+    torch.rand(1)
+    again = build_candidate(path, target(channels=3), stem=stem)
     weights = torch.load(path)["network_weights"]
     state, repeated = candidate.network.state_dict(), again.network.state_dict()
     ours = state[f"{key}.weight"]

@@ -21,7 +21,7 @@ def test_windows_begin_where_nnunets_do(step_size: float) -> None:
         assert window_starts(size, patch, step_size).tolist() == expected
 
 
-SHAPES = [((30, 41, 22), (16, 16, 8)), ((30, 10, 7), (16, 16, 8)), ((5, 6, 7), (16, 16, 8)), ((6, 41, 22), (16, 8))]
+SHAPES = [((30, 41, 24), (16, 16, 8)), ((30, 10, 7), (16, 16, 8)), ((5, 6, 7), (16, 16, 8)), ((6, 41, 22), (16, 8))]
 
 
 @pytest.mark.parametrize(("shape", "patch_size"), SHAPES)
