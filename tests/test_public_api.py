@@ -56,9 +56,15 @@ API = {
         "entry_folder", "fetch", "find_entry", "load_registry", "verify", "verify_file",
     ],
     "stunet.checkpoints": [
-        "Architecture", "HeadPolicy", "SourceWeights", "StemPolicy", "TransferReport", "adapt_stem", "check_weights",
-        "from_published_key", "infer_architecture", "open_weights", "read_checkpoint", "read_pickle",
-        "source_outputs", "to_published_key", "transfer_weights", "write_published",
+        "Architecture", "HeadPolicy", "SourceWeights", "StemPolicy", "TransferReport", "UNetArchitecture",
+        "UNetWeights", "adapt_stem", "check_weights", "from_published_key", "infer_architecture", "open_any_weights",
+        "open_weights", "read_checkpoint", "read_pickle", "source_outputs", "to_published_key", "transfer_weights",
+        "write_published",
+    ],
+    "stunet.transferability": [
+        "CandidateDescription", "CandidateNetwork", "CaseFeatures", "CasePoints", "FeatureHooks", "SourceHead",
+        "Target", "Window", "assign_windows", "build_candidate", "cut_window", "decoder_stages", "draw_points",
+        "extract_case", "finest_head", "load_candidate", "read_points", "source_head", "unwrap", "window_starts",
     ],
 }  # fmt: skip
 

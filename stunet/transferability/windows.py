@@ -82,7 +82,9 @@ def assign_windows(
     starts[:, :n_flat] = points[:, :n_flat]
     for axis, patch in enumerate(patch_size, start=n_flat):
         candidates = window_starts(shape[axis], patch, step_size)
-        distances = np.abs(points[:, axis, None] - (candidates + patch // 2))
+        local = points[:, axis, None] - candidates
+        # The Gaussian's centre is not the middle of an even number of voxels, so the nearest may miss the point.
+        distances = np.where((local >= 0) & (local < patch), np.abs(local - patch // 2), patch)
         starts[:, axis] = candidates[np.argmin(distances, axis=1)]
     distinct, window_of = np.unique(starts, axis=0, return_inverse=True)
     groups = np.split(np.argsort(window_of.ravel(), kind="stable"), np.cumsum(np.bincount(window_of.ravel()))[:-1])
