@@ -149,7 +149,7 @@ def agreement(
 def _estimate(name: str, x: Array, y: Array, draws: NDArray[np.int64], confidence: float) -> Estimate:
     of_rows = _OF_ROWS[name]
     # A resample may draw one value only. The regret is defined even then.
-    varied = np.ptp(x[draws], axis=1) * np.ptp(y[draws], axis=1) > 0
+    varied = (np.ptp(x[draws], axis=1) > 0) & (np.ptp(y[draws], axis=1) > 0)
     kept = draws if name == "regret" else draws[varied]
     found = of_rows(x[kept], y[kept])
     tail = (1 - confidence) / 2
