@@ -61,11 +61,11 @@ def test_values_against_scipy() -> None:
 def test_intervals_against_a_loop() -> None:
     names = sorted(SCORES)[:3]
     scores, dice = {n: SCORES[n] for n in names}, {n: DICE[n] for n in names}
-    result = agreement(scores, dice, n_resamples=300, confidence=0.8, seed=4)
+    result = agreement(scores, dice, n_resamples=150, confidence=0.8, seed=4)
     x, y = np.array(list(scores.values())), np.array(list(dice.values()))
     rng = np.random.default_rng(4)
     values: dict[str, list[float]] = {name: [] for name in result.estimates}
-    for draw in rng.integers(0, 3, size=(300, 3)):
+    for draw in rng.integers(0, 3, size=(150, 3)):
         values["regret"].append(y[draw].max() - y[draw][x[draw] == x[draw].max()].mean())
         if len(set(draw.tolist())) > 1:
             values["weighted_kendall"].append(stats.weightedtau(x[draw], y[draw]).statistic)
@@ -73,12 +73,12 @@ def test_intervals_against_a_loop() -> None:
             values["spearman"].append(stats.spearmanr(x[draw], y[draw]).statistic)
     for name, estimate in result.estimates.items():
         assert (estimate.low, estimate.high) == pytest.approx(tuple(np.quantile(values[name], [0.1, 0.9])))
-        assert estimate.degenerate == 300 - len(values[name])
-    assert result.estimates["pearson"].degenerate > 10  # one checkpoint thrice: 3 of 27
+        assert estimate.degenerate == 150 - len(values[name])
+    assert result.estimates["pearson"].degenerate > 5  # one checkpoint thrice: 3 of 27
     assert result.estimates["regret"].degenerate == 0
-    again = agreement(scores, dice, n_resamples=300, confidence=0.8, seed=4)
+    again = agreement(scores, dice, n_resamples=150, confidence=0.8, seed=4)
     assert again == result
-    assert agreement(scores, dice, n_resamples=300, confidence=0.8, seed=5) != result
+    assert agreement(scores, dice, n_resamples=150, confidence=0.8, seed=5) != result
 
 
 def test_intervals_without_any_value() -> None:

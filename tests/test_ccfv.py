@@ -135,6 +135,12 @@ def test_equal_distances_look_equal_at_all_widths() -> None:
     assert project[1] / project[0] == pytest.approx(1, abs=0.1)
 
 
+def test_the_means_of_few_points_lose_their_noise() -> None:
+    # Noise of the means would add 2/16 to the square.
+    found = [ccfv(gaussians(64, 0.5, 12, seed, 16), normalise="none").consistency[0] ** 2 for seed in range(3)]
+    assert np.mean(found) == pytest.approx(0.25, abs=0.06)
+
+
 def test_noise_is_told_from_differences() -> None:
     same, near, far = (ccfv(gaussians(128, d), normalise="none") for d in (0.0, 0.5, 5.0))
     assert same.noise[0] > 0.93

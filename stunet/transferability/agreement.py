@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -74,21 +73,33 @@ def top_regret(scores: Array, dice: Array) -> float:
     return float(dice.max() - dice[scores == scores.max()].mean())
 
 
-def _pearson(scores: Array, dice: Array) -> float:
-    return float(stats.pearsonr(scores, dice).statistic)
+def _kendall_of_rows(x: Array, y: Array) -> Array:
+    return np.array([weighted_kendall(*row) for row in zip(x, y, strict=True)])
 
 
-def _spearman(scores: Array, dice: Array) -> float:
-    return float(stats.spearmanr(scores, dice).statistic)
+def _pearson_of_rows(x: Array, y: Array) -> Array:
+    x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
+    return np.asarray((x * y).sum(1) / np.sqrt(np.square(x).sum(1) * np.square(y).sum(1)), dtype=np.float64)
 
 
-STATISTICS: Mapping[str, Callable[[Array, Array], float]] = {
-    "weighted_kendall": weighted_kendall,
-    "pearson": _pearson,
-    "spearman": _spearman,
-    "regret": top_regret,
+def _spearman_of_rows(x: Array, y: Array) -> Array:
+    return _pearson_of_rows(stats.rankdata(x, axis=1), stats.rankdata(y, axis=1))
+
+
+def _regret_of_rows(x: Array, y: Array) -> Array:
+    return np.array([top_regret(*row) for row in zip(x, y, strict=True)])
+
+
+# Of all resamples at once, where scipy would be called for each.
+_OF_ROWS: Mapping[str, Callable[[Array, Array], Array]] = {
+    "weighted_kendall": _kendall_of_rows,
+    "pearson": _pearson_of_rows,
+    "spearman": _spearman_of_rows,
+    "regret": _regret_of_rows,
 }
-"""Functions of scores and Dice `(n,)`. All but the regret, a difference of Dice, are 1 at best; the regret is 0."""
+
+STATISTICS = tuple(_OF_ROWS)
+"""Names of the statistics. All but the regret, a difference of Dice, are 1 at best; the regret is 0."""
 
 
 def agreement(
@@ -126,7 +137,7 @@ def agreement(
     x, y = (np.array([values[name] for name in names], dtype=np.float64) for values in (scores, dice))
     draws = np.random.default_rng(seed).integers(0, len(names), size=(n_resamples, len(names)))
     return Agreement(
-        estimates={name: _estimate(function, x, y, draws, confidence) for name, function in STATISTICS.items()},
+        estimates={name: _estimate(name, x, y, draws, confidence) for name in STATISTICS},
         top=names[int(x.argmax())],
         best=names[int(y.argmax())],
         n_checkpoints=len(names),
@@ -135,23 +146,15 @@ def agreement(
     )
 
 
-def _estimate(
-    function: Callable[[Array, Array], float], x: Array, y: Array, draws: NDArray[np.int64], confidence: float
-) -> Estimate:
-    values = np.full(len(draws), np.nan)
+def _estimate(name: str, x: Array, y: Array, draws: NDArray[np.int64], confidence: float) -> Estimate:
+    of_rows = _OF_ROWS[name]
     # A resample may draw one value only. The regret is defined even then.
-    varied = np.ptp(x[draws], axis=1) * np.ptp(y[draws], axis=1) > 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.ConstantInputWarning)
-        warnings.simplefilter("ignore", stats.NearConstantInputWarning)
-        for i, draw in enumerate(draws):
-            if varied[i] or function is top_regret:
-                values[i] = function(x[draw], y[draw])
-        value = function(x, y)
-    found = values[~np.isnan(values)]
+    varied = (np.ptp(x[draws], axis=1) > 0) & (np.ptp(y[draws], axis=1) > 0)
+    kept = draws if name == "regret" else draws[varied]
+    found = of_rows(x[kept], y[kept])
     tail = (1 - confidence) / 2
     low, high = np.quantile(found, [tail, 1 - tail]).tolist() if found.size else (math.nan, math.nan)
-    return Estimate(value, low, high, int(np.isnan(values).sum()))
+    return Estimate(float(of_rows(x[None], y[None])[0]), low, high, len(draws) - len(kept))
 
 
 def check_scores(scores: Mapping[str, float], dice: Mapping[str, float]) -> None:
