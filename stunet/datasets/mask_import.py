@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from stunet.datasets.totalsegmentator import SourceCase
 from stunet.errors import DatasetError, STUNetError
 from stunet.files import write_json
 from stunet.labels import MANIFEST_NAME, group_cases, write_manifest
-from stunet.labels.mask_cases import MaskCase, finished_record, import_case
-from stunet.processes import run_jobs
+from stunet.labels.mask_cases import ImportedCase, MaskCase, StagedCase, finished_record, place_case, stage_case
+from stunet.processes import run_jobs, worthwhile_processes
 
 __all__ = ["ImportReport", "import_cases"]
 
 _FORMAT = 1
+#: Bytes of images that are imported, with their masks, while a process starts.
+_BYTES_PER_START = 2**25
 OnCase = Callable[[str, int, bool], None]
 
 
@@ -61,7 +64,7 @@ def import_cases(
     link_images: bool = False,
     allow_unannotated: bool = False,
     preprocessed: str | os.PathLike[str] | None = None,
-    num_processes: int = 1,
+    num_processes: int | None = 1,
     on_case: OnCase = lambda case, n_masks, reused: None,
 ) -> ImportReport:
     """Import cases, or continue an import of the same structures into the same folder.
@@ -80,7 +83,7 @@ def import_cases(
         link_images: Hard links (symbolic ones to other file systems) in place of copies of the images.
         allow_unannotated: Whether structures may stay that no training case annotates.
         preprocessed: nnU-Net's ``nnUNet_preprocessed``, where manifest and folds are needed too.
-        num_processes: Cases at a time.
+        num_processes: Cases at a time; None for as many as there are processor cores and as the images are worth.
         on_case: Called as a case is done, with its name, number of masks, and whether an earlier run had finished it.
 
     Raises:
@@ -123,7 +126,7 @@ def _import_all(
     chosen: Mapping[str, SourceCase],
     structures: Sequence[str],
     link: bool,
-    num_processes: int,
+    num_processes: int | None,
     on_case: OnCase,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, STUNetError], int]:
     jobs: list[MaskCase] = []
@@ -142,9 +145,12 @@ def _import_all(
         image, label = state.files(name, case.split)
         record = state.record(name)
         jobs.append(MaskCase(name, case.split, case.ct, masks, len(structures), image, label, record, link))
+    if num_processes is None:
+        size = sum(job.ct.stat().st_size for job in jobs if job.ct.exists())
+        num_processes = worthwhile_processes(size, share=_BYTES_PER_START)
     records, reused = {}, 0
     with explaining_full_disks():
-        for job, result in run_jobs(import_case, jobs, num_processes=num_processes):
+        for job, result in _place_each(run_jobs(stage_case, jobs, num_processes=num_processes)):
             if isinstance(result, STUNetError):
                 failed[job.name] = result
                 on_case(job.name, len(job.masks), False)
@@ -153,6 +159,24 @@ def _import_all(
             reused += result.reused
             on_case(job.name, len(job.masks), result.reused)
     return dict(sorted(records.items())), dict(sorted(failed.items())), reused
+
+
+def _place_each(
+    staged: Iterator[tuple[MaskCase, ImportedCase | StagedCase | STUNetError]],
+) -> Iterator[tuple[MaskCase, ImportedCase | STUNetError]]:
+    """Give staged cases their names, and wait for the disk, while others are being decoded."""
+    with ThreadPoolExecutor(1) as disk:
+        waiting: deque[tuple[MaskCase, Future[ImportedCase | STUNetError]]] = deque()
+        for job, result in staged:
+            waiting.append((job, disk.submit(_place, job, result)))
+            while waiting and waiting[0][1].done():
+                yield waiting[0][0], waiting.popleft()[1].result()
+        for job, placed in waiting:
+            yield job, placed.result()
+
+
+def _place(case: MaskCase, result: ImportedCase | StagedCase | STUNetError) -> ImportedCase | STUNetError:
+    return place_case(case, result) if isinstance(result, StagedCase) else result
 
 
 def _keep_earlier(
