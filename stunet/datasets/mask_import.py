@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stunet.datasets.import_results import list_some, mention_failures, write_fold
 from stunet.datasets.import_state import ENDING, REPORT_NAME, ImportState, claim_folder, explaining_full_disks
-from stunet.datasets.side_files import SPLITS_NAME, carry_new_files
+from stunet.datasets.side_files import carry_new_files
 from stunet.datasets.totalsegmentator import SourceCase
 from stunet.errors import DatasetError, STUNetError
 from stunet.files import write_json
@@ -98,10 +99,11 @@ def import_cases(
     left_out = sorted(case.name for case in included if case.masks and not case.masks & set(structures))
     chosen = {case.name: case for case in included if case.name not in left_out}
     if not allow_unannotated:
-        _check_annotated(structures, [case.masks for case in chosen.values() if case.split != "test"])
+        _check_annotated(structures, [case.masks for case in chosen.values() if case.split != "test"], {})
     with claim_folder(folder, settings) as state:
         records, failed, reused = _import_all(state, chosen, structures, link_images, num_processes, on_case)
-        kept = _keep_earlier(state, records, set(excluded), failed)
+        kept = _keep_earlier(state, {*records, *excluded})
+        records = dict(sorted({**records, **kept}.items()))
         if not records or not allow_unannotated:
             annotated = [set(record["voxels"]) for record in records.values() if record["split"] != "test"]
             _check_annotated(structures, annotated, failed)
@@ -112,13 +114,13 @@ def import_cases(
             **settings,
             "left_out": left_out,
             "failed": {name: str(error) for name, error in failed.items()},
-            "kept": kept,
+            "kept": list(kept),
             "overlaps": _nested(overlaps),
             "cases": records,
         }
         has_folds = _write_dataset(folder, records, structures, report)
         stale = carry_new_files(folder, preprocessed)
-    return ImportReport(folder, splits, reused, left_out, failed, kept, overlaps, has_folds, stale)
+    return ImportReport(folder, splits, reused, left_out, failed, list(kept), overlaps, has_folds, stale)
 
 
 def _import_all(
@@ -179,33 +181,23 @@ def _place(case: MaskCase, result: ImportedCase | StagedCase | STUNetError) -> I
     return place_case(case, result) if isinstance(result, StagedCase) else result
 
 
-def _keep_earlier(
-    state: ImportState, records: dict[str, dict[str, Any]], excluded: set[str], failed: Mapping[str, STUNetError]
-) -> list[str]:
-    """Add whole cases of earlier runs that are broken or gone in the source now: they may be all that is left of it."""
-    kept = []
-    for name in state.started():
-        if name in records or name in excluded:
-            continue
+def _keep_earlier(state: ImportState, others: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Whole cases of earlier runs that are broken or gone in the source now: they may be all that is left of it."""
+    kept = {}
+    for name in sorted(set(state.started()) - set(others)):
         for split in ("train", "test"):
             record = finished_record(state.record(name), *state.files(name, split))
             if record is not None:
-                records[name] = record
-                kept.append(name)
-    ordered = dict(sorted(records.items()))
-    records.clear()
-    records.update(ordered)
+                kept[name] = record
     return kept
 
 
 def _check_annotated(
-    structures: Sequence[str], annotated: Sequence[Collection[str]], failed: Mapping[str, STUNetError] | None = None
+    structures: Sequence[str], annotated: Sequence[Collection[str]], failed: Mapping[str, STUNetError]
 ) -> None:
     covered = {structure for names in annotated for structure in names}
     missing = [structure for structure in structures if structure not in covered]
-    detail = ""
-    for name, error in list((failed or {}).items())[:1]:
-        detail = f"; {len(failed or {})} cases failed, {name} first: {error.problem}, {error.got}"
+    detail = mention_failures(failed)
     if not annotated:
         raise DatasetError(
             "no training cases",
@@ -214,10 +206,9 @@ def _check_annotated(
             remedy="Check the source, --structures, --group and --exclude.",
         )
     if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise DatasetError(
             "structures that no training case annotates",
-            got=shown + detail,
+            got=list_some(missing) + detail,
             expected="each annotated in at least one training case, since nothing else could teach it",
             remedy="Choose others with --structures or --group, or keep them with --allow-unannotated.",
         )
@@ -244,11 +235,7 @@ def _write_dataset(
     annotated = {name: record["voxels"] for name, record in records.items()}
     write_manifest(group_cases(annotated, structures), folder / MANIFEST_NAME)
     fold = {split: [n for n, record in records.items() if record["split"] == split] for split in ("train", "val")}
-    has_folds = bool(fold["train"] and fold["val"])
-    if has_folds:
-        write_json([fold], folder / SPLITS_NAME)
-    else:  # nnU-Net makes five folds of its own
-        (folder / SPLITS_NAME).unlink(missing_ok=True)
+    has_folds = write_fold(folder, fold)
     write_json(report, folder / REPORT_NAME)
     dataset_json = {
         "channel_names": {"0": "CT"},

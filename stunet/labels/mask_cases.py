@@ -140,12 +140,15 @@ def place_case(case: MaskCase, staged: StagedCase) -> ImportedCase:
             sync_file(staged.image)
         sync_file(staged.label)
         place_files([(staged.image, case.image), (staged.label, case.label)])
+        if case.link:
+            _remove(staged.image)  # renaming one link of a file to another link of it does nothing
         content = {**staged.record, "output": fingerprint([case.image, case.label])}
         # Not synced: where the machine fails, a case without its record is imported again.
         record.write_text(json.dumps(content), encoding="utf-8")
         os.replace(record, case.record)
-    finally:  # an image's link included: renaming one link of a file to another link of it does nothing
+    except BaseException:
         _remove(staged.image, staged.label, record)
+        raise
     return ImportedCase(False, content)
 
 
