@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,18 @@ from stunet.errors import UsageError
 __all__ = [
     "atomic_folder",
     "atomic_path",
+    "clone_or_copy",
     "file_sha256",
     "move_into_place",
+    "place_files",
     "refuse_existing",
     "remove_leftovers",
+    "start_sync",
+    "sync_file",
     "write_json",
 ]
+
+_FICLONE = 0x40049409  # <linux/fs.h>
 
 
 @contextmanager
@@ -55,10 +61,50 @@ def move_into_place(temporary: str | os.PathLike[str], path: str | os.PathLike[s
         temporary: The finished file.
         path: Where it shall be, on the same file system. A file that stands there is replaced.
     """
-    path = Path(path)
-    _fsync(Path(temporary), os.O_RDWR)
-    os.replace(temporary, path)
-    _fsync_folder(path.parent)
+    sync_file(temporary)
+    place_files([(temporary, path)])
+
+
+def sync_file(path: str | os.PathLike[str]) -> None:
+    """Wait until the content of a file is on disk (fsync)."""
+    _fsync(Path(path), os.O_RDWR)
+
+
+def start_sync(path: str | os.PathLike[str]) -> None:
+    """Make the system begin to write a file to the disk, where it can be told to; :func:`sync_file` waits less then."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # Linux writes what it shall forget. What it cannot forget yet, because it is not written, it keeps.
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def place_files(files: Iterable[tuple[str | os.PathLike[str], str | os.PathLike[str]]]) -> None:
+    """Give files whose contents are on disk their names, in this order; the names are on disk when it returns.
+
+    Args:
+        files: Present and final path of each, on the same file system. Files that stand there are replaced.
+    """
+    folders: dict[Path, None] = {}
+    for temporary, path in files:
+        os.replace(temporary, path)
+        folders[Path(path).parent] = None
+    for folder in folders:
+        _fsync_folder(folder)
+
+
+def clone_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Copy a file's content; where the file system can (Btrfs, XFS), the two share their blocks until one changes."""
+    with suppress(ImportError, OSError):
+        import fcntl  # not on Windows
+
+        with Path(source).open("rb") as old, Path(target).open("wb") as new:
+            fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
+        return
+    shutil.copyfile(source, target)
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

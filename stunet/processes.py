@@ -12,7 +12,9 @@ from typing import TypeVar
 
 from stunet.errors import CommandError, STUNetError
 
-__all__ = ["run_jobs"]
+__all__ = ["run_jobs", "worthwhile_processes"]
+
+_MOST_PROCESSES = 8  # by default: each needs memory, and what they read comes from one disk
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -56,6 +58,17 @@ def run_jobs(
         ) from None
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def worthwhile_processes(size: float, *, share: float) -> int:
+    """How many processes to take where the user does not say: none that works less than its start costs.
+
+    Args:
+        size: How much there is to do, in any unit.
+        share: How much of it keeps a process busy for about as long as it takes to start.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, _MOST_PROCESSES, int(size // share)))
 
 
 def _call(function: Callable[[Job], Result], job: Job) -> Result | STUNetError:

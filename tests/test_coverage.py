@@ -13,7 +13,7 @@ from stunet.labels import Coverage, bind_manifest, measure_coverage
 LABELS = {"background": 0, "a": 1, "b": 2, "c": 3, "whole": 4, "ignore": 5}
 
 
-def coverage_of(folder: Path, num_processes: int = 1) -> Coverage:
+def coverage_of(folder: Path, num_processes: int = 1, source_of: dict[str, str] | None = None) -> Coverage:
     files = {}
     for case, voxels in {"x": {1: 5, 2: 7, 5: 3}, "y": {1: 2, 4: 4}, "z": {3: 6, 9: 1}}.items():
         volume = np.zeros(SHAPE, np.uint8)
@@ -27,9 +27,8 @@ def coverage_of(folder: Path, num_processes: int = 1) -> Coverage:
         "superclasses": {"whole": ["a", "b"]},
     }
     manifest = bind_manifest(content, labels=LABELS, source="m.json")
-    return measure_coverage(
-        manifest, {**files, "w": folder / "w.nii.gz"}, ignore=5, num_processes=num_processes
-    )  # fmt: skip
+    files["w"] = folder / "w.nii.gz"
+    return measure_coverage(manifest, files, ignore=5, source_of=source_of, num_processes=num_processes)
 
 
 def test_coverage_by_hand(tmp_path: Path) -> None:
@@ -42,6 +41,22 @@ def test_coverage_by_hand(tmp_path: Path) -> None:
     assert coverage.unknown_values == {"z": [9]}
     assert list(coverage.unreadable) == ["w"]
     assert "w.nii.gz" in str(coverage.unreadable["w"])
+
+
+def test_sources_of_a_union_by_hand(tmp_path: Path) -> None:
+    coverage = coverage_of(tmp_path, source_of={"w": "B", "x": "B", "y": "A", "z": "B", "gone": "C"})
+    rows = [(row.name, row.cases, row.annotated, row.present, row.never_present) for row in coverage.sources]
+    assert rows == [  # w cannot be read; label 9 of z is no structure, and the ignore label of x neither
+        ("A", 1, {"whole": 1}, {"a": 1, "whole": 1}, []),
+        ("B", 2, {"a": 1, "b": 2}, {"a": 1, "b": 1, "c": 1}, []),
+        ("C", 0, {}, {}, []),
+    ]
+    assert coverage.as_json()["sources"][0] == {
+        "name": "A", "cases": 1, "annotated": {"whole": 1}, "present": {"a": 1, "whole": 1}
+    }  # fmt: skip
+    swapped = coverage_of(tmp_path, source_of={"x": "A", "z": "B"})
+    assert [row.never_present for row in swapped.sources] == [[], ["b"]]  # z annotates b and has none
+    assert coverage_of(tmp_path).sources == []
 
 
 def test_processes_change_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from stunet.errors import UsageError
-from stunet.files import atomic_folder, atomic_path, remove_leftovers, write_json
+from stunet.files import (
+    atomic_folder,
+    atomic_path,
+    clone_or_copy,
+    place_files,
+    remove_leftovers,
+    start_sync,
+    sync_file,
+    write_json,
+)
 
 
 def test_content_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -91,3 +101,31 @@ def test_json_keeps_order_and_unicode(tmp_path: Path) -> None:
     content = {"z": 1, "a": ["ä", None]}
     write_json(content, tmp_path / "x.json")
     assert list(json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))) == ["z", "a"]
+
+
+def test_files_take_their_places_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "y").write_text("old")
+    places = [(tmp_path / "a", tmp_path / "sub" / "x"), (tmp_path / "b", tmp_path / "y")]
+    seen = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (seen.append(new), replace(old, new)))
+    place_files(places)
+    assert seen == [new for _, new in places]
+    assert [new.read_text() for _, new in places] == ["a", "b"]
+    assert not (tmp_path / "a").exists()
+
+
+def test_copies_are_independent_and_lasting(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 1000
+    (tmp_path / "a").write_bytes(content)
+    (tmp_path / "b").write_bytes(b"longer" * 100_000)  # replaced as a whole
+    clone_or_copy(tmp_path / "a", tmp_path / "b")
+    start_sync(tmp_path / "b")
+    sync_file(tmp_path / "b")
+    (tmp_path / "a").write_bytes(b"changed")
+    assert (tmp_path / "b").read_bytes() == content
+    with pytest.raises(FileNotFoundError):
+        clone_or_copy(tmp_path / "none", tmp_path / "b")

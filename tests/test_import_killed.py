@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from killing import run_and_kill
 from masks import STRUCTURES, random_masks, save, write_source
 
 from stunet.datasets import import_cases, read_totalsegmentator
@@ -33,37 +30,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def run_and_kill(source: Path, root: Path, moment: int, after: bool) -> bool:
-    """Run in a process that is killed before or after its nth change to the file system; whether it was."""
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    count = 0
-
-    def killing(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            count += 1
-            mine = count == moment
-            if mine and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                if mine:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        return call
-
-    try:
-        for name in ("replace", "unlink", "mkdir", "rmdir"):
-            setattr(os, name, killing(getattr(os, name)))
-        shutil.copyfile = killing(shutil.copyfile)
-        run(source, root)
-        os._exit(0)
-    except BaseException as error:
-        print(repr(error), file=sys.stderr)
-        os._exit(1)
+def kill(source: Path, root: Path, moment: int, after: bool) -> bool:
+    return run_and_kill(lambda: run(source, root), moment, after)
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -75,7 +43,7 @@ def test_killed_at_each_change_and_continued(tmp_path: Path, after: bool) -> Non
     while True:
         root = tmp_path / f"killed_{moment}"
         root.mkdir()
-        if not run_and_kill(source, root, moment, after):
+        if not kill(source, root, moment, after):
             break
         dataset_json = root / "Dataset101_T" / "dataset.json"
         if dataset_json.exists():  # then all that belongs to it is there
@@ -96,7 +64,7 @@ def test_killed_while_a_finished_import_is_run_again(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source")
     run(source, tmp_path / "whole")
     expected, moment = contents(tmp_path / "whole"), 1
-    while run_and_kill(source, tmp_path / "whole", moment, True):
+    while kill(source, tmp_path / "whole", moment, True):
         run(source, tmp_path / "whole")
         assert contents(tmp_path / "whole") == expected, moment
         moment += 1
@@ -114,7 +82,7 @@ def test_killed_while_something_else_is_imported_over_it(tmp_path: Path) -> None
         root = tmp_path / f"killed_{moment}"
         run(source, root)
         before = contents(root / "Dataset101_T")
-        if not run_and_kill(tmp_path / "changed", root, moment, True):
+        if not kill(tmp_path / "changed", root, moment, True):
             break
         now = contents(root / "Dataset101_T")
         cases = {k: v for k, v in now.items() if not k.startswith(".import")}
@@ -132,7 +100,7 @@ def test_killed_and_continued_without_a_case(tmp_path: Path) -> None:
     while True:
         root = tmp_path / f"killed_{moment}"
         root.mkdir()
-        if not run_and_kill(source, root, moment, True):
+        if not kill(source, root, moment, True):
             break
         if not (root / "preprocessed").exists():  # which would rightly keep what it has
             run(source, root, excluded=("a1",))
@@ -147,6 +115,6 @@ def test_killed_often_without_ever_ending(tmp_path: Path) -> None:
     run(source, tmp_path / "whole")
     (tmp_path / "killed").mkdir()
     for moment in range(5, 40, 4):
-        run_and_kill(source, tmp_path / "killed", moment, False)
+        kill(source, tmp_path / "killed", moment, False)
     run(source, tmp_path / "killed")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")

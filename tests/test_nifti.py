@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from masks import AFFINE, SHAPE, save
 
 from stunet.errors import DatasetError
-from stunet.labels import count_labels, merge_masks
+from stunet.labels import MergedMasks, count_labels, merge_masks
 from stunet.labels.nifti import CHUNK_VOXELS, check_same_grid, open_volume, write_volume
 
 LARGE = (70, 70, 70)  # more than one chunk, and no multiple of it
@@ -191,3 +191,53 @@ def test_values_that_are_no_labels(tmp_path: Path) -> None:
     (tmp_path / "a.nrrd").write_text("no image")
     with pytest.raises(DatasetError, match="unreadable label map"):
         count_labels(tmp_path / "a.nrrd")
+
+
+def merged_with(volumes: list[np.ndarray], folder: Path, n_labels: int = 255) -> MergedMasks:
+    for i, volume in enumerate(volumes):
+        save(volume, folder / f"{i}.nii.gz")
+    save(np.zeros(volumes[0].shape, np.int16), folder / "ct.nii.gz")
+    with open_volume(folder / "ct.nii.gz") as ct:
+        return merge_masks([(i + 1, folder / f"{i}.nii.gz") for i in range(len(volumes))], ct, n_labels)
+
+
+@pytest.mark.parametrize("n_labels", [255, 256])
+@pytest.mark.parametrize("ones", [1, 255])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 1, 1), (8, 2, 1), (11, 9, 7), (65, 65, 65), (128, 64, 33)])
+def test_painting_equals_a_plain_loop(tmp_path: Path, shape: tuple[int, ...], ones: int, n_labels: int) -> None:
+    rng = np.random.default_rng(0)
+    volumes = [(ones * (rng.random(shape) < share)).astype(np.uint8) for share in (0.3, 0.01, 0, 0.3, 0)]
+    volumes[3][-1, -1, -1] = volumes[0][-1, -1, -1] = ones  # the last voxel of a word that is not full
+    merged = merged_with(volumes, tmp_path, n_labels)
+    labels, lost = np.zeros(shape, int), {}
+    for value, volume in enumerate(volumes, 1):
+        for other in np.unique(labels[volume > 0]).tolist():
+            if other:
+                lost[other, value] = int((labels[volume > 0] == other).sum())
+        labels[volume > 0] = value
+    assert merged.labels.dtype == (np.uint8 if n_labels == 255 else np.uint16)
+    assert np.array_equal(merged.labels.reshape(shape, order="F"), labels)
+    assert merged.voxels == {value: int((labels == value).sum()) for value in range(1, 6)}
+    assert merged.overlaps == lost
+    assert (1, 4) in lost
+
+
+def test_a_label_map_with_ones_first_is_no_mask(tmp_path: Path) -> None:
+    volume = np.zeros(LARGE, np.uint8)
+    volume[0, 0, 0], volume[-1, -1, -1] = 1, 2  # in different chunks
+    with pytest.raises(DatasetError, match="values from 1 to 2"):
+        merged_with([volume], tmp_path)
+
+
+def test_each_blank_mask_is_compared_with_its_image(tmp_path: Path) -> None:
+    blank = [np.zeros(SHAPE, np.uint8)] * 3
+    assert merged_with(blank, tmp_path).voxels == {1: 0, 2: 0, 3: 0}
+    moved = AFFINE.copy()
+    moved[0, 3] += 1
+    for volume, affine, expected in ((np.zeros((3, 4, 5), np.uint8), AFFINE, "shape"), (blank[0], moved, "affine")):
+        save(volume, tmp_path / "2.nii.gz", affine=affine)
+        with open_volume(tmp_path / "ct.nii.gz") as ct, pytest.raises(DatasetError, match=f"another {expected}"):
+            merge_masks([(i + 1, tmp_path / f"{i}.nii.gz") for i in range(3)], ct, 3)
+    (tmp_path / "2.nii.gz").write_bytes((tmp_path / "1.nii.gz").read_bytes()[:-1])
+    with open_volume(tmp_path / "ct.nii.gz") as ct, pytest.raises(DatasetError, match="unreadable NIfTI"):
+        merge_masks([(i + 1, tmp_path / f"{i}.nii.gz") for i in range(3)], ct, 3)

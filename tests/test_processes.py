@@ -14,7 +14,7 @@ import pytest
 
 from stunet.errors import CommandError, LabelError, STUNetError
 from stunet.labels import load_vocabulary
-from stunet.processes import run_jobs
+from stunet.processes import run_jobs, worthwhile_processes
 
 
 @pytest.mark.parametrize("num_processes", [1, 3])
@@ -54,6 +54,20 @@ def test_processes_end_with_the_one_that_started_them() -> None:
     parent.send_signal(signal.SIGKILL)
     _, alive = psutil.wait_procs(children, timeout=30)
     assert alive == []
+
+
+def test_no_more_processes_than_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, size, expected in ((16, 0, 1), (16, 9.9, 1), (16, 35, 3), (2, 35, 2), (1, 1e9, 1), (16, 1e9, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process, n=cores: set(range(n)), raising=False)
+        assert worthwhile_processes(size, share=10) == expected
+
+
+def test_importing_masks_loads_neither_torch_nor_nnunet() -> None:
+    code = (
+        "import sys; from stunet.cli import imports, import_steps; from stunet.environment import nnunet_folder; "
+        "from stunet.datasets import import_cases; assert not {'torch', 'nnunetv2', 'SimpleITK'} & set(sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_workers_of_an_import_load_neither_torch_nor_nnunet() -> None:

@@ -22,11 +22,11 @@ API = {
         "resolve_configuration", "rewrite_configuration", "rewrite_plans", "write_model_folder", "write_plans",
     ],
     "stunet.labels": [
-        "AnnotationManifest", "Coverage", "LabelUnion", "MANIFEST_NAME", "MergedMasks", "Outputs", "StructureCoverage",
-        "UnionMapping", "Vocabulary", "bind_manifest", "canonical_name", "count_labels", "dump_mapping", "group_cases",
-        "list_vocabularies", "load_vocabulary", "manifest_schema", "match_names", "measure_coverage", "merge_labels",
-        "merge_masks", "outputs_of", "read_label_file", "read_manifest", "read_mapping", "structures_of",
-        "vocabulary_for", "write_manifest",
+        "AnnotationManifest", "Coverage", "LabelUnion", "MANIFEST_NAME", "MergedMasks", "Outputs", "SourceCoverage",
+        "StructureCoverage", "UnionMapping", "Vocabulary", "bind_manifest", "canonical_name", "count_labels",
+        "dump_mapping", "group_cases", "list_vocabularies", "load_vocabulary", "manifest_schema", "match_names",
+        "measure_coverage", "merge_labels", "merge_masks", "outputs_of", "read_label_file", "read_manifest",
+        "read_mapping", "structures_of", "vocabulary_for", "write_manifest",
     ],
     "stunet.losses": ["PartialDiceCELoss", "label_members", "partial_dice_ce_loss"],
     "stunet.datasets": [
@@ -35,7 +35,7 @@ API = {
         "check_hold_out", "check_sources", "choose_structures", "dataset_folder", "exclusive_labels",
         "has_annotations", "hold_out", "import_cases", "import_union", "make_phantom", "merge_sources",
         "read_annotations", "read_image", "read_raw_dataset", "read_totalsegmentator", "read_union_source",
-        "sampling_weights", "write_phantom_dataset", "write_phantom_masks",
+        "sampling_weights", "sources_of_cases", "write_phantom_dataset", "write_phantom_masks",
     ],
     "stunet.training": [
         "BaseSTUNetTrainer", "CaseAnnotations", "Counts", "GroupSchedule", "ParameterGroup", "PartialLabelTrainer",

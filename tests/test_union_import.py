@@ -1,63 +1,26 @@
-"""Making unions of datasets: against a plain remapping, and with all that can be wrong with the sources."""
+"""What unions of datasets hold: against a plain remapping."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from raw_datasets import AFFINE, SHAPE, voxels, write_raw
+from raw_datasets import voxels, write_raw
+from union_cases import A_LABELS, B_LABELS, NAMES, annotated, contents, dataset_json, run, write_sources
 
-from stunet.datasets import UnionReport, UnionSource, check_sources, import_union, merge_sources, read_union_source
-from stunet.errors import DatasetError, LabelError, UsageError
-from stunet.labels import UnionMapping, read_manifest
-
-A_LABELS = {"background": 0, "liver": 1, "Left Kidney": 2, "right kidney": 3}
-B_LABELS = {"background": 0, "kidneys": 1, "Spleen": 2, "liver tumour": 3}
-NAMES = ("Dataset007_A", "Dataset123_B")
+from stunet.datasets import import_union, merge_sources, read_union_source, sources_of_cases
+from stunet.errors import DatasetError, UsageError
+from stunet.labels import UnionMapping
 
 
 @pytest.fixture
 def raw(tmp_path: Path) -> Path:
-    write_raw(tmp_path / NAMES[0], A_LABELS, [f"a{i}" for i in range(4)])
-    write_raw(tmp_path / NAMES[1], B_LABELS, ["x"])
-    return tmp_path
-
-
-def run(
-    raw: Path,
-    folder: str = "Dataset700_U",
-    mapping: UnionMapping | None = None,
-    sources: Sequence[UnionSource] = (),
-    **options: Any,
-) -> UnionReport:
-    sources = sources or [read_union_source(raw / name) for name in NAMES]
-    return import_union(sources, merge_sources(sources, mapping), raw / folder, **options)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def dataset_json(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "dataset.json").read_text()))
-
-
-def annotated(folder: Path) -> dict[str, list[str]]:
-    dataset = dataset_json(folder)
-    manifest = read_manifest(
-        folder / "annotated_labels.json", labels=dataset["labels"], cases=dataset["dataset"]
-    )  # fmt: skip
-    names = {value: name for name, value in manifest.structures.items()}
-    return {case: [names[value] for value in manifest.annotated(case)] for case in sorted(dataset["dataset"])}
+    return write_sources(tmp_path)
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
@@ -197,6 +160,10 @@ def test_a_union_of_a_union(raw: Path) -> None:
     )
     assert annotated(raw / "Dataset701_V")["D700_D123_x"] == ["spleen", "liver tumour", "kidney"]
     assert annotated(raw / "Dataset701_V")["D008_c"] == ["vertebrae_L1", "kidney"]
+    assert sources_of_cases(raw / "Dataset701_V", ["D700_D123_x", "D008_c", "D009_c", "c"]) == {
+        "D700_D123_x": "Dataset700_U", "D008_c": "Dataset008_C"
+    }  # fmt: skip
+    assert sources_of_cases(raw / NAMES[0], ["D700_D123_x"]) == {}
 
 
 def test_folds_are_carried_where_all_sources_have_them(raw: Path, tmp_path: Path) -> None:
@@ -211,59 +178,6 @@ def test_folds_are_carried_where_all_sources_have_them(raw: Path, tmp_path: Path
     (raw / NAMES[1] / "splits_final.json").write_text(json.dumps([{"train": ["y"], "val": []}]))
     with pytest.raises(DatasetError, match=r"folds that cannot be used[\s\S]*Dataset123_B.*'y'"):
         run(raw)
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-12])
-
-
-def unlisted_value(path: Path) -> None:
-    nib.save(nib.Nifti1Image(np.full(SHAPE, 9, np.uint8), AFFINE), path)
-
-
-def fraction(path: Path) -> None:
-    nib.save(nib.Nifti1Image(np.full(SHAPE, 0.5, np.float32), AFFINE), path)
-
-
-def reshape(path: Path) -> None:
-    nib.save(nib.Nifti1Image(np.zeros((2, 5, 4), np.uint8), AFFINE), path)
-
-
-def stretch(path: Path) -> None:
-    nib.save(nib.Nifti1Image(np.zeros(SHAPE, np.uint8), AFFINE * [[2], [1], [1], [1]]), path)
-
-
-@pytest.mark.parametrize(
-    ("damage", "expected"),
-    [
-        (truncate, "unreadable NIfTI"),
-        (unlisted_value, r"does not list[\s\S]*: 9\n"),
-        (fraction, "values that are no labels"),
-        (reshape, r"another shape[\s\S]*\(2, 5, 4\)[\s\S]*\(6, 5, 4\), as .*a1_0000"),
-        (stretch, "another spacing"),
-    ],
-)
-def test_a_bad_label_map_is_named_and_stops_no_other(raw: Path, damage: Callable[[Path], None], expected: str) -> None:
-    path = raw / NAMES[0] / "labelsTr" / "a1.nii.gz"
-    whole = path.read_bytes()
-    run(raw, "Dataset701_U")
-    damage(path)
-    report = run(raw)
-    assert list(report.failed) == ["D007_a1"]
-    assert str(path) in str(report.failed["D007_a1"])
-    with pytest.raises(DatasetError, match=expected):
-        raise report.failed["D007_a1"]
-    union = raw / "Dataset700_U"
-    assert [p.name[:-7] for p in sorted((union / "labelsTr").iterdir())] == ["D007_a0", "D007_a2", "D007_a3", "D123_x"]
-    assert dataset_json(union)["numTraining"] == 4
-    assert report.weights["D007_a0"] == pytest.approx(3**-0.5, rel=1e-5)
-    kept = run(raw, "Dataset701_U")  # which had it when it was whole
-    assert (list(kept.failed), kept.kept) == (["D007_a1"], ["D007_a1"])
-    path.write_bytes(whole)
-    assert run(raw).reused == 4
-    assert contents(union) == contents(raw / "Dataset701_U") | {
-        "import_report.json": (union / "import_report.json").read_bytes()
-    }
 
 
 def test_what_has_changed_since_is_done_again(raw: Path) -> None:
@@ -312,159 +226,3 @@ def test_other_file_endings(raw: Path, ending: str) -> None:
     assert run(raw).reused == 2
     (raw / NAMES[0] / "labelsTr" / f"c{ending}").write_bytes(b"broken")
     assert list(run(raw).failed) == ["D007_c"]
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"channel_names": {"0": "MRI"}}, r"different channels[\s\S]*Dataset007_A: CT; Dataset123_B: MRI"),
-        ({"file_ending": ".nii"}, r"different file endings[\s\S]*one reader"),
-        ({"unit": "micron"}, r"different units of spacing[\s\S]*Dataset007_A: mm; Dataset123_B: µm"),
-        ({"overwrite_image_reader_writer": "NibabelIO"}, "different image readers"),
-        ({"labels": {"background": 0, "a": [1, 2], "b": 2}}, r"regions[\s\S]*Dataset123_B: a is \[1, 2\]"),
-        ({"labels": {"background": 0, "a": 1, "A": 2}}, r"Dataset123_B: 'a' and 'A'"),
-        ({"manifest": {"cases": {"x": ["lung"]}}}, r"Dataset123_B/annotated_labels.json.*unknown structure 'lung'"),
-        ({"cases": ["x", "X"]}, r"duplicate case names[\s\S]*Dataset123_B"),
-    ],
-)
-def test_sources_that_do_not_fit(raw: Path, options: dict[str, Any], expected: str) -> None:
-    shutil.rmtree(raw / NAMES[1])
-    options = {"labels": B_LABELS, "cases": ["x"], **options}
-    write_raw(raw / NAMES[1], **options)
-    with pytest.raises((DatasetError, LabelError), match=expected):
-        run(raw)
-    assert not (raw / "Dataset700_U").exists()
-
-
-def test_channels_are_compared_in_order_and_without_case(raw: Path) -> None:
-    two = {"channel_names": {"1": "b", "0": "A"}}
-    for folder, names in (("Dataset001_A", two), ("Dataset002_B", {"channel_names": {"0": "a", "1": "B"}})):
-        write_raw(raw / folder, B_LABELS, ["x"], **names)
-    sources = [read_union_source(raw / name) for name in ("Dataset001_A", "Dataset002_B")]
-    check_sources(sources)
-    with pytest.raises(DatasetError, match=r"different channels[\s\S]*A, b; Dataset007_A: CT"):
-        check_sources([*sources, read_union_source(raw / NAMES[0])])
-    with pytest.raises(DatasetError, match="Dataset001_A twice"):
-        check_sources([sources[0], sources[0]])
-    with pytest.raises(DatasetError, match="two or more"):
-        check_sources(sources[:1])
-
-
-def test_a_case_that_annotates_a_superclass_and_a_member(raw: Path) -> None:
-    write_raw(raw / NAMES[1], {"background": 0, "kidney": 1, "kidney_left": 2}, ["x", "y"])
-    with pytest.raises(LabelError, match=r"overlapping[\s\S]*Dataset123_B, case x: kidney and kidney_left"):
-        run(raw)
-    manifest = {"cases": {"x": ["kidney"], "y": ["kidney_left"]}}
-    write_raw(raw / NAMES[1], {"background": 0, "kidney": 1, "kidney_left": 2}, ["x", "y"], manifest=manifest)
-    run(raw)
-    assert annotated(raw / "Dataset700_U")["D123_x"] == ["kidney"]
-
-
-def test_a_structure_annotated_nowhere(raw: Path) -> None:
-    manifest = {"cases": {"x": ["kidneys", "Spleen"]}}
-    write_raw(raw / NAMES[1], B_LABELS, ["x"], manifest=manifest)
-    with pytest.raises(DatasetError, match=r"no case annotates[\s\S]*liver tumour[\s\S]*--allow-unannotated"):
-        run(raw)
-    assert not (raw / "Dataset700_U").exists()
-    run(raw, allow_unannotated=True)
-    shutil.rmtree(raw / "Dataset700_U")
-    (raw / NAMES[1] / "annotated_labels.json").unlink()
-    truncate(raw / NAMES[1] / "labelsTr" / "x.nii.gz")
-    with pytest.raises(DatasetError, match=r"spleen, liver tumour.*; 1 cases failed, D123_x first: an unreadable"):
-        run(raw)
-    assert not (raw / "Dataset700_U" / "dataset.json").exists()
-
-
-def test_a_folder_that_holds_something_else_is_kept(raw: Path) -> None:
-    run(raw)
-    before = contents(raw)
-    mapping = UnionMapping({}, {}, "m.yaml")
-    with pytest.raises(DatasetError, match=r"there already[\s\S]*an import with other labels, superclasses"):
-        run(raw, mapping=mapping)
-    with pytest.raises(DatasetError, match=r"there already[\s\S]*no import of this kind"):
-        run(raw, NAMES[0])
-    assert contents(raw) == before
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and a limit of file sizes")
-def test_a_full_disk_and_then_room(raw: Path) -> None:
-    import resource
-
-    sources = [read_union_source(raw / name) for name in NAMES]
-    pid = os.fork()
-    if not pid:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (250, 250))
-        try:
-            run(raw, sources=sources)
-        except DatasetError as error:
-            os._exit(7 if "could not be written" in str(error) and "run the same command" in str(error) else 1)
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
-    assert not (raw / "Dataset700_U" / "dataset.json").exists()
-    run(raw)
-    run(raw, "Dataset701_U")
-    assert contents(raw / "Dataset700_U") == contents(raw / "Dataset701_U")
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("broken", [False, True])
-def test_killed_at_each_change_and_continued(raw: Path, after: bool, broken: bool) -> None:
-    for name in NAMES:
-        (raw / name / "splits_final.json").write_text('[{"train": [], "val": []}]')
-    (raw / NAMES[0] / "splits_final.json").write_text('[{"train": ["a0"], "val": ["a1"]}]')
-    if broken:
-        truncate(raw / NAMES[0] / "labelsTr" / "a2.nii.gz")
-    options: dict[str, Any] = {
-        "preprocessed": raw / "preprocessed",
-        "sources": [read_union_source(raw / name) for name in NAMES],
-    }
-    run(raw, **options)
-    expected = contents(raw / "Dataset700_U") | contents(raw / "preprocessed")
-    moment, dataset_seen = 0, False
-    while True:
-        moment += 1
-        shutil.rmtree(raw / "Dataset700_U")
-        shutil.rmtree(raw / "preprocessed", ignore_errors=True)
-        if not _run_and_kill(lambda: run(raw, **options), moment, after):
-            break
-        if (raw / "Dataset700_U" / "dataset.json").exists():
-            dataset_seen = True
-            there = {k: v for k, v in contents(raw / "Dataset700_U").items() if not k.startswith(".import")}
-            assert there.items() <= expected.items()
-        run(raw, **options)
-        assert contents(raw / "Dataset700_U") | contents(raw / "preprocessed") == expected, moment
-    assert moment > 15
-    assert dataset_seen
-
-
-def _run_and_kill(function: Callable[[], object], moment: int, after: bool) -> bool:
-    """Run in a process that is killed before or after its nth change to the file system; whether it was."""
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    count = 0
-
-    def killing(change: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == moment and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            try:
-                return change(*args, **kwargs)
-            finally:
-                if count == moment:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        return call
-
-    try:
-        for name in ("replace", "unlink", "mkdir", "rmdir"):
-            setattr(os, name, killing(getattr(os, name)))
-        function()
-        os._exit(0)
-    except BaseException:
-        os._exit(1)

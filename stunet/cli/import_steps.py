@@ -22,7 +22,7 @@ def new_dataset(dataset_id: int, name: str) -> Path:
         UsageError: An impossible id or name.
     """
     from stunet.datasets import dataset_folder
-    from stunet.planning import nnunet_folder
+    from stunet.environment import nnunet_folder
 
     others = [Path(v) for v in map(os.environ.get, (PREPROCESSED, "nnUNet_results")) if v]
     return dataset_folder(dataset_id, name, raw=nnunet_folder("nnUNet_raw"), others=others)

@@ -74,7 +74,10 @@ def totalsegmentator(
     allow_unannotated: Annotated[
         bool, typer.Option("--allow-unannotated", help="Keep structures that no training case annotates.")
     ] = False,
-    num_processes: Annotated[int, typer.Option("-np", help="Cases at a time.", min=1)] = 8,
+    num_processes: Annotated[
+        int | None,
+        typer.Option("-np", help="Cases at a time; by default up to 8, as cores and images are worth it.", min=1),
+    ] = None,
 ) -> None:
     """Import a dataset in TotalSegmentator's layout: CASE/ct.nii.gz and CASE/segmentations/STRUCTURE.nii.gz.
 

@@ -24,6 +24,8 @@ def check(
 ) -> None:
     """Compare what the training cases annotate (annotated_labels.json) with what their label maps hold.
 
+    Of a union, a second table says what each of its datasets contributes.
+
     Exit status: 0 where training can go ahead, be it that a structure occurs nowhere; 1 where a structure is annotated
     nowhere, a label occurs in a case that does not annotate it, or a value is not in dataset.json; 2 where a file is
     missing, malformed or unreadable.
@@ -31,7 +33,7 @@ def check(
     from rich.progress import Progress
 
     from stunet.cli.console import stderr
-    from stunet.datasets import case_names, read_raw_dataset
+    from stunet.datasets import case_names, read_raw_dataset, sources_of_cases
     from stunet.labels import MANIFEST_NAME, measure_coverage, read_manifest
     from stunet.planning import find_dataset, nnunet_folder
 
@@ -45,6 +47,7 @@ def check(
             manifest,
             files,
             ignore=labels.get("ignore"),
+            source_of=sources_of_cases(raw.folder, files),
             num_processes=num_processes,
             on_case=lambda case: progress.advance(bar),
         )
@@ -72,12 +75,31 @@ def _print_coverage(coverage: Coverage, folder: Path) -> None:
     for row in coverage.structures:
         table.add_row(str(row.value), row.name, str(row.annotated), str(row.present), str(row.voxels))
     stdout.print(table)
+    _print_sources(coverage)
     numbers = sorted((len(coverage.manifest.annotated(case)) for case in coverage.voxels), reverse=True)
     if numbers and (numbers[0] > numbers[-1] or numbers[0] < len(coverage.structures)):
         shown = ", ".join(map(str, numbers[:12])) + (" …" if len(numbers) > 12 else "")
         _print(f"Structures annotated, by case: {shown} (of {len(coverage.structures)})")
     else:
         _print("Every case annotates everything.")
+
+
+def _print_sources(coverage: Coverage) -> None:
+    from rich.table import Table
+
+    from stunet.cli.console import stdout
+
+    if not coverage.sources:
+        return
+    table = Table(title="Sources", title_justify="left")
+    table.add_column("dataset")
+    for name in ("cases", "structures annotated", "present"):
+        table.add_column(name, justify="right")
+    table.add_column("annotated, never present")
+    for row in coverage.sources:
+        numbers = (str(n) for n in (row.cases, len(row.annotated), len(row.present)))
+        table.add_row(row.name, *numbers, ", ".join(row.never_present))
+    stdout.print(table)
 
 
 def _warn(coverage: Coverage) -> None:

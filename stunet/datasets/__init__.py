@@ -28,8 +28,15 @@ from stunet.datasets.totalsegmentator import (
     choose_structures,
     read_totalsegmentator,
 )
+from stunet.datasets.union_checks import check_sources
 from stunet.datasets.union_import import UnionReport, import_union
-from stunet.datasets.union_sources import UnionSource, check_sources, merge_sources, read_union_source, sampling_weights
+from stunet.datasets.union_sources import (
+    UnionSource,
+    merge_sources,
+    read_union_source,
+    sampling_weights,
+    sources_of_cases,
+)
 
 __all__ = [
     "KNOWN_BAD_CASES",
@@ -64,6 +71,7 @@ __all__ = [
     "read_totalsegmentator",
     "read_union_source",
     "sampling_weights",
+    "sources_of_cases",
     "write_phantom_dataset",
     "write_phantom_masks",
 ]

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stunet.datasets.import_results import list_some, mention_failures, write_fold
 from stunet.datasets.import_state import ENDING, REPORT_NAME, ImportState, claim_folder, explaining_full_disks
-from stunet.datasets.side_files import SPLITS_NAME, carry_new_files
+from stunet.datasets.side_files import carry_new_files
 from stunet.datasets.totalsegmentator import SourceCase
 from stunet.errors import DatasetError, STUNetError
 from stunet.files import write_json
 from stunet.labels import MANIFEST_NAME, group_cases, write_manifest
-from stunet.labels.mask_cases import MaskCase, finished_record, import_case
-from stunet.processes import run_jobs
+from stunet.labels.mask_cases import ImportedCase, MaskCase, StagedCase, finished_record, place_case, stage_case
+from stunet.processes import run_jobs, worthwhile_processes
 
 __all__ = ["ImportReport", "import_cases"]
 
 _FORMAT = 1
+#: Bytes of images that are imported, with their masks, while a process starts.
+_BYTES_PER_START = 2**25
 OnCase = Callable[[str, int, bool], None]
 
 
@@ -61,7 +65,7 @@ def import_cases(
     link_images: bool = False,
     allow_unannotated: bool = False,
     preprocessed: str | os.PathLike[str] | None = None,
-    num_processes: int = 1,
+    num_processes: int | None = 1,
     on_case: OnCase = lambda case, n_masks, reused: None,
 ) -> ImportReport:
     """Import cases, or continue an import of the same structures into the same folder.
@@ -80,7 +84,7 @@ def import_cases(
         link_images: Hard links (symbolic ones to other file systems) in place of copies of the images.
         allow_unannotated: Whether structures may stay that no training case annotates.
         preprocessed: nnU-Net's ``nnUNet_preprocessed``, where manifest and folds are needed too.
-        num_processes: Cases at a time.
+        num_processes: Cases at a time; None for as many as there are processor cores and as the images are worth.
         on_case: Called as a case is done, with its name, number of masks, and whether an earlier run had finished it.
 
     Raises:
@@ -95,10 +99,11 @@ def import_cases(
     left_out = sorted(case.name for case in included if case.masks and not case.masks & set(structures))
     chosen = {case.name: case for case in included if case.name not in left_out}
     if not allow_unannotated:
-        _check_annotated(structures, [case.masks for case in chosen.values() if case.split != "test"])
+        _check_annotated(structures, [case.masks for case in chosen.values() if case.split != "test"], {})
     with claim_folder(folder, settings) as state:
         records, failed, reused = _import_all(state, chosen, structures, link_images, num_processes, on_case)
-        kept = _keep_earlier(state, records, set(excluded), failed)
+        kept = _keep_earlier(state, {*records, *excluded})
+        records = dict(sorted({**records, **kept}.items()))
         if not records or not allow_unannotated:
             annotated = [set(record["voxels"]) for record in records.values() if record["split"] != "test"]
             _check_annotated(structures, annotated, failed)
@@ -109,13 +114,13 @@ def import_cases(
             **settings,
             "left_out": left_out,
             "failed": {name: str(error) for name, error in failed.items()},
-            "kept": kept,
+            "kept": list(kept),
             "overlaps": _nested(overlaps),
             "cases": records,
         }
         has_folds = _write_dataset(folder, records, structures, report)
         stale = carry_new_files(folder, preprocessed)
-    return ImportReport(folder, splits, reused, left_out, failed, kept, overlaps, has_folds, stale)
+    return ImportReport(folder, splits, reused, left_out, failed, list(kept), overlaps, has_folds, stale)
 
 
 def _import_all(
@@ -123,7 +128,7 @@ def _import_all(
     chosen: Mapping[str, SourceCase],
     structures: Sequence[str],
     link: bool,
-    num_processes: int,
+    num_processes: int | None,
     on_case: OnCase,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, STUNetError], int]:
     jobs: list[MaskCase] = []
@@ -142,9 +147,12 @@ def _import_all(
         image, label = state.files(name, case.split)
         record = state.record(name)
         jobs.append(MaskCase(name, case.split, case.ct, masks, len(structures), image, label, record, link))
+    if num_processes is None:
+        size = sum(job.ct.stat().st_size for job in jobs if job.ct.exists())
+        num_processes = worthwhile_processes(size, share=_BYTES_PER_START)
     records, reused = {}, 0
     with explaining_full_disks():
-        for job, result in run_jobs(import_case, jobs, num_processes=num_processes):
+        for job, result in _place_each(run_jobs(stage_case, jobs, num_processes=num_processes)):
             if isinstance(result, STUNetError):
                 failed[job.name] = result
                 on_case(job.name, len(job.masks), False)
@@ -155,33 +163,41 @@ def _import_all(
     return dict(sorted(records.items())), dict(sorted(failed.items())), reused
 
 
-def _keep_earlier(
-    state: ImportState, records: dict[str, dict[str, Any]], excluded: set[str], failed: Mapping[str, STUNetError]
-) -> list[str]:
-    """Add whole cases of earlier runs that are broken or gone in the source now: they may be all that is left of it."""
-    kept = []
-    for name in state.started():
-        if name in records or name in excluded:
-            continue
+def _place_each(
+    staged: Iterator[tuple[MaskCase, ImportedCase | StagedCase | STUNetError]],
+) -> Iterator[tuple[MaskCase, ImportedCase | STUNetError]]:
+    """Give staged cases their names, and wait for the disk, while others are being decoded."""
+    with ThreadPoolExecutor(1) as disk:
+        waiting: deque[tuple[MaskCase, Future[ImportedCase | STUNetError]]] = deque()
+        for job, result in staged:
+            waiting.append((job, disk.submit(_place, job, result)))
+            while waiting and waiting[0][1].done():
+                yield waiting[0][0], waiting.popleft()[1].result()
+        for job, placed in waiting:
+            yield job, placed.result()
+
+
+def _place(case: MaskCase, result: ImportedCase | StagedCase | STUNetError) -> ImportedCase | STUNetError:
+    return place_case(case, result) if isinstance(result, StagedCase) else result
+
+
+def _keep_earlier(state: ImportState, others: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Whole cases of earlier runs that are broken or gone in the source now: they may be all that is left of it."""
+    kept = {}
+    for name in sorted(set(state.started()) - set(others)):
         for split in ("train", "test"):
             record = finished_record(state.record(name), *state.files(name, split))
             if record is not None:
-                records[name] = record
-                kept.append(name)
-    ordered = dict(sorted(records.items()))
-    records.clear()
-    records.update(ordered)
+                kept[name] = record
     return kept
 
 
 def _check_annotated(
-    structures: Sequence[str], annotated: Sequence[Collection[str]], failed: Mapping[str, STUNetError] | None = None
+    structures: Sequence[str], annotated: Sequence[Collection[str]], failed: Mapping[str, STUNetError]
 ) -> None:
     covered = {structure for names in annotated for structure in names}
     missing = [structure for structure in structures if structure not in covered]
-    detail = ""
-    for name, error in list((failed or {}).items())[:1]:
-        detail = f"; {len(failed or {})} cases failed, {name} first: {error.problem}, {error.got}"
+    detail = mention_failures(failed)
     if not annotated:
         raise DatasetError(
             "no training cases",
@@ -190,10 +206,9 @@ def _check_annotated(
             remedy="Check the source, --structures, --group and --exclude.",
         )
     if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise DatasetError(
             "structures that no training case annotates",
-            got=shown + detail,
+            got=list_some(missing) + detail,
             expected="each annotated in at least one training case, since nothing else could teach it",
             remedy="Choose others with --structures or --group, or keep them with --allow-unannotated.",
         )
@@ -220,11 +235,7 @@ def _write_dataset(
     annotated = {name: record["voxels"] for name, record in records.items()}
     write_manifest(group_cases(annotated, structures), folder / MANIFEST_NAME)
     fold = {split: [n for n, record in records.items() if record["split"] == split] for split in ("train", "val")}
-    has_folds = bool(fold["train"] and fold["val"])
-    if has_folds:
-        write_json([fold], folder / SPLITS_NAME)
-    else:  # nnU-Net makes five folds of its own
-        (folder / SPLITS_NAME).unlink(missing_ok=True)
+    has_folds = write_fold(folder, fold)
     write_json(report, folder / REPORT_NAME)
     dataset_json = {
         "channel_names": {"0": "CT"},

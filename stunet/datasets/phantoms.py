@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import SimpleITK as sitk
-from scipy.ndimage import gaussian_filter
 
 from stunet.files import write_json
 
@@ -143,10 +141,22 @@ def make_phantom(seed: int, case: int, modality: Modality = "CT") -> Phantom:
         centre = np.array(organ.centre) * reach + rng.normal(0, 4.0, 3)
         radii = np.array(organ.radii) * rng.uniform(0.85, 1.15, 3)
         inside = _blob(grid, centre, radii, 0.35, spacing, rng)
+<<<<<<< HEAD
         image[inside] = organ.intensity + rng.normal(0, anatomy.variation)
         segmentation[inside] = labels.get(organ.name, 0)
     image = gaussian_filter(image, 0.6) + gaussian_filter(rng.normal(0, anatomy.noise, shape), 0.4)
+=======
+        image[inside] = organ.intensity + rng.normal(0, 10.0)
+        segmentation[inside] = PHANTOM_LABELS[organ.name]
+    image = _blur(image, 0.6) + _blur(rng.normal(0, _NOISE, shape), 0.4)
+>>>>>>> importspeed
     return Phantom(image.astype(np.float32), segmentation, (spacing[0], spacing[1], spacing[2]))
+
+
+def _blur(volume: npt.NDArray[np.float64], sigma: float | list[float]) -> npt.NDArray[np.float64]:
+    from scipy.ndimage import gaussian_filter  # here, as all imports of other data would wait for it
+
+    return np.asarray(gaussian_filter(volume, sigma))
 
 
 def _blob(
@@ -158,7 +168,7 @@ def _blob(
     rng: np.random.Generator,
 ) -> npt.NDArray[np.bool_]:
     """An ellipsoid whose surface waves with a wavelength of centimetres."""
-    waves = gaussian_filter(rng.normal(size=grid.shape[1:]), [12.0 / s for s in spacing])
+    waves = _blur(rng.normal(size=grid.shape[1:]), [12.0 / s for s in spacing])
     distance = np.sqrt(sum(((grid[i] - centre[i]) / radii[i]) ** 2 for i in range(3)))
     return np.asarray(distance + roughness * waves / waves.std() / 2 < 1, dtype=np.bool_)
 
@@ -238,6 +248,8 @@ def write_phantom_masks(
 
 
 def _write_nifti(volume: npt.NDArray[Any], spacing: tuple[float, float, float], path: Path) -> None:
+    import SimpleITK as sitk
+
     if volume.dtype == np.float32:
         volume = np.round(volume).astype(np.int16)  # as scanners store HU
     image = sitk.GetImageFromArray(volume)

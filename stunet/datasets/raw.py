@@ -1,4 +1,7 @@
-"""Reading nnU-Net's raw datasets and holding cases out of them."""
+"""Reading nnU-Net's raw datasets and holding cases out of them.
+
+Parts of nnU-Net are imported where they are needed: that takes longer than importing some cases does.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from stunet.errors import DatasetError
 from stunet.files import write_json
@@ -50,6 +51,8 @@ def read_raw_dataset(folder: str | os.PathLike[str]) -> RawDataset:
     Raises:
         DatasetError: No ``dataset.json``, one that is incomplete, or files that are missing.
     """
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
     folder = Path(folder).resolve()
     if not folder.is_dir():
         raise DatasetError(
@@ -151,6 +154,8 @@ def read_image(path: str | os.PathLike[str]) -> tuple[npt.NDArray[Any], tuple[fl
     Returns:
         Array of shape ``(Z, Y, X)``, and the spacing in mm along these axes.
     """
+    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
+
     reader = determine_reader_writer_from_file_ending(
         "." + Path(path).name.partition(".")[2], str(path), allow_nonmatching_filename=True, verbose=False
     )()

@@ -54,7 +54,7 @@ class SourceCase:
 
     def mask(self, structure: str) -> Path:
         """The mask of a structure."""
-        return self.folder / "segmentations" / f"{structure}{_MASK_ENDING}"
+        return Path(f"{self.folder}/segmentations/{structure}{_MASK_ENDING}")  # joining parts takes thrice the time
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stunet.datasets.import_results import list_some, mention_failures, write_fold
 from stunet.datasets.import_state import REPORT_NAME, ImportState, claim_folder, explaining_full_disks
-from stunet.datasets.side_files import SPLITS_NAME, carry_new_files
-from stunet.datasets.union_sources import (
-    UnionSource,
-    annotated_in_union,
-    check_sources,
-    sampling_weights,
-    source_lookup,
-)
+from stunet.datasets.side_files import carry_new_files
+from stunet.datasets.union_checks import check_sources
+from stunet.datasets.union_sources import UnionSource, annotated_in_union, sampling_weights, source_lookup
 from stunet.errors import DatasetError, STUNetError, UsageError
 from stunet.files import write_json
 from stunet.labels import MANIFEST_NAME, bind_manifest, group_cases, write_manifest
@@ -114,7 +110,8 @@ def import_union(
         left_out = sorted(s.cases[c] for s in sources for c in s.cases if not annotated[s.name, c][0])
         jobs = _jobs(sources, union, annotated, state)
         records, failed, reused = _run(jobs, num_processes, on_case)
-        kept = _keep_earlier(state, records, failed)
+        kept = _keep_earlier(state, failed)
+        records = dict(sorted({**records, **kept}.items()))
         if not records or not allow_unannotated:
             _check_annotated(union, [set(record["annotated"]) for record in records.values()], failed)
         state.tidy(dict.fromkeys(records, "train"))
@@ -123,16 +120,16 @@ def import_union(
             **settings,
             "left_out": left_out,
             "failed": {name: str(error) for name, error in failed.items()},
-            "kept": kept,
+            "kept": list(kept),
             "cases": records,
         }
         write_json(report, folder / REPORT_NAME)
         _write_manifest(folder, union, records, weight_of)
-        has_folds = _write_fold(folder, fold, records)
+        has_folds = write_fold(folder, {part: [c for c in cases if c in records] for part, cases in fold.items()})
         write_json(_dataset_json(folder, sources, union, records), folder / "dataset.json")
         stale = carry_new_files(folder, preprocessed)
     cases = {source.name: [name for name in source.cases.values() if name in records] for source in sources}
-    return UnionReport(folder, cases, weight_of, reused, left_out, failed, kept, has_folds, stale)
+    return UnionReport(folder, cases, weight_of, reused, left_out, failed, list(kept), has_folds, stale)
 
 
 def _check_weights(sources: Sequence[UnionSource], weights: Mapping[str, float]) -> None:
@@ -189,20 +186,10 @@ def _run(
     return records, dict(sorted(failed.items())), reused
 
 
-def _keep_earlier(
-    state: ImportState, records: dict[str, dict[str, Any]], failed: Mapping[str, STUNetError]
-) -> list[str]:
-    """Add whole label maps of earlier runs whose sources are broken now: they may be all that is left of these."""
-    kept = []
-    for name in failed:
-        record = finished_record(state.record(name), state.label(name))
-        if record is not None:
-            records[name] = record
-            kept.append(name)
-    ordered = dict(sorted(records.items()))
-    records.clear()
-    records.update(ordered)
-    return kept
+def _keep_earlier(state: ImportState, failed: Mapping[str, STUNetError]) -> dict[str, dict[str, Any]]:
+    """Whole label maps of earlier runs whose sources are broken now: they may be all that is left of these."""
+    found = {name: finished_record(state.record(name), state.label(name)) for name in failed}
+    return {name: record for name, record in found.items() if record is not None}
 
 
 def _check_annotated(union: LabelUnion, annotated: Sequence[set[str]], failed: Mapping[str, STUNetError]) -> None:
@@ -212,13 +199,9 @@ def _check_annotated(union: LabelUnion, annotated: Sequence[set[str]], failed: M
     missing = [name for name in (*union.leaves, *union.superclasses) if name not in covered]
     if annotated and not missing:
         return
-    detail = ""
-    for name, error in list(failed.items())[:1]:
-        detail = f"; {len(failed)} cases failed, {name} first: {error.problem}, {error.got}"
-    shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
     raise DatasetError(
         "structures that no case annotates",
-        got=shown + detail,
+        got=list_some(missing) + mention_failures(failed),
         expected="each annotated in at least one case, since nothing else could teach it",
         remedy='Drop them in a mapping file ("background", --mapping), or keep them with --allow-unannotated.',
     )
@@ -248,21 +231,12 @@ def _write_manifest(
     write_manifest(manifest, path)
 
 
-def _merge_folds(sources: Sequence[UnionSource]) -> dict[str, list[str]] | None:
+def _merge_folds(sources: Sequence[UnionSource]) -> dict[str, list[str]]:
+    """Cases to train and validate on; empty where a source has no folds."""
     folds = [source.first_fold() for source in sources]
     if any(fold is None for fold in folds):
-        return None
+        return {}
     return {part: sorted(case for fold in folds if fold for case in fold[part]) for part in ("train", "val")}
-
-
-def _write_fold(folder: Path, fold: Mapping[str, list[str]] | None, records: Mapping[str, Any]) -> bool:
-    fold = {part: [case for case in cases if case in records] for part, cases in (fold or {}).items()}
-    has_folds = bool(fold.get("train") and fold.get("val"))
-    if has_folds:
-        write_json([fold], folder / SPLITS_NAME)
-    else:  # nnU-Net makes five folds of its own
-        (folder / SPLITS_NAME).unlink(missing_ok=True)
-    return has_folds
 
 
 def _dataset_json(

@@ -1,26 +1,32 @@
-"""The datasets that a union is made of: read, and found to fit together or not."""
+"""The datasets that a union is made of, and what their labels and cases are in it."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from stunet.datasets.import_state import REPORT_NAME
 from stunet.datasets.raw import RawDataset, case_names, read_raw_dataset
 from stunet.datasets.side_files import SPLITS_NAME
 from stunet.errors import DatasetError, LabelError
 from stunet.labels import MANIFEST_NAME, AnnotationManifest, read_manifest, structures_of
-from stunet.labels.label_cases import LABEL_ENDINGS
-from stunet.labels.label_maps import NIFTI_ENDINGS
-from stunet.labels.nifti import open_volume
 from stunet.labels.union_mapping import UnionMapping
 from stunet.labels.unions import LabelUnion, merge_labels
 
-__all__ = ["UnionSource", "check_sources", "merge_sources", "read_union_source", "sampling_weights"]
+__all__ = [
+    "UnionSource",
+    "annotated_in_union",
+    "merge_sources",
+    "read_union_source",
+    "sampling_weights",
+    "source_lookup",
+    "sources_of_cases",
+]
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,12 @@ class UnionSource:
     @property
     def id(self) -> int:
         """The number in its name."""
-        return int(self.name.removeprefix("Dataset").partition("_")[0])
+        return _id_of(self.name)
 
     @cached_property
     def cases(self) -> dict[str, str]:
         """Name in the union of each of its training cases, by name in the source."""
-        return {case: f"D{self.id:03d}_{case}" for case in sorted(self.dataset.cases)}
+        return {case: f"{_prefix(self.name)}{case}" for case in sorted(self.dataset.cases)}
 
     @property
     def channels(self) -> list[str]:
@@ -80,6 +86,31 @@ class UnionSource:
                 expected="nnU-Net's list of folds with the dataset's own training cases",
                 remedy="Correct the file, or move it elsewhere to do without.",
             ) from error
+
+
+def _id_of(dataset: str) -> int:
+    return int(dataset.removeprefix("Dataset").partition("_")[0])
+
+
+def _prefix(dataset: str) -> str:
+    """What the names of a dataset's cases begin with in a union."""
+    return f"D{_id_of(dataset):03d}_"
+
+
+def sources_of_cases(folder: str | os.PathLike[str], cases: Iterable[str]) -> dict[str, str]:
+    """The dataset that each case of a union is from; empty where a folder is no union.
+
+    Args:
+        folder: The union's folder in ``nnUNet_raw``.
+        cases: Names of its cases.
+    """
+    try:
+        report = json.loads((Path(folder) / REPORT_NAME).read_text(encoding="utf-8"))
+        source_of = {_prefix(source): source for source in report["mapping"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    found = {case: source_of.get(case.partition("_")[0] + "_") for case in cases}
+    return {case: source for case, source in found.items() if source is not None}
 
 
 def read_union_source(folder: str | os.PathLike[str], *, name: str | None = None) -> UnionSource:
@@ -124,89 +155,6 @@ def read_union_source(folder: str | os.PathLike[str], *, name: str | None = None
             )
     manifest = read_manifest(dataset.folder / MANIFEST_NAME, labels=labels, cases=case_names(dataset))
     return UnionSource(name, dataset, manifest, labels.get("ignore"))
-
-
-def check_sources(sources: Sequence[UnionSource]) -> None:
-    """Check that one dataset can hold all these.
-
-    Raises:
-        DatasetError: A dataset twice, or datasets of different channels, readers, file endings or units of spacing.
-    """
-    names = [source.name for source in sources]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None or len(sources) < 2:
-        raise DatasetError(
-            "datasets that make no union",
-            got=f"{twice} twice" if twice else ", ".join(names) or "none",
-            expected="two or more datasets, each once",
-            remedy="Correct --from.",
-        )
-    _check_same(
-        sources,
-        "file endings",
-        lambda source: source.dataset.dataset_json["file_ending"],
-        "one file ending, since nnU-Net reads all files of a dataset with one reader",
-        "Convert one of them, nnU-Net's dataset.json and all its files.",
-    )
-    ending = sources[0].dataset.dataset_json["file_ending"]
-    if ending not in LABEL_ENDINGS:
-        raise DatasetError(
-            "label maps that cannot be written anew",
-            got=f"{sources[0].name}: {ending}",
-            expected=f"one of {', '.join(LABEL_ENDINGS)}, which hold values and geometry in one file",
-            remedy="Convert the datasets.",
-        )
-    _check_same(
-        sources,
-        "channels",
-        lambda source: ", ".join(source.channels),
-        "the same channels in the same order",
-        "Leave one out, or make its channels those of the other.",
-        str.casefold,  # as nnU-Net compares them to choose a normalisation
-    )
-    _check_same(
-        sources,
-        "image readers",
-        lambda source: str(source.dataset.dataset_json.get("overwrite_image_reader_writer", "None")),
-        "the same overwrite_image_reader_writer in dataset.json",
-        "Make it the same.",
-    )
-    if ending in NIFTI_ENDINGS:
-        _check_same(
-            sources,
-            "units of spacing",
-            _unit,
-            "the same unit in the headers of their images",
-            "Convert one of them, spacing and position included.",
-        )
-
-
-def _check_same(
-    sources: Sequence[UnionSource],
-    what: str,
-    of: Callable[[UnionSource], str],
-    expected: str,
-    remedy: str,
-    key: Callable[[str], str] = str,
-) -> None:
-    values = {source.name: of(source) for source in sources}
-    first = sources[0].name
-    for name, value in values.items():
-        if key(value) != key(values[first]):
-            raise DatasetError(
-                f"datasets of different {what}",
-                got=f"{first}: {values[first]}; {name}: {value}",
-                expected=expected,
-                remedy=remedy,
-            )
-
-
-def _unit(source: UnionSource) -> str:
-    """The unit of spacing in the first image's header; mm where it says nothing, as all programs take it."""
-    images, _ = next(iter(source.dataset.cases.values()))
-    with open_volume(images[0]) as volume:
-        unit = str(volume.header.get_xyzt_units()[0])
-    return {"unknown": "mm", "meter": "m", "micron": "µm"}.get(unit, unit)
 
 
 def merge_sources(sources: Sequence[UnionSource], mapping: UnionMapping | None = None) -> LabelUnion:

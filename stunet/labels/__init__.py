@@ -1,7 +1,7 @@
 """Which output is which structure, under which names, and which case annotates what."""
 
 from stunet.labels.aliases import canonical_name, match_names
-from stunet.labels.coverage import Coverage, StructureCoverage, measure_coverage
+from stunet.labels.coverage import Coverage, SourceCoverage, StructureCoverage, measure_coverage
 from stunet.labels.label_maps import MergedMasks, count_labels, merge_masks
 from stunet.labels.manifest import (
     MANIFEST_NAME,
@@ -31,6 +31,7 @@ __all__ = [
     "LabelUnion",
     "MergedMasks",
     "Outputs",
+    "SourceCoverage",
     "StructureCoverage",
     "UnionMapping",
     "Vocabulary",

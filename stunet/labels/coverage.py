@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from stunet.labels.label_maps import count_labels
 from stunet.labels.manifest import AnnotationManifest
 from stunet.processes import run_jobs
 
-__all__ = ["Coverage", "StructureCoverage", "measure_coverage"]
+__all__ = ["Coverage", "SourceCoverage", "StructureCoverage", "measure_coverage"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,28 @@ class StructureCoverage:
 
 
 @dataclass(frozen=True)
+class SourceCoverage:
+    """What one dataset of a union contributes.
+
+    Attributes:
+        name: The dataset.
+        cases: How many of its cases could be read.
+        annotated: How many of them annotate a structure, by structure, for those that any annotates.
+        present: How many of them have a voxel of a structure, by structure, for those that any has.
+    """
+
+    name: str
+    cases: int
+    annotated: Mapping[str, int]
+    present: Mapping[str, int]
+
+    @property
+    def never_present(self) -> list[str]:
+        """Structures that some of its cases annotate and none has: often a label mapped to the wrong structure."""
+        return [name for name in self.annotated if name not in self.present]
+
+
+@dataclass(frozen=True)
 class Coverage:
     """What the label maps of a dataset hold, beside what its manifest says.
 
@@ -44,12 +67,14 @@ class Coverage:
         voxels: Voxels by label value, of each case that could be read.
         unreadable: Errors of the cases that could not.
         ignore: Value of the ignore label, if there is one.
+        source_of: The dataset that each case of a union is from; empty where the dataset is no union.
     """
 
     manifest: AnnotationManifest
     voxels: Mapping[str, Mapping[int, int]]
     unreadable: Mapping[str, STUNetError]
     ignore: int | None = None
+    source_of: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def structures(self) -> list[StructureCoverage]:
@@ -60,6 +85,21 @@ class Coverage:
             counts = [voxels[value] for voxels in self.voxels.values() if voxels.get(value)]
             n_annotated = sum(value in values for values in annotated.values())
             rows.append(StructureCoverage(name, value, n_annotated, len(counts), sum(counts)))
+        return rows
+
+    @cached_property
+    def sources(self) -> list[SourceCoverage]:
+        """One row per dataset of a union, by name; structures in the order of label values."""
+        rows = []
+        for source in sorted(set(self.source_of.values())):
+            cases = [case for case in self.voxels if self.source_of.get(case) == source]
+            annotated = Counter(value for case in cases for value in self.manifest.annotated(case))
+            present = Counter(value for case in cases for value, n in self.voxels[case].items() if n)
+            counts = (
+                {name: found[value] for name, value in self.manifest.structures.items() if found[value]}
+                for found in (annotated, present)
+            )
+            rows.append(SourceCoverage(source, len(cases), *counts))
         return rows
 
     @property
@@ -100,6 +140,7 @@ class Coverage:
         names = {value: name for name, value in self.manifest.structures.items()}
         return {
             "structures": [vars(row) for row in self.structures],
+            "sources": [vars(row) for row in self.sources],
             "cases": {
                 case: {
                     "annotated": [names[value] for value in self.manifest.annotated(case)],
@@ -120,6 +161,7 @@ def measure_coverage(
     label_files: Mapping[str, Path],
     *,
     ignore: int | None = None,
+    source_of: Mapping[str, str] | None = None,
     num_processes: int = 1,
     on_case: Callable[[str], None] = lambda case: None,
 ) -> Coverage:
@@ -129,6 +171,7 @@ def measure_coverage(
         manifest: What the cases annotate.
         label_files: Label map of each case.
         ignore: Value of the ignore label, if there is one.
+        source_of: The dataset that each case is from, for unions.
         num_processes: Cases read at a time, each by a process of its own.
         on_case: Called with the name of each case as it is done.
     """
@@ -141,4 +184,5 @@ def measure_coverage(
         else:
             voxels[case_of[path]] = counts
         on_case(case_of[path])
-    return Coverage(manifest, dict(sorted(voxels.items())), dict(sorted(unreadable.items())), ignore)
+    readable = dict(sorted(voxels.items()))
+    return Coverage(manifest, readable, dict(sorted(unreadable.items())), ignore, source_of or {})

@@ -20,6 +20,8 @@ __all__ = ["NIFTI_ENDINGS", "MergedMasks", "array_of", "count_labels", "count_va
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 
+_WORD = 8  # bytes that a processor handles as one number
+
 
 @dataclass(frozen=True)
 class MergedMasks:
@@ -51,44 +53,73 @@ def merge_masks(masks: Sequence[tuple[int, Path]], reference: VolumeReader, n_la
     Raises:
         DatasetError: A mask that cannot be read, lies on another grid, or has several values.
     """
-    labels = np.zeros(math.prod(reference.shape), np.uint8 if n_labels <= 255 else np.uint16)
+    n_voxels = math.prod(reference.shape)
+    # A few voxels more, so that the last chunk can be painted word by word too.
+    labels = np.zeros(n_voxels + -n_voxels % _WORD, np.uint8 if n_labels <= 255 else np.uint16)
     voxels = {value: 0 for value, _ in masks}
     overlaps: Counter[tuple[int, int]] = Counter()
+    blank: set[bytes] = set()
+    fitting = None
     for value, path in masks:
-        found: set[float] = set()
         with open_volume(path) as mask:
-            check_same_grid(mask, reference)
-            for start, chunk in mask.chunks():
-                highest = chunk.max()
-                if highest <= 0:  # most of most masks
-                    continue
-                inside = np.flatnonzero(chunk > 0.5 if chunk.dtype.kind == "f" else chunk > 0)
-                if chunk.dtype.kind != "f":
-                    found.update((int(chunk[inside].min()), int(highest)))
-                part = labels[start : start + chunk.size]
-                _count_losses(part[inside], value, voxels, overlaps)
-                part[inside] = value
-                voxels[value] += inside.size
-        if len(found) > 1:
-            raise DatasetError(
-                "a mask with several values",
-                got=f"{path}: values from {min(found)} to {max(found)}",
-                expected="one value inside the structure and 0 outside",
-                remedy="Give each structure a mask of its own; this looks like a label map.",
-            )
-    return MergedMasks(labels, voxels, dict(overlaps))
+            if mask.payload in blank:  # as many masks of a scan of the trunk are, all with the same bytes
+                continue
+            if mask.affine is not fitting:  # masks with equal headers share their affine
+                check_same_grid(mask, reference)
+                fitting = mask.affine
+            voxels[value], lost = _paint(mask, value, labels)
+        for loser, n in lost.items():
+            overlaps[loser, value] += n
+            voxels[loser] -= n
+        if mask.payload is not None and not voxels[value]:
+            blank.add(mask.payload)
+    return MergedMasks(labels[:n_voxels], voxels, dict(overlaps))
 
 
-def _count_losses(
-    covered: npt.NDArray[Any], winner: int, voxels: dict[int, int], overlaps: Counter[tuple[int, int]]
-) -> None:
-    lost = covered[covered != 0]
-    if not lost.size:
-        return
-    counts = np.bincount(lost)
-    for loser in np.flatnonzero(counts).tolist():
-        overlaps[loser, winner] += int(counts[loser])
-        voxels[loser] -= int(counts[loser])
+def _paint(mask: VolumeReader, value: int, labels: npt.NDArray[Any]) -> tuple[int, Counter[int]]:
+    """Paint a mask: voxels inside it, and how many of them had each other value before."""
+    n_inside, lost = 0, Counter[int]()
+    found: set[int] = set()
+    for start, chunk in mask.chunks():
+        highest = chunk.max()
+        if highest <= 0:  # most of most masks
+            continue
+        if highest == 1 and chunk.dtype == labels.dtype == np.uint8:
+            found.add(1)
+            n, covered = _paint_words(chunk, value, labels[start : start + chunk.size + -chunk.size % _WORD])
+        else:
+            inside = np.flatnonzero(chunk > 0.5 if chunk.dtype.kind == "f" else chunk > 0)
+            if chunk.dtype.kind != "f":
+                found.update((int(chunk[inside].min()), int(highest)))
+            part = labels[start : start + chunk.size]
+            n, covered = inside.size, part[inside]
+            part[inside] = value
+        n_inside += n
+        covered = covered[covered != 0]
+        if covered.size:
+            lost.update({v: n for v, n in enumerate(np.bincount(covered).tolist()) if n})
+    if len(found) > 1:
+        raise DatasetError(
+            "a mask with several values",
+            got=f"{mask.path}: values from {min(found)} to {max(found)}",
+            expected="one value inside the structure and 0 outside",
+            remedy="Give each structure a mask of its own; this looks like a label map.",
+        )
+    return n_inside, lost
+
+
+def _paint_words(
+    chunk: npt.NDArray[np.uint8], value: int, labels: npt.NDArray[np.uint8]
+) -> tuple[int, npt.NDArray[np.uint8]]:
+    """Paint zeros and ones eight voxels at a time, in half the time: voxels inside, and values covered among zeros."""
+    if chunk.size < labels.size:
+        chunk = np.append(chunk, np.zeros(labels.size - chunk.size, np.uint8))
+    mask, painted = chunk.view(np.uint64), labels.view(np.uint64)
+    near = np.flatnonzero(mask != 0)
+    ones, before = mask[near], painted[near]
+    covered = before & (ones * np.uint64(255))  # each byte of 1 becomes one of 255: no byte reaches into the next
+    painted[near] = (before ^ covered) | (ones * np.uint64(value))
+    return int(ones.view(np.uint8).sum(dtype=np.int64)), covered.view(np.uint8)
 
 
 def count_labels(path: str | os.PathLike[str]) -> dict[int, int]:

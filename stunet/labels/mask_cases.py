@@ -8,17 +8,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stunet.errors import DatasetError
-from stunet.files import atomic_path, file_sha256, write_json
+from stunet.files import clone_or_copy, file_sha256, place_files, start_sync, sync_file
 from stunet.labels.label_maps import merge_masks
 from stunet.labels.nifti import open_volume, write_volume
 
-__all__ = ["ImportedCase", "MaskCase", "fingerprint", "finished_record", "import_case"]
+__all__ = [
+    "ImportedCase",
+    "MaskCase",
+    "StagedCase",
+    "fingerprint",
+    "finished_record",
+    "import_case",
+    "place_case",
+    "stage_case",
+]
 
 _TRAILER_BYTES = 8  # a gzip file ends with checksum and length of its content
 
@@ -64,6 +72,21 @@ class ImportedCase:
     record: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class StagedCase:
+    """A case that is finished but for the names of its files.
+
+    Attributes:
+        image: Temporary path of the image.
+        label: Temporary path of the label map.
+        record: The record, without the fingerprint of the output.
+    """
+
+    image: Path
+    label: Path
+    record: dict[str, Any]
+
+
 def import_case(case: MaskCase) -> ImportedCase:
     """Import a case: image, label map, record, each whole or not at all and in this order.
 
@@ -72,32 +95,66 @@ def import_case(case: MaskCase) -> ImportedCase:
     Raises:
         DatasetError: A file that cannot be read, or a mask that does not fit the image.
     """
+    staged = stage_case(case)
+    return staged if isinstance(staged, ImportedCase) else place_case(case, staged)
+
+
+def stage_case(case: MaskCase) -> ImportedCase | StagedCase:
+    """The part of :func:`import_case` that takes the processor's time: read and check, write under other names.
+
+    A case that fails leaves nothing behind.
+
+    Raises:
+        DatasetError: A file that cannot be read, or a mask that does not fit the image.
+    """
     source = fingerprint([case.ct, *(path for _, _, path in case.masks)], [str(mask[:2]) for mask in case.masks])
     record = finished_record(case.record, case.image, case.label)
     if record is not None and record["source"] == source and record["split"] == case.split:
         return ImportedCase(True, record)
-    # The image is written once all masks have been found to fit it: a case that fails leaves nothing behind.
-    with open_volume(case.ct) as ct:
-        for _ in ct.chunks():  # a truncated image would show only when it is preprocessed
-            pass
-        merged = merge_masks([(value, path) for value, _, path in case.masks], ct, case.n_labels)
-        case.record.write_text("{}", encoding="utf-8")  # begun, and not whole
-        _place_image(case)
-        with atomic_path(case.label) as temporary:
-            write_volume(merged.labels, ct, temporary)
+    image, label = (path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in (case.image, case.label))
+    try:
+        with open_volume(case.ct) as ct:
+            _stage_image(case, image)
+            for _ in ct.chunks():  # a truncated image would show only when it is preprocessed
+                pass
+            merged = merge_masks([(value, path) for value, _, path in case.masks], ct, case.n_labels)
+            write_volume(merged.labels, ct, label)
+    except BaseException:
+        _remove(image, label)
+        raise
     names = {value: structure for value, structure, _ in case.masks}
     overlaps: dict[str, dict[str, int]] = {}
     for (loser, winner), n in sorted(merged.overlaps.items()):
         overlaps.setdefault(names[loser], {})[names[winner]] = n
-    record = {
-        "split": case.split,
-        "source": source,
-        "output": fingerprint([case.image, case.label]),
-        "voxels": {names[value]: n for value, n in merged.voxels.items()},
-        "overlaps": overlaps,
-    }
-    write_json(record, case.record)
-    return ImportedCase(False, record)
+    voxels = {names[value]: n for value, n in merged.voxels.items()}
+    record = {"split": case.split, "source": source, "output": "", "voxels": voxels, "overlaps": overlaps}
+    return StagedCase(image, label, record)
+
+
+def place_case(case: MaskCase, staged: StagedCase) -> ImportedCase:
+    """The part of :func:`import_case` that waits for the disk: give the files their names, then write the record."""
+    record = case.record.with_name(f".{case.record.name}.{os.getpid()}.tmp")
+    try:
+        case.record.write_text("{}", encoding="utf-8")  # begun, and not whole
+        if not case.link:
+            sync_file(staged.image)
+        sync_file(staged.label)
+        place_files([(staged.image, case.image), (staged.label, case.label)])
+        if case.link:
+            _remove(staged.image)  # renaming one link of a file to another link of it does nothing
+        content = {**staged.record, "output": fingerprint([case.image, case.label])}
+        # Not synced: where the machine fails, a case without its record is imported again.
+        record.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(record, case.record)
+    except BaseException:
+        _remove(staged.image, staged.label, record)
+        raise
+    return ImportedCase(False, content)
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def finished_record(record: Path, *outputs: Path) -> dict[str, Any] | None:
@@ -139,17 +196,13 @@ def fingerprint(paths: list[Path], details: list[str] | None = None) -> str:
     return digest.hexdigest()
 
 
-def _place_image(case: MaskCase) -> None:
+def _stage_image(case: MaskCase, path: Path) -> None:
     if not case.link:
-        with atomic_path(case.image) as temporary:
-            shutil.copyfile(case.ct, temporary)
+        clone_or_copy(case.ct, path)
+        start_sync(path)  # so that the disk works while the masks are being decoded
         return
-    # No atomic_path: it would open the source for writing to have it on disk.
-    temporary = case.image.with_name(f".{case.image.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
     try:
-        os.link(case.ct.resolve(), temporary)
+        os.link(case.ct.resolve(), path)
     except OSError:  # another file system, or one without hard links
-        temporary.symlink_to(case.ct.resolve())
-    os.replace(temporary, case.image)
-    temporary.unlink(missing_ok=True)  # renaming one link of a file to another link of it does nothing
+        path.symlink_to(case.ct.resolve())

@@ -34,12 +34,7 @@ class PartialDiceCELoss(nn.Module):
 
     Args:
         members: ``(L, C)`` of :func:`label_members`, or the number of outputs where each label is an output.
-        batch_dice: Dice of each structure over the batch, as one image, instead of in each case.
-        smooth: Added to numerator and denominator of Dice.
-        ignore_label: Label value of voxels that count in neither term.
-        ddp: Whether the batch is spread over the processes of the default group.
-        weight_ce: Weight of the cross-entropy.
-        weight_dice: Weight of Dice.
+        batch_dice, smooth, ignore_label, ddp, weight_ce, weight_dice: As of the function.
 
     Raises:
         LossError: Members or ignore label that no loss can have.

@@ -16,7 +16,8 @@ from nnunetv2.utilities.dataset_name_id_conversion import (
 )
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from stunet.errors import DatasetError, NnUNetPathError, PlansError
+from stunet.environment import nnunet_folder
+from stunet.errors import DatasetError, PlansError
 from stunet.files import write_json
 from stunet.planning.rewrite import check_plans, resolve_configuration
 
@@ -37,34 +38,6 @@ _PLANNERS = {
     "nnUNetResEncUNetLPlans": "nnUNetPlannerResEncL",
     "nnUNetResEncUNetXLPlans": "nnUNetPlannerResEncXL",
 }
-
-
-def nnunet_folder(variable: str) -> Path:
-    """The folder that one of nnU-Net's environment variables names.
-
-    Args:
-        variable: ``nnUNet_raw``, ``nnUNet_preprocessed`` or ``nnUNet_results``.
-
-    Raises:
-        NnUNetPathError: The variable is not set, or names no folder.
-    """
-    value = os.environ.get(variable)
-    remedy = f"Set it, for example: export {variable}=/path/to/{variable}"
-    if not value:
-        raise NnUNetPathError(
-            f"the environment variable {variable} is missing",
-            got="nothing",
-            expected="a folder",
-            remedy=remedy,
-        )
-    if not Path(value).is_dir():
-        raise NnUNetPathError(
-            f"the environment variable {variable} names no folder",
-            got=value,
-            expected="a folder that exists",
-            remedy=f"Create it (mkdir -p {value}), or set the variable to another folder.",
-        )
-    return Path(value)
 
 
 def find_dataset(dataset: str | int) -> str:

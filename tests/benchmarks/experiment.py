@@ -3,48 +3,61 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
+import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from processes import run
 
-__all__ = ["Experiment", "add_data_arguments", "spread"]
+__all__ = ["Experiment", "make_parser", "spread"]
 
 T = TypeVar("T")
 
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, dataset: str) -> None:
-    """``--data``, ``--work`` and ``--jobs``."""
+def make_parser(description: str | None, dataset: str) -> argparse.ArgumentParser:
+    """Command line with ``--data``, ``--work``, ``--jobs`` and ``--width``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = Path(os.environ.get("STUNET_SHARED", _ROOT.parent / "shared"))
     parser.add_argument("--data", type=Path, default=shared / "data" / dataset)
     parser.add_argument("--work", type=Path, help="keep everything here, and go on from what is here")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, each with its share of the cores")
+    parser.add_argument("--width", type=int, default=8)
+    return parser
 
 
-class Experiment:
-    """A folder with nnU-Net's three folders in it.
+class Experiment(ABC):
+    """A folder with nnU-Net's three folders in it, and steps, each skipped where its result is there.
 
     Args:
         root: The folder.
-        jobs: Trainings at a time.
+        args: What the command line said.
     """
 
-    def __init__(self, root: Path, jobs: int) -> None:
-        self.root, self.jobs = root.resolve(), jobs
+    @classmethod
+    def print_result(cls, parser: argparse.ArgumentParser) -> None:
+        """Do it all as the command line says."""
+        args = parser.parse_args()
+        with tempfile.TemporaryDirectory() as temporary:
+            print(json.dumps(cls(args.work or Path(temporary), args).measure()))
+
+    def __init__(self, root: Path, args: argparse.Namespace) -> None:
+        self.root, self.args = root.resolve(), args
         # Each job has cores of its own, out of those that this process may use: threads of several trainings that share
         # one wait for each other at every operation.
         cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
         self._shares: Queue[str] = Queue()
-        for job in range(jobs):
-            self._shares.put(",".join(cores[job % len(cores) :: jobs]))
+        for job in range(args.jobs):
+            self._shares.put(",".join(cores[job % len(cores) :: args.jobs]))
         self.raw, self.preprocessed, self.results = (
             self.root / name for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
         )
@@ -56,6 +69,10 @@ class Experiment:
             "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "2",
         }  # fmt: skip
 
+    @abstractmethod
+    def measure(self) -> dict[str, Any]:
+        """Do all steps and return what is printed."""
+
     def run(self, line: str) -> None:
         """Run a line of shell with the trainers; leaves the benchmark where it fails."""
         share = self._shares.get()
@@ -66,7 +83,7 @@ class Experiment:
 
     def all_of(self, calls: Sequence[Callable[[], T]]) -> list[T]:
         """Results of all calls, as many at a time as there are jobs."""
-        with ThreadPoolExecutor(self.jobs) as pool:
+        with ThreadPoolExecutor(self.args.jobs) as pool:
             return [future.result() for future in [pool.submit(call) for call in calls]]
 
 

@@ -12,13 +12,11 @@ annotate both. Every step is a command that a user types. Prints a table to stan
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from functools import partial
 from importlib.metadata import version
@@ -27,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
-from experiment import Experiment, add_data_arguments, spread
+from experiment import Experiment, make_parser, spread
 
 from stunet.labels import group_cases, write_manifest
 
@@ -38,22 +36,12 @@ ARMS = {"everything annotated": (FULL, 1), "partial": (PARTIAL, 1), "naive": (NA
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser, DATA)
-    parser.add_argument("--width", type=int, default=8)
+    parser = make_parser(__doc__, DATA)
     parser.add_argument("--epochs", type=int, default=15, help="epochs of 20 iterations, batch 2")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        print(json.dumps(Benchmark(args.work or Path(temporary), args).measure()))
+    Benchmark.print_result(parser)
 
 
 class Benchmark(Experiment):
-    """The steps, each skipped where its result is there."""
-
-    def __init__(self, root: Path, args: argparse.Namespace) -> None:
-        super().__init__(root, args.jobs)
-        self.args = args
-
     def measure(self) -> dict[str, Any]:
         started = time.monotonic()
         self.prepare()

@@ -19,7 +19,6 @@ import json
 import random
 import shutil
 import sys
-import tempfile
 import time
 from functools import partial
 from importlib.metadata import version
@@ -29,7 +28,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 import torch
-from experiment import Experiment, add_data_arguments
+from experiment import Experiment, make_parser
 from scipy.ndimage import gaussian_gradient_magnitude
 
 DATA = "Dataset004_Hippocampus"
@@ -37,27 +36,20 @@ SOURCE, ANTERIOR, EDGES, TARGET = "Dataset301_Source", "Dataset302_Anterior", "D
 N_PRETRAIN, N_FEW, N_SCORED = 120, 10, 40
 PLANS, TRAINER = "P_zoo", "STUNetTrainer"
 METRICS = "ccfv,logme,transrate,leep,gbc,gbc-full,zero-shot"
-NETWORK = "--depth 1 --width 8 -c 3d_fullres"
-COMMON = "num_iterations_per_epoch=10 num_val_iterations_per_epoch=2 batch_size=2"
+COMMON = "num_iterations_per_epoch=10 num_val_iterations_per_epoch=2 batch_size=2 patch_size=32,48,32 mirroring=none"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser, DATA)
+    parser = make_parser(__doc__, DATA)
     parser.add_argument("--epochs", type=int, default=6, help="epochs of 10 iterations of fine-tuning")
     parser.add_argument("--pretrain-epochs", type=int, default=48, help="epochs of 10 iterations of the longest one")
     parser.add_argument("--seeds", type=int, default=2, help="sets of 10 cases")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        print(json.dumps(Benchmark(args.work or Path(temporary), args).measure()))
+    Benchmark.print_result(parser)
 
 
 class Benchmark(Experiment):
-    """The steps, each skipped where its result is there."""
-
     def __init__(self, root: Path, args: argparse.Namespace) -> None:
-        super().__init__(root, args.jobs)
-        self.args = args
+        super().__init__(root, args)
         names = sorted(p.name.removesuffix(".nii.gz") for p in (args.data / "labelsTr").glob("*.nii.gz"))
         random.Random(1).shuffle(names)
         self.source, rest = names[:N_PRETRAIN], names[N_PRETRAIN:]
@@ -153,7 +145,7 @@ class Benchmark(Experiment):
             number = dataset[7:10]
             settings = f"--set num_epochs={epochs} {COMMON} {more}"
             self.run(
-                f"stunet plan -d {number} {NETWORK} --name {PLANS} --overwrite {settings} && "
+                f"stunet plan -d {number} -c 3d_fullres --depth 1 --width {self.args.width} --name {PLANS} --overwrite {settings} && "
                 f"nnUNetv2_train {number} 3d_fullres 0 -p {PLANS} -tr {TRAINER} -device cpu"
             )
         return fold

@@ -11,21 +11,19 @@ interruption.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from experiment import Experiment, add_data_arguments, spread
+from experiment import Experiment, make_parser, spread
 
 DATA = "Dataset004_Hippocampus"
 SOURCE, TARGET = "Dataset104_Source", "Dataset105_Target"
@@ -35,23 +33,13 @@ N_PRETRAIN, N_FEW, N_SEEDS = 140, 8, 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser, DATA)
-    parser.add_argument("--width", type=int, default=8)
+    parser = make_parser(__doc__, DATA)
     parser.add_argument("--pretrain-epochs", type=int, default=40, help="epochs of 20 iterations")
     parser.add_argument("--epochs", type=int, default=10, help="epochs of 10 iterations on the 8 cases")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        print(json.dumps(Benchmark(args.work or Path(temporary), args).measure()))
+    Benchmark.print_result(parser)
 
 
 class Benchmark(Experiment):
-    """The steps, each skipped where its result is there."""
-
-    def __init__(self, root: Path, args: argparse.Namespace) -> None:
-        super().__init__(root, args.jobs)
-        self.args = args
-
     def measure(self) -> dict[str, Any]:
         started = time.monotonic()
         self.prepare()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from commands import Shell
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-from raw_datasets import voxels, write_raw
+from raw_datasets import AFFINE, SHAPE, voxels, write_raw
 
 from stunet.cli.main import main
 from stunet.datasets import write_phantom_dataset
@@ -77,6 +78,9 @@ def test_nnunet_checks_and_preprocesses_a_union(shell: Shell, phantoms: Path) ->
     rows = {row["name"]: row["annotated"] for row in found["structures"]}
     assert rows == {"liver": 4, "kidney_left": 4, "kidney_right": 4, "spleen": 3, "aorta": 3, "kidney": 3}
     assert (found["never_annotated"], found["occurs_without_annotation"]) == ([], {})
+    assert [(row["name"], row["cases"], set(row["annotated"])) for row in found["sources"]] == [
+        (WHOLE, 3, annotated["D004"]), (SIDED, 4, annotated["D101"])
+    ]  # fmt: skip
 
     shell.run("nnUNetv2_plan_and_preprocess -d 700 --verify_dataset_integrity -c 3d_fullres -npfp 1 -np 1")
     preprocessed = shell.root / "nnUNet_preprocessed" / UNION
@@ -116,22 +120,52 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def test_errors(
-    nnunet_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    raw = nnunet_folders["nnUNet_raw"]
-    write_raw(raw / SIDED, {"background": 0, "liver": 1, "kidney_left": 2}, ["a", "b"])
-    write_raw(raw / WHOLE, {"background": 0, "spleen": 1}, ["c"])
-    write_raw(raw / "Dataset005_Kidney", {"background": 0, "kidney": 1}, ["c"])
-    (tmp_path / "m.yaml").write_text("superclasses: {liver: [spleen]}")
+Run = Callable[[str], tuple[int, str]]
 
-    def stunet(line: str) -> tuple[int, str]:
+
+@pytest.fixture
+def stunet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command line in this process: exit status, and what was printed on either stream."""
+
+    def run(line: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["stunet", *line.split()])
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
             main()
         printed = capsys.readouterr()
         return int(caught.value.code or 0), printed.out + printed.err
+
+    return run
+
+
+def test_labels_check_tells_the_sources_apart(nnunet_folders: dict[str, Path], stunet: Run) -> None:
+    raw = nnunet_folders["nnUNet_raw"]
+    write_raw(raw / SIDED, {"background": 0, "liver": 1, "left kidney": 2}, ["a", "b"])
+    write_raw(raw / WHOLE, {"background": 0, "spleen": 1}, ["c"])
+    nib.save(nib.Nifti1Image(np.zeros(SHAPE, np.uint8), AFFINE), raw / WHOLE / "labelsTr" / "c.nii.gz")
+    assert stunet("import union -np 1 -d 700 --from 101 4")[0] == 0
+    status, output = stunet("labels check -d 700 -np 1")
+    assert status == 0
+    table = output[output.index("Sources") :].splitlines()
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table if "Dataset" in line]
+    assert cells == [[WHOLE, "1", "1", "0", "spleen"], [SIDED, "2", "2", "2", ""]]
+    status, output = stunet("labels check -d 700 -np 1 --json")
+    sources = json.loads(output[: output.rindex("}") + 1])["sources"]
+    assert sources == [
+        {"name": WHOLE, "cases": 1, "annotated": {"spleen": 1}, "present": {}},
+        {"name": SIDED, "cases": 2, "annotated": {"liver": 2, "kidney_left": 2},
+         "present": {"liver": 2, "kidney_left": 2}},
+    ]  # fmt: skip
+    status, output = stunet("labels check -d 101 -np 1")
+    assert (status, "Sources" in output) == (0, False)
+
+
+def test_errors(nnunet_folders: dict[str, Path], tmp_path: Path, stunet: Run) -> None:
+    raw = nnunet_folders["nnUNet_raw"]
+    write_raw(raw / SIDED, {"background": 0, "liver": 1, "kidney_left": 2}, ["a", "b"])
+    write_raw(raw / WHOLE, {"background": 0, "spleen": 1}, ["c"])
+    write_raw(raw / "Dataset005_Kidney", {"background": 0, "kidney": 1}, ["c"])
+    (tmp_path / "m.yaml").write_text("superclasses: {liver: [spleen]}")
 
     before = digests(raw)
     for line, expected in (
