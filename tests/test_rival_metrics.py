@@ -22,9 +22,7 @@ from stunet.transferability import (
     logme,
     mean_over_scales,
     pool_scale,
-    shared_structures,
     transrate,
-    zero_shot_dice,
 )
 
 
@@ -165,29 +163,6 @@ def test_pooled_metrics_refuse_what_does_not_fit(metric: object) -> None:
             metric(x, labels)  # type: ignore[operator]
     with pytest.raises(TransferabilityError, match="not all finite"):
         metric(np.where(np.eye(6, 3) > 0, np.nan, x), np.arange(6) % 2)  # type: ignore[operator]
-
-
-def test_zero_shot_dice_by_hand() -> None:
-    values = shared_structures(
-        {"background": 0, "liver": 1, "left kidney": 2, "lung": [3, 4], "spleen": 5},
-        {"background": 0, "kidney_left": 7, "lung": 1, "tumour": 2, "liver": 3, "ignore": 9},
-    )
-    assert values == {"kidney_left": (2, 7), "lung": ((3, 4), 1), "liver": (1, 3)}
-    pairs = [
-        (np.array([[2, 2, 3], [4, 0, 5]]), np.array([[7, 0, 1], [1, 1, 2]])),  # kidney 2/3, lung 4/5, no liver
-        (np.array([0, 1, 1, 3]), np.array([3, 3, 1, 0])),  # no kidney, lung 0, liver 1/2
-    ]
-    result = zero_shot_dice(pairs, values)
-    assert result.structures == pytest.approx({"kidney_left": 2 / 3, "lung": 0.4, "liver": 0.5})
-    assert result.mean == pytest.approx((2 / 3 + 0.4 + 0.5) / 3)
-    assert result.n_cases == 2
-    empty = zero_shot_dice([(np.zeros(3, int), np.zeros(3, int))], values)
-    assert math.isnan(empty.mean)
-    assert math.isnan(empty.structures["liver"])
-    with pytest.raises(TransferabilityError, match="shapes"):
-        zero_shot_dice([(np.zeros(3, int), np.zeros(4, int))], values)
-    with pytest.raises(TransferabilityError, match="share"):
-        zero_shot_dice(pairs, {})
 
 
 def test_names_and_means_over_scales() -> None:

@@ -141,15 +141,9 @@ def make_phantom(seed: int, case: int, modality: Modality = "CT") -> Phantom:
         centre = np.array(organ.centre) * reach + rng.normal(0, 4.0, 3)
         radii = np.array(organ.radii) * rng.uniform(0.85, 1.15, 3)
         inside = _blob(grid, centre, radii, 0.35, spacing, rng)
-<<<<<<< HEAD
         image[inside] = organ.intensity + rng.normal(0, anatomy.variation)
         segmentation[inside] = labels.get(organ.name, 0)
-    image = gaussian_filter(image, 0.6) + gaussian_filter(rng.normal(0, anatomy.noise, shape), 0.4)
-=======
-        image[inside] = organ.intensity + rng.normal(0, 10.0)
-        segmentation[inside] = PHANTOM_LABELS[organ.name]
-    image = _blur(image, 0.6) + _blur(rng.normal(0, _NOISE, shape), 0.4)
->>>>>>> importspeed
+    image = _blur(image, 0.6) + _blur(rng.normal(0, anatomy.noise, shape), 0.4)
     return Phantom(image.astype(np.float32), segmentation, (spacing[0], spacing[1], spacing[2]))
 
 

@@ -35,8 +35,7 @@ from stunet.transferability.wasserstein import (
     wasserstein2,
 )
 from stunet.transferability.windows import Window, assign_windows, cut_window, window_starts
-from stunet.transferability.zero_shot import ZeroShotDice, shared_structures, zero_shot_dice
-from stunet.transferability.zero_shot_points import PointPredictions, zero_shot_at_points
+from stunet.transferability.zero_shot import PointPredictions, zero_shot_at_points
 from stunet.transferability.zoo import ZooEntry, name_checkpoints, read_zoo
 
 __all__ = [
@@ -69,7 +68,6 @@ __all__ = [
     "Target",
     "TargetCases",
     "Window",
-    "ZeroShotDice",
     "ZooEntry",
     "agreement",
     "assign_windows",
@@ -109,7 +107,6 @@ __all__ = [
     "read_zoo",
     "score_candidate",
     "scores_of_draws",
-    "shared_structures",
     "source_head",
     "top_regret",
     "transrate",
@@ -118,5 +115,4 @@ __all__ = [
     "weighted_kendall",
     "window_starts",
     "zero_shot_at_points",
-    "zero_shot_dice",
 ]

@@ -17,7 +17,7 @@ from stunet.transferability.features import decoder_stages
 from stunet.transferability.metrics import METRICS, MetricSettings
 from stunet.transferability.samples import CaseFeatures
 from stunet.transferability.target import TargetCases
-from stunet.transferability.zero_shot_points import PointPredictions, zero_shot_at_points
+from stunet.transferability.zero_shot import PointPredictions, zero_shot_at_points
 from stunet.transferability.zoo import ZooEntry
 
 __all__ = ["RANK_METRICS", "CandidateScores", "score_candidate"]

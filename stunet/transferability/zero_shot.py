@@ -1,97 +1,70 @@
-"""Zero-shot Dice: a candidate's own predictions of the structures that source and target share."""
+"""Zero-shot Dice from points: what a candidate predicts as it is, without predicting whole volumes."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import numpy.typing as npt
 
-from stunet.errors import TransferabilityError
 from stunet.labels import match_names
 
-__all__ = ["Values", "ZeroShotDice", "shared_structures", "zero_shot_dice"]
-
-Values = int | tuple[int, ...]
-"""The label value of a structure, or the values that a region joins."""
+__all__ = ["PointPredictions", "zero_shot_at_points"]
 
 
-@dataclass(frozen=True)
-class ZeroShotDice:
-    """Dice of what a candidate predicts without fine-tuning.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PointPredictions:
+    """What a candidate's own head says at points of one case.
 
     Attributes:
-        mean: Mean over the structures with a score, NaN where none has one.
-        structures: Mean over cases of each structure, NaN where no case has it or predicts it.
-        n_cases: Number of cases.
+        labels: ``(n,)``, the true class of each point.
+        outputs: ``(n,)``, the output with the highest probability.
+        voxels: For each class in the case how many voxels it has.
+        annotated: Label values of the structures that the case annotates; nothing is said about the others.
     """
 
-    mean: float
-    structures: Mapping[str, float]
-    n_cases: int
+    labels: npt.NDArray[np.integer]
+    outputs: npt.NDArray[np.integer]
+    voxels: Mapping[int, int]
+    annotated: frozenset[int]
 
 
-def shared_structures(source: Mapping[str, Any], target: Mapping[str, Any]) -> dict[str, tuple[Values, Values]]:
-    """Structures that two ``labels`` of ``dataset.json`` share, by name or usual spelling.
+def zero_shot_at_points(
+    cases: Sequence[PointPredictions], structures: Mapping[int, str], outputs: Sequence[str] | None
+) -> dict[str, float | None]:
+    """Estimate the Dice of a candidate's own predictions of the structures that it shares with the target by name.
+
+    The points are a stratified sample of the volume, with the number of voxels of each class known. So the share of a
+    class's points that the candidate calls structure c, times that number, estimates the voxels of the class that a
+    prediction of the whole volume would call c; true and false positives are sums of these. Outputs that are none of
+    the target's structures count as background. What is rarer in the background than one point of it is overlooked or
+    counted too high by chance: the more points, the better.
 
     Args:
-        source: Value, or list of values for a region, by name.
-        target: The same of the target dataset.
+        cases: Predictions at the points of each case.
+        structures: The target's structure by label.
+        outputs: What the candidate's outputs stand for, background first; None where nothing says it.
 
     Returns:
-        Value of source and target by the target's name, without background and ignore label.
+        For each structure the mean over the cases that have it or in which it is predicted; None where the candidate
+        does not know it, or no case says anything about it.
     """
+    names = list(outputs or ("background",))
+    found = match_names(names[1:], list(structures.values()))
+    label_of = np.zeros(len(names), np.int64)
+    known = {label: match for label, name in structures.items() if (match := found[name]) is not None}
+    for label, match in known.items():
+        label_of[names.index(match)] = label
+    dice: dict[str, list[float]] = {name: [] for name in structures.values()}
+    for case in cases:
+        for label in known.keys() & case.annotated:
+            if (value := _dice(label_of[case.outputs] == label, case, label)) is not None:
+                dice[structures[label]].append(value)
+    return {name: float(np.mean(values)) if values else None for name, values in dice.items()}
 
-    def foreground(labels: Mapping[str, Any]) -> dict[str, Values]:
-        listed = {k: tuple(v) if isinstance(v, list | tuple) else int(v) for k, v in labels.items() if k != "ignore"}
-        return {name: value for name, value in listed.items() if value not in (0, (0,))}
 
-    sources, targets = foreground(source), foreground(target)
-    matches = match_names(list(sources), list(targets))
-    return {name: (sources[match], targets[name]) for name, match in matches.items() if match is not None}
-
-
-def zero_shot_dice(
-    pairs: Iterable[tuple[NDArray[np.integer], NDArray[np.integer]]], values: Mapping[str, tuple[Values, Values]]
-) -> ZeroShotDice:
-    """Dice of predicted label maps of the source's values with label maps of the target's.
-
-    As in nnU-Net's evaluation, a case that neither has nor predicts a structure says nothing about it. Structures that
-    the candidate does not know are left out, so compare candidates on structures that all of them know.
-
-    Args:
-        pairs: Predicted and true label map of each case, equal shapes.
-        values: Value of source and target by structure; see :func:`shared_structures`.
-
-    Raises:
-        TransferabilityError: No structure is shared, or shapes of a case differ.
-    """
-    if not values:
-        raise TransferabilityError(
-            "no structure that source and target share",
-            got="0 structures",
-            expected="at least one structure of the target among the candidate's outputs",
-            remedy="Rank this candidate by its features, for example by ccfv.",
-        )
-    scores: dict[str, list[float]] = {name: [] for name in values}
-    n_cases = 0
-    for predicted, true in pairs:
-        if predicted.shape != true.shape:
-            raise TransferabilityError(
-                "label maps of different shapes",
-                got=f"prediction {predicted.shape}, reference {true.shape} in case number {n_cases + 1}",
-                expected="equal shapes",
-                remedy="Predict at the spacing of the reference.",
-            )
-        n_cases += 1
-        for name, (source, target) in values.items():
-            a, b = np.isin(predicted, source), np.isin(true, target)
-            total = int(a.sum()) + int(b.sum())
-            if total:
-                scores[name].append(2 * int((a & b).sum()) / total)
-    means = {name: sum(found) / len(found) if found else math.nan for name, found in scores.items()}
-    defined = [mean for mean in means.values() if not math.isnan(mean)]
-    return ZeroShotDice(sum(defined) / len(defined) if defined else math.nan, means, n_cases)
+def _dice(called: npt.NDArray[np.bool_], case: PointPredictions, label: int) -> float | None:
+    voxels = {k: n * float(called[case.labels == k].mean()) for k, n in case.voxels.items()}
+    predicted, true = sum(voxels.values()), case.voxels.get(label, 0)
+    return 2 * voxels.get(label, 0.0) / (predicted + true) if predicted + true > 0 else None

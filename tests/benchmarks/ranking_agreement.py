@@ -144,8 +144,9 @@ class Benchmark(Experiment):
         if not finished(fold):
             number = dataset[7:10]
             settings = f"--set num_epochs={epochs} {COMMON} {more}"
+            network = f"-c 3d_fullres --depth 1 --width {self.args.width}"
             self.run(
-                f"stunet plan -d {number} -c 3d_fullres --depth 1 --width {self.args.width} --name {PLANS} --overwrite {settings} && "
+                f"stunet plan -d {number} {network} --name {PLANS} --overwrite {settings} && "
                 f"nnUNetv2_train {number} 3d_fullres 0 -p {PLANS} -tr {TRAINER} -device cpu"
             )
         return fold
