@@ -22,7 +22,7 @@ _SOURCE, _TARGET = "Dataset001_Phantoms", "Dataset002_PhantomsMR"
 _PRETRAINED, _FINE_TUNED, _SCRATCH = "STUNetPlans_pretrained", "STUNetPlans_finetuned", "STUNetPlans_scratch"
 _PRETRAINER, _TRAINER = "STUNetTrainer_pretrain", "STUNetTrainer"
 _C = "3d_fullres"
-_EPOCHS_ON_TARGET = 4
+_MOST_EPOCHS_ON_TARGET = 4
 
 
 @dataclass
@@ -58,7 +58,7 @@ def tell_story(workspace: Workspace, *, network: Sequence[str], epochs: int, dev
         "Pre-train on what is annotated",
         "20 generated CT-like phantoms in TotalSegmentator's layout, a third of the masks of the training cases left "
         "out. A missing mask means not annotated, and not background: the loss leaves open what these voxels are. "
-        "Three checkpoints are kept on the way.",
+        "Checkpoints are kept on the way.",
     )
     checkpoints = _checkpoints(workspace)
     ranking = _pick(workspace, checkpoints, device, seed)
@@ -68,10 +68,11 @@ def tell_story(workspace: Workspace, *, network: Sequence[str], epochs: int, dev
         "A small dataset of another contrast with other structures: 8 cases to train on, as if from an MR scanner. "
         f"Each checkpoint is scored by its features of them, without training: {ranking['verdict']}",
     )
-    _train_both(workspace, winner["path"], network, device)
+    few = min(epochs, _MOST_EPOCHS_ON_TARGET)
+    _train_both(workspace, winner["path"], network, few, device)
     chapters.close(
         "Fine-tune it, beside training from scratch",
-        f"Both with the same {_EPOCHS_ON_TARGET} epochs of 20 iterations on the same cases.",
+        f"Both with the same {few} epochs of 20 iterations on the same cases.",
     )
     dice = {
         "fine-tuned": _predict(workspace, _FINE_TUNED, device),
@@ -143,8 +144,8 @@ def _pick(workspace: Workspace, checkpoints: Sequence[Path], device: str, seed: 
     return ranking
 
 
-def _train_both(workspace: Workspace, winner: str, network: Sequence[str], device: str) -> None:
-    settings = training_settings(_EPOCHS_ON_TARGET, batch_settings(workspace, _TARGET, _C, device))
+def _train_both(workspace: Workspace, winner: str, network: Sequence[str], epochs: int, device: str) -> None:
+    settings = training_settings(epochs, batch_settings(workspace, _TARGET, _C, device))
     # Weights that know something already are not thrown about.
     gentle = {**settings, "initial_lr": 0.01}
     workspace.run(

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from processes import run
 
-from stunet.datasets import PHANTOM_LABELS
-from stunet.reports import read_dice
+from stunet.datasets import phantom_labels
+from stunet.reports import mean_dice, read_dice
 
 
 def main() -> None:
@@ -24,12 +24,18 @@ def main() -> None:
         started = time.monotonic()
         peak = run(f"{sys.executable} -m stunet demo -o {folder}/demo", dict(os.environ))
         seconds = time.monotonic() - started
-        rows = read_dice(Path(folder) / "demo" / "predictions" / "summary.json", PHANTOM_LABELS)
+        demo = Path(folder) / "demo"
+        dice = {
+            name: read_dice(demo / f"predictions_{name}" / "summary.json", phantom_labels("MR"))
+            for name in ("finetuned", "scratch")
+        }
+        ranking = json.loads((demo / "ranking" / "ranking.json").read_text())
     result = {
         "benchmark": "demo",
-        "mean_dice": round(sum(row.mean for row in rows) / len(rows), 4),
-        "dice": {row.name: round(row.mean, 4) for row in rows},
-        "unseen_cases": rows[0].n_cases,
+        "mean_dice": {name: round(mean_dice(rows), 4) for name, rows in dice.items()},
+        "dice": {name: {row.name: round(row.mean, 4) for row in rows} for name, rows in dice.items()},
+        "unseen_cases": dice["finetuned"][0].n_cases,
+        "ccfv": {c["name"]: round(c["scores"]["ccfv"], 3) for c in ranking["candidates"]},
         "seconds": round(seconds),
         "peak_memory_gb": round(peak / 2**30, 2),
         "cores": os.cpu_count(),
