@@ -209,12 +209,20 @@ def test_the_command_reads_summaries(
     status, out, _ = run(capsys, monkeypatch, scores, part, *options[:2], "--json", "--resamples", 20)
     assert json.loads(out)["metrics"]["score"]["n_checkpoints"] == 6
     full = write(tmp_path / "full.json", DICE)
+    gaps = ranking()
+    gaps["candidates"][1]["scores"]["leep"] = None  # type: ignore[index]
+    partial = write(tmp_path / "partial.json", gaps)
+    status, out, err = run(capsys, monkeypatch, partial, full, "--resamples", 20, "--json")
+    assert status == 0
+    assert list(json.loads(out)["metrics"]) == ["ccfv"]
+    assert "leep is left out: no score for base" in err
     for args, message in (
         ((scores, full, *options[:2]), "two values of one Dice"),
         ((scores,), "neither DICE nor --summary"),
         ((scores, "--summary", "summary.json"), "NAME=PATH"),
         ((scores, full, "--metric", "ccfv"), "unknown metric"),
         ((scores, part), "only in the scores: base"),
+        ((partial, full, "--metric", "leep"), "leep: base, large, small, huge, other, last"),
     ):
         status, _, err = run(capsys, monkeypatch, *args)
         assert status == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,10 +39,9 @@ def rank_eval(
 
     by_metric = read_scores(scores)
     truth = _gather_dice(dice, summary or [])
-    results = {
-        name: agreement(by_metric[name], truth, n_resamples=resamples, seed=seed)
-        for name in _choose(metric or [], by_metric, scores)
-    }
+    chosen = _choose(metric or [], by_metric, scores)
+    _check_complete({name: by_metric[name] for name in chosen})
+    results = {name: agreement(by_metric[name], truth, n_resamples=resamples, seed=seed) for name in chosen}
     if as_json:
         typer.echo(json.dumps({"metrics": {name: result.as_dict() for name, result in results.items()}}, indent=4))
     else:
@@ -84,8 +84,6 @@ def _gather_dice(dice: Path | None, summaries: list[str]) -> dict[str, float]:
 
 def _choose(wanted: list[str], metrics: Mapping[str, Mapping[str, float]], path: Path) -> list[str]:
     """The metrics asked for; by default all that have a score for every candidate."""
-    import math
-
     from stunet.cli.console import stderr
     from stunet.errors import UsageError
 
@@ -107,6 +105,19 @@ def _choose(wanted: list[str], metrics: Mapping[str, Mapping[str, float]], path:
         if without:
             stderr.print(f"{name} is left out: no score for {', '.join(without)}", highlight=False, soft_wrap=True)
     return whole
+
+
+def _check_complete(by_metric: dict[str, dict[str, float]]) -> None:
+    from stunet.errors import UsageError
+
+    missing = {metric: [name for name, score in row.items() if math.isnan(score)] for metric, row in by_metric.items()}
+    if any(missing.values()):
+        raise UsageError(
+            "candidates without a score",
+            got="; ".join(f"{metric}: {', '.join(names)}" for metric, names in missing.items() if names),
+            expected="a score of each candidate for each metric",
+            remedy="Choose metrics that all have by --metric, or leave these candidates out of both files.",
+        )
 
 
 def _print_table(results: dict[str, Agreement]) -> None:
@@ -135,4 +146,4 @@ def _print_table(results: dict[str, Agreement]) -> None:
 
 
 def _cell(estimate: Estimate) -> str:
-    return f"{estimate.value:.3f} \\[{estimate.low:.3f}, {estimate.high:.3f}]"
+    return f"{estimate.value:.3f}\n\\[{estimate.low:.3f}, {estimate.high:.3f}]"
