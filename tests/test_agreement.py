@@ -214,7 +214,7 @@ def test_the_command_reads_summaries(
     partial = write(tmp_path / "partial.json", gaps)
     status, out, err = run(capsys, monkeypatch, partial, full, "--resamples", 20, "--json")
     assert status == 0
-    assert list(json.loads(out)["metrics"]) == ["ccfv"]
+    assert list(json.loads(out)["metrics"]) == ["ccfv", "logme"]
     assert "leep is left out: no score for base" in err
     for args, message in (
         ((scores, full, *options[:2]), "two values of one Dice"),
