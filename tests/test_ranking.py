@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from weights import STRIDES, tiny_weights
+from weights import STRIDES, TINY, tiny_weights
 
 from stunet.errors import TransferabilityError, UsageError
+from stunet.network import build_stunet
 from stunet.transferability import (
     CandidateScores,
     PointPredictions,
@@ -208,6 +209,20 @@ def test_cases_that_lack_annotations_have_no_background(checkpoints: list[ZooEnt
 def test_targets_without_pairs_are_refused() -> None:
     with pytest.raises(TransferabilityError, match="liver in a; spleen in a"):
         _target("a")
+
+
+def test_flat_configurations_rank_too(tmp_path: Path) -> None:
+    """2D: each point's features come from its slice alone."""
+    flat = [stride[1:] for stride in STRIDES]
+    torch.manual_seed(1)
+    path = tmp_path / "flat.pth"
+    torch.save({"network_weights": build_stunet(TINY, 1, 3, flat, conv_op=nn.Conv2d).state_dict()}, path)
+    target = _target(target=Target(input_channels=1, patch_size=(32, 32), strides=flat))
+    ranking = rank_candidates([ZooEntry(name="flat", path=path)], target, metrics=("ccfv", "logme"))
+    assert ranking.failures == ()
+    assert np.isfinite(list(ranking.candidates[0].scores.values())).all()
+    refused = rank_candidates([ZooEntry(name="flat", path=path)], _target())
+    assert "2D weights for 3D patches" in refused.failures[0].error
 
 
 @pytest.mark.parametrize("metrics", [(), ("ccfv", "ccfv"), ("ccfv", "tea leaves")])
