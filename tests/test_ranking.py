@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from weights import STRIDES, TINY, tiny_weights
 
 from stunet.errors import TransferabilityError, UsageError
