@@ -46,12 +46,13 @@ def demo(
     Every step is a command of nnU-Net or of this package, printed as you would type it.
     """
     from stunet.cli.console import stdout
+    from stunet.cli.devices import choose_device
     from stunet.cli.sizes import choose_size
 
     started = time.monotonic()
     if size is not None:
         choose_size(size, None, None)
-    chosen_device = _choose_device(device)
+    chosen_device = choose_device(device)
     workspace = _Workspace.make(output, data, seed)
     workspace.print_exports()
     if data is None:
@@ -247,26 +248,6 @@ def _draw(workspace: _Workspace, predictions: Path) -> Path:
     path = workspace.root / "demo.png"
     side_by_side(cases, names, path, spacing=spacing)
     return path
-
-
-def _choose_device(device: str) -> str:
-    from stunet.errors import UsageError
-
-    if device not in ("auto", "cpu", "cuda", "mps"):
-        raise UsageError("unknown device", got=device, expected="auto, cpu, cuda or mps", remedy="Correct --device.")
-    import torch
-
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        return "cuda" if available["cuda"] else "cpu"
-    if not available[device]:
-        raise UsageError(
-            "a device that PyTorch does not find",
-            got=device,
-            expected=f"one of {', '.join(name for name, there in available.items() if there)}",
-            remedy="Choose another one with --device, or leave it out.",
-        )
-    return device
 
 
 def _batch_for(workspace: _Workspace, device: str) -> dict[str, Any]:
