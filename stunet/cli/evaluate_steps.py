@@ -170,7 +170,7 @@ def make_jobs(
         EvaluationCase(
             name=case,
             reference=label,
-            prediction=predictions / f"{case}{ending}",
+            prediction=predictions.resolve() / f"{case}{ending}",
             comparisons=relation.comparisons,
             observed=tuple(
                 c.target_values if manifest is None else observed_values(c, manifest, case)
