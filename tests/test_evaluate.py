@@ -226,7 +226,7 @@ def test_the_models_own_dataset_is_warned_of(folders: Folders, run: Any) -> None
         ("-d 7 -m nowhere", "no names of a model's structures"),
         ("-d 7 --predictions segmentations", "segmentations/dataset.json: FileNotFoundError"),
         ("-d 7 -m model --predictions nowhere", "no such folder"),
-        ("-d 7 -m model --predictions model", "2 of 2, the first is model/a.nii.gz"),
+        ("-d 7 -m model --predictions model", "/model/a.nii.gz"),
         ("-d 7 -m model --label-map nowhere.yaml", "No such file"),
         ("-d 7 -m model --label-map kits", "one of abdomenct_1k"),
         ("-d 7 -m model --predictions segmentations --tolerance -1", "-1 mm"),
