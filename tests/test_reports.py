@@ -11,7 +11,9 @@ from matplotlib.image import imread
 from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from stunet.reports import read_dice, side_by_side
+from stunet.evaluation import CaseOrientation, CaseScores, EvaluationCase, collect_results, volume_scores
+from stunet.labels import Comparison
+from stunet.reports import draw_scores, read_dice, side_by_side
 
 
 def test_dice_by_hand(tmp_path: Path) -> None:
@@ -61,3 +63,25 @@ def test_the_figure_shows_each_case_in_three_panels(tmp_path: Path) -> None:
     assert thirds[0][2] == 0  # empty prediction
     assert thirds[1][1] > 0.02
     assert thirds[1][2] > 0.02
+
+
+def test_the_figure_of_scores_has_a_row_for_each_structure(tmp_path: Path) -> None:
+    """Dots where the scores are: structures with higher Dice have them further to the right."""
+    names = ["low", "high", "none"]
+    comparisons = [Comparison(name, (name,), (name,), (i,), (i,)) for i, name in enumerate(names, start=1)]
+    cases = {}
+    for case in "abc":
+        scores = [volume_scores(tp, 10, 10 if tp else 0, 1000) for tp in (1, 9)]
+        cases[case] = CaseScores((*scores, volume_scores(0, 0, 0, 1000)), CaseOrientation())
+    jobs = [
+        EvaluationCase(c, tmp_path, tmp_path, tuple(comparisons), ((1,), (2,), (3,)), {}, {}, None, 1.0) for c in cases
+    ]
+    draw_scores(collect_results(cases, jobs), tmp_path / "f.png", title="model on dataset")
+    pixels = imread(tmp_path / "f.png")[..., :3]
+    reddish = (pixels[..., 0] - pixels[..., 2]) > 0.4  # the bars at the means, of the first panel alone
+    third = reddish[:, : pixels.shape[1] // 3]
+    rows = np.flatnonzero(third.any(axis=1))
+    upper, lower = np.array_split(rows, 2)
+    assert len(rows) > 0
+    columns = [np.flatnonzero(third[part].any(axis=0)).mean() for part in (upper, lower)]
+    assert columns[0] < columns[1]

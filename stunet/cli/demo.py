@@ -35,7 +35,8 @@ def demo(
     from stunet.cli.console import stdout
     from stunet.cli.demo_story import tell_story
     from stunet.cli.demo_training import train_on_data
-    from stunet.cli.demo_workspace import Workspace, choose_device
+    from stunet.cli.demo_workspace import Workspace
+    from stunet.cli.devices import choose_device
     from stunet.cli.sizes import choose_size
 
     started = time.monotonic()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-__all__ = ["DoneCommand", "Workspace", "batch_settings", "choose_device"]
+__all__ = ["DoneCommand", "Workspace", "batch_settings"]
 
 _FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 #: Patches larger than this take too long on a CPU; voxels. For the same time, small ones learn faster: the cases in a
@@ -117,31 +117,6 @@ class Workspace:
         started = time.monotonic()
         run_command(typed, environment=self.environment, log=self.log)
         self.commands.append(DoneCommand(shlex.join(typed), time.monotonic() - started))
-
-
-def choose_device(device: str) -> str:
-    """The device that ``auto`` stands for, or the one that was asked for.
-
-    Raises:
-        UsageError: Unknown, or not there.
-    """
-    from stunet.errors import UsageError
-
-    if device not in ("auto", "cpu", "cuda", "mps"):
-        raise UsageError("unknown device", got=device, expected="auto, cpu, cuda or mps", remedy="Correct --device.")
-    import torch
-
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        return "cuda" if available["cuda"] else "cpu"
-    if not available[device]:
-        raise UsageError(
-            "a device that PyTorch does not find",
-            got=device,
-            expected=f"one of {', '.join(name for name, there in available.items() if there)}",
-            remedy="Choose another one with --device, or leave it out.",
-        )
-    return device
 
 
 def batch_settings(workspace: Workspace, dataset: str, configuration_name: str, device: str) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def rank(
     status 1 where a candidate could not be scored, 2 where none could.
     """
     from stunet.cli.console import stderr
-    from stunet.cli.demo_workspace import choose_device
+    from stunet.cli.devices import choose_device
     from stunet.planning import open_preprocessed
     from stunet.reports.ranking import RankingReport, write_ranking
     from stunet.transferability import MetricSettings, ResultCache, check_metrics

@@ -1,6 +1,7 @@
 """Datasets in nnU-Net's raw layout that stunet makes or imports."""
 
 from stunet.datasets.import_state import REPORT_NAME, dataset_folder
+from stunet.datasets.labelled import read_test_dataset, read_validation_dataset
 from stunet.datasets.mask_import import ImportReport, import_cases
 from stunet.datasets.phantoms import (
     PHANTOM_LABELS,
@@ -68,8 +69,10 @@ __all__ = [
     "read_annotations",
     "read_image",
     "read_raw_dataset",
+    "read_test_dataset",
     "read_totalsegmentator",
     "read_union_source",
+    "read_validation_dataset",
     "sampling_weights",
     "sources_of_cases",
     "write_phantom_dataset",

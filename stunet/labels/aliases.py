@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-__all__ = ["canonical_name", "match_names"]
+__all__ = ["PARTS", "canonical_name", "canonical_parts", "match_names"]
 
 _LEFT, _RIGHT = "left", "right"
 _SIDES = {"left": _LEFT, "lt": _LEFT, "l": _LEFT, "right": _RIGHT, "rt": _RIGHT, "r": _RIGHT}
@@ -64,6 +64,13 @@ _SIDED = {
     "kidney_right": ("rk", "rkidney"),
 }
 
+#: Canonical names of the parts of structures that have other parts than a left and a right one.
+PARTS = {
+    "lung_left": ("lung_upper_lobe_left", "lung_lower_lobe_left"),
+    "lung_right": ("lung_upper_lobe_right", "lung_middle_lobe_right", "lung_lower_lobe_right"),
+    **{f"rib_{side}": tuple(f"rib_{i}_{side}" for i in range(1, 13)) for side in ("left", "right")},
+}
+
 
 def _inverted(table: dict[str, tuple[str, ...]]) -> dict[str, str]:
     return {alias: name for name, aliases in table.items() for alias in aliases}
@@ -96,6 +103,16 @@ def canonical_name(name: str) -> str:
         return _NAME_OF.get("_".join(rest), "_".join(rest)) if not sides else "_".join(words)
     joined = "_".join(rest)
     return f"{_NAME_OF.get(joined, joined)}_{sides[0]}"
+
+
+def canonical_parts(name: str) -> tuple[str, ...]:
+    """Canonical names of what a structure would consist of, if it were divided: its sides, lobes or ribs.
+
+    Args:
+        name: A canonical name.
+    """
+    sided = name.endswith(("_left", "_right"))
+    return PARTS.get(name, () if sided else (f"{name}_left", f"{name}_right"))
 
 
 def match_names(source: Sequence[str], target: Sequence[str]) -> dict[str, str | None]:

@@ -94,13 +94,6 @@ def _relabel_other(case: LabelCase) -> None:
     import SimpleITK as sitk
 
     source = read_other(case.source)
-    if source.GetNumberOfComponentsPerPixel() != 1:
-        raise DatasetError(
-            "a label map with several values in each voxel",
-            got=f"{case.source}: {source.GetNumberOfComponentsPerPixel()}",
-            expected="one value, not a colour",
-            remedy="Write it again with label values, or leave its case out.",
-        )
     for path in case.images:
         image: Any = sitk.ImageFileReader()  # type: ignore[no-untyped-call]
         image.SetFileName(str(path))

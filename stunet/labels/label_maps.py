@@ -165,12 +165,12 @@ def read_other(path: Path) -> Any:
     """A label map of another format than NIfTI, as SimpleITK's image.
 
     Raises:
-        DatasetError: SimpleITK cannot read it.
+        DatasetError: SimpleITK cannot read it, or it has several values in each voxel.
     """
     import SimpleITK as sitk
 
     try:
-        return sitk.ReadImage(str(path))
+        image: Any = sitk.ReadImage(str(path))
     except RuntimeError as error:
         raise DatasetError(
             "an unreadable label map",
@@ -178,6 +178,14 @@ def read_other(path: Path) -> Any:
             expected="an image file that SimpleITK reads",
             remedy="Write it again.",
         ) from error
+    if image.GetNumberOfComponentsPerPixel() != 1:
+        raise DatasetError(
+            "a label map with several values in each voxel",
+            got=f"{path}: {image.GetNumberOfComponentsPerPixel()}",
+            expected="one value, not a colour",
+            remedy="Write it again with label values, or leave its case out.",
+        )
+    return image
 
 
 def array_of(image: Any) -> npt.NDArray[Any]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from stunet.errors import LabelError
+from stunet.labels.mapping_files import load_mapping_file, name_at, refuse_mapping
 
-__all__ = ["UnionMapping", "dump_mapping", "read_mapping", "refuse_mapping"]
+__all__ = ["UnionMapping", "dump_mapping", "read_mapping"]
 
 _KEYS = ("sources", "superclasses")
 _HEADER = """\
@@ -40,30 +39,13 @@ class UnionMapping:
     path: str
 
 
-class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
-    """PyYAML's safe loader, which by itself lets the last of equal keys win in silence."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key) for key, _ in node.value]
-        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands twice", node.start_mark)
-        return dict(super().construct_mapping(node, deep))
-
-
 def read_mapping(path: str | os.PathLike[str]) -> UnionMapping:
     """Read a mapping file and check its form. Nothing in it is run.
 
     Raises:
         LabelError: Missing, not YAML, a key twice, or of another form than :func:`dump_mapping` writes.
     """
-    try:
-        # A SafeLoader: it makes plain values only.
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise refuse_mapping(path, " ".join(str(error).split()), "a YAML file") from error
-    if not isinstance(content, dict):
-        raise refuse_mapping(path, f"{type(content).__name__} at the top", f"a mapping with {' and '.join(_KEYS)}")
+    content = load_mapping_file(path)
     unknown = next((key for key in content if key not in _KEYS), None)
     if unknown is not None:
         raise refuse_mapping(path, f"unknown key {unknown!r}", f"only the keys {' and '.join(_KEYS)}")
@@ -71,7 +53,7 @@ def read_mapping(path: str | os.PathLike[str]) -> UnionMapping:
     superclasses = None
     if "superclasses" in content:
         found = _mapping_at("superclasses", content["superclasses"], path)
-        superclasses = {_name(n, "superclasses", path): _members(n, members, path) for n, members in found.items()}
+        superclasses = {name_at(n, "superclasses", path): _members(n, members, path) for n, members in found.items()}
     return UnionMapping({key: _labels(key, labels, path) for key, labels in sources.items()}, superclasses, str(path))
 
 
@@ -96,7 +78,7 @@ def _labels(source: Any, labels: Any, path: str | os.PathLike[str]) -> dict[str,
                 "one structure for each label",
                 "Give it a name of its own, and list under superclasses what that name stands for.",
             )
-        names[_name(label, place, path)] = _name(structure, f"{place}, {label}", path)
+        names[name_at(label, place, path)] = name_at(structure, f"{place}, {label}", path)
     return names
 
 
@@ -104,14 +86,7 @@ def _members(name: Any, members: Any, path: str | os.PathLike[str]) -> tuple[str
     place = f"superclasses, {name}"
     if not isinstance(members, list):
         raise refuse_mapping(path, f"{place} is {type(members).__name__}", "a list of structures")
-    return tuple(_name(member, place, path) for member in members)
-
-
-def _name(value: Any, place: str, path: str | os.PathLike[str]) -> str:
-    if not isinstance(value, str) or not value:
-        # YAML takes yes, no, on, off and bare numbers for something else than text.
-        raise refuse_mapping(path, f"{place} has {value!r}", "names as text", "Put the name between quotes.")
-    return value
+    return tuple(name_at(member, place, path) for member in members)
 
 
 def dump_mapping(mapping: Mapping[str, Mapping[str, str]], superclasses: Mapping[str, tuple[str, ...]]) -> str:
@@ -126,10 +101,3 @@ def dump_mapping(mapping: Mapping[str, Mapping[str, str]], superclasses: Mapping
         "superclasses": {name: list(members) for name, members in superclasses.items()},
     }
     return f"{_HEADER}{yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)}"
-
-
-def refuse_mapping(
-    path: str | os.PathLike[str], got: str, expected: str, remedy: str = "Correct the file."
-) -> LabelError:
-    """The error for a mapping file that cannot be used."""
-    return LabelError("a mapping of labels that cannot be used", got=f"{path}: {got}", expected=expected, remedy=remedy)

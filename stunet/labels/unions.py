@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from stunet.errors import LabelError
-from stunet.labels.aliases import canonical_name
+from stunet.labels.aliases import PARTS, canonical_name, canonical_parts
 from stunet.labels.manifest import check_names
-from stunet.labels.union_mapping import UnionMapping, refuse_mapping
+from stunet.labels.mapping_files import close_names, refuse_mapping
+from stunet.labels.union_mapping import UnionMapping
 from stunet.labels.vocabularies import load_vocabulary
 
 __all__ = ["BACKGROUND", "IGNORE", "LabelUnion", "merge_labels"]
 
 BACKGROUND, IGNORE = "background", "ignore"
-
-#: Canonical names of the parts of structures that have other parts than a left and a right one.
-_PARTS = {
-    "lung_left": ("lung_upper_lobe_left", "lung_lower_lobe_left"),
-    "lung_right": ("lung_upper_lobe_right", "lung_middle_lobe_right", "lung_lower_lobe_right"),
-    **{f"rib_{side}": tuple(f"rib_{i}_{side}" for i in range(1, 13)) for side in ("left", "right")},
-}
 
 
 @dataclass(frozen=True)
@@ -156,7 +149,7 @@ def _name_all(
     names: dict[str, str] = {}
     for keyed in keys.values():
         for label, key in keyed.items():
-            whole = key in _PARTS or {f"{key}_left", f"{key}_right"} <= automatic | set(_PARTS)
+            whole = key in PARTS or {f"{key}_left", f"{key}_right"} <= automatic | set(PARTS)
             names.setdefault(key, known.get(key) or (key if whole else label))
     return {
         source: {label: overriding.get(source, {}).get(label, names[key]) for label, key in keyed.items()}
@@ -200,10 +193,7 @@ def _find_superclasses(
         """Parts by name where the union has such, else by canonical name."""
         if name in declared:
             return declared[name]
-        canonical = canonical_name(name)
-        sided = canonical.endswith(("_left", "_right"))
-        parts = _PARTS.get(canonical, () if sided else (f"{canonical}_left", f"{canonical}_right"))
-        return tuple(by_canonical.get(part, part) for part in parts)
+        return tuple(by_canonical.get(part, part) for part in canonical_parts(canonical_name(name)))
 
     def divide(name: str, above: tuple[str, ...]) -> tuple[set[str], list[str]]:
         """The leaves that a structure consists of, and the parts that the union lacks."""
@@ -298,5 +288,5 @@ def _refuse_cycle(place: str, names: tuple[str, ...]) -> LabelError:
 
 
 def _similar(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
+    close = close_names(name, known)
     return f" (did you mean {close[0]!r}?)" if close else ""
