@@ -10,9 +10,8 @@ from stunet.labels.manifest import (
     group_cases,
     read_manifest,
     structures_of,
-    write_manifest,
 )
-from stunet.labels.manifest_format import manifest_schema
+from stunet.labels.manifest_format import manifest_schema, write_manifest
 from stunet.labels.outputs import Outputs, outputs_of
 from stunet.labels.union_mapping import UnionMapping, dump_mapping, read_mapping
 from stunet.labels.unions import LabelUnion, merge_labels
