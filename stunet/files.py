@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ __all__ = [
     "refuse_existing",
     "remove_leftovers",
     "start_sync",
-    "sync_file",
+    "sync_files",
     "write_json",
+    "write_json_files",
 ]
 
 _FICLONE = 0x40049409  # <linux/fs.h>
@@ -61,17 +62,12 @@ def move_into_place(temporary: str | os.PathLike[str], path: str | os.PathLike[s
         temporary: The finished file.
         path: Where it shall be, on the same file system. A file that stands there is replaced.
     """
-    sync_file(temporary)
+    sync_files([temporary])
     place_files([(temporary, path)])
 
 
-def sync_file(path: str | os.PathLike[str]) -> None:
-    """Wait until the content of a file is on disk (fsync)."""
-    _fsync(Path(path), os.O_RDWR)
-
-
 def start_sync(path: str | os.PathLike[str]) -> None:
-    """Make the system begin to write a file to the disk, where it can be told to; :func:`sync_file` waits less then."""
+    """Make the system begin to write a file to the disk, where it can be told to, so that syncing it takes less."""
     if not hasattr(os, "posix_fadvise"):
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -80,6 +76,15 @@ def start_sync(path: str | os.PathLike[str]) -> None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
+
+
+def sync_files(paths: Iterable[str | os.PathLike[str]]) -> None:
+    """Wait until the contents of files are on disk (fsync)."""
+    paths = list(paths)
+    for path in paths if len(paths) > 1 else ():
+        start_sync(path)
+    for path in paths:
+        _fsync(Path(path), os.O_RDWR)
 
 
 def place_files(files: Iterable[tuple[str | os.PathLike[str], str | os.PathLike[str]]]) -> None:
@@ -188,8 +193,22 @@ def remove_leftovers(folder: str | os.PathLike[str], name: str) -> list[Path]:
 
 def write_json(content: Any, path: str | os.PathLike[str]) -> None:
     """Write ``content`` as JSON with nnU-Net's indentation, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=4, sort_keys=False) + "\n", encoding="utf-8")
+    write_json_files({Path(path): content})
+
+
+def write_json_files(contents: Mapping[Path, Any]) -> None:
+    """:func:`write_json` for several files in one folder, which waits for the disk once: they appear in this order."""
+    files = {path.with_name(f".{path.name}.{os.getpid()}.tmp"): path for path in contents}
+    try:
+        for temporary, path in files.items():
+            text = json.dumps(contents[path], indent=4, sort_keys=False) + "\n"
+            temporary.write_text(text, encoding="utf-8")
+        sync_files(files)
+        place_files(files.items())
+    except BaseException:
+        for temporary in files:
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def _fsync_folder(folder: Path) -> None:

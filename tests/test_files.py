@@ -16,8 +16,9 @@ from stunet.files import (
     place_files,
     remove_leftovers,
     start_sync,
-    sync_file,
+    sync_files,
     write_json,
+    write_json_files,
 )
 
 
@@ -118,13 +119,27 @@ def test_files_take_their_places_in_order(tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "a").exists()
 
 
+def test_json_files_appear_in_order_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.json").write_text("old")
+    with pytest.raises(TypeError):
+        write_json_files({tmp_path / "a.json": 1, tmp_path / "b.json": object()})
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.json", "old")]
+    placed = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (placed.append(new.name), replace(old, new)))
+    write_json_files({tmp_path / "b.json": [1], tmp_path / "a.json": {"x": 2}})
+    assert placed == ["b.json", "a.json"]
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 2}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
+
+
 def test_copies_are_independent_and_lasting(tmp_path: Path) -> None:
     content = bytes(range(256)) * 1000
     (tmp_path / "a").write_bytes(content)
     (tmp_path / "b").write_bytes(b"longer" * 100_000)  # replaced as a whole
     clone_or_copy(tmp_path / "a", tmp_path / "b")
     start_sync(tmp_path / "b")
-    sync_file(tmp_path / "b")
+    sync_files([tmp_path / "a", tmp_path / "b"])
     (tmp_path / "a").write_bytes(b"changed")
     assert (tmp_path / "b").read_bytes() == content
     with pytest.raises(FileNotFoundError):

@@ -193,12 +193,13 @@ def test_values_that_are_no_labels(tmp_path: Path) -> None:
         count_labels(tmp_path / "a.nrrd")
 
 
-def merged_with(volumes: list[np.ndarray], folder: Path, n_labels: int = 255) -> MergedMasks:
+def merged_with(volumes: list[np.ndarray], folder: Path, first: int = 1, n_labels: int = 255) -> MergedMasks:
+    """Label values from ``first`` on."""
     for i, volume in enumerate(volumes):
         save(volume, folder / f"{i}.nii.gz")
     save(np.zeros(volumes[0].shape, np.int16), folder / "ct.nii.gz")
     with open_volume(folder / "ct.nii.gz") as ct:
-        return merge_masks([(i + 1, folder / f"{i}.nii.gz") for i in range(len(volumes))], ct, n_labels)
+        return merge_masks([(i + first, folder / f"{i}.nii.gz") for i in range(len(volumes))], ct, n_labels)
 
 
 @pytest.mark.parametrize("n_labels", [255, 256])
@@ -208,18 +209,19 @@ def test_painting_equals_a_plain_loop(tmp_path: Path, shape: tuple[int, ...], on
     rng = np.random.default_rng(0)
     volumes = [(ones * (rng.random(shape) < share)).astype(np.uint8) for share in (0.3, 0.01, 0, 0.3, 0)]
     volumes[3][-1, -1, -1] = volumes[0][-1, -1, -1] = ones  # the last voxel of a word that is not full
-    merged = merged_with(volumes, tmp_path, n_labels)
+    values = range(n_labels - 4, n_labels + 1)
+    merged = merged_with(volumes, tmp_path, values[0], n_labels)
     labels, lost = np.zeros(shape, int), {}
-    for value, volume in enumerate(volumes, 1):
+    for value, volume in zip(values, volumes, strict=True):
         for other in np.unique(labels[volume > 0]).tolist():
             if other:
                 lost[other, value] = int((labels[volume > 0] == other).sum())
         labels[volume > 0] = value
     assert merged.labels.dtype == (np.uint8 if n_labels == 255 else np.uint16)
     assert np.array_equal(merged.labels.reshape(shape, order="F"), labels)
-    assert merged.voxels == {value: int((labels == value).sum()) for value in range(1, 6)}
+    assert merged.voxels == {value: int((labels == value).sum()) for value in values}
     assert merged.overlaps == lost
-    assert (1, 4) in lost
+    assert (values[0], values[3]) in lost
 
 
 def test_a_label_map_with_ones_first_is_no_mask(tmp_path: Path) -> None:

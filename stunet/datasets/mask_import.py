@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stunet.datasets.import_results import list_some, mention_failures, write_fold
-from stunet.datasets.import_state import ENDING, REPORT_NAME, ImportState, claim_folder, explaining_full_disks
+from stunet.datasets.import_results import list_some, mention_failures, write_results
+from stunet.datasets.import_state import ENDING, ImportState, claim_folder, explaining_full_disks
 from stunet.datasets.side_files import carry_new_files
 from stunet.datasets.totalsegmentator import SourceCase
 from stunet.errors import DatasetError, STUNetError
-from stunet.files import write_json
-from stunet.labels import MANIFEST_NAME, group_cases, write_manifest
-from stunet.labels.mask_cases import ImportedCase, MaskCase, StagedCase, finished_record, place_case, stage_case
+from stunet.labels import group_cases
+from stunet.labels.mask_cases import ImportedCase, MaskCase, StagedCase, finished_record, place_cases, stage_case
 from stunet.processes import run_jobs, worthwhile_processes
 
 __all__ = ["ImportReport", "import_cases"]
@@ -163,22 +162,27 @@ def _import_all(
     return dict(sorted(records.items())), dict(sorted(failed.items())), reused
 
 
-def _place_each(
-    staged: Iterator[tuple[MaskCase, ImportedCase | StagedCase | STUNetError]],
-) -> Iterator[tuple[MaskCase, ImportedCase | STUNetError]]:
-    """Give staged cases their names, and wait for the disk, while others are being decoded."""
+_Result = ImportedCase | StagedCase | STUNetError
+
+
+def _place_each(staged: Iterator[tuple[MaskCase, _Result]]) -> Iterator[tuple[MaskCase, ImportedCase | STUNetError]]:
+    """Give staged cases their names while others are being decoded: all that are there, as soon as the disk is free."""
     with ThreadPoolExecutor(1) as disk:
-        waiting: deque[tuple[MaskCase, Future[ImportedCase | STUNetError]]] = deque()
-        for job, result in staged:
-            waiting.append((job, disk.submit(_place, job, result)))
-            while waiting and waiting[0][1].done():
-                yield waiting[0][0], waiting.popleft()[1].result()
-        for job, placed in waiting:
-            yield job, placed.result()
+        batch: list[tuple[MaskCase, _Result]] = []
+        busy: Future[list[tuple[MaskCase, ImportedCase | STUNetError]]] | None = None
+        for entry in staged:
+            batch.append(entry)
+            if busy is None or busy.done():
+                yield from busy.result() if busy else ()
+                busy, batch = disk.submit(_place, batch), []
+        yield from busy.result() if busy else ()
+        yield from _place(batch)
 
 
-def _place(case: MaskCase, result: ImportedCase | StagedCase | STUNetError) -> ImportedCase | STUNetError:
-    return place_case(case, result) if isinstance(result, StagedCase) else result
+def _place(batch: Sequence[tuple[MaskCase, _Result]]) -> list[tuple[MaskCase, ImportedCase | STUNetError]]:
+    others = [(case, result) for case, result in batch if not isinstance(result, StagedCase)]
+    staged = [(case, result) for case, result in batch if isinstance(result, StagedCase)]
+    return [*others, *zip((case for case, _ in staged), place_cases(staged), strict=True)]
 
 
 def _keep_earlier(state: ImportState, others: Collection[str]) -> dict[str, dict[str, Any]]:
@@ -233,15 +237,16 @@ def _write_dataset(
     folder: Path, records: Mapping[str, Mapping[str, Any]], structures: Sequence[str], report: Mapping[str, Any]
 ) -> bool:
     annotated = {name: record["voxels"] for name, record in records.items()}
-    write_manifest(group_cases(annotated, structures), folder / MANIFEST_NAME)
-    fold = {split: [n for n, record in records.items() if record["split"] == split] for split in ("train", "val")}
-    has_folds = write_fold(folder, fold)
-    write_json(report, folder / REPORT_NAME)
     dataset_json = {
         "channel_names": {"0": "CT"},
         "labels": {"background": 0, **{name: value for value, name in enumerate(structures, start=1)}},
         "numTraining": sum(record["split"] != "test" for record in records.values()),
         "file_ending": ENDING,
     }
-    write_json(dataset_json, folder / "dataset.json")
-    return has_folds
+    return write_results(
+        folder,
+        manifest=group_cases(annotated, structures),
+        fold={split: [n for n, record in records.items() if record["split"] == split] for split in ("train", "val")},
+        report=report,
+        dataset_json=dataset_json,
+    )

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stunet.datasets.import_results import list_some, mention_failures, write_fold
-from stunet.datasets.import_state import REPORT_NAME, ImportState, claim_folder, explaining_full_disks
+from stunet.datasets.import_results import list_some, mention_failures, write_results
+from stunet.datasets.import_state import ImportState, claim_folder, explaining_full_disks
 from stunet.datasets.side_files import carry_new_files
 from stunet.datasets.union_checks import check_sources
 from stunet.datasets.union_sources import UnionSource, annotated_in_union, sampling_weights, source_lookup
 from stunet.errors import DatasetError, STUNetError, UsageError
-from stunet.files import write_json
-from stunet.labels import MANIFEST_NAME, bind_manifest, group_cases, write_manifest
+from stunet.labels import MANIFEST_NAME, bind_manifest, group_cases
 from stunet.labels.label_cases import LabelCase, relabel_case
 from stunet.labels.mask_cases import finished_record
 from stunet.labels.unions import LabelUnion
@@ -123,10 +122,13 @@ def import_union(
             "kept": list(kept),
             "cases": records,
         }
-        write_json(report, folder / REPORT_NAME)
-        _write_manifest(folder, union, records, weight_of)
-        has_folds = write_fold(folder, {part: [c for c in cases if c in records] for part, cases in fold.items()})
-        write_json(_dataset_json(folder, sources, union, records), folder / "dataset.json")
+        has_folds = write_results(
+            folder,
+            manifest=_manifest(folder, union, records, weight_of),
+            fold={part: [case for case in cases if case in records] for part, cases in fold.items()},
+            report=report,
+            dataset_json=_dataset_json(folder, sources, union, records),
+        )
         stale = carry_new_files(folder, preprocessed)
     cases = {source.name: [name for name in source.cases.values() if name in records] for source in sources}
     return UnionReport(folder, cases, weight_of, reused, left_out, failed, list(kept), has_folds, stale)
@@ -218,17 +220,16 @@ def _weights(
     return weight_of
 
 
-def _write_manifest(
+def _manifest(
     folder: Path, union: LabelUnion, records: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float]
-) -> None:
+) -> dict[str, Any]:
     structures = (*union.leaves, *union.superclasses)
     manifest = group_cases({name: record["annotated"] for name, record in records.items()}, structures)
     manifest["weights"] = dict(weights)
     if union.superclasses:
         manifest["superclasses"] = {name: list(members) for name, members in union.superclasses.items()}
-    path = folder / MANIFEST_NAME
-    bind_manifest(manifest, labels=union.labels, cases=records, source=str(path))
-    write_manifest(manifest, path)
+    bind_manifest(manifest, labels=union.labels, cases=records, source=str(folder / MANIFEST_NAME))
+    return manifest
 
 
 def _merge_folds(sources: Sequence[UnionSource]) -> dict[str, list[str]]:

@@ -18,9 +18,8 @@ from stunet.labels.manifest import (
     group_cases,
     read_manifest,
     structures_of,
-    write_manifest,
 )
-from stunet.labels.manifest_format import manifest_schema
+from stunet.labels.manifest_format import manifest_schema, write_manifest
 from stunet.labels.outputs import Outputs, outputs_of
 from stunet.labels.relations import Comparison, LabelRelation, observed_values, relate_labels, structure_values
 from stunet.labels.union_mapping import UnionMapping, dump_mapping, read_mapping

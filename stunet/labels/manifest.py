@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from stunet.errors import LabelError
-from stunet.files import write_json
 from stunet.labels.manifest_format import FORMAT_VERSION, check_form, parse_manifest, refuse_manifest
 
 __all__ = [
@@ -23,7 +22,6 @@ __all__ = [
     "group_cases",
     "read_manifest",
     "structures_of",
-    "write_manifest",
 ]
 
 MANIFEST_NAME = "annotated_labels.json"
@@ -281,19 +279,3 @@ def group_cases(annotated: Mapping[str, Iterable[str]], structures: Iterable[str
         groups[group] = list(names)
         cases.update(dict.fromkeys(members, group))
     return {"version": FORMAT_VERSION, "groups": groups, "cases": dict(sorted(cases.items()))}
-
-
-def write_manifest(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a manifest, whole or not at all; equal contents give equal bytes.
-
-    Raises:
-        LabelError: The content is not of the form that the schema says.
-    """
-    check_form(dict(content), source=str(path))
-    ordered: dict[str, Any] = {"version": FORMAT_VERSION}
-    for key in ("groups", "cases", "weights", "superclasses"):
-        if key in content:
-            ordered[key] = dict(sorted(content[key].items()))
-        if key == "cases" and "default" in content:
-            ordered["default"] = content["default"]
-    write_json(ordered, path)

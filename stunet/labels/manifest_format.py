@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Mapping
 from importlib.resources import files
 from typing import Any
 
 from stunet.errors import LabelError
+from stunet.files import write_json
 
-__all__ = ["FORMAT_VERSION", "check_form", "manifest_schema", "parse_manifest", "refuse_manifest"]
+__all__ = [
+    "FORMAT_VERSION",
+    "check_form",
+    "manifest_schema",
+    "order_manifest",
+    "parse_manifest",
+    "refuse_manifest",
+    "write_manifest",
+]
 
 FORMAT_VERSION = 1
 _KEYS = ("version", "groups", "cases", "default", "weights", "superclasses")
@@ -105,3 +115,32 @@ def refuse_manifest(
     return LabelError(
         "a list of annotated labels that cannot be used", got=f"{source}: {got}", expected=expected, remedy=remedy
     )
+
+
+def write_manifest(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a manifest, whole or not at all; equal contents give equal bytes.
+
+    Raises:
+        LabelError: The content is not of the form that the schema says.
+    """
+    write_json(order_manifest(content, source=str(path)), path)
+
+
+def order_manifest(content: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    """The content of a manifest in the order in which it is written.
+
+    Args:
+        content: The content.
+        source: Where it belongs, for messages.
+
+    Raises:
+        LabelError: The content is not of the form that the schema says.
+    """
+    check_form(dict(content), source=source)
+    ordered: dict[str, Any] = {"version": FORMAT_VERSION}
+    for key in ("groups", "cases", "weights", "superclasses"):
+        if key in content:
+            ordered[key] = dict(sorted(content[key].items()))
+        if key == "cases" and "default" in content:
+            ordered["default"] = content["default"]
+    return ordered

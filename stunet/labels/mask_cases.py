@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stunet.errors import DatasetError
-from stunet.files import clone_or_copy, file_sha256, place_files, start_sync, sync_file
+from stunet.files import clone_or_copy, file_sha256, place_files, start_sync, sync_files
 from stunet.labels.label_maps import merge_masks
 from stunet.labels.nifti import open_volume, write_volume
 
@@ -24,7 +25,7 @@ __all__ = [
     "fingerprint",
     "finished_record",
     "import_case",
-    "place_case",
+    "place_cases",
     "stage_case",
 ]
 
@@ -96,7 +97,7 @@ def import_case(case: MaskCase) -> ImportedCase:
         DatasetError: A file that cannot be read, or a mask that does not fit the image.
     """
     staged = stage_case(case)
-    return staged if isinstance(staged, ImportedCase) else place_case(case, staged)
+    return staged if isinstance(staged, ImportedCase) else place_cases([(case, staged)])[0]
 
 
 def stage_case(case: MaskCase) -> ImportedCase | StagedCase:
@@ -131,25 +132,34 @@ def stage_case(case: MaskCase) -> ImportedCase | StagedCase:
     return StagedCase(image, label, record)
 
 
-def place_case(case: MaskCase, staged: StagedCase) -> ImportedCase:
-    """The part of :func:`import_case` that waits for the disk: give the files their names, then write the record."""
-    record = case.record.with_name(f".{case.record.name}.{os.getpid()}.tmp")
+def place_cases(cases: Sequence[tuple[MaskCase, StagedCase]]) -> list[ImportedCase]:
+    """The part of :func:`import_case` that waits for the disk: give files their names, and write the records."""
+    placed = []
+    images = [staged.image for case, staged in cases if not case.link]
     try:
-        case.record.write_text("{}", encoding="utf-8")  # begun, and not whole
-        if not case.link:
-            sync_file(staged.image)
-        sync_file(staged.label)
-        place_files([(staged.image, case.image), (staged.label, case.label)])
-        if case.link:
-            _remove(staged.image)  # renaming one link of a file to another link of it does nothing
-        content = {**staged.record, "output": fingerprint([case.image, case.label])}
-        # Not synced: where the machine fails, a case without its record is imported again.
-        record.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(record, case.record)
+        for case, _ in cases:
+            case.record.write_text("{}", encoding="utf-8")  # begun, and not whole
+        sync_files([*images, *(staged.label for _, staged in cases)])
+        place_files((staged.image, case.image) for case, staged in cases)
+        place_files((staged.label, case.label) for case, staged in cases)
+        for case, staged in cases:
+            if case.link:
+                _remove(staged.image)  # renaming one link of a file to another link of it does nothing
+            record = {**staged.record, "output": fingerprint([case.image, case.label])}
+            _write_record(record, case.record)
+            placed.append(ImportedCase(False, record))
     except BaseException:
-        _remove(staged.image, staged.label, record)
+        for _, staged in cases:
+            _remove(staged.image, staged.label)
         raise
-    return ImportedCase(False, content)
+    return placed
+
+
+def _write_record(record: dict[str, Any], path: Path) -> None:
+    # Not synced: where the machine fails, a case without its record is imported again.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(record), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _remove(*paths: Path) -> None:

@@ -1,13 +1,22 @@
-"""Masks per second of an import beside a loop of nibabel's get_fdata over the same masks: one JSON line. By hand.
+"""Masks per second of an import beside a loop of nibabel's get_fdata over the same files: one JSON line. By hand.
 
 python tests/benchmarks/import_throughput.py TOTALSEGMENTATOR_FOLDER [REPETITIONS]
 
-On one core, by turns. Two sources: the folder as it is, and its case with the most masks at the size of a whole
-scan (voxels repeated, noise added to the CT), as small images show mostly what a case costs once. The import also
-reads, checks and copies the CT, writes and syncs, none of which the loop does: ``ratio_with_ct`` adds the CT to it,
-``ratio_of_merging`` leaves all but the masks out of ours. Ratios with ``cpu`` count the process's own seconds, which a
-busy machine disturbs less. Memory is the rise of a process's peak above what it held before, in volumes of one byte per
-voxel.
+On one core, by turns, in one process, whose start and imports count on neither side.
+
+- The loop: ``nibabel.load(path).get_fdata()`` for each mask that the import reads, then for each CT. Nothing is kept.
+- The import: all of ``import_cases`` into an empty folder. CTs and masks are unpacked and their checksums found right,
+  grids compared, masks merged and overlaps counted, label maps packed, CTs copied (or hard links of them made:
+  ``linked``), all of it synced and renamed, records, manifest, folds, report and dataset.json written.
+
+``ratio`` is the loop's time over the import's: both read the same files once. ``ratio_masks_only`` leaves the CTs out
+of the loop and not out of the import. Of what the import does, ``merging`` is unpacking and merging of the masks alone,
+and ``unpacking_images`` reading the CTs to their end alone, which is what bounds an import of few masks for each CT.
+Ratios with ``cpu`` count the process's own seconds, which a busy machine disturbs less.
+
+Three sources: the folder as it is; its case with the most masks alone; and that case at the size of a whole scan
+(voxels repeated, noise added to the CT), as small images show mostly what a case costs once. Memory is the rise of a
+process's peak above what it held before, in volumes of one byte per voxel.
 """
 
 from __future__ import annotations
@@ -54,24 +63,14 @@ def enlarge(case: Path, target: Path) -> None:
         nib.save(nib.Nifti1Image(repeat(mask), affine), target / "segmentations" / mask.name)
 
 
-def compare(source: Path, workspace: Path, repetitions: int) -> dict[str, object]:
-    found = read_totalsegmentator(source)
-    _, structures = choose_structures(found, version="2")
-    masks = [case.mask(name) for case in found.cases.values() for name in structures if name in case.masks]
-    images = [case.ct for case in found.cases.values()]
+def compare(cases: list[SourceCase], structures: list[str], workspace: Path, repetitions: int) -> dict[str, object]:
+    masks = [case.mask(name) for case in cases for name in structures if name in case.masks]
+    images = [case.ct for case in cases]
     results: dict[str, list[float]] = {}
     for i in range(repetitions + 1):
-        target = workspace / f"Dataset{i:03d}_A"
-        ours = timed(partial(import_cases, list(found.cases.values()), structures, target, details={}))
-        merging = timed(partial(merge_all, list(found.cases.values()), structures))
-        of_masks, of_images = timed(partial(read_one_by_one, masks)), timed(partial(read_one_by_one, images))
+        row = measure(cases, structures, workspace / f"round_{i}", masks, images)
         if i == 0:  # the first round fills the page cache
             continue
-        row = {"masks_per_second": len(masks) / ours[0], "masks_per_second_merged": len(masks) / merging[0]}
-        for kind, j in (("", 0), ("cpu_", 1)):
-            row[f"{kind}ratio"] = of_masks[j] / ours[j]
-            row[f"{kind}ratio_of_merging"] = of_masks[j] / merging[j]
-            row[f"{kind}ratio_with_ct"] = (of_masks[j] + of_images[j]) / ours[j]
         for name, value in row.items():
             results.setdefault(name, []).append(value)
     return {
@@ -80,6 +79,37 @@ def compare(source: Path, workspace: Path, repetitions: int) -> dict[str, object
         "million_voxels": round(sum(math.prod(nib.load(path).shape) for path in images) / 1e6, 1),
         **{name: spread(values) for name, values in results.items()},
     }
+
+
+def measure(
+    cases: list[SourceCase], structures: list[str], target: Path, masks: list[Path], images: list[Path]
+) -> dict[str, float]:
+    """One round: each side's time by the clock and of the process, and ratios of them."""
+    ours = partial(import_cases, cases, structures, details={})
+    copied = timed(partial(ours, target / "Dataset001_Copied"))
+    of_masks, of_images = timed(partial(read_one_by_one, masks)), timed(partial(read_one_by_one, images))
+    linked = timed(partial(ours, target / "Dataset002_Linked", link_images=True))
+    merging, unpacking = timed(partial(merge_all, cases, structures)), timed(partial(unpack, images))
+    row = {"masks_per_second": len(masks) / copied[0], "masks_per_second_of_loop": len(masks) / of_masks[0]}
+    for kind, j in (("", 0), ("cpu_", 1)):
+        loop = of_masks[j] + of_images[j]
+        row |= {
+            f"{kind}ratio": loop / copied[j],
+            f"{kind}ratio_linked": loop / linked[j],
+            f"{kind}ratio_masks_only": of_masks[j] / copied[j],
+            f"{kind}ratio_masks_only_linked": of_masks[j] / linked[j],
+            f"{kind}ratio_of_merging": of_masks[j] / merging[j],
+            f"{kind}ratio_of_unpacking_images": of_images[j] / unpacking[j],
+            f"{kind}share_of_unpacking_images": unpacking[j] / copied[j],
+        }
+    return row
+
+
+def unpack(paths: list[Path]) -> None:
+    for path in paths:
+        with open_volume(path) as volume:
+            for _ in volume.chunks():
+                pass
 
 
 def read_one_by_one(paths: list[Path]) -> None:
@@ -129,19 +159,25 @@ def peak_volumes(case: Path, workspace: Path, n_masks: int) -> float:
     return round(int(output.stdout) / math.prod(nib.load(case / "ct.nii.gz").shape), 2)
 
 
+def cases_of(source: Path) -> tuple[list[SourceCase], list[str]]:
+    found = read_totalsegmentator(source)
+    return list(found.cases.values()), choose_structures(found, version="2")[1]
+
+
 def main() -> None:
     source, repetitions = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 5
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    found = read_totalsegmentator(source)
-    largest = max(found.cases.values(), key=lambda case: len(case.masks))
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    cases, structures = cases_of(source)
+    largest = max(cases, key=lambda case: len(case.masks))
     with tempfile.TemporaryDirectory() as folder:
         workspace = Path(folder)
-        enlarge(largest.folder, workspace / "enlarged" / largest.name)
         case = workspace / "enlarged" / largest.name
+        enlarge(largest.folder, case)
         result = {
             "benchmark": "import_throughput",
-            "as_it_is": compare(source, workspace / "a", repetitions),
-            "enlarged": compare(case.parent, workspace / "b", repetitions),
+            "as_it_is": compare(cases, structures, workspace / "a", repetitions),
+            "most_masks": compare([largest], structures, workspace / "b", repetitions),
+            "enlarged": compare(*cases_of(case.parent), workspace / "c", repetitions),
             "peak_volumes": {str(n): peak_volumes(case, workspace, n) for n in (1, 10, len(largest.masks))},
             "repetitions": repetitions,
             "cores": 1,
