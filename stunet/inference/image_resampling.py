@@ -64,7 +64,9 @@ def resample_image(
 
 
 def _by_planes(source: Image, target: Image, order: int) -> None:
-    rows, columns = (_matrix(n_in, n_out, order) for n_in, n_out in zip(source.shape[1:], target.shape[1:], strict=True))
+    rows, columns = (
+        _matrix(n_in, n_out, order) for n_in, n_out in zip(source.shape[1:], target.shape[1:], strict=True)
+    )
     nearest = np.floor((np.arange(len(target)) + 0.5) * (len(source) / len(target))).astype(int)
     known = -1
     for i, index in enumerate(nearest.clip(max=len(source) - 1)):

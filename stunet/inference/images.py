@@ -126,7 +126,7 @@ def _read_header(path: Path) -> Geometry:
     try:
         if path.name.endswith(_NIFTI):
             _check_nifti(path)
-        reader = sitk.ImageFileReader()
+        reader: Any = sitk.ImageFileReader()  # type: ignore[no-untyped-call]
         reader.SetFileName(str(path))
         reader.ReadImageInformation()
     except DatasetError:
@@ -144,7 +144,7 @@ def _read_header(path: Path) -> Geometry:
     _check_spacing(path, spacing)
     if len(size) == 2:  # nnU-Net makes one thick plane of it
         size, spacing = (*size, 1), (*spacing, 999 * max(spacing))
-    dtype = sitk.GetArrayFromImage(sitk.Image([1] * len(size), reader.GetPixelID())).dtype
+    dtype = sitk.GetArrayFromImage(sitk.Image([1] * len(size), reader.GetPixelID())).dtype  # type: ignore[no-untyped-call]
     z, y, x = size[::-1]
     c, b, a = spacing[::-1]
     return Geometry((z, y, x), (c, b, a), dtype.itemsize * reader.GetNumberOfComponents())

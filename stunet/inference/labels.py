@@ -15,12 +15,12 @@ from stunet.inference.preparation import spacing_of_network
 from stunet.inference.resampling import LabelResampler, axis_maps
 from stunet.inference.windows import predict_planes, window_grid
 
-__all__ = ["label_type", "predict_labels", "resampling_options", "why_not_streamed"]
+__all__ = ["VOLUME_READERS", "label_type", "predict_labels", "resampling_options", "why_not_streamed"]
 
 _DEFAULT_RESAMPLING = "resample_data_or_seg_to_shape"
 _KNOWN_OPTIONS = {"is_seg", "order", "order_z", "force_separate_z", "separate_z_anisotropy_threshold"}
 #: Readers that give volumes, one channel a file.
-_READERS = {"SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient"}
+VOLUME_READERS = {"SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient"}
 
 
 def why_not_streamed(plans: Any, configuration: Any, label_manager: Any) -> str | None:
@@ -35,7 +35,7 @@ def why_not_streamed(plans: Any, configuration: Any, label_manager: Any) -> str 
         return f"its plans resample probabilities with {name}({', '.join(options)})"
     if options.get("order", 3) != 1 or options.get("order_z", 0) not in (0, 1):
         return f"its plans resample probabilities with order {options.get('order', 3)}, not 1"
-    if plans.image_reader_writer_class().__class__.__name__ not in _READERS:
+    if plans.image_reader_writer_class().__class__.__name__ not in VOLUME_READERS:
         return f"its images are read by {plans.image_reader_writer_class().__class__.__name__}"
     return None
 
@@ -109,14 +109,16 @@ def predict_labels(
         spacing,
         **resampling_options(configuration),
     )
-    labels = np.zeros(properties["shape_before_cropping"], label_type(label_manager))
+    labels: npt.NDArray[Any] = np.zeros(properties["shape_before_cropping"], label_type(label_manager))
     inside = labels[tuple(slice(*limits) for limits in properties["bbox_used_for_cropping"])]
     others = [i for i in range(3) if i != axis]
     resampler = LabelResampler((maps[axis], maps[others[0]], maps[others[1]]), labels.dtype)
     in_order = np.moveaxis(inside, axis, 0)
+    in_plane = (slice(None), kept[others[0]], kept[others[1]])
     for index, plane in enumerate(planes):
         if kept[axis].start <= index < kept[axis].stop:
-            logits = plane[(slice(None), *(kept[i] for i in others))].cpu().numpy()
+            logits = plane[in_plane].cpu().numpy()
             for position, labelled in resampler.push(logits):
                 in_order[position] = labelled
-    return labels.transpose(plans.transpose_backward)
+    restored: npt.NDArray[Any] = labels.transpose(plans.transpose_backward)
+    return restored

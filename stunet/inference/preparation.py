@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +19,7 @@ from stunet.errors import DatasetError
 from stunet.inference.image_resampling import resample_image
 from stunet.inference.images import Case, Geometry
 
-__all__ = ["PreparationJob", "Prepared", "network_grid", "prepare", "spacing_of_network"]
+__all__ = ["PreparationJob", "Prepared", "network_grid", "prepare", "save_array", "spacing_of_network"]
 
 _DEFAULT_RESAMPLING = "resample_data_or_seg_to_shape"
 
@@ -56,7 +58,7 @@ class Prepared:
     properties: dict[str, Any]
 
 
-class _LeanConfiguration(ConfigurationManager):  # type: ignore[misc]
+class _LeanConfiguration(ConfigurationManager):
     """A configuration whose images are resampled in little memory, and whose masks of non-zero voxels are not."""
 
     @property
@@ -105,9 +107,23 @@ def prepare(job: PreparationJob) -> Prepared:
             expected="an image with voxels that are not zero",
             remedy="Look at the image, or leave its case out.",
         ) from error
-    path = job.scratch / f"{job.case.name}.image.npy"
-    np.save(path, np.asarray(image, dtype=np.float32, order="C"))
+    path = job.scratch / "image.npy"
+    save_array(path, np.asarray(image, dtype=np.float32))
     return Prepared(job.case, path, properties)
+
+
+def save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """Save an array.
+
+    Raises:
+        OSError: The disk is full; names the file.
+    """
+    try:
+        np.save(path, array)
+    except OSError as error:
+        if error.errno is None:  # numpy only says how many bytes it could not write
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
 
 
 def _read(case: Case, plans: Any) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:

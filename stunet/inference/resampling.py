@@ -170,9 +170,7 @@ class _Tile:
             largest = np.maximum(largest[:, :, :-1], largest[:, :, 1:])
         return smallest, largest
 
-    def label(
-        self, rows: slice, first: int, weights: npt.NDArray[np.float32], labels: npt.NDArray[Any]
-    ) -> None:
+    def label(self, rows: slice, first: int, weights: npt.NDArray[np.float32], labels: npt.NDArray[Any]) -> None:
         """Fill output rows, which lie between the tile's; ``first`` is the tile's first row."""
         cells = (self._rows.lower[rows, None] - first) * self._n_columns + self._columns.lower
         labels[:, rows] = self._winner[cells]
@@ -246,12 +244,14 @@ def _to_ordered(logits: npt.NDArray[np.float16]) -> Bits:
     """
     bits = np.ascontiguousarray(logits).view(np.int16)
     sign = bits >> 15
-    return ((bits & _MAGNITUDE) ^ sign) - sign
+    ordered: Bits = ((bits & _MAGNITUDE) ^ sign) - sign
+    return ordered
 
 
 def _from_ordered(ordered: Bits) -> npt.NDArray[np.float32]:
     sign = ordered >> 15
-    return (((ordered ^ sign) - sign) | (sign & _SIGN)).view(np.float16).astype(np.float32)
+    bits: Bits = ((ordered ^ sign) - sign) | (sign & _SIGN)
+    return bits.view(np.float16).astype(np.float32)
 
 
 def _span(ascending: npt.NDArray[np.intp], first: int, stop: int) -> range:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from stunet.errors import CheckpointError
 
-__all__ = ["WindowGrid", "mirror_and_predict", "predict_planes", "window_grid"]
+__all__ = ["WindowGrid", "average", "mirror_and_predict", "predict_planes", "window_grid"]
 
 #: Elements that are added at a time on a CPU: PyTorch makes a copy in single precision of what it adds to.
 _CHUNK_ELEMENTS = 2**18
@@ -122,7 +122,9 @@ def mirror_and_predict(network: nn.Module, axes: Sequence[int] | None) -> Callab
         network: From ``(1, C, X, Y, Z)`` to ``(1, K, X, Y, Z)``.
         axes: Axes that are mirrored, 0 for ``X``; None or none of them for no mirroring.
     """
-    combined = [[a + 2 for a in subset] for n in range(1, len(axes or ()) + 1) for subset in combinations(axes or (), n)]
+    combined = [
+        [a + 2 for a in subset] for n in range(1, len(axes or ()) + 1) for subset in combinations(axes or (), n)
+    ]
 
     def predict(image: Tensor) -> Tensor:
         with torch.inference_mode(), _autocast(image.device):
@@ -140,6 +142,25 @@ def mirror_and_predict(network: nn.Module, axes: Sequence[int] | None) -> Callab
     return predict
 
 
+def average(networks: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+    """One network whose logits are the mean of those of several, taken window by window.
+
+    Args:
+        networks: From ``(1, C, X, Y, Z)`` to ``(1, K, X, Y, Z)``.
+    """
+
+    def predict(image: Tensor) -> Tensor:
+        with torch.inference_mode():
+            first, *others = networks
+            total = first(image)
+            for network in others:
+                total += network(image)
+            total /= len(networks)
+            return total
+
+    return predict
+
+
 def _autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
     return torch.autocast("cuda") if device.type == "cuda" else contextlib.nullcontext()
 
@@ -151,7 +172,8 @@ def _gaussian(grid: WindowGrid, device: torch.device) -> Tensor:
 
 
 def _cut(image: npt.NDArray[np.float32], position: list[int], grid: WindowGrid, device: torch.device) -> Tensor:
-    window = image[(slice(None), *(slice(p, p + n) for p, n in zip(position, grid.window, strict=True)))]
+    x, y, z = (slice(p, p + n) for p, n in zip(position, grid.window, strict=True))
+    window = image[:, x, y, z]
     tensor = torch.from_numpy(np.array(window, dtype=np.float32, order="C"))[None].to(device)
     return tensor[:, :, 0] if grid.flat else tensor
 
