@@ -100,7 +100,7 @@ def write_model(
 
 
 def weights(content: dict[str, Any], n_channels: int, num_classes: int, seed: int) -> dict[str, torch.Tensor]:
-    """Random weights, the same for the same seed; logits vary enough that all structures appear."""
+    """Random weights, the same for the same seed, with which every structure wins somewhere."""
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
     torch.manual_seed(seed)
@@ -109,11 +109,16 @@ def weights(content: dict[str, Any], n_channels: int, num_classes: int, seed: in
         architecture["network_class_name"], architecture["arch_kwargs"], architecture["_kw_requires_import"],
         n_channels, num_classes, deep_supervision=False,
     )  # fmt: skip
-    state = deepcopy(network.state_dict())
-    for key, tensor in state.items():
-        if "seg_layers" in key and key.endswith("weight"):
-            tensor.mul_(3)
-    return state
+    network.eval()
+    shape = content["patch_size"]
+    patch = torch.from_numpy(smooth_image([1] * (3 - len(shape)) + list(shape), seed) / 300.0).float()
+    patch = (patch if len(shape) == 3 else patch[0]).expand(1, n_channels, *shape)
+    with torch.no_grad():
+        head = network.decoder.seg_layers[-1]
+        head.weight.mul_(3 / head.weight.std())
+        logits = network(patch)[0].flatten(1)
+        head.bias -= logits.mean(dim=1)  # else the class whose mean is largest wins nearly everywhere
+    return deepcopy(network.state_dict())
 
 
 def smooth_image(shape: Sequence[int], seed: int = 0, blobs: int = 6) -> npt.NDArray[np.int16]:

@@ -26,6 +26,10 @@ _TILE_ELEMENTS = 2**18
 _MAGNITUDE, _SIGN = np.int16(0x7FFF), np.int16(-0x8000)
 
 Bits = npt.NDArray[np.int16]
+Indices = npt.NDArray[np.intp]
+Weights = npt.NDArray[np.float64]
+#: Values of the candidates at a corner of their cells, and its weights by row and by column for each output voxel.
+Corner = tuple[npt.NDArray[np.float64], Weights | None, Weights | None]
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ class AxisMap:
             takes the nearest one's value.
     """
 
-    lower: npt.NDArray[np.intp]
-    weight: npt.NDArray[np.float32] | None
+    lower: Indices
+    weight: Weights | None
 
     @property
     def linear(self) -> bool:
@@ -82,7 +86,7 @@ def _axis_map(n_in: int, n_out: int, nearest: bool) -> AxisMap:
     if nearest or n_in == 1:
         return AxisMap(np.floor(position + 0.5).astype(np.intp).clip(max=n_in - 1), None)
     lower = np.minimum(np.floor(position).astype(np.intp), n_in - 2)
-    return AxisMap(lower, (position - lower).astype(np.float32))
+    return AxisMap(lower, 1 - (1 - (position - lower)))  # to the last bit as SciPy's splines have it
 
 
 class LabelResampler:
@@ -113,7 +117,7 @@ class LabelResampler:
         if self._planes.weight is None:
             wanted = _span(self._planes.lower, index, index + 1)
             if wanted:
-                labels = self._layer(plane, None, np.zeros(1, np.float32))[0]
+                labels = self._layer(plane, None, np.zeros(1))[0]
                 yield from ((i, labels) for i in wanted)
             return
         previous, self._previous = self._previous, plane
@@ -123,7 +127,7 @@ class LabelResampler:
                 wanted, self._layer(previous, plane, self._planes.weight[wanted.start : wanted.stop]), strict=True
             )
 
-    def _layer(self, lower: Bits, upper: Bits | None, weights: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+    def _layer(self, lower: Bits, upper: Bits | None, weights: Weights) -> npt.NDArray[Any]:
         """Labels ``(n, Y, Z)`` of output planes between two input planes, or on one."""
         n_rows = lower.shape[1] - self._rows.linear
         labels = np.empty((len(weights), len(self._rows.lower), len(self._columns.lower)), self._dtype)
@@ -170,7 +174,7 @@ class _Tile:
             largest = np.maximum(largest[:, :, :-1], largest[:, :, 1:])
         return smallest, largest
 
-    def label(self, rows: slice, first: int, weights: npt.NDArray[np.float32], labels: npt.NDArray[Any]) -> None:
+    def label(self, rows: slice, first: int, weights: Weights, labels: npt.NDArray[Any]) -> None:
         """Fill output rows, which lie between the tile's; ``first`` is the tile's first row."""
         cells = (self._rows.lower[rows, None] - first) * self._n_columns + self._columns.lower
         labels[:, rows] = self._winner[cells]
@@ -178,23 +182,22 @@ class _Tile:
         if not len(open_rows):
             return
         cells = cells[open_rows, open_columns]
-        corners = self._corner_weights(open_rows + rows.start, open_columns)
+        in_plane = self._corner_weights(open_rows + rows.start, open_columns)
         planes = [self._corner_values(plane) for plane in self._inputs]
         for out, weight in zip(labels[:, rows], weights, strict=True):
-            values = planes[0] if len(planes) == 1 else (1 - weight) * planes[0] + weight * planes[1]
-            out[open_rows, open_columns] = self._largest(cells, corners, values)
+            of_planes = planes if len(planes) == 1 else [planes[0] * (1 - weight), planes[1] * weight]
+            corners = [(values, *each) for plane in of_planes for values, each in zip(plane, in_plane, strict=True)]
+            out[open_rows, open_columns] = self._largest(cells, corners)
 
-    def _corner_weights(
-        self, rows: npt.NDArray[np.intp], columns: npt.NDArray[np.intp]
-    ) -> list[npt.NDArray[np.float32] | None]:
-        """Weights of the corners of each output voxel's cell, rows outside; None for one that stands alone."""
-        of_axes = []
+    def _corner_weights(self, rows: Indices, columns: Indices) -> list[tuple[Weights | None, Weights | None]]:
+        """Weights by row and by column of the corners of each output voxel's cell; None for one that stands alone."""
+        of_axes: list[list[Weights | None]] = []
         for axis, indices in ((self._rows, rows), (self._columns, columns)):
             upper = None if axis.weight is None else axis.weight[indices]
             of_axes.append([None] if upper is None else [1 - upper, upper])
-        return [a if b is None else b if a is None else a * b for a, b in product(*of_axes)]
+        return list(product(*of_axes))
 
-    def _corner_values(self, plane: Bits) -> npt.NDArray[np.float32]:
+    def _corner_values(self, plane: Bits) -> npt.NDArray[np.float64]:
         """Logits ``(corners, candidates)`` of each candidate at the corners of its cell."""
         _, height, width = plane.shape
         row, column = np.divmod(self._cells, self._n_columns)
@@ -203,22 +206,17 @@ class _Tile:
         flat = np.ascontiguousarray(plane).reshape(-1)
         return _from_ordered(flat[np.stack([index + step for step in steps])])
 
-    def _largest(
-        self,
-        cells: npt.NDArray[np.intp],
-        corners: Sequence[npt.NDArray[np.float32] | None],
-        values: npt.NDArray[np.float32],
-    ) -> npt.NDArray[np.intp]:
+    def _largest(self, cells: Indices, corners: Sequence[Corner]) -> Indices:
         """The candidate with the largest value at each output voxel, the first of several that are equal."""
         starts = np.searchsorted(self._cells, cells)
         counts = self._count[cells]
-        best = _interpolate(values, starts, corners)
+        best = _interpolate(starts, corners)
         winner = self._classes[starts]
         open_voxels = np.arange(len(cells))
         for i in range(1, int(counts.max())):
             open_voxels = open_voxels[counts[open_voxels] > i]
             candidate = starts[open_voxels] + i
-            value = _interpolate(values, candidate, [c if c is None else c[open_voxels] for c in corners])
+            value = _interpolate(candidate, corners, open_voxels)
             better = value > best[open_voxels]
             winners = open_voxels[better]
             best[winners], winner[winners] = value[better], self._classes[candidate[better]]
@@ -226,15 +224,20 @@ class _Tile:
 
 
 def _interpolate(
-    values: npt.NDArray[np.float32],
-    candidates: npt.NDArray[np.intp],
-    corners: Sequence[npt.NDArray[np.float32] | None],
-) -> npt.NDArray[np.float32]:
-    total = np.zeros(len(candidates), np.float32)
-    for of_corner, weight in zip(values, corners, strict=True):
-        total += of_corner[candidates] if weight is None else of_corner[candidates] * weight
-    # nnU-Net rounds before it compares; classes that are then equal go to the first of them.
-    return total.astype(np.float16).astype(np.float32)
+    candidates: Indices, corners: Sequence[Corner], voxels: Indices | slice = slice(None)
+) -> npt.NDArray[np.float16]:
+    """Values of candidates at output voxels, multiplied and added in SciPy's order and rounded to half precision.
+
+    Often the exact value lies in the middle between two numbers of half precision, and the last bit decides.
+    """
+    total = np.zeros(len(candidates))
+    for values, by_row, by_column in corners:
+        value = values[candidates]
+        for weight in (by_row, by_column):
+            if weight is not None:
+                value *= weight[voxels]
+        total += value
+    return total.astype(np.float16)
 
 
 def _to_ordered(logits: npt.NDArray[np.float16]) -> Bits:
@@ -248,12 +251,12 @@ def _to_ordered(logits: npt.NDArray[np.float16]) -> Bits:
     return ordered
 
 
-def _from_ordered(ordered: Bits) -> npt.NDArray[np.float32]:
+def _from_ordered(ordered: Bits) -> npt.NDArray[np.float64]:
     sign = ordered >> 15
     bits: Bits = ((ordered ^ sign) - sign) | (sign & _SIGN)
-    return bits.view(np.float16).astype(np.float32)
+    return bits.view(np.float16).astype(np.float64)
 
 
-def _span(ascending: npt.NDArray[np.intp], first: int, stop: int) -> range:
+def _span(ascending: Indices, first: int, stop: int) -> range:
     """Indices of the entries from ``first`` to before ``stop``."""
     return range(*(int(i) for i in np.searchsorted(ascending, (first, stop))))
