@@ -126,10 +126,15 @@ def test_planes_are_given_as_soon_as_they_are_certain() -> None:
 
 
 def test_where_output_voxels_lie() -> None:
-    """Two voxels become four: the borders fall together, so the new centres lie at -1/4, 1/4, 3/4 and 5/4."""
+    """Two voxels become four: the borders fall together, so the new centres lie at -1/4, 1/4, 3/4 and 5/4.
+
+    What lies outside takes the value at the border.
+    """
     linear, same, nearest = axis_maps((2, 3, 2), (4, 3, 5), (1, 1, 9), (0.5, 1, 1.8))
     assert linear.weight is not None
-    assert np.allclose(linear.lower + linear.weight, [0, 0.25, 0.75, 1])
+    assert linear.ends is not None
+    offset = linear.ends[0] * (1 - linear.weight) + linear.ends[1] * linear.weight
+    assert np.allclose(linear.lower + offset, [0, 0.25, 0.75, 1])
     assert (same.linear, same.lower.tolist()) == (False, [0, 1, 2])
     assert (nearest.linear, nearest.lower.tolist()) == (False, [0, 0, 1, 1, 1])
     assert AxisMap(np.arange(2), None).linear is False

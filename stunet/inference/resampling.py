@@ -28,8 +28,11 @@ _MAGNITUDE, _SIGN = np.int16(0x7FFF), np.int16(-0x8000)
 Bits = npt.NDArray[np.int16]
 Indices = npt.NDArray[np.intp]
 Weights = npt.NDArray[np.float64]
-#: Values of the candidates at a corner of their cells, and its weights by row and by column for each output voxel.
-Corner = tuple[npt.NDArray[np.float64], Weights | None, Weights | None]
+#: For an output plane: which of the input planes it takes values from, and with what weights; None for the whole value.
+PlaneTaps = Sequence[tuple[int, Any]]
+#: Values of the candidates at all corners of their cells, where those of the corner begin that each output voxel takes,
+#: and its weights by row and by column.
+Tap = tuple[npt.NDArray[np.float64], "Indices | int", "Weights | None", "Weights | None"]
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,17 @@ class AxisMap:
     """Where the voxels of an output axis lie on an input axis.
 
     Attributes:
-        lower: Index of the input voxel at or below each output voxel, ascending, of shape ``(n_out,)``.
+        lower: Index of the input voxel at or below each output voxel, ascending, of shape ``(n_out,)``. With the next
+            voxel it bounds the cell, so before the first voxel it is the first, and behind the last the last but one.
         weight: How far each lies towards the next input voxel, from 0 to 1; None where each lies on an input voxel or
             takes the nearest one's value.
+        ends: For each output voxel which ends of its cell the weights ``1 - weight`` and ``weight`` belong to,
+            ``(2, n_out)``: 0 and 1, but the same end twice outside of the first and the last voxel.
     """
 
     lower: Indices
     weight: Weights | None
+    ends: Indices | None = None
 
     @property
     def linear(self) -> bool:
@@ -82,11 +89,13 @@ def _axis_map(n_in: int, n_out: int, nearest: bool) -> AxisMap:
     if n_in == n_out:
         return AxisMap(np.arange(n_out), None)
     # The borders of the first and last voxel fall together, not their centres.
-    position = np.clip((np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5, 0, n_in - 1)
+    position = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5
     if nearest or n_in == 1:
-        return AxisMap(np.floor(position + 0.5).astype(np.intp).clip(max=n_in - 1), None)
-    lower = np.minimum(np.floor(position).astype(np.intp), n_in - 2)
-    return AxisMap(lower, 1 - (1 - (position - lower)))  # to the last bit as SciPy's splines have it
+        return AxisMap(np.floor(position + 0.5).astype(np.intp).clip(0, n_in - 1), None)
+    below = np.floor(position).astype(np.intp)
+    lower = below.clip(0, n_in - 2)
+    ends = np.stack([below, below + 1]).clip(0, n_in - 1) - lower
+    return AxisMap(lower, 1 - (1 - (position - below)), ends)  # to the last bit as SciPy's splines have it
 
 
 class LabelResampler:
@@ -114,40 +123,40 @@ class LabelResampler:
         """
         plane = _to_ordered(logits)
         index, self._next_plane = self._next_plane, self._next_plane + 1
-        if self._planes.weight is None:
+        if not self._planes.linear:
             wanted = _span(self._planes.lower, index, index + 1)
             if wanted:
-                labels = self._layer(plane, None, np.zeros(1))[0]
+                labels = self._layer([plane], [[(0, None)]])[0]
                 yield from ((i, labels) for i in wanted)
             return
         previous, self._previous = self._previous, plane
         wanted = _span(self._planes.lower, index - 1, index)
         if previous is not None and wanted:
             yield from zip(
-                wanted, self._layer(previous, plane, self._planes.weight[wanted.start : wanted.stop]), strict=True
+                wanted, self._layer([previous, plane], [_taps(self._planes, i) for i in wanted]), strict=True
             )
 
-    def _layer(self, lower: Bits, upper: Bits | None, weights: Weights) -> npt.NDArray[Any]:
+    def _layer(self, inputs: Sequence[Bits], of_outputs: Sequence[PlaneTaps]) -> npt.NDArray[Any]:
         """Labels ``(n, Y, Z)`` of output planes between two input planes, or on one."""
-        n_rows = lower.shape[1] - self._rows.linear
-        labels = np.empty((len(weights), len(self._rows.lower), len(self._columns.lower)), self._dtype)
-        height = max(1, _TILE_ELEMENTS // (lower.shape[0] * lower.shape[2]))
-        for first in range(0, n_rows, height):
-            last = min(first + height, n_rows)
+        n_classes, height, width = inputs[0].shape
+        n_rows = height - self._rows.linear
+        labels = np.empty((len(of_outputs), len(self._rows.lower), len(self._columns.lower)), self._dtype)
+        at_once = max(1, _TILE_ELEMENTS // (n_classes * width))
+        for first in range(0, n_rows, at_once):
+            last = min(first + at_once, n_rows)
             rows = _span(self._rows.lower, first, last)
             if rows:
-                inputs = slice(first, last + self._rows.linear)
-                tile = _Tile(lower[:, inputs], None if upper is None else upper[:, inputs], self._rows, self._columns)
-                tile.label(slice(rows.start, rows.stop), first, weights, labels)
+                cut = [plane[:, first : last + self._rows.linear] for plane in inputs]
+                tile = _Tile(cut, self._rows, self._columns)
+                tile.label(slice(rows.start, rows.stop), first, of_outputs, labels)
         return labels
 
 
 class _Tile:
     """Some rows of cells, and which classes can win in each."""
 
-    def __init__(self, lower: Bits, upper: Bits | None, rows: AxisMap, columns: AxisMap) -> None:
-        self._inputs = [lower] if upper is None else [lower, upper]
-        self._rows, self._columns = rows, columns
+    def __init__(self, inputs: Sequence[Bits], rows: AxisMap, columns: AxisMap) -> None:
+        self._inputs, self._rows, self._columns = inputs, rows, columns
         smallest, largest = self._extremes()
         possible = largest >= smallest.max(axis=0)
         self._n_columns = possible.shape[2]
@@ -174,7 +183,7 @@ class _Tile:
             largest = np.maximum(largest[:, :, :-1], largest[:, :, 1:])
         return smallest, largest
 
-    def label(self, rows: slice, first: int, weights: Weights, labels: npt.NDArray[Any]) -> None:
+    def label(self, rows: slice, first: int, of_outputs: Sequence[PlaneTaps], labels: npt.NDArray[Any]) -> None:
         """Fill output rows, which lie between the tile's; ``first`` is the tile's first row."""
         cells = (self._rows.lower[rows, None] - first) * self._n_columns + self._columns.lower
         labels[:, rows] = self._winner[cells]
@@ -182,20 +191,17 @@ class _Tile:
         if not len(open_rows):
             return
         cells = cells[open_rows, open_columns]
-        in_plane = self._corner_weights(open_rows + rows.start, open_columns)
+        in_plane = list(product(_taps(self._rows, open_rows + rows.start), _taps(self._columns, open_columns)))
         planes = [self._corner_values(plane) for plane in self._inputs]
-        for out, weight in zip(labels[:, rows], weights, strict=True):
-            of_planes = planes if len(planes) == 1 else [planes[0] * (1 - weight), planes[1] * weight]
-            corners = [(values, *each) for plane in of_planes for values, each in zip(plane, in_plane, strict=True)]
-            out[open_rows, open_columns] = self._largest(cells, corners)
-
-    def _corner_weights(self, rows: Indices, columns: Indices) -> list[tuple[Weights | None, Weights | None]]:
-        """Weights by row and by column of the corners of each output voxel's cell; None for one that stands alone."""
-        of_axes: list[list[Weights | None]] = []
-        for axis, indices in ((self._rows, rows), (self._columns, columns)):
-            upper = None if axis.weight is None else axis.weight[indices]
-            of_axes.append([None] if upper is None else [1 - upper, upper])
-        return list(product(*of_axes))
+        n_candidates = len(self._cells)
+        for out, in_depth in zip(labels[:, rows], of_outputs, strict=True):
+            taps: list[Tap] = []
+            for plane, weight in in_depth:
+                values = (planes[plane] if weight is None else planes[plane] * weight).reshape(-1)
+                for (row, by_row), (column, by_column) in in_plane:
+                    corner = row * (1 + self._columns.linear) + column
+                    taps.append((values, corner * n_candidates, by_row, by_column))
+            out[open_rows, open_columns] = self._largest(cells, taps)
 
     def _corner_values(self, plane: Bits) -> npt.NDArray[np.float64]:
         """Logits ``(corners, candidates)`` of each candidate at the corners of its cell."""
@@ -206,17 +212,17 @@ class _Tile:
         flat = np.ascontiguousarray(plane).reshape(-1)
         return _from_ordered(flat[np.stack([index + step for step in steps])])
 
-    def _largest(self, cells: Indices, corners: Sequence[Corner]) -> Indices:
+    def _largest(self, cells: Indices, taps: Sequence[Tap]) -> Indices:
         """The candidate with the largest value at each output voxel, the first of several that are equal."""
         starts = np.searchsorted(self._cells, cells)
         counts = self._count[cells]
-        best = _interpolate(starts, corners)
+        best = _interpolate(starts, taps)
         winner = self._classes[starts]
         open_voxels = np.arange(len(cells))
         for i in range(1, int(counts.max())):
             open_voxels = open_voxels[counts[open_voxels] > i]
             candidate = starts[open_voxels] + i
-            value = _interpolate(candidate, corners, open_voxels)
+            value = _interpolate(candidate, taps, open_voxels)
             better = value > best[open_voxels]
             winners = open_voxels[better]
             best[winners], winner[winners] = value[better], self._classes[candidate[better]]
@@ -224,20 +230,28 @@ class _Tile:
 
 
 def _interpolate(
-    candidates: Indices, corners: Sequence[Corner], voxels: Indices | slice = slice(None)
+    candidates: Indices, taps: Sequence[Tap], voxels: Indices | slice = slice(None)
 ) -> npt.NDArray[np.float16]:
     """Values of candidates at output voxels, multiplied and added in SciPy's order and rounded to half precision.
 
     Often the exact value lies in the middle between two numbers of half precision, and the last bit decides.
     """
     total = np.zeros(len(candidates))
-    for values, by_row, by_column in corners:
-        value = values[candidates]
+    for values, offset, by_row, by_column in taps:
+        value = values[candidates + (offset if isinstance(offset, int) else offset[voxels])]
         for weight in (by_row, by_column):
             if weight is not None:
                 value *= weight[voxels]
         total += value
     return total.astype(np.float16)
+
+
+def _taps(axis: AxisMap, index: Any) -> list[tuple[Any, Any]]:
+    """Which ends of the cell output voxels take values from, and with what weights; None for the whole value."""
+    if axis.weight is None or axis.ends is None:
+        return [(0, None)]
+    weight = axis.weight[index]
+    return [(axis.ends[0][index], 1 - weight), (axis.ends[1][index], weight)]
 
 
 def _to_ordered(logits: npt.NDArray[np.float16]) -> Bits:
