@@ -16,8 +16,9 @@ import SimpleITK as sitk
 from nibabel.openers import ImageOpener
 
 from stunet.errors import DatasetError, UsageError
+from stunet.labels.nifti import open_volume
 
-__all__ = ["Case", "Geometry", "find_cases", "read_geometry"]
+__all__ = ["Case", "Geometry", "check_voxels", "find_cases", "not_numbers", "read_geometry"]
 
 _NIFTI = (".nii", ".nii.gz")
 
@@ -117,6 +118,36 @@ def read_geometry(case: Case, n_channels: int) -> Geometry:
     return geometries[0]
 
 
+def check_voxels(path: Path) -> None:
+    """Read a NIfTI file to its end. ITK takes what is missing from a truncated file, and what is no number, for 0.
+
+    Args:
+        path: An image whose header was checked. Files of other formats are left to their readers.
+
+    Raises:
+        DatasetError: The file is truncated or damaged, or holds values that are no numbers.
+    """
+    if not path.name.endswith(_NIFTI) or len(_nifti_shape(path)[0]) != 3:
+        return
+    n_bad = 0
+    with open_volume(path) as volume:
+        for _, values in volume.chunks():
+            if values.dtype.kind == "f":
+                n_bad += values.size - int(np.isfinite(values).sum())
+    if n_bad:
+        raise not_numbers(path, n_bad)
+
+
+def not_numbers(source: object, n_bad: int) -> DatasetError:
+    """The error for voxels that are NaN or infinite."""
+    return DatasetError(
+        "an image with voxels that are no numbers",
+        got=f"{source}: {n_bad} voxels are NaN or infinite",
+        expected="finite intensities; one NaN makes all logits around it NaN",
+        remedy="Replace them, for example by the intensity of air.",
+    )
+
+
 def _describe(geometry: Geometry) -> str:
     size, spacing = (values[::-1] for values in (geometry.shape, geometry.spacing))
     return f"{' x '.join(map(str, size))} voxels of {' x '.join(f'{s:g}' for s in spacing)} mm"
@@ -152,6 +183,14 @@ def _read_header(path: Path) -> Geometry:
 
 def _check_nifti(path: Path) -> None:
     # ITK repairs what a header must not have; nnU-Net would then predict on a grid that nobody meant.
+    shape, spacing = _nifti_shape(path)
+    if len(shape) not in (2, 3):
+        raise _wrong_axes(path, shape)
+    _check_spacing(path, spacing)
+
+
+def _nifti_shape(path: Path) -> tuple[tuple[int, ...], list[float]]:
+    """Voxels and spacing as the header has them, without trailing axes of length 1."""
     with ImageOpener(path) as file:
         content = file.read(540)
     nifti_2 = content[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")  # 540, the size of its header
@@ -161,9 +200,7 @@ def _check_nifti(path: Path) -> None:
     shape = tuple(int(n) for n in header["dim"][1 : 1 + n_axes])
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
-    if len(shape) not in (2, 3):
-        raise _wrong_axes(path, shape)
-    _check_spacing(path, [float(s) for s in header["pixdim"][1 : 1 + len(shape)]])
+    return shape, [float(s) for s in header["pixdim"][1 : 1 + len(shape)]]
 
 
 def _check_spacing(path: Path, spacing: Sequence[float]) -> None:

@@ -17,7 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from stunet.errors import DatasetError
 from stunet.inference.image_resampling import resample_image
-from stunet.inference.images import Case, Geometry
+from stunet.inference.images import Case, Geometry, check_voxels, not_numbers
 
 __all__ = ["PreparationJob", "Prepared", "network_grid", "prepare", "save_array", "spacing_of_network"]
 
@@ -127,6 +127,8 @@ def save_array(path: Path, array: npt.NDArray[Any]) -> None:
 
 
 def _read(case: Case, plans: Any) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+    for path in case.files:
+        check_voxels(path)
     try:
         image, properties = plans.image_reader_writer_class().read_images([str(path) for path in case.files])
     except Exception as error:  # readers raise whatever they like
@@ -139,12 +141,7 @@ def _read(case: Case, plans: Any) -> tuple[npt.NDArray[np.float32], dict[str, An
         ) from error
     n_bad = sum(int(plane.size - np.isfinite(plane).sum()) for channel in image for plane in channel)
     if n_bad:
-        raise DatasetError(
-            "an image with voxels that are no numbers",
-            got=f"{case.name}: {n_bad} voxels are NaN or infinite",
-            expected="finite intensities; one NaN makes all logits around it NaN",
-            remedy="Replace them, for example by the intensity of air.",
-        )
+        raise not_numbers(case.name, n_bad)
     return image, properties
 
 

@@ -146,18 +146,17 @@ class LabelResampler:
             last = min(first + at_once, n_rows)
             rows = _span(self._rows.lower, first, last)
             if rows:
-                cut = [plane[:, first : last + self._rows.linear] for plane in inputs]
-                tile = _Tile(cut, self._rows, self._columns)
-                tile.label(slice(rows.start, rows.stop), first, of_outputs, labels)
+                tile = _Tile(inputs, first, last, self._rows, self._columns)
+                tile.label(slice(rows.start, rows.stop), of_outputs, labels)
         return labels
 
 
 class _Tile:
     """Some rows of cells, and which classes can win in each."""
 
-    def __init__(self, inputs: Sequence[Bits], rows: AxisMap, columns: AxisMap) -> None:
-        self._inputs, self._rows, self._columns = inputs, rows, columns
-        smallest, largest = self._extremes()
+    def __init__(self, inputs: Sequence[Bits], first: int, last: int, rows: AxisMap, columns: AxisMap) -> None:
+        self._inputs, self._first, self._rows, self._columns = inputs, first, rows, columns
+        smallest, largest = self._extremes(slice(first, last + rows.linear))
         possible = largest >= smallest.max(axis=0)
         self._n_columns = possible.shape[2]
         n_cells = possible.shape[1] * self._n_columns
@@ -170,10 +169,10 @@ class _Tile:
         by_cell = np.argsort(cells[several], kind="stable")  # ascending classes in each cell
         self._classes, self._cells = classes[several][by_cell], cells[several][by_cell]
 
-    def _extremes(self) -> tuple[Bits, Bits]:
+    def _extremes(self, rows: slice) -> tuple[Bits, Bits]:
+        inputs = [plane[:, rows] for plane in self._inputs]
         smallest, largest = (
-            self._inputs[0] if len(self._inputs) == 1 else function(*self._inputs)
-            for function in (np.minimum, np.maximum)
+            inputs[0] if len(inputs) == 1 else function(*inputs) for function in (np.minimum, np.maximum)
         )
         if self._rows.linear:
             smallest = np.minimum(smallest[:, :-1], smallest[:, 1:])
@@ -183,9 +182,9 @@ class _Tile:
             largest = np.maximum(largest[:, :, :-1], largest[:, :, 1:])
         return smallest, largest
 
-    def label(self, rows: slice, first: int, of_outputs: Sequence[PlaneTaps], labels: npt.NDArray[Any]) -> None:
-        """Fill output rows, which lie between the tile's; ``first`` is the tile's first row."""
-        cells = (self._rows.lower[rows, None] - first) * self._n_columns + self._columns.lower
+    def label(self, rows: slice, of_outputs: Sequence[PlaneTaps], labels: npt.NDArray[Any]) -> None:
+        """Fill output rows, which lie between the tile's."""
+        cells = (self._rows.lower[rows, None] - self._first) * self._n_columns + self._columns.lower
         labels[:, rows] = self._winner[cells]
         open_rows, open_columns = np.nonzero(self._count[cells] > 1)
         if not len(open_rows):
@@ -207,10 +206,9 @@ class _Tile:
         """Logits ``(corners, candidates)`` of each candidate at the corners of its cell."""
         _, height, width = plane.shape
         row, column = np.divmod(self._cells, self._n_columns)
-        index = (self._classes * height + row) * width + column
+        index = (self._classes * height + self._first + row) * width + column
         steps = [y * width + x for y in range(1 + self._rows.linear) for x in range(1 + self._columns.linear)]
-        flat = np.ascontiguousarray(plane).reshape(-1)
-        return _from_ordered(flat[np.stack([index + step for step in steps])])
+        return _from_ordered(plane.reshape(-1)[np.stack([index + step for step in steps])])
 
     def _largest(self, cells: Indices, taps: Sequence[Tap]) -> Indices:
         """The candidate with the largest value at each output voxel, the first of several that are equal."""
@@ -261,7 +259,9 @@ def _to_ordered(logits: npt.NDArray[np.float16]) -> Bits:
     """
     bits = np.ascontiguousarray(logits).view(np.int16)
     sign = bits >> 15
-    ordered: Bits = ((bits & _MAGNITUDE) ^ sign) - sign
+    ordered: Bits = bits & _MAGNITUDE
+    ordered ^= sign
+    ordered -= sign
     return ordered
 
 
