@@ -14,7 +14,7 @@ from stunet.errors import DatasetError, STUNetError, UsageError
 from stunet.inference.images import Case, Geometry, find_cases, read_geometry
 from stunet.inference.label_names import label_names
 from stunet.inference.labels import VOLUME_READERS, why_not_streamed
-from stunet.inference.memory import choose_strategy
+from stunet.inference.memory import available_bytes, choose_strategy
 from stunet.inference.model import CHECKPOINT, Model, load_model
 from stunet.inference.outputs import OutputOptions
 from stunet.inference.pipeline import Listener, Prediction, describe_outputs, predict_cases, raise_failures
@@ -158,6 +158,9 @@ def _with_strategy(
         on_device=request.device.type != "cpu" and request.results_on_device,
     )
     note = f"Estimated memory: {need / 2**30:.1f} GB"
+    spare = available_bytes()
+    if request.budget is None and spare is not None and need > spare:
+        note += f", of which this machine has {spare / 2**30:.1f} GB to spare"
     if not strategy.exact:
         note += "; to fit, logits are added up in another order than nnU-Net's, so where two are equal either may win"
     listener.note(note)

@@ -67,12 +67,13 @@ def choose_strategy(
     mirroring: bool = True,
     on_device: bool = False,
 ) -> tuple[Strategy, int]:
-    """The first strategy that fits: nnU-Net's order of additions before any other, then processes that overlap.
+    """The first strategy that fits: nnU-Net's order of additions before any other, and processes that overlap first.
 
     Args:
         model: The model.
         geometries: Images to predict, from their headers.
-        budget: Bytes for all processes together; None for the first strategy, whatever it takes.
+        budget: Bytes for all processes together; None for what the machine has to spare, and the least where even that
+            is not enough.
         n_preparing: Processes that may prepare.
         n_writing: Processes that may write.
         mirroring: Whether the model's mirroring axes are used.
@@ -85,18 +86,21 @@ def choose_strategy(
         UsageError: None fits; names the least that works.
     """
     network = 0 if on_device else _network_bytes(model, mirroring=mirroring)
-    estimates = []
+    limit = available_bytes() if budget is None else budget
+    estimates: list[tuple[int, Strategy]] = []
     for strategy in _strategies(model, n_preparing, n_writing):
         need = max(prediction_bytes(model, g, strategy, network, on_device=on_device) for g in geometries)
-        if budget is None or need <= budget:
+        if limit is None or need <= limit:
             return strategy, need
-        estimates.append(need)
+        estimates.append((need, strategy))
+    least, strategy = min(estimates, key=lambda estimate: estimate[0])
+    if budget is None:
+        return strategy, least
     largest = max(geometries, key=lambda geometry: geometry.n_voxels)
     raise UsageError(
         "a memory budget that is too small",
-        got=f"--memory {budget / 2**30 if budget else 0:.2f}GB for images of up to "
-        f"{' x '.join(map(str, largest.shape[::-1]))} voxels",
-        expected=f"{math.ceil(min(estimates) / 2**30 * 10) / 10:.1f}GB at least",
+        got=f"--memory {budget / 2**30:.2f}GB for images of up to {' x '.join(map(str, largest.shape[::-1]))} voxels",
+        expected=f"{math.ceil(least / 2**30 * 10) / 10:.1f}GB at least",
         remedy="Give as much, take fewer folds with -f, leave large images out, or predict on a machine with more.",
     )
 

@@ -8,8 +8,9 @@ import shutil
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -237,7 +238,8 @@ def _predict(
     listener: Listener,
 ) -> Any:
     model = prediction.model
-    return predict_labels(
+    run = partial(
+        predict_labels,
         np.load(prepared.image, mmap_mode="r"),
         prepared.properties,
         networks,
@@ -247,9 +249,14 @@ def _predict(
         step_size=prediction.step_size,
         axis=prediction.strategy.axis,
         device=prediction.device,
-        results_device=prediction.device if prediction.results_on_device else torch.device("cpu"),
         on_window=lambda n_windows: listener.window(prepared.case, n_windows),
     )
+    if not prediction.results_on_device or prediction.device.type == "cpu":
+        return run(results_device=torch.device("cpu"))
+    with suppress(torch.OutOfMemoryError):
+        return run(results_device=prediction.device)
+    torch.cuda.empty_cache()
+    return run(results_device=torch.device("cpu"))
 
 
 def describe(error: BaseException) -> str:
