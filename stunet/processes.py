@@ -5,14 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from threading import Thread
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from stunet.errors import CommandError, STUNetError
 
-__all__ = ["run_jobs", "worthwhile_processes"]
+__all__ = ["Worker", "run_jobs", "worthwhile_processes"]
 
 _MOST_PROCESSES = 8  # by default: each needs memory, and what they read comes from one disk
 
@@ -58,6 +59,70 @@ def run_jobs(
         ) from None
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+class Worker:
+    """Does one job after another beside the process that it belongs to, and is replaced when it dies of one.
+
+    Args:
+        spawned: Whether it is a process of its own. Otherwise jobs are done in this one, when their result is asked
+            for, which saves a process's memory and its start.
+    """
+
+    def __init__(self, *, spawned: bool) -> None:
+        self._spawned = spawned
+        self._executor: ProcessPoolExecutor | None = None
+        self._running: Future[Any] | Callable[[], Any] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a job whose result nobody has asked for."""
+        return self._running is not None
+
+    def start(self, function: Callable[[Job], Any], job: Job) -> None:
+        """Begin a job.
+
+        Args:
+            function: A module's function, since processes are spawned and import it.
+            job: Its argument; must pickle, as its result must.
+        """
+        if self.busy:
+            raise RuntimeError("the result of the last job was not asked for")
+        if not self._spawned:
+            self._running = partial(function, job)
+            return
+        if self._executor is None:
+            context = multiprocessing.get_context("spawn")
+            self._executor = ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent)
+        self._running = self._executor.submit(function, job)
+
+    def result(self) -> Any:
+        """Wait for the job and return its result, or raise what it raised.
+
+        Raises:
+            CommandError: The process was killed from outside, for want of memory for example.
+        """
+        running, self._running = self._running, None
+        if running is None:
+            raise RuntimeError("no job was started")
+        if not isinstance(running, Future):
+            return running()
+        try:
+            return running.result()
+        except BrokenProcessPool:
+            self.close()
+            raise CommandError(
+                "a process ended without a word",
+                got="it was killed from outside",
+                expected="a process that runs to its end",
+                remedy="Where memory has run out, give a smaller --memory, or no processes with -npp 0 -nps 0.",
+            ) from None
+
+    def close(self) -> None:
+        """End the process, once it has finished what it does."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+            self._executor = None
 
 
 def worthwhile_processes(size: float, *, share: float) -> int:

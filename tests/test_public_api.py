@@ -10,7 +10,7 @@ API = {
     "stunet": ["__version__"],
     "stunet.network": [
         "ActivationCheckpointing", "Estimate", "Loss", "N_STAGES", "Precision", "SIZES", "STUNet", "STUNetSize",
-        "build_stunet", "default_strides", "estimate", "find_size", "size_of", "total_stride",
+        "build_stunet", "default_strides", "estimate", "find_size", "peak_forward_bytes", "size_of", "total_stride",
     ],
     "stunet.planning": [
         "Mirroring", "ModelDescription", "NETWORK_CLASS_NAME", "PRETRAINING", "Preparation", "PreprocessedCase",
@@ -58,6 +58,13 @@ API = {
         "rank_candidates", "read_dice", "read_points", "read_scores", "read_summaries", "read_zoo", "score_candidate",
         "scores_of_draws", "source_head", "top_regret", "transrate", "unwrap", "wasserstein2", "weighted_kendall",
         "window_starts", "zero_shot_at_points",
+    ],
+    "stunet.inference": [
+        "AxisMap", "Case", "FolderListener", "FolderRequest", "Geometry", "LabelNames", "LabelResampler", "Listener",
+        "Model", "OutputOptions", "Prediction", "PreparationJob", "Prepared", "Strategy", "WindowGrid",
+        "available_bytes", "axis_maps", "choose_strategy", "find_cases", "label_names", "load_model",
+        "mirror_and_predict", "parse_memory", "predict_cases", "predict_folder", "predict_labels", "predict_planes",
+        "prepare", "read_geometry", "stock_bytes", "window_grid",
     ],
     "stunet.evaluation": [
         "CaseOrientation", "CaseScores", "EvaluationCase", "EvaluationResults", "LabelVolume", "METRICS", "Sides",

@@ -8,7 +8,21 @@ from typing import Annotated
 import typer
 
 import stunet
-from stunet.cli import convert, demo, env, evaluate, finetune, imports, info, labels, plan, rank, rank_eval, weights
+from stunet.cli import (
+    convert,
+    demo,
+    env,
+    evaluate,
+    finetune,
+    imports,
+    info,
+    labels,
+    plan,
+    predict,
+    rank,
+    rank_eval,
+    weights,
+)
 from stunet.cli.console import ListOptionsCommand, print_error
 from stunet.errors import STUNetError
 
@@ -27,6 +41,7 @@ app.command("finetune", cls=ListOptionsCommand)(finetune.finetune)
 app.command("rank", cls=ListOptionsCommand)(rank.rank)
 app.command("rank-eval")(rank_eval.rank_eval)
 app.command("evaluate", cls=ListOptionsCommand)(evaluate.evaluate)
+app.command("predict", cls=ListOptionsCommand)(predict.predict)
 app.command("convert")(convert.convert)
 app.add_typer(weights.app, name="weights")
 app.command("env")(env.env)

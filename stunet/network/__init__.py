@@ -1,7 +1,7 @@
 """STU-Net and what is known of its size: blocks, network, sizes, estimates. Needs torch alone."""
 
 from stunet.network.architecture import ActivationCheckpointing, STUNet, build_stunet, total_stride
-from stunet.network.estimate import Estimate, Loss, Precision, default_strides, estimate
+from stunet.network.estimate import Estimate, Loss, Precision, default_strides, estimate, peak_forward_bytes
 from stunet.network.sizes import N_STAGES, SIZES, STUNetSize, find_size, size_of
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "default_strides",
     "estimate",
     "find_size",
+    "peak_forward_bytes",
     "size_of",
     "total_stride",
 ]

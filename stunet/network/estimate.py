@@ -19,7 +19,7 @@ from stunet.network.architecture import ActivationCheckpointing, STUNet
 from stunet.network.blocks import CONV_OPS
 from stunet.network.sizes import N_STAGES, STUNetSize
 
-__all__ = ["Estimate", "Loss", "Precision", "default_strides", "estimate"]
+__all__ = ["Estimate", "Loss", "Precision", "default_strides", "estimate", "peak_forward_bytes"]
 
 Precision = Literal["fp32", "amp"]
 """``fp32`` is training on a CPU; ``amp`` is nnU-Net's mixed precision on CUDA, fp32 weights and half activations."""
@@ -117,6 +117,20 @@ def default_strides(patch_size: Sequence[int]) -> list[list[int]]:
         size = [n // s for n, s in zip(size, stride, strict=True)]
         strides.append(stride)
     return strides
+
+
+def peak_forward_bytes(network: nn.Module, image_shape: Sequence[int]) -> int:
+    """Peak of all tensors of a forward pass, the output among them, the weights not.
+
+    Args:
+        network: Any network whose parameters are on PyTorch's meta device.
+        image_shape: ``(B, C, X, Y[, Z])``.
+    """
+    network.eval()
+    memory = _MemoryTracker()
+    with torch.no_grad(), memory:
+        network(torch.empty(*image_shape, device="meta"))
+    return memory.peak
 
 
 def _run_inference(network: STUNet, image_shape: tuple[int, ...], precision: Precision) -> tuple[int, int]:

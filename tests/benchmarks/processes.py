@@ -9,14 +9,20 @@ from threading import Event, Thread
 import psutil
 
 
-def run(line: str, environment: dict[str, str]) -> int:
-    """Run a line of shell, its output going to standard error, and return the peak memory of all its processes."""
+def run(line: str, environment: dict[str, str], interval: float = 3.0) -> int:
+    """Run a line of shell, its output going to standard error, and return the peak memory of all its processes.
+
+    Args:
+        line: The line.
+        environment: Its environment.
+        interval: Seconds between looks at the memory.
+    """
     process = subprocess.Popen(["bash", "-c", line], env=environment, stdout=sys.stderr)
     peak, finished = 0, Event()
 
     def watch() -> None:
         nonlocal peak
-        while not finished.wait(3.0):  # reading it holds up the process that is watched
+        while not finished.wait(interval):  # reading it holds up the process that is watched
             peak = max(peak, tree_memory(process.pid))
 
     watcher = Thread(target=watch)

@@ -1,0 +1,223 @@
+"""Trained model folders: what they describe, and their networks, without running code out of checkpoints."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor, nn
+
+from stunet.checkpoints import check_weights, read_checkpoint
+from stunet.errors import CheckpointError, PlansError
+
+__all__ = ["Model", "load_model"]
+
+CHECKPOINT = "checkpoint_final.pth"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model folder as far as it is known before weights are loaded.
+
+    Attributes:
+        folder: The folder.
+        plans: Content of ``plans.json``.
+        dataset_json: Content of ``dataset.json``.
+        configuration: Name of the configuration in the plans.
+        trainer_name: The trainer that says how the network is built.
+        mirroring_axes: Axes that prediction may mirror; None for no mirroring.
+        checkpoints: File of each fold, by its name in ``fold_NAME``.
+    """
+
+    folder: Path
+    plans: dict[str, Any]
+    dataset_json: dict[str, Any]
+    configuration: str
+    trainer_name: str
+    mirroring_axes: tuple[int, ...] | None
+    checkpoints: dict[str, Path]
+
+    @property
+    def plans_manager(self) -> Any:
+        """nnU-Net's view of the plans."""
+        return PlansManager(self.plans)
+
+    @property
+    def configuration_manager(self) -> Any:
+        """nnU-Net's view of the configuration."""
+        return self.plans_manager.get_configuration(self.configuration)
+
+    @property
+    def label_manager(self) -> Any:
+        """nnU-Net's view of the labels."""
+        return self.plans_manager.get_label_manager(self.dataset_json)
+
+    @property
+    def file_ending(self) -> str:
+        """What names of images and predictions end in."""
+        return str(self.dataset_json["file_ending"])
+
+    @property
+    def n_channels(self) -> int:
+        """Images of a case."""
+        return len(self.dataset_json.get("channel_names", self.dataset_json.get("modality", ())))
+
+    @property
+    def n_outputs(self) -> int:
+        """Outputs of the network."""
+        return int(self.label_manager.num_segmentation_heads)
+
+    def build_network(self) -> nn.Module:
+        """The network without its weights, as the trainer builds it for prediction."""
+        trainer = _find_trainer(self.trainer_name, self.folder)
+        plans, configuration = self.plans_manager, self.configuration_manager
+        n_in = determine_num_input_channels(plans, configuration, self.dataset_json)
+        described: tuple[Any, ...] = (plans, configuration)
+        if "plans_manager" not in inspect.signature(trainer.build_network_architecture).parameters:
+            described = (  # as trainers before nnU-Net 2.6 want it
+                configuration.network_arch_class_name,
+                configuration.network_arch_init_kwargs,
+                configuration.network_arch_init_kwargs_req_import,
+            )
+        network: nn.Module = trainer.build_network_architecture(
+            *described, n_in, self.n_outputs, enable_deep_supervision=False
+        )
+        return network
+
+    def weights(self, fold: str) -> dict[str, Tensor]:
+        """Weights of a fold, mapped from its file."""
+        weights: dict[str, Tensor] = read_checkpoint(self.checkpoints[fold])["network_weights"]
+        return weights
+
+    def networks(self, device: torch.device) -> list[nn.Module]:
+        """The networks of all folds, ready to predict.
+
+        Raises:
+            CheckpointError: Weights that do not fit the network, or a trainer that is not installed.
+        """
+        networks = []
+        for fold, path in self.checkpoints.items():
+            network, weights = self.build_network(), self.weights(fold)
+            check_weights(weights, network.state_dict(), source=path)
+            network.load_state_dict(weights)
+            networks.append(network.to(device).eval())
+        return networks
+
+
+def load_model(
+    folder: str | os.PathLike[str], folds: Sequence[str] | None = None, checkpoint_name: str = CHECKPOINT
+) -> Model:
+    """Read a folder that nnU-Net's training wrote.
+
+    Args:
+        folder: With ``plans.json``, ``dataset.json`` and ``fold_*``.
+        folds: Names of folds, such as ``0`` or ``all``; None for those that are there, ``all`` only without others.
+        checkpoint_name: File in each fold's folder.
+
+    Raises:
+        PlansError: Plans or dataset description are missing or cannot be used.
+        CheckpointError: A checkpoint is missing or cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise PlansError(
+            "missing model folder",
+            got=folder,
+            expected="a folder with plans.json, dataset.json and fold_0",
+            remedy="Check -m, or -d, -tr, -p and -c.",
+        )
+    plans, dataset_json = (_read_json(folder / name) for name in ("plans.json", "dataset.json"))
+    checkpoints = _find_checkpoints(folder, folds, checkpoint_name)
+    first = next(iter(checkpoints.values()))
+    checkpoint = read_checkpoint(first)
+    arguments = checkpoint.get("init_args", {})
+    try:
+        axes = checkpoint.get("inference_allowed_mirroring_axes")
+        model = Model(
+            folder,
+            plans,
+            dataset_json,
+            str(arguments["configuration"]),
+            str(checkpoint["trainer_name"]),
+            None if axes is None else tuple(int(a) for a in axes),
+            checkpoints,
+        )
+        for needed in ("channel_names", "labels", "file_ending"):
+            if needed not in dataset_json and not (needed == "channel_names" and "modality" in dataset_json):
+                raise KeyError(needed)
+        _ = model.configuration_manager.patch_size, model.n_outputs
+    except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError, IndexError, ValueError) as error:
+        raise PlansError(
+            "a model folder that nnU-Net cannot use",
+            got=f"{folder}: {type(error).__name__}: {str(error)[:200]}",
+            expected="plans.json, dataset.json and checkpoint of one training",
+            remedy="Copy the whole folder again from where it was trained.",
+        ) from error
+    return model
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        present = sorted(entry.name for entry in path.parent.iterdir())
+        missing = isinstance(error, FileNotFoundError)
+        raise PlansError(
+            f"a model folder without {path.name}" if missing else "a file of the model that cannot be read",
+            got=f"{path.parent} with {', '.join(present) or 'nothing'}" if missing else f"{path}: {error}",
+            expected=f"{path.name}, as training writes it",
+            remedy=f"Copy {path.name} from where the model was trained.",
+        ) from error
+    if not isinstance(content, dict):
+        raise PlansError(
+            "a file of the model that cannot be read",
+            got=f"{path}: a {type(content).__name__}",
+            expected="a JSON object",
+            remedy=f"Copy {path.name} from where the model was trained.",
+        )
+    return content
+
+
+def _find_checkpoints(folder: Path, folds: Sequence[str] | None, name: str) -> dict[str, Path]:
+    present = {path.parent.name.removeprefix("fold_"): path for path in sorted(folder.glob(f"fold_*/{name}"))}
+    if folds is None:
+        folds = [fold for fold in present if fold != "all"] or list(present)
+    missing = [fold for fold in folds if fold not in present]
+    if missing or not folds:
+        others = sorted({path.name for path in folder.glob("fold_*/checkpoint_*.pth")} - {name})
+        found = ", ".join(f"fold_{fold}" for fold in present) or "none"
+        raise CheckpointError(
+            "missing checkpoint",
+            got=f"{folder}: {name} of {found}" + (f"; other files: {', '.join(others)}" if others else ""),
+            expected=", ".join(f"fold_{fold}/{name}" for fold in folds) or f"fold_0/{name}",
+            remedy="Name the folds that are there with -f, or the file with -chk.",
+        )
+    return {fold: present[fold] for fold in folds}
+
+
+def _find_trainer(name: str, folder: Path) -> Any:
+    try:
+        trainer = recursive_find_trainer_class_by_name(name)
+    except (RuntimeError, ImportError) as error:
+        raise _unknown_trainer(name, folder, str(error)) from error
+    if trainer is None:
+        raise _unknown_trainer(name, folder, "not found")
+    return trainer
+
+
+def _unknown_trainer(name: str, folder: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        "a trainer that is not installed",
+        got=f"{folder}: {name} ({reason.splitlines()[0][:200] if reason else 'not found'})",
+        expected="nnU-Net's own trainer, or one in the folder that nnUNet_extTrainer names",
+        remedy="Set nnUNet_extTrainer to the folder with this trainer.",
+    )
