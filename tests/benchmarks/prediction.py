@@ -114,8 +114,13 @@ def whole_body(workspace: Path, length: int, patch: int, num_classes: int) -> di
     geometry = read_geometry(Case("a", (path,)), 1)
     stock = stock_bytes(load_model(model), geometry) / GB
     result = measured(OURS + " --memory 4GB", workspace / "images", workspace / "out", model)
-    return {"voxels": geometry.shape[::-1], "patch": patch, "classes": num_classes, "stock_would_need_gb": round(stock, 1),
-            **{name: round(value, 2) for name, value in result.items()}}  # fmt: skip
+    return {
+        "voxels": geometry.shape[::-1],
+        "patch": patch,
+        "classes": num_classes,
+        "stock_would_need_gb": round(stock, 1),
+        **{name: round(value, 2) for name, value in result.items()},
+    }
 
 
 def main() -> None:
