@@ -138,12 +138,11 @@ def _predict(
     mirroring: bool,
 ) -> None:
     from stunet.cli.devices import choose_device
-    from stunet.cli.predict_step import predict_folder
+    from stunet.cli.predict_step import predict_cases_of
 
     cases = {case: images for case, (images, _) in target.cases.items()}
     chosen = choose_device(device)
-    output.mkdir(parents=True)
-    predict_folder(names.path, cases, output, folds=folds, device=chosen, mirroring=mirroring)
+    predict_cases_of(names.path, cases, output, folds=folds, device=chosen, mirroring=mirroring)
 
 
 def _score(jobs: Sequence[EvaluationCase], num_processes: int) -> tuple[dict[str, CaseScores], dict[str, STUNetError]]:

@@ -58,7 +58,7 @@ def predict(
     n_writing: Annotated[int, typer.Option("-nps", help="Processes that write.", min=0)] = 1,
     n_parts: Annotated[int, typer.Option("-num_parts", help="Commands that share the cases.", min=1)] = 1,
     part_id: Annotated[int, typer.Option("-part_id", help="Which of them this is, from 0.", min=0)] = 0,
-    device: Annotated[str, typer.Option("-device", "--device", help="cuda, cpu or mps.")] = "cuda",
+    device: Annotated[str, typer.Option("-device", "--device", help="cuda, cpu, mps, or auto.")] = "cuda",
     not_on_device: Annotated[
         bool, typer.Option("--not_on_device", help="Add up logits in the machine's memory, not the device's.")
     ] = False,
@@ -120,16 +120,9 @@ def _model_folder(model: Path | None, dataset: str | None, trainer: str, plans: 
 def _device(name: str) -> torch.device:
     import torch
 
-    from stunet.errors import UsageError
+    from stunet.cli.devices import choose_device
 
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(name, False):
-        raise UsageError(
-            "unknown device" if name not in available else "a device that this machine does not have",
-            got=name,
-            expected=" or ".join(device for device, there in available.items() if there),
-            remedy="Choose the CPU with -device cpu, or install the driver.",
-        )
-    if name == "cuda":
+    chosen = choose_device(name)
+    if chosen == "cuda":
         torch.backends.cudnn.benchmark = True  # windows are all of one size
-    return torch.device(name)
+    return torch.device(chosen)

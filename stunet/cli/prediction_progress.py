@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from stunet.cli.console import stderr, stdout
@@ -20,9 +21,11 @@ class PredictionProgress:
 
     Args:
         bar: Whether there is a bar.
+        notes: Another place for the notes, where standard output is for something else.
     """
 
-    def __init__(self, *, bar: bool) -> None:
+    def __init__(self, *, bar: bool, notes: Console = stdout) -> None:
+        self._notes = notes
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, console=stderr, transient=True, disable=not bar)
         self._case: str | None = None
@@ -37,7 +40,7 @@ class PredictionProgress:
 
     def note(self, text: str) -> None:
         """Something worth knowing."""
-        stdout.print(text, soft_wrap=True, highlight=False, markup=False)
+        self._notes.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def planned(self, n_cases: int, n_finished: int) -> None:
         """So many cases will be predicted; so many were before."""

@@ -29,7 +29,7 @@ class FolderRequest:
     """What is asked of :func:`predict_folder`; where ``nnUNetv2_predict`` has the option too, it means the same.
 
     Attributes:
-        images: Folder with the images, ``CASE_0000.nii.gz`` and so on.
+        images: Folder with the images, ``CASE_0000.nii.gz`` and so on; or the cases themselves, wherever they lie.
         output: Folder for the predictions; made where it is missing.
         model: Model folder.
         folds: Names of folds; None for those that are there.
@@ -50,7 +50,7 @@ class FolderRequest:
         previous_stage: Predictions of a cascade's first stage.
     """
 
-    images: Path
+    images: Path | Sequence[Case]
     output: Path
     model: Path
     folds: Sequence[str] | None = None
@@ -101,7 +101,7 @@ def predict_folder(request: FolderRequest, listener: FolderListener) -> None:
     reason = _why_nnunets_predictor(request, model)
     volumes = model.plans_manager.image_reader_writer_class().__class__.__name__ in VOLUME_READERS
     _check(request, model, volumes=volumes)
-    cases = find_cases(request.images, model.file_ending)
+    cases = find_cases(request.images, model.file_ending) if isinstance(request.images, Path) else list(request.images)
     waiting = [case for case in cases[request.part_id :: request.n_parts] if not _is_done(case, request, model)]
     listener.planned(len(waiting), len(cases[request.part_id :: request.n_parts]) - len(waiting))
     failures: dict[str, str] = {}
@@ -219,8 +219,12 @@ def _impossible(option: str, value: object, expected: str) -> UsageError:
 def _arguments(request: FolderRequest) -> dict[str, Any]:
     """What nnU-Net notes of a prediction, under the names of its own arguments."""
     previous = request.previous_stage
+    if isinstance(request.images, Path):
+        images: Any = os.fspath(request.images)
+    else:
+        images = [list(map(os.fspath, case.files)) for case in request.images]
     return {
-        "list_of_lists_or_source_folder": os.fspath(request.images),
+        "list_of_lists_or_source_folder": images,
         "output_folder_or_list_of_truncated_output_files": os.fspath(request.output),
         "save_probabilities": request.save_probabilities,
         "overwrite": not request.continue_prediction,
