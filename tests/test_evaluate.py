@@ -235,7 +235,7 @@ def test_the_models_own_dataset_is_warned_of(folders: Folders, run: Any) -> None
         ("-d 7 -m model --fold 0", "missing folds"),
         ("-d 7 -m model --predictions segmentations -o model", "an output that exists"),
         ("-d 7 -m model --device tpu -o out", "unknown device"),
-        ("-d 7 -m model --device cpu -o out", "missing plans file"),
+        ("-d 7 -m model --device cpu -o out", "a model folder without plans.json"),
     ],
 )
 def test_refusals(folders: Folders, run: Any, line: str, expected: str) -> None:
