@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from stunet.errors import DatasetError, STUNetError, UsageError
+from stunet.files import move_into_place
 from stunet.inference.images import Case, Geometry, find_cases, read_geometry
 from stunet.inference.label_names import label_names
 from stunet.inference.labels import VOLUME_READERS, why_not_streamed
 from stunet.inference.memory import available_bytes, choose_strategy
 from stunet.inference.model import CHECKPOINT, Model, load_model
 from stunet.inference.outputs import OutputOptions
-from stunet.inference.pipeline import Listener, Prediction, describe_outputs, predict_cases, raise_failures
+from stunet.inference.pipeline import (
+    Listener,
+    Prediction,
+    describe_outputs,
+    predict_cases,
+    raise_failures,
+    scratch_folder,
+)
 from stunet.inference.statistics import collect_statistics
 from stunet.inference.stock import predict_with_nnunet
 
@@ -121,20 +129,18 @@ def predict_folder(request: FolderRequest, listener: FolderListener) -> None:
         listener.note(f"Predicted by nnU-Net's own predictor, which holds all logits, since {reason}.")
     elif ready:
         prediction = _with_strategy(prediction, request, [geometries[case.name] for case in ready], listener)
-    request.output.mkdir(parents=True, exist_ok=True)
-    describe_outputs(prediction, _arguments(request))
-    if ready and reason is None:
-        failures |= predict_cases(ready, prediction, listener)
-    elif ready:
-        failures |= predict_with_nnunet(
-            ready,
-            prediction,
-            listener,
-            save_probabilities=request.save_probabilities,
-            previous_stage=request.previous_stage,
-        )
-    if request.options.statistics and (request.output / "statistics").is_dir():
-        collect_statistics(request.output / "statistics", request.output / "statistics.csv")
+    with scratch_folder(request.output) as scratch:
+        describe_outputs(prediction, scratch, _arguments(request))
+        if ready and reason is None:
+            failures |= predict_cases(ready, prediction, scratch, listener)
+        elif ready:
+            previous, probabilities = request.previous_stage, request.save_probabilities
+            failures |= predict_with_nnunet(
+                ready, prediction, scratch, listener, save_probabilities=probabilities, previous_stage=previous
+            )
+        if request.options.statistics and (request.output / "statistics").is_dir():
+            collect_statistics(request.output / "statistics", scratch / "statistics.csv")
+            move_into_place(scratch / "statistics.csv", request.output / "statistics.csv")
     raise_failures(failures, len(waiting))
 
 
@@ -164,8 +170,7 @@ def _with_strategy(
     if not strategy.exact:
         note += "; to fit, logits are added up in another order than nnU-Net's, so where two are equal either may win"
     listener.note(note)
-    values = {**vars(prediction), "strategy": strategy}
-    return Prediction(**values)
+    return replace(prediction, strategy=strategy)
 
 
 def _read_geometries(
@@ -178,6 +183,9 @@ def _read_geometries(
         except DatasetError as error:
             failures[case.name] = str(error)
             listener.failed(case, str(error))
+    n_unknown = sum(not geometry.has_unit for geometry in geometries.values())
+    if n_unknown:
+        listener.note(f"{_plural(n_unknown, 'case')} without a unit of spacing in the header; mm are assumed.")
     return geometries
 
 
