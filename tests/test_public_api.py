@@ -37,6 +37,13 @@ API = {
         "read_annotations", "read_image", "read_raw_dataset", "read_totalsegmentator", "read_union_source",
         "sampling_weights", "write_phantom_dataset", "write_phantom_masks",
     ],
+    "stunet.inference": [
+        "AxisMap", "Case", "FolderListener", "FolderRequest", "Geometry", "LabelNames", "LabelResampler", "Listener",
+        "Model", "OutputOptions", "Prediction", "PreparationJob", "Prepared", "Strategy", "WindowGrid",
+        "available_bytes", "axis_maps", "choose_strategy", "find_cases", "label_names", "load_model",
+        "mirror_and_predict", "parse_memory", "predict_cases", "predict_folder", "predict_labels", "predict_planes",
+        "prepare", "read_geometry", "stock_bytes", "window_grid",
+    ],
     "stunet.training": [
         "BaseSTUNetTrainer", "CaseAnnotations", "Counts", "GroupSchedule", "ParameterGroup", "PartialLabelTrainer",
         "count_voxels", "freeze_others", "mask_summary", "parameter_groups",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,14 +19,8 @@ from stunet.inference.labels import VOLUME_READERS, why_not_streamed
 from stunet.inference.memory import available_bytes, choose_strategy
 from stunet.inference.model import CHECKPOINT, Model, load_model
 from stunet.inference.outputs import OutputOptions
-from stunet.inference.pipeline import (
-    Listener,
-    Prediction,
-    describe_outputs,
-    predict_cases,
-    raise_failures,
-    scratch_folder,
-)
+from stunet.inference.pipeline import Listener, Prediction, describe_outputs, predict_cases, raise_failures
+from stunet.inference.scratch import scratch_folder
 from stunet.inference.statistics import collect_statistics
 from stunet.inference.stock import predict_with_nnunet
 
@@ -106,12 +101,11 @@ def predict_folder(request: FolderRequest, listener: FolderListener) -> None:
     model = load_model(request.model, request.folds, request.checkpoint_name)
     names = label_names(model.dataset_json, request.structures)
     listener.note(f"Model {model.folder}, {_plural(len(model.checkpoints), 'fold')} ({', '.join(model.checkpoints)})")
-    reason = _why_nnunets_predictor(request, model)
-    volumes = model.plans_manager.image_reader_writer_class().__class__.__name__ in VOLUME_READERS
+    volumes = model.plans_manager.image_reader_writer_class.__name__ in VOLUME_READERS
     _check(request, model, volumes=volumes)
-    cases = find_cases(request.images, model.file_ending)
-    waiting = [case for case in cases[request.part_id :: request.n_parts] if not _is_done(case, request, model)]
-    listener.planned(len(waiting), len(cases[request.part_id :: request.n_parts]) - len(waiting))
+    cases = find_cases(request.images, model.file_ending)[request.part_id :: request.n_parts]
+    waiting = [case for case in cases if not _is_done(case, request, model)]
+    listener.planned(len(waiting), len(cases) - len(waiting))
     failures: dict[str, str] = {}
     geometries = _read_geometries(waiting, model, failures, listener) if volumes else {}
     ready = [case for case in waiting if case.name not in failures]
@@ -125,23 +119,53 @@ def predict_folder(request: FolderRequest, listener: FolderListener) -> None:
         mirroring=request.mirroring,
         options=request.options,
     )
+    reason = _why_nnunets_predictor(request, model)
     if reason is not None:
         listener.note(f"Predicted by nnU-Net's own predictor, which holds all logits, since {reason}.")
     elif ready:
         prediction = _with_strategy(prediction, request, [geometries[case.name] for case in ready], listener)
-    with scratch_folder(request.output) as scratch:
+    with _explained(request.output), scratch_folder(request.output) as scratch:
         describe_outputs(prediction, scratch, _arguments(request))
-        if ready and reason is None:
-            failures |= predict_cases(ready, prediction, scratch, listener)
-        elif ready:
-            previous, probabilities = request.previous_stage, request.save_probabilities
-            failures |= predict_with_nnunet(
-                ready, prediction, scratch, listener, save_probabilities=probabilities, previous_stage=previous
-            )
+        if ready:
+            failures |= _predict(ready, prediction, scratch, request, listener, streamed=reason is None)
         if request.options.statistics and (request.output / "statistics").is_dir():
             collect_statistics(request.output / "statistics", scratch / "statistics.csv")
             move_into_place(scratch / "statistics.csv", request.output / "statistics.csv")
     raise_failures(failures, len(waiting))
+
+
+def _predict(
+    cases: Sequence[Case],
+    prediction: Prediction,
+    scratch: Path,
+    request: FolderRequest,
+    listener: FolderListener,
+    *,
+    streamed: bool,
+) -> dict[str, str]:
+    if streamed:
+        return predict_cases(cases, prediction, scratch, listener)
+    return predict_with_nnunet(
+        cases,
+        prediction,
+        scratch,
+        listener,
+        save_probabilities=request.save_probabilities,
+        previous_stage=request.previous_stage,
+    )
+
+
+@contextmanager
+def _explained(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            "an output folder that cannot be written",
+            got=f"{output}: {error}",
+            expected="a folder that may be written, on a disk with room",
+            remedy="Make room or choose another one with -o. Nothing half-written was left; --continue goes on.",
+        ) from error
 
 
 def _why_nnunets_predictor(request: FolderRequest, model: Model) -> str | None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
-import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,7 +34,6 @@ __all__ = [
     "describe_outputs",
     "predict_cases",
     "raise_failures",
-    "scratch_folder",
 ]
 
 
@@ -141,7 +138,6 @@ class _Preparation:
             if self._waiting and not worker.busy:
                 case, model = self._waiting.popleft(), self._model
                 folder = self._scratch / case.name
-                folder.mkdir()
                 job = PreparationJob(case, model.plans, model.configuration, model.dataset_json, folder)
                 worker.start(prepare, job)
                 self._running.append((case, worker))
@@ -285,41 +281,6 @@ def describe_outputs(prediction: Prediction, scratch: Path, arguments: dict[str,
     }.items():
         write_json(content, scratch / name)
         move_into_place(scratch / name, prediction.output / name)
-
-
-@contextmanager
-def scratch_folder(output: Path) -> Iterator[Path]:
-    """A folder for unfinished files on the file system of the predictions; those of killed processes are removed.
-
-    Args:
-        output: Folder of the predictions, made where it is missing.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    name = f".scratch.{socket.gethostname()}."
-    for folder in output.glob(f"{name}*.tmp"):
-        pid = folder.name.removeprefix(name).removesuffix(".tmp")
-        if pid.isdecimal() and not _is_running(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
-    folder = output / f"{name}{os.getpid()}.tmp"
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    if os.name == "nt":  # where signal 0 is no question
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # of another user, or on a system that does not say
-        return True
-    return True
 
 
 def raise_failures(failures: dict[str, str], n_cases: int) -> None:
