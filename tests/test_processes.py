@@ -14,7 +14,7 @@ import pytest
 
 from stunet.errors import CommandError, LabelError, STUNetError
 from stunet.labels import load_vocabulary
-from stunet.processes import run_jobs, worthwhile_processes
+from stunet.processes import Worker, run_jobs, worthwhile_processes
 
 
 @pytest.mark.parametrize("num_processes", [1, 3])
@@ -74,3 +74,44 @@ def test_importing_masks_loads_neither_torch_nor_nnunet() -> None:
 def test_workers_load_neither_torch_nor_nnunet(module: str) -> None:
     code = f"import sys, {module}; assert not {{'torch', 'nnunetv2', 'SimpleITK'}} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_worker_does_one_job_after_another_in_its_own_process() -> None:
+    worker = Worker(spawned=True)
+    worker.start(math.sqrt, 9.0)
+    assert worker.busy
+    assert worker.result() == 3
+    assert not worker.busy
+    worker.start(os.getenv, "PATH")
+    with pytest.raises(RuntimeError, match="not asked for"):
+        worker.start(math.sqrt, 4.0)
+    assert worker.result() == os.environ["PATH"]
+    worker.start(math.sqrt, -1.0)
+    with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
+        worker.result()
+    worker.start(load_vocabulary, "nothing")
+    with pytest.raises(LabelError):
+        worker.result()
+    worker.close()
+
+
+def test_a_worker_that_dies_is_replaced() -> None:
+    worker = Worker(spawned=True)
+    worker.start(os._exit, 3)
+    with pytest.raises(CommandError, match="ended without a word"):
+        worker.result()
+    worker.start(math.sqrt, 16.0)
+    assert worker.result() == 4
+    worker.close()
+
+
+def test_a_worker_without_a_process_works_when_it_is_asked() -> None:
+    done: list[int] = []
+    worker = Worker(spawned=False)
+    worker.start(done.append, 1)
+    assert (worker.busy, done) == (True, [])
+    worker.result()
+    assert done == [1]
+    with pytest.raises(RuntimeError, match="no job"):
+        worker.result()
+    worker.close()

@@ -41,6 +41,13 @@ API = {
         "read_totalsegmentator", "read_union_source", "read_validation_dataset", "sampling_weights", "sources_of_cases",
         "write_phantom_dataset", "write_phantom_masks",
     ],
+    "stunet.inference": [
+        "AxisMap", "Case", "FolderListener", "FolderRequest", "Geometry", "LabelNames", "LabelResampler", "Listener",
+        "Model", "OutputOptions", "Prediction", "PreparationJob", "Prepared", "Strategy", "WindowGrid",
+        "available_bytes", "axis_maps", "choose_strategy", "find_cases", "label_names", "load_model",
+        "mirror_and_predict", "parse_memory", "predict_cases", "predict_folder", "predict_labels", "predict_planes",
+        "prepare", "read_geometry", "stock_bytes", "window_grid",
+    ],
     "stunet.training": [
         "BaseSTUNetTrainer", "CaseAnnotations", "Counts", "GroupSchedule", "ParameterGroup", "PartialLabelTrainer",
         "count_voxels", "freeze_others", "mask_summary", "parameter_groups",
@@ -58,13 +65,6 @@ API = {
         "rank_candidates", "read_dice", "read_points", "read_scores", "read_summaries", "read_zoo", "score_candidate",
         "scores_of_draws", "source_head", "top_regret", "transrate", "unwrap", "wasserstein2", "weighted_kendall",
         "window_starts", "zero_shot_at_points",
-    ],
-    "stunet.inference": [
-        "AxisMap", "Case", "FolderListener", "FolderRequest", "Geometry", "LabelNames", "LabelResampler", "Listener",
-        "Model", "OutputOptions", "Prediction", "PreparationJob", "Prepared", "Strategy", "WindowGrid",
-        "available_bytes", "axis_maps", "choose_strategy", "find_cases", "label_names", "load_model",
-        "mirror_and_predict", "parse_memory", "predict_cases", "predict_folder", "predict_labels", "predict_planes",
-        "prepare", "read_geometry", "stock_bytes", "window_grid",
     ],
     "stunet.evaluation": [
         "CaseOrientation", "CaseScores", "EvaluationCase", "EvaluationResults", "LabelVolume", "METRICS", "Sides",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from stunet.errors import DatasetError, STUNetError, UsageError
+from stunet.files import move_into_place
 from stunet.inference.images import Case, Geometry, find_cases, read_geometry
 from stunet.inference.label_names import label_names
 from stunet.inference.labels import VOLUME_READERS, why_not_streamed
@@ -18,6 +20,7 @@ from stunet.inference.memory import available_bytes, choose_strategy
 from stunet.inference.model import CHECKPOINT, Model, load_model
 from stunet.inference.outputs import OutputOptions
 from stunet.inference.pipeline import Listener, Prediction, describe_outputs, predict_cases, raise_failures
+from stunet.inference.scratch import scratch_folder
 from stunet.inference.statistics import collect_statistics
 from stunet.inference.stock import predict_with_nnunet
 
@@ -98,12 +101,12 @@ def predict_folder(request: FolderRequest, listener: FolderListener) -> None:
     model = load_model(request.model, request.folds, request.checkpoint_name)
     names = label_names(model.dataset_json, request.structures)
     listener.note(f"Model {model.folder}, {_plural(len(model.checkpoints), 'fold')} ({', '.join(model.checkpoints)})")
-    reason = _why_nnunets_predictor(request, model)
-    volumes = model.plans_manager.image_reader_writer_class().__class__.__name__ in VOLUME_READERS
+    volumes = model.plans_manager.image_reader_writer_class.__name__ in VOLUME_READERS
     _check(request, model, volumes=volumes)
-    cases = find_cases(request.images, model.file_ending) if isinstance(request.images, Path) else list(request.images)
-    waiting = [case for case in cases[request.part_id :: request.n_parts] if not _is_done(case, request, model)]
-    listener.planned(len(waiting), len(cases[request.part_id :: request.n_parts]) - len(waiting))
+    found = find_cases(request.images, model.file_ending) if isinstance(request.images, Path) else request.images
+    cases = found[request.part_id :: request.n_parts]
+    waiting = [case for case in cases if not _is_done(case, request, model)]
+    listener.planned(len(waiting), len(cases) - len(waiting))
     failures: dict[str, str] = {}
     geometries = _read_geometries(waiting, model, failures, listener) if volumes else {}
     ready = [case for case in waiting if case.name not in failures]
@@ -117,25 +120,53 @@ def predict_folder(request: FolderRequest, listener: FolderListener) -> None:
         mirroring=request.mirroring,
         options=request.options,
     )
+    reason = _why_nnunets_predictor(request, model)
     if reason is not None:
         listener.note(f"Predicted by nnU-Net's own predictor, which holds all logits, since {reason}.")
     elif ready:
         prediction = _with_strategy(prediction, request, [geometries[case.name] for case in ready], listener)
-    request.output.mkdir(parents=True, exist_ok=True)
-    describe_outputs(prediction, _arguments(request))
-    if ready and reason is None:
-        failures |= predict_cases(ready, prediction, listener)
-    elif ready:
-        failures |= predict_with_nnunet(
-            ready,
-            prediction,
-            listener,
-            save_probabilities=request.save_probabilities,
-            previous_stage=request.previous_stage,
-        )
-    if request.options.statistics and (request.output / "statistics").is_dir():
-        collect_statistics(request.output / "statistics", request.output / "statistics.csv")
+    with _explained(request.output), scratch_folder(request.output) as scratch:
+        describe_outputs(prediction, scratch, _arguments(request))
+        if ready:
+            failures |= _predict(ready, prediction, scratch, request, listener, streamed=reason is None)
+        if request.options.statistics and (request.output / "statistics").is_dir():
+            collect_statistics(request.output / "statistics", scratch / "statistics.csv")
+            move_into_place(scratch / "statistics.csv", request.output / "statistics.csv")
     raise_failures(failures, len(waiting))
+
+
+def _predict(
+    cases: Sequence[Case],
+    prediction: Prediction,
+    scratch: Path,
+    request: FolderRequest,
+    listener: FolderListener,
+    *,
+    streamed: bool,
+) -> dict[str, str]:
+    if streamed:
+        return predict_cases(cases, prediction, scratch, listener)
+    return predict_with_nnunet(
+        cases,
+        prediction,
+        scratch,
+        listener,
+        save_probabilities=request.save_probabilities,
+        previous_stage=request.previous_stage,
+    )
+
+
+@contextmanager
+def _explained(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            "an output folder that cannot be written",
+            got=f"{output}: {error}",
+            expected="a folder that may be written, on a disk with room",
+            remedy="Make room or choose another one with -o. Nothing half-written was left; --continue goes on.",
+        ) from error
 
 
 def _why_nnunets_predictor(request: FolderRequest, model: Model) -> str | None:
@@ -164,8 +195,7 @@ def _with_strategy(
     if not strategy.exact:
         note += "; to fit, logits are added up in another order than nnU-Net's, so where two are equal either may win"
     listener.note(note)
-    values = {**vars(prediction), "strategy": strategy}
-    return Prediction(**values)
+    return replace(prediction, strategy=strategy)
 
 
 def _read_geometries(
@@ -178,6 +208,9 @@ def _read_geometries(
         except DatasetError as error:
             failures[case.name] = str(error)
             listener.failed(case, str(error))
+    n_unknown = sum(not geometry.has_unit for geometry in geometries.values())
+    if n_unknown:
+        listener.note(f"{_plural(n_unknown, 'case')} without a unit of spacing in the header; mm are assumed.")
     return geometries
 
 

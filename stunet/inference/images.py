@@ -44,11 +44,13 @@ class Geometry:
         shape: Voxels in the order of nnU-Net's arrays, ``(Z, Y, X)``; ``(1, Y, X)`` for an image with two axes.
         spacing: mm between them.
         bytes_per_voxel: What the file's own type takes.
+        has_unit: Whether the file says what unit the spacing has; only NIfTI can leave it out.
     """
 
     shape: tuple[int, int, int]
     spacing: tuple[float, float, float]
     bytes_per_voxel: int
+    has_unit: bool = True
 
     @property
     def n_voxels(self) -> int:
@@ -127,7 +129,7 @@ def check_voxels(path: Path) -> None:
     Raises:
         DatasetError: The file is truncated or damaged, or holds values that are no numbers.
     """
-    if not path.name.endswith(_NIFTI) or len(_nifti_shape(path)[0]) != 3:
+    if not path.name.endswith(_NIFTI) or len(_nifti_shape(_nifti_header(path))) != 3:
         return
     n_bad = 0
     with open_volume(path) as volume:
@@ -154,9 +156,10 @@ def _describe(geometry: Geometry) -> str:
 
 
 def _read_header(path: Path) -> Geometry:
+    has_unit = True
     try:
         if path.name.endswith(_NIFTI):
-            _check_nifti(path)
+            has_unit = _check_nifti(path)
         reader: Any = sitk.ImageFileReader()  # type: ignore[no-untyped-call]
         reader.SetFileName(str(path))
         reader.ReadImageInformation()
@@ -178,29 +181,36 @@ def _read_header(path: Path) -> Geometry:
     dtype = sitk.GetArrayFromImage(sitk.Image([1] * len(size), reader.GetPixelID())).dtype  # type: ignore[no-untyped-call]
     z, y, x = size[::-1]
     c, b, a = spacing[::-1]
-    return Geometry((z, y, x), (c, b, a), dtype.itemsize * reader.GetNumberOfComponents())
+    return Geometry((z, y, x), (c, b, a), dtype.itemsize * reader.GetNumberOfComponents(), has_unit)
 
 
-def _check_nifti(path: Path) -> None:
+def _check_nifti(path: Path) -> bool:
+    """Whether the header says the unit of its spacing."""
     # ITK repairs what a header must not have; nnU-Net would then predict on a grid that nobody meant.
-    shape, spacing = _nifti_shape(path)
+    header = _nifti_header(path)
+    shape = _nifti_shape(header)
     if len(shape) not in (2, 3):
         raise _wrong_axes(path, shape)
-    _check_spacing(path, spacing)
+    _check_spacing(path, [float(s) for s in header["pixdim"][1 : 1 + len(shape)]])
+    return bool(int(header["xyzt_units"]) & 7)  # the bits for lengths
 
 
-def _nifti_shape(path: Path) -> tuple[tuple[int, ...], list[float]]:
-    """Voxels and spacing as the header has them, without trailing axes of length 1."""
+def _nifti_header(path: Path) -> Any:
+    """The header as it is; nibabel and ITK repair it when they load an image."""
     with ImageOpener(path) as file:
         content = file.read(540)
     nifti_2 = content[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")  # 540, the size of its header
     header_class: Any = nib.Nifti2Header if nifti_2 else nib.Nifti1Header
-    header = header_class(content[: 540 if nifti_2 else 348], check=False)
+    return header_class(content[: 540 if nifti_2 else 348], check=False)
+
+
+def _nifti_shape(header: Any) -> tuple[int, ...]:
+    """Voxels, without trailing axes of length 1."""
     n_axes = int(header["dim"][0])
     shape = tuple(int(n) for n in header["dim"][1 : 1 + n_axes])
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
-    return shape, [float(s) for s in header["pixdim"][1 : 1 + len(shape)]]
+    return shape
 
 
 def _check_spacing(path: Path, spacing: Sequence[float]) -> None:

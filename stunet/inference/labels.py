@@ -35,8 +35,8 @@ def why_not_streamed(plans: Any, configuration: Any, label_manager: Any) -> str 
         return f"its plans resample probabilities with {name}({', '.join(options)})"
     if options.get("order", 3) != 1 or options.get("order_z", 0) not in (0, 1):
         return f"its plans resample probabilities with order {options.get('order', 3)}, not 1"
-    if plans.image_reader_writer_class().__class__.__name__ not in VOLUME_READERS:
-        return f"its images are read by {plans.image_reader_writer_class().__class__.__name__}"
+    if plans.image_reader_writer_class.__name__ not in VOLUME_READERS:
+        return f"its images are read by {plans.image_reader_writer_class.__name__}"
     return None
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
-import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +16,7 @@ import numpy as np
 import torch
 
 from stunet.errors import CommandError, STUNetError
-from stunet.files import remove_leftovers, write_json
+from stunet.files import move_into_place, write_json
 from stunet.inference.images import Case
 from stunet.inference.label_names import LabelNames
 from stunet.inference.labels import predict_labels
@@ -36,7 +34,6 @@ __all__ = [
     "describe_outputs",
     "predict_cases",
     "raise_failures",
-    "scratch_folder",
 ]
 
 
@@ -80,12 +77,13 @@ class Prediction:
     options: OutputOptions = field(default_factory=OutputOptions)
 
 
-def predict_cases(cases: Sequence[Case], prediction: Prediction, listener: Listener) -> dict[str, str]:
+def predict_cases(cases: Sequence[Case], prediction: Prediction, scratch: Path, listener: Listener) -> dict[str, str]:
     """Predict cases. One that fails stops no other.
 
     Args:
         cases: The cases.
         prediction: How.
+        scratch: Folder for unfinished files, on the file system of the predictions.
         listener: Told of the progress.
 
     Returns:
@@ -101,21 +99,20 @@ def predict_cases(cases: Sequence[Case], prediction: Prediction, listener: Liste
         failures[case.name] = describe(error)
         listener.failed(case, failures[case.name])
 
-    with scratch_folder(prediction.output) as scratch:
-        preparing = _Preparation(cases, prediction, scratch, fail)
-        writing = _Writing(len(cases), prediction, fail, listener.finished)
-        try:
-            preparing.start_next()
-            networks = _networks(prediction)
-            for prepared in preparing:
-                try:
-                    writing.add(prepared, _predict(prepared, prediction, networks, listener))
-                except Exception as error:  # whatever it is, the other cases can do without this one
-                    fail(prepared.case, error)
-            writing.finish()
-        finally:
-            preparing.close()
-            writing.close()
+    preparing = _Preparation(cases, prediction, scratch, fail)
+    writing = _Writing(len(cases), prediction, fail, listener.finished)
+    try:
+        preparing.start_next()
+        networks = _networks(prediction)
+        for prepared in preparing:
+            try:
+                writing.add(prepared, _predict(prepared, prediction, networks, listener))
+            except Exception as error:  # whatever it is, the other cases can do without this one
+                fail(prepared.case, error)
+        writing.finish()
+    finally:
+        preparing.close()
+        writing.close()
     return failures
 
 
@@ -141,7 +138,6 @@ class _Preparation:
             if self._waiting and not worker.busy:
                 case, model = self._waiting.popleft(), self._model
                 folder = self._scratch / case.name
-                folder.mkdir()
                 job = PreparationJob(case, model.plans, model.configuration, model.dataset_json, folder)
                 worker.start(prepare, job)
                 self._running.append((case, worker))
@@ -269,48 +265,22 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
-def describe_outputs(prediction: Prediction, arguments: dict[str, Any]) -> None:
+def describe_outputs(prediction: Prediction, scratch: Path, arguments: dict[str, Any]) -> None:
     """Write what nnU-Net writes beside predictions, and ``labels.json``.
 
     Args:
         prediction: How cases are predicted.
+        scratch: Folder for unfinished files, on the file system of the predictions.
         arguments: Content of ``predict_from_raw_data_args.json``.
     """
-    write_json(arguments, prediction.output / "predict_from_raw_data_args.json")
-    write_json(prediction.model.dataset_json, prediction.output / "dataset.json")
-    write_json(prediction.model.plans, prediction.output / "plans.json")
-    write_json(prediction.names.by_value(), prediction.output / "labels.json")
-
-
-@contextmanager
-def scratch_folder(output: Path) -> Iterator[Path]:
-    """A folder for unfinished files on the file system of the predictions; those of killed processes are removed."""
-    name = f".scratch.{socket.gethostname()}."
-    for folder in output.glob(f"{name}*.tmp"):
-        pid = folder.name.removeprefix(name).removesuffix(".tmp")
-        if pid.isdecimal() and not _is_running(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
-    remove_leftovers(output, "*.json")
-    folder = output / f"{name}{os.getpid()}.tmp"
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    if os.name == "nt":  # where signal 0 is no question
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # of another user, or on a system that does not say
-        return True
-    return True
+    for name, content in {
+        "predict_from_raw_data_args.json": arguments,
+        "dataset.json": prediction.model.dataset_json,
+        "plans.json": prediction.model.plans,
+        "labels.json": prediction.names.by_value(),
+    }.items():
+        write_json(content, scratch / name)
+        move_into_place(scratch / name, prediction.output / name)
 
 
 def raise_failures(failures: dict[str, str], n_cases: int) -> None:

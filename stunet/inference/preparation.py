@@ -33,7 +33,7 @@ class PreparationJob:
         plans: Content of ``plans.json``.
         configuration: Name of the configuration.
         dataset_json: Content of ``dataset.json``.
-        scratch: Folder for the result.
+        scratch: Folder for the result; made where it is missing.
     """
 
     case: Case
@@ -107,6 +107,7 @@ def prepare(job: PreparationJob) -> Prepared:
             expected="an image with voxels that are not zero",
             remedy="Look at the image, or leave its case out.",
         ) from error
+    job.scratch.mkdir(exist_ok=True)
     path = job.scratch / "image.npy"
     save_array(path, np.asarray(image, dtype=np.float32))
     return Prepared(job.case, path, properties)

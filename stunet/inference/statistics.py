@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from stunet.errors import DatasetError
-from stunet.files import atomic_path
 from stunet.inference.label_names import LabelNames
 
 __all__ = ["collect_statistics", "measure"]
@@ -59,6 +58,9 @@ def collect_statistics(folder: Path, path: Path) -> None:
     Args:
         folder: With one JSON file for each case.
         path: CSV file to write.
+
+    Raises:
+        DatasetError: A file in the folder that is no such file.
     """
     rows = []
     for file in sorted(folder.glob("*.json")):
@@ -76,7 +78,7 @@ def collect_statistics(folder: Path, path: Path) -> None:
             ) from error
     n_channels = max((len(row) for row in rows), default=5) - 4
     means = ["mean_intensity"] if n_channels == 1 else [f"mean_intensity_{c:04d}" for c in range(n_channels)]
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as opened:
+    with path.open("w", newline="", encoding="utf-8") as opened:
         table = csv.writer(opened)
         table.writerow(["case", "structure", "voxels", "volume_ml", *means])
         table.writerows(rows)

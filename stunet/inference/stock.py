@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from stunet.files import move_into_place
 from stunet.inference.images import Case
 from stunet.inference.labels import label_type
 from stunet.inference.outputs import WritingJob, write_outputs
-from stunet.inference.pipeline import Listener, Prediction, describe, scratch_folder
+from stunet.inference.pipeline import Listener, Prediction, describe
 from stunet.inference.preparation import save_array
 
 __all__ = ["predict_with_nnunet"]
@@ -22,6 +23,7 @@ __all__ = ["predict_with_nnunet"]
 def predict_with_nnunet(
     cases: Sequence[Case],
     prediction: Prediction,
+    scratch: Path,
     listener: Listener,
     *,
     save_probabilities: bool = False,
@@ -32,6 +34,7 @@ def predict_with_nnunet(
     Args:
         cases: The cases.
         prediction: How; its strategy is not looked at.
+        scratch: Folder for unfinished files, on the file system of the predictions.
         listener: Told of the progress.
         save_probabilities: Whether nnU-Net's ``.npz`` and ``.pkl`` are written too.
         previous_stage: Folder with predictions of a cascade's first stage.
@@ -44,23 +47,24 @@ def predict_with_nnunet(
     """
     predictor = _predictor(prediction)
     failures: dict[str, str] = {}
-    with scratch_folder(prediction.output) as scratch:
-        for case in cases:
-            folder = scratch / case.name
-            folder.mkdir()
-            try:
-                predictor.predict_from_files_sequential(
-                    [[str(path) for path in case.files]],
-                    [str(folder / "stock")],
-                    save_probabilities=save_probabilities,
-                    folder_with_segs_from_prev_stage=None if previous_stage is None else str(previous_stage),
-                )
-                _write(case, prediction, folder, save_probabilities=save_probabilities)
-            except Exception as error:  # the other cases can do without this one
-                failures[case.name] = describe(error)
-                listener.failed(case, failures[case.name])
-            else:
-                listener.finished(case)
+    for case in cases:
+        folder = scratch / case.name
+        folder.mkdir()
+        try:
+            predictor.predict_from_files_sequential(
+                [[str(path) for path in case.files]],
+                [str(folder / "stock")],
+                save_probabilities=save_probabilities,
+                folder_with_segs_from_prev_stage=None if previous_stage is None else str(previous_stage),
+            )
+            _write(case, prediction, folder, save_probabilities=save_probabilities)
+        except Exception as error:  # the other cases can do without this one
+            failures[case.name] = describe(error)
+            listener.failed(case, failures[case.name])
+        else:
+            listener.finished(case)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     return failures
 
 

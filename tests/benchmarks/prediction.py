@@ -49,7 +49,9 @@ def measured(command: str, images: Path, output: Path, model: Path) -> dict[str,
     wall = time.perf_counter() - wall
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": wall, "cpu_seconds": cpu, "peak_gb": peak / GB}
+    row = {"seconds": wall, "cpu_seconds": cpu, "peak_gb": peak / GB}
+    print(command.split()[0], images.name, model.name, row, file=sys.stderr)
+    return row
 
 
 def medians(rows: list[dict[str, float]]) -> dict[str, Any]:
@@ -114,13 +116,9 @@ def whole_body(workspace: Path, length: int, patch: int, num_classes: int) -> di
     geometry = read_geometry(Case("a", (path,)), 1)
     stock = stock_bytes(load_model(model), geometry) / GB
     result = measured(OURS + " --memory 4GB", workspace / "images", workspace / "out", model)
-    return {
-        "voxels": geometry.shape[::-1],
-        "patch": patch,
-        "classes": num_classes,
-        "stock_would_need_gb": round(stock, 1),
-        **{name: round(value, 2) for name, value in result.items()},
-    }
+    described = {"voxels": geometry.shape[::-1], "patch": patch, "classes": num_classes}
+    rounded = {name: round(value, 2) for name, value in result.items()}
+    return {**described, **rounded, "stock_would_need_gb": round(stock, 1)}
 
 
 def main() -> None:
