@@ -35,7 +35,7 @@ def _open(page: Path, folder: Path) -> tuple[list[str], list[str], np.ndarray]:
     shot, log = folder / "shot.png", folder / "net.json"
     command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={folder / 'profile'}", f"--screenshot={shot}",
                f"--log-net-log={log}", page.as_uri()]  # fmt: skip
-    got = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    got = subprocess.run(command, capture_output=True, text=True, timeout=400, check=True)
     console = [line for line in got.stderr.splitlines() if "CONSOLE" in line]
     events = json.loads(log.read_text())["events"]
     urls = {str(event.get("params", {}).get("url", "")) for event in events}
