@@ -21,7 +21,7 @@ def demo(
     size: Annotated[
         str | None, typer.Option(help="small, base, large or huge; a narrow network by default, for speed.")
     ] = None,
-    epochs: Annotated[int, typer.Option(help="Epochs of 20 iterations of the first training.", min=1)] = 9,
+    epochs: Annotated[int, typer.Option(help="Epochs of 20 iterations of the first training.", min=1)] = 12,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the phantoms and of the choice of unseen cases.", min=0)] = 0,
 ) -> None:
