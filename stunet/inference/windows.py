@@ -131,9 +131,10 @@ def mirror_and_predict(network: nn.Module, axes: Sequence[int] | None) -> Callab
             prediction: Tensor = network(image)
             for flipped in combined:
                 other = network(image.flip(flipped))
-                # Class by class: all at once would be one more copy of all logits.
-                for total, addend in zip(prediction[0], other[0], strict=True):
-                    total += addend.flip([a - 2 for a in flipped])
+                # Flipping all classes at once would be one more copy of all logits.
+                at_once = 1 if image.device.type == "cpu" else other.shape[1]
+                for i in range(0, other.shape[1], at_once):
+                    prediction[:, i : i + at_once] += other[:, i : i + at_once].flip(flipped)
                 del other
             if combined:
                 prediction /= len(combined) + 1
