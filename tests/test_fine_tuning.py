@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from made_trainers import make, narrow_plans, save, trained
+from made_trainers import make, narrow_plans, save, step, trained
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
@@ -111,7 +111,7 @@ def step_through(trainer: BaseSTUNetTrainer, images: Tensor) -> list[list[float]
         rates.append([group["lr"] for group in trainer.optimizer.param_groups])
         trainer.optimizer.zero_grad()
         sum(logits.square().mean() for logits in trainer.network(image)).backward()
-        trainer.optimizer.step()
+        step(trainer)
         trained_log(trainer)
         trainer.current_epoch += 1
     return rates

@@ -45,7 +45,7 @@ def test_demo_tells_the_story(tmp_path: Path) -> None:
     assert page.count("<svg") == 3
     assert page.count("data:image/png;base64,") == 1
     n_commands = printed.count("\n$ ") - printed.count("\n$ export ")
-    assert len(re.findall(r"^  # \d+ s$", page, re.MULTILINE)) == n_commands == 15
+    assert len(re.findall(r"^  # \d+ s$", page, re.MULTILINE)) == n_commands == 14
     for summary in ("finetuned", "scratch"):
         scores = json.loads((out / f"predictions_{summary}" / "summary.json").read_text())
         assert len(scores["metric_per_case"]) == 4

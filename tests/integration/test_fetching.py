@@ -124,7 +124,10 @@ def test_a_fetch_that_is_stopped_or_killed_goes_on(terminal: Terminal, signal_nu
     gate = threading.Event()
     served = terminal.server.files["/x.model"]
     served.gate = gate
+    # A shell's background jobs ignore Ctrl+C, and the command would inherit that from tests that run in one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = terminal.start("weights", "fetch", "tiny")
+    signal.signal(signal.SIGINT, before)
     while not served.half_sent.wait(0.05):
         assert process.poll() is None
     part = terminal.folder / ".partial" / "x.model"
