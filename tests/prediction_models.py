@@ -30,6 +30,7 @@ def write_model(
     folds: Sequence[str] = ("0",),
     mirroring: Sequence[int] | None = None,
     size: STUNetSize = NARROW,
+    n_strides: int = 2,
     change: dict[str, Any] | None = None,
     labels: dict[str, Any] | None = None,
     **plans_changes: Any,
@@ -45,12 +46,12 @@ def write_model(
         folds: Names of the folds, each with weights of its own.
         mirroring: What the checkpoint allows.
         size: Size of the network.
+        n_strides: How many of its stages halve the grid.
         change: Changes of the configuration.
         labels: In the place of ``structure_1``, ``structure_2``, …
         **plans_changes: Changes of the plans.
     """
     name = "3d_fullres" if len(patch) == 3 else "2d"
-    n_strides = 2
     strides = [[1] * len(patch)] + [[2] * len(patch)] * n_strides + [[1] * len(patch)] * (5 - n_strides)
     plans: dict[str, Any] = {
         "dataset_name": "Dataset001_Test",

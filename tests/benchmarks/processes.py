@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from threading import Event, Thread
 
 import psutil
@@ -17,6 +19,8 @@ def run(line: str, environment: dict[str, str], interval: float = 3.0) -> int:
         environment: Its environment.
         interval: Seconds between looks at the memory.
     """
+    scripts = str(Path(sys.executable).parent)  # this environment's commands, activated or not
+    environment = {**environment, "PATH": os.pathsep.join([scripts, environment["PATH"]])}
     process = subprocess.Popen(["bash", "-c", line], env=environment, stdout=sys.stderr)
     peak, finished = 0, Event()
 
