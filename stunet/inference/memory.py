@@ -39,7 +39,7 @@ class Strategy:
 
     Attributes:
         axis: The axis along which logits are held a window's thickness at a time. Along the first, labels are nnU-Net's
-            bit for bit; along another, where two logits are equal to the last bit or so, either may win.
+            for the prepared image; along another, where two logits are equal to the last bit or so, either may win.
         average_folds: Whether the logits of several folds are averaged window by window, which takes as much memory as
             one fold and rounds in another order, instead of image by image as nnU-Net does.
         n_preparing: Processes that read and preprocess the next cases; 0 for none beside this one.
@@ -53,7 +53,7 @@ class Strategy:
 
     @property
     def exact(self) -> bool:
-        """Whether labels are nnU-Net's bit for bit."""
+        """Whether logits are added up in nnU-Net's order."""
         return self.axis == 0 and not self.average_folds
 
 

@@ -74,24 +74,24 @@ def test_a_real_ct_with_118_outputs(
 
 
 def test_killed_in_the_middle_of_several_cases(shell: Shell) -> None:
-    """SIGKILL after the first of five; every label map that is there is whole, and --continue does the others."""
+    """SIGKILL in the middle of twenty; every file that is there is whole, and --continue does the other cases."""
     model = write_model(shell.root / "model_killed", num_classes=4, spacing=(1.0, 1.1, 0.9))
-    images = shell.root / "five"
-    for i in range(5):
-        write_image(images / f"case_{i}_0000.nii.gz", smooth_image((20, 40, 40), i), (1.5, 0.8, 0.8))
+    images = shell.root / "twenty"
+    for i in range(20):
+        write_image(images / f"case_{i:02d}_0000.nii.gz", smooth_image((16, 30, 30), i), (1.5, 0.8, 0.8))
     command = f"stunet predict -i {images} -m {model} -device cpu --masks --disable_progress_bar"
     shell.run(f"{command} -o whole")
     killed = shell.root / "killed"
-    shell.run_and_kill(f"{command} -o killed", lambda log: "Predicted case_0" in log)
+    shell.run_and_kill(f"{command} -o killed", lambda log: "Predicted case_08" in log)
     finished = sorted(path.name for path in killed.glob("*.nii.gz"))
-    assert "case_0.nii.gz" in finished
-    assert len(finished) < 5
+    assert "case_08.nii.gz" in finished
+    assert len(finished) < 20
     for path in [*killed.glob("*.nii.gz"), *killed.glob("case_*/segmentations/*")]:
         gzip.decompress(path.read_bytes())  # raises where it is not whole
     kept = {name: (killed / name).stat().st_mtime_ns for name in finished}
     output = shell.run(f"{command} -o killed --continue")
     assert f"{len(finished)} are finished already" in output
-    assert "Predicted case_4" in output
+    assert "Predicted case_19" in output
     assert {name: (killed / name).stat().st_mtime_ns for name in finished} == kept
     assert not list(killed.glob(".*"))
     names = sorted(str(path.relative_to(killed)) for path in killed.rglob("*.nii.gz"))
