@@ -21,6 +21,7 @@ from stunet.cli import (
     predict,
     rank,
     rank_eval,
+    train,
     weights,
 )
 from stunet.cli.console import ListOptionsCommand, print_error
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.command("plan", cls=ListOptionsCommand)(plan.plan)
 app.command("info", cls=ListOptionsCommand)(info.info)
+app.command("train")(train.train)
 app.command("finetune", cls=ListOptionsCommand)(finetune.finetune)
 app.command("rank", cls=ListOptionsCommand)(rank.rank)
 app.command("rank-eval")(rank_eval.rank_eval)

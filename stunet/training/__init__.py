@@ -1,7 +1,10 @@
 """What the trainers in ``trainers/`` are made of."""
 
 from stunet.training.annotations import CaseAnnotations, Counts, count_voxels
+from stunet.training.distributed import DistributedTrainer, seed_everything
+from stunet.training.launch import TrainRequest, train
 from stunet.training.partial_labels import PartialLabelTrainer
+from stunet.training.ranks import Ranks, check_agreement, check_shared_folder, process_group, share_of_batch
 from stunet.training.strategies import GroupSchedule, ParameterGroup, freeze_others, parameter_groups
 from stunet.training.summary import mask_summary
 from stunet.training.trainer import BaseSTUNetTrainer
@@ -10,11 +13,20 @@ __all__ = [
     "BaseSTUNetTrainer",
     "CaseAnnotations",
     "Counts",
+    "DistributedTrainer",
     "GroupSchedule",
     "ParameterGroup",
     "PartialLabelTrainer",
+    "Ranks",
+    "TrainRequest",
+    "check_agreement",
+    "check_shared_folder",
     "count_voxels",
     "freeze_others",
     "mask_summary",
     "parameter_groups",
+    "process_group",
+    "seed_everything",
+    "share_of_batch",
+    "train",
 ]

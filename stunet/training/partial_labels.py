@@ -23,6 +23,7 @@ from stunet.files import write_json
 from stunet.losses import PartialDiceCELoss
 from stunet.planning import Mirroring
 from stunet.training.annotations import CaseAnnotations, count_voxels
+from stunet.training.distributed import DistributedTrainer
 from stunet.training.summary import mask_summary
 
 __all__ = ["PartialLabelTrainer"]
@@ -31,7 +32,7 @@ __all__ = ["PartialLabelTrainer"]
 _LEFT_RIGHT_AXIS = 2
 
 
-class PartialLabelTrainer(nnUNetTrainer):
+class PartialLabelTrainer(DistributedTrainer):
     """Loss, sampling and validation that know what each case annotates.
 
     Where a dataset has no ``annotated_labels.json``, every case annotates everything, and this trains as nnU-Net does,

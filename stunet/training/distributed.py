@@ -1,0 +1,105 @@
+"""nnU-Net's trainer in one of several processes, on any number of machines and on CPUs too."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from stunet.training.ranks import Ranks, share_of_batch
+
+__all__ = ["DistributedTrainer", "seed_everything"]
+
+
+def seed_everything(*seed: int) -> None:
+    """Seed Python, NumPy and PyTorch with one number made of several."""
+    state = np.random.SeedSequence(seed).generate_state(3)
+    random.seed(int(state[0]))
+    np.random.seed(int(state[1]))
+    torch.manual_seed(int(state[2]))
+
+
+class DistributedTrainer(nnUNetTrainer):
+    """What nnU-Net's trainer takes for granted of several processes, by what they are told.
+
+    nnU-Net expects them on CUDA and on one machine. Here the device is that of the *local* rank, gloo is as good as
+    NCCL, and the batch need not be divisible. ``local_rank`` stays what nnU-Net makes of it, the rank among all, by
+    which it chooses who writes. Under ``nnUNetv2_train -num_gpus`` nothing changes.
+
+    Attributes:
+        seed: Where it is set, each epoch of each process draws its random numbers from it, the rank and the epoch; with
+            ``nnUNet_n_proc_DA=0`` a training then gives the same weights again, interrupted or not.
+    """
+
+    seed: int | None = None
+
+    is_ddp: bool
+    network: nn.Module
+    oversample_foreground_percent: float
+    current_epoch: int
+
+    def __init__(
+        self,
+        plans: dict,  # type: ignore[type-arg] # nnU-Net inspects this signature and wants it as its own
+        configuration: str,
+        fold: int,
+        dataset_json: dict,  # type: ignore[type-arg]
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - likewise
+    ) -> None:
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self._ranks = _ranks_of(self)
+        if self.is_ddp:
+            self.device = torch.device("cuda", self._ranks.local_rank) if device.type == "cuda" else device
+            if device.type != "cuda":
+                self.grad_scaler = None
+
+    def initialize(self) -> None:
+        """nnU-Net's, with a wrapper for CPUs and for several machines where there are several processes."""
+        if not self.is_ddp:
+            super().initialize()
+            return
+        # nnU-Net would wrap the network for the GPU of the rank's number, which only one machine has.
+        self.is_ddp = False
+        try:
+            super().initialize()
+        finally:
+            self.is_ddp = True
+        self.network = DistributedDataParallel(
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.network),  # type: ignore[no-untyped-call]
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+        )
+        self.loss = self._build_loss()  # once more, as it sums over the processes
+
+    def _set_batch_size_and_oversample(self) -> None:
+        whole = int(self.configuration_manager.batch_size)
+        if self._ranks.size == 1:
+            self.batch_size = whole
+            return
+        mine = share_of_batch(whole, self._ranks)
+        # The samples that nnU-Net's loader would force to hold foreground, were it one for all.
+        first_forced = round(whole * (1 - self.oversample_foreground_percent))
+        self.batch_size = len(mine)
+        self.oversample_foreground_percent = sum(i >= first_forced for i in mine) / len(mine)
+
+    def on_epoch_start(self) -> None:
+        """Also draw this epoch's random numbers from the seed."""
+        super().on_epoch_start()
+        if self.seed is not None:
+            seed_everything(self.seed, self._ranks.rank, self.current_epoch)
+
+
+def _ranks_of(trainer: nnUNetTrainer) -> Ranks:
+    if not trainer.is_ddp:
+        return Ranks()
+    ranks = Ranks.from_environment()
+    if ranks.size > 1:
+        return ranks
+    # nnUNetv2_train -num_gpus tells its processes nothing but what the group knows; they are on one machine.
+    from torch import distributed as dist
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return Ranks(rank, size, rank, size)

@@ -1,0 +1,124 @@
+"""``stunet train`` as it is typed: by itself, under torchrun, with a process killed, and from two launchers."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from commands import Shell
+from test_ranks import free_port
+
+from stunet.datasets import write_phantom_dataset
+
+DATASET = "Dataset001_Phantoms"
+SETTINGS = (
+    "num_epochs=4 num_iterations_per_epoch=2 num_val_iterations_per_epoch=1 save_every=1 batch_size=3 "
+    "patch_size=[32,32,32] mirroring=none"
+)
+TRAIN = "stunet train 1 3d_fullres 0 -p STUNetPlans_narrow -device cpu --seed 5"
+TORCHRUN = "nnUNet_n_proc_DA=0 torchrun --max-restarts 2"
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    shell = Shell.make(tmp_path_factory.mktemp("train"))
+    write_phantom_dataset(shell.root / "nnUNet_raw" / DATASET, n_training=5, n_test=0)
+    shell.run("nnUNetv2_plan_and_preprocess -d 1 -c 3d_fullres -npfp 1 -np 1")
+    shell.run(f"stunet plan -d 1 -c 3d_fullres --depth 1 --width 4 --name STUNetPlans_narrow --set {SETTINGS}")
+    return shell
+
+
+def finish(shell: Shell, name: str) -> dict[str, Any]:
+    """The final checkpoint and the scores, after moving the model's fold away."""
+    fold = shell.model(DATASET, "STUNetTrainer__STUNetPlans_narrow__3d_fullres") / "fold_0"
+    checkpoint = torch.load(fold / "checkpoint_final.pth", weights_only=False)
+    summary = json.loads((fold / "validation" / "summary.json").read_text())
+    checkpoint["dice"] = summary["foreground_mean"]["Dice"]
+    assert len(summary["metric_per_case"]) == 1
+    logs = "".join(path.read_text() for path in sorted(fold.glob("training_log_*.txt")))
+    checkpoint["log"] = logs
+    fold.rename(shell.root / name)
+    return checkpoint
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shell: Shell) -> dict[str, Any]:
+    """Two processes of one launcher."""
+    shell.run(f"{TORCHRUN} --standalone --nproc-per-node 2 --no-python {TRAIN}")
+    return finish(shell, "undisturbed")
+
+
+def test_batch_and_logs_of_two_processes(undisturbed: dict[str, Any]) -> None:
+    assert undisturbed["current_epoch"] == 4
+    assert undisturbed["log"].count("Epoch 3") == 1  # one process writes
+    assert len(undisturbed["logging"]["train_losses"]) == 4
+
+
+def test_a_killed_process_is_replaced_and_nothing_changes(shell: Shell, undisturbed: dict[str, Any]) -> None:
+    fold = shell.model(DATASET, "STUNetTrainer__STUNetPlans_narrow__3d_fullres") / "fold_0"
+    process = shell.start(f"{TORCHRUN} --standalone --nproc-per-node 2 --no-python {TRAIN}")
+    deadline = time.monotonic() + 600
+    while not any("Epoch 2" in path.read_text() for path in fold.glob("training_log_*.txt")):
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (second,) = (p for p in psutil.Process(process.pid).children(recursive=True) if _rank(p) == "1")
+    second.send_signal(signal.SIGKILL)
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output[-3000:]
+    killed = finish(shell, "killed")
+    assert killed["log"].count("Epoch 3") == 1
+    _assert_same(killed, undisturbed)
+
+
+def _rank(process: psutil.Process) -> str | None:
+    try:
+        environment = process.environ()
+    except psutil.Error:
+        return None
+    return environment.get("RANK") if "stunet" in " ".join(process.cmdline()) else None
+
+
+def test_two_launchers_as_on_two_machines(shell: Shell, undisturbed: dict[str, Any]) -> None:
+    end = f"--rdzv-backend c10d --rdzv-id 7 --rdzv-endpoint 127.0.0.1:{free_port()} --no-python {TRAIN}"
+    nodes = [shell.start(f"{TORCHRUN} --nnodes 2 --nproc-per-node 1 {end}") for _ in range(2)]
+    for node in nodes:
+        output, _ = node.communicate(timeout=900)
+        assert node.returncode == 0, output[-3000:]
+    _assert_same(finish(shell, "nodes"), undisturbed)
+
+
+def _assert_same(checkpoint: dict[str, Any], expected: dict[str, Any]) -> None:
+    for part in ("network_weights", "optimizer_state"):
+        torch.testing.assert_close(checkpoint[part], expected[part], rtol=0, atol=0)
+    assert checkpoint["logging"]["train_losses"] == expected["logging"]["train_losses"]
+    assert checkpoint["dice"] == expected["dice"]
+
+
+def test_by_itself_with_another_batch(shell: Shell) -> None:
+    output = shell.run(f"{TRAIN} --global-batch 2")
+    assert "Dice" in output
+    alone = finish(shell, "alone")
+    assert alone["init_args"]["plans"]["configurations"]["3d_fullres"]["batch_size"] == 2
+
+
+def test_what_cannot_be_trained_is_said(shell: Shell) -> None:
+    few = f"torchrun --standalone --nproc-per-node 2 --no-python {TRAIN} --global-batch 1"
+    for line, problem in (
+        (f"{TRAIN} --c --val", "two things to do"),
+        (TRAIN.replace(" 0 ", " 7 "), "impossible fold"),
+        (f"{TRAIN} -tr nnUNetTrainer", "nnUNetTrainer"),
+        (few, "1 samples for 2 processes"),
+    ):
+        process = shell.start(line)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode != 0
+        assert problem in output
+        assert "remedy:" in output
+    fold = shell.model(DATASET, "STUNetTrainer__STUNetPlans_narrow__3d_fullres") / "fold_0"
+    assert not list(fold.glob("checkpoint_*"))
