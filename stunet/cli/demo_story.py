@@ -22,7 +22,7 @@ _SOURCE, _TARGET = "Dataset001_Phantoms", "Dataset002_PhantomsMR"
 _PRETRAINED, _FINE_TUNED, _SCRATCH = "STUNetPlans_pretrained", "STUNetPlans_finetuned", "STUNetPlans_scratch"
 _PRETRAINER, _TRAINER = "STUNetTrainer_pretrain", "STUNetTrainer"
 _C = "3d_fullres"
-_MOST_EPOCHS_ON_TARGET = 3
+_MOST_EPOCHS_ON_TARGET = 4
 
 
 @dataclass

@@ -71,10 +71,10 @@ _CT = _Anatomy(
         _Organ("aorta", 390.0, (0.0, 0.20, 0.10), (400.0, 9.0, 9.0)),
     ),
 )
-# Another contrast, where bone is dark and fat is bright, and other structures: only the kidneys are in both.
+# Another contrast, where fat is suppressed and bone as dark, and other structures: only the kidneys are in both.
 _MR = _Anatomy(
     air=0.0,
-    fat=700.0,
+    fat=110.0,
     soft_tissue=240.0,
     noise=30.0,
     variation=20.0,
@@ -83,7 +83,7 @@ _MR = _Anatomy(
         _Organ("stomach", 560.0, (0.15, -0.30, 0.38), (26.0, 20.0, 22.0)),
         _Organ("kidneys", 450.0, (-0.25, 0.42, 0.36), (24.0, 14.0, 13.0)),
         _Organ("kidneys", 450.0, (-0.30, 0.42, -0.36), (24.0, 14.0, 13.0)),
-        _Organ("spine", 90.0, (0.0, 0.55, 0.0), (400.0, 13.0, 14.0), is_labelled=False),
+        _Organ("spine", 110.0, (0.0, 0.55, 0.0), (400.0, 13.0, 14.0), is_labelled=False),
         _Organ("vena cava", 880.0, (0.0, 0.20, -0.12), (400.0, 9.0, 10.0)),
     ),
 )
