@@ -114,17 +114,27 @@ def _join(ranks: Ranks, timeout: float) -> Store:
         ) from error
     joined: Store = PrefixStore(f"stunet/{ranks.n_restarts}", store)
     joined.set(f"joined/{ranks.rank}", socket.gethostname())
+    _wait_for_all(joined, ranks.size, timeout)
+    return joined
+
+
+def _wait_for_all(store: Store, size: int, timeout: float) -> None:
     deadline = time.monotonic() + timeout
-    while missing := [rank for rank in range(ranks.size) if not joined.check([f"joined/{rank}"])]:
-        if time.monotonic() > deadline:
+    missing = list(range(size))
+    while missing:
+        try:
+            missing = [rank for rank in missing if not store.check([f"joined/{rank}"])]
+            gave_up = missing and time.monotonic() > deadline
+        except dist.DistError:  # rank 0, which holds the store, has given up first
+            gave_up = True
+        if gave_up:
             raise UsageError(
                 "processes that did not join",
-                got=f"{ranks.size - len(missing)} of {ranks.size}; missing: rank {', '.join(map(str, missing))}",
+                got=f"{size - len(missing)} of {size}; missing: rank {', '.join(map(str, missing))}",
                 expected=f"all of them within {timeout:g} s",
                 remedy="Look at what those processes have printed, or wait longer with --timeout.",
             )
-        time.sleep(_POLL)
-    return joined
+        time.sleep(_POLL if missing else 0)
 
 
 def share_of_batch(global_batch: int, ranks: Ranks) -> range:
