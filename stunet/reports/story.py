@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from stunet.reports.dice import StructureDice, mean_dice
 from stunet.reports.pages import inline_png, inline_svg, write_page
@@ -124,6 +125,7 @@ def dice_curves(curves: Mapping[str, Sequence[float]], label: str) -> Figure:
         axes.plot(range(1, len(values) + 1), values, marker="o", color=colour, label=name)
     axes.set_ylim(0, 1)
     axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("mean Dice")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
