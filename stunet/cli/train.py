@@ -93,14 +93,11 @@ def _check(fold: str, *, continue_training: bool, only_validation: bool) -> None
 
 
 def _start_processes(number: int) -> None:
-    """Become torchrun, which runs this command so many times."""
+    """Become torchrun, which runs this command so many times; there it has a rank, and starts no others."""
     from stunet.cli.console import stdout
 
-    arguments = sys.argv[1:]
-    at = arguments.index("-num_gpus")
-    del arguments[at : at + 2]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "3"]
-    command += ["--nproc-per-node", str(number), "-m", "stunet", *arguments]
+    command += ["--nproc-per-node", str(number), "-m", "stunet", *sys.argv[1:]]
     stdout.print(f"$ torchrun {shlex.join(command[3:])}", style="bold", highlight=False, soft_wrap=True)
     sys.stdout.flush()
     os.execv(sys.executable, command)  # noqa: S606 - this very command, no shell
