@@ -2,6 +2,7 @@
 
 from stunet.network.architecture import ActivationCheckpointing, STUNet, build_stunet, total_stride
 from stunet.network.estimate import Estimate, Loss, Precision, default_strides, estimate, peak_forward_bytes
+from stunet.network.sharding import shard
 from stunet.network.sizes import N_STAGES, SIZES, STUNetSize, find_size, size_of
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "estimate",
     "find_size",
     "peak_forward_bytes",
+    "shard",
     "size_of",
     "total_stride",
 ]

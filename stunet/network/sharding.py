@@ -1,0 +1,31 @@
+"""A STU-Net whose parameters lie in pieces on several processes (PyTorch's FSDP2)."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from stunet.network.architecture import STUNet
+
+__all__ = ["shard"]
+
+
+def shard(network: STUNet, mesh: DeviceMesh, *, dtype: torch.dtype | None = None) -> None:
+    """Divide parameters, gradients and whatever an optimizer makes of them among the processes, in place.
+
+    Each stage and each way up is gathered when it is about to compute, and let go of afterwards; stem and heads stay
+    with the whole network. An optimizer made before does not know the new parameters.
+
+    Args:
+        network: The same weights on each process.
+        mesh: The processes, along one axis.
+        dtype: What stages compute in; gradients are summed in fp32 all the same. The parameters' own by default.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32, cast_forward_inputs=dtype is not None
+    )
+    decoder = network.decoder
+    for part in (*network.encoder.stages, *decoder.upsamplings, *decoder.stages):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    fully_shard(network, mesh=mesh, mp_policy=policy)
