@@ -23,8 +23,9 @@ def test_macs_are_close_to_the_published_ones(shared: Path, name: str) -> None:
     ours = estimate(
         SIZES[name], patch_size=(128,) * 3, batch_size=1, num_classes=105, strides=PUBLISHED_STRIDES
     ).macs  # fmt: skip
-    # Ours saves the coarse heads and seven eighths of each 1x1 convolution on the way up.
-    assert 0.96 * published < ours / 1e12 < published
+    # Ours saves the coarse heads, seven eighths of each 1x1 convolution on the way up, and at the finest three levels
+    # 19 of the 54 products for each voxel and pair of channels where the way up and the skip connection meet.
+    assert 0.82 * published < ours / 1e12 < 0.85 * published
 
 
 def test_macs_and_parameters_of_a_small_network_by_hand() -> None:
@@ -39,7 +40,11 @@ def test_macs_and_parameters_of_a_small_network_by_hand() -> None:
         parameters += weights + 3 * f[level] + 4 * f[level]  # biases, and two norms
     for level in range(5):
         weights = 9 * 2 * f[level] ** 2 + 9 * f[level] ** 2 + 2 * f[level] ** 2
-        macs += weights * n[level] + f[level + 1] * f[level] * n[level + 1]
+        macs += f[level + 1] * f[level] * n[level + 1]
+        if level < 2:  # enough voxels: a transposed convolution with a 4x4 kernel below, and the projection below, too
+            macs += (9 + 9 + 1) * f[level] ** 2 * n[level] + (16 + 1) * f[level] ** 2 * n[level + 1]
+        else:
+            macs += weights * n[level]
         parameters += weights + 7 * f[level] + f[level + 1] * f[level] + f[level] + 3 * f[level] + 3
     macs += 3 * f[0] * n[0]  # the finest head alone
     assert got.macs == macs

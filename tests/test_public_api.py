@@ -10,7 +10,8 @@ API = {
     "stunet": ["__version__"],
     "stunet.network": [
         "ActivationCheckpointing", "Estimate", "Loss", "N_STAGES", "Precision", "SIZES", "STUNet", "STUNetSize",
-        "build_stunet", "default_strides", "estimate", "find_size", "peak_forward_bytes", "shard", "size_of", "total_stride",
+        "build_stunet", "default_strides", "estimate", "find_size", "peak_forward_bytes", "shard", "size_of",
+        "total_stride",
     ],
     "stunet.planning": [
         "Mirroring", "ModelDescription", "NETWORK_CLASS_NAME", "PRETRAINING", "Preparation", "PreprocessedCase",

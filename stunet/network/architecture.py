@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, cast
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stunet.errors import ArchitectureError
-from stunet.network.blocks import CONV_OPS, ConvOp, ResidualBlock, Upsampling
+from stunet.network.blocks import CONV_OPS, ConvOp, MergingBlock, ResidualBlock, Upsampling, pointwise
+from stunet.network.normalization import is_channels_last
 from stunet.network.sizes import N_STAGES, STUNetSize, find_size
 
 __all__ = ["ActivationCheckpointing", "STUNet", "build_stunet", "total_stride"]
@@ -26,32 +28,21 @@ class _Stage(nn.Sequential):
 
     checkpointed = False
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Sequential gives it
-        x = input
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """One tensor, or in the decoder the way up and the skip connection."""
         for block in self:
             if self.checkpointed and torch.is_grad_enabled():
                 # The blocks draw no random numbers, so there is no random state to keep.
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+                inputs = (checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False),)
             else:
-                x = block(x)
-        return x
+                inputs = (block(*inputs),)
+        return inputs[0]
 
 
-def _stage(
-    conv_op: ConvOp,
-    input_channels: int,
-    output_channels: int,
-    *,
-    n_blocks: int,
-    stride: tuple[int, ...],
-) -> _Stage:
-    unit = (1,) * len(stride)
-    first = ResidualBlock(conv_op, input_channels, output_channels, stride=stride, project=True)
-    others = (
-        ResidualBlock(conv_op, output_channels, output_channels, stride=unit, project=False)
-        for _ in range(n_blocks - 1)
-    )
-    return _Stage(first, *others)
+def _stage(first: ResidualBlock, *, n_blocks: int) -> _Stage:
+    conv = first.conv2
+    block = partial(ResidualBlock, type(conv), conv.in_channels, conv.out_channels, stride=(1,) * len(conv.kernel_size))
+    return _Stage(first, *(block(project=False) for _ in range(n_blocks - 1)))
 
 
 class STUNetEncoder(nn.Module):
@@ -74,7 +65,7 @@ class STUNetEncoder(nn.Module):
         channels = (input_channels, *features_per_stage)
         self.strides = tuple(strides)
         self.stages = nn.ModuleList(
-            _stage(conv_op, c_in, c_out, n_blocks=n, stride=stride)
+            _stage(ResidualBlock(conv_op, c_in, c_out, stride=stride, project=True), n_blocks=n)
             for (c_in, c_out), n, stride in zip(pairwise(channels), n_blocks_per_stage, strides, strict=True)
         )
 
@@ -111,12 +102,9 @@ class STUNetDecoder(nn.Module):
         super().__init__()
         self.deep_supervision = deep_supervision
         levels = list(enumerate(pairwise(features_per_stage)))[::-1]  # (level, (channels here, channels below))
-        unit = (1,) * len(strides[0])
-        self.upsamplings = nn.ModuleList(
-            Upsampling(conv_op, below, here, scale=strides[level + 1]) for level, (here, below) in levels
-        )
+        self.upsamplings = nn.ModuleList(Upsampling(conv_op, below, here) for _, (here, below) in levels)
         self.stages = nn.ModuleList(
-            _stage(conv_op, 2 * here, here, n_blocks=n_blocks_per_stage[level], stride=unit)
+            _stage(MergingBlock(conv_op, here, scale=strides[level + 1]), n_blocks=n_blocks_per_stage[level])
             for level, (here, _) in levels
         )
         self.seg_layers = nn.ModuleList(conv_op(here, num_classes, 1) for _, (here, _) in levels)
@@ -128,9 +116,9 @@ class STUNetDecoder(nn.Module):
         *skips, x = features
         logits: list[Tensor] = []
         for upsampling, stage, seg_layer in zip(self.upsamplings, self.stages, self.seg_layers, strict=True):
-            x = stage(torch.cat((upsampling(x), skips.pop()), dim=1))
+            x = stage(upsampling(x), skips.pop())
             if self.deep_supervision or not skips:
-                logits.append(seg_layer(x))
+                logits.append(pointwise(x, seg_layer) if is_channels_last(x) else seg_layer(x))
         return logits[::-1] if self.deep_supervision else logits[0]
 
 
