@@ -65,7 +65,7 @@ class PublishedStructure(nn.Module):
     ):
         super().__init__()
         self.all_outputs = True
-        full = [stride if isinstance(stride, tuple) else (stride,) * n_axes for stride in strides]
+        full = [(stride,) * n_axes if isinstance(stride, int) else tuple(stride) for stride in strides]
         features, unit = size.features, (1,) * len(full[0])
         levels = list(enumerate(pairwise(features)))[::-1]
         self.encoder, self.decoder = nn.Module(), nn.Module()

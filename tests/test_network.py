@@ -201,3 +201,17 @@ def test_impossible_networks(change: dict[str, Any], message: str) -> None:
 def test_impossible_channels(channels: int, classes: int) -> None:
     with pytest.raises(ArchitectureError, match="positive whole number"):
         STUNet(channels, classes, strides=STRIDES, **TINY)
+
+
+def test_heads_that_nobody_weighs_are_not_computed() -> None:
+    network = tiny(deep_supervision=True)
+    x = torch.randn(1, 1, 32, 32, 32)
+    every = network(x)
+    network.decoder.supervised_levels = 3
+    outputs = network(x)
+    torch.testing.assert_close(outputs, every[:3], rtol=0, atol=0)
+    sum(o.sum() for o in outputs).backward()
+    without = [head for head in network.decoder.seg_layers if head.weight.grad is None]
+    assert without == list(network.decoder.seg_layers[:2])
+    network.decoder.deep_supervision = False
+    assert torch.equal(network(x), every[0])

@@ -235,3 +235,17 @@ def test_nnunets_pretrained_weights_take_all_but_the_heads(dataset: Path) -> Non
     theirs = source.network.state_dict()
     for key, value in target.network.state_dict().items():
         assert torch.equal(value, heads[key] if key in heads else theirs[key])
+
+
+def test_heads_that_the_loss_weighs_0_are_left_out(dataset: Path) -> None:
+    trainer = make(plans=narrow_plans())
+    trainer.initialize()
+    image, shape = torch.randn(2, 1, 40, 56, 40), (40, 56, 40)
+    with torch.no_grad():
+        outputs = trainer.network(image)
+        trainer.network.decoder.supervised_levels = 5
+        every = trainer.network(image)
+        targets = [torch.randint(3, (2, 1, *o.shape[2:])) for o in every]
+        assert len(outputs) == sum(weight > 0 for weight in trainer.loss.weight_factors) == 4
+        assert shape == tuple(outputs[0].shape[2:])
+        assert trainer.loss(outputs, targets) == trainer.loss(every, targets)

@@ -84,6 +84,8 @@ class STUNetDecoder(nn.Module):
     Attributes:
         deep_supervision: Whether ``forward`` returns the logits of all five levels or of the finest alone. nnU-Net
             switches it for training and inference.
+        supervised_levels: How many levels, the finest first, that list has. All five, unless a trainer knows that its
+            loss weighs the coarse ones 0; their heads are not computed then.
         upsamplings: The five ways up, coarsest first.
         stages: The five stages of residual blocks, coarsest first.
         seg_layers: The five heads, coarsest first. nnU-Net leaves them out when it loads pre-trained weights.
@@ -101,6 +103,7 @@ class STUNetDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.deep_supervision = deep_supervision
+        self.supervised_levels = N_STAGES - 1
         levels = list(enumerate(pairwise(features_per_stage)))[::-1]  # (level, (channels here, channels below))
         self.upsamplings = nn.ModuleList(Upsampling(conv_op, below, here) for _, (here, below) in levels)
         self.stages = nn.ModuleList(
@@ -117,7 +120,7 @@ class STUNetDecoder(nn.Module):
         logits: list[Tensor] = []
         for upsampling, stage, seg_layer in zip(self.upsamplings, self.stages, self.seg_layers, strict=True):
             x = stage(upsampling(x), skips.pop())
-            if self.deep_supervision or not skips:
+            if not skips or (self.deep_supervision and len(skips) < self.supervised_levels):
                 logits.append(pointwise(x, seg_layer) if is_channels_last(x) else seg_layer(x))
         return logits[::-1] if self.deep_supervision else logits[0]
 

@@ -153,16 +153,20 @@ class Upsampling(nn.Module):
             return cast(Tensor, self.conv(x))
         # A matrix product over the channels. As a convolution PyTorch would sum in another order on the bottleneck's
         # few voxels than on the published code's interpolated ones, and the norms over so few voxels amplify that.
-        return pointwise(x, self.conv)
+        y = self.conv.weight.flatten(1) @ x.flatten(2)
+        y += cast(Tensor, self.conv.bias)[:, None]  # in place, as under autocast y is half and the bias is not
+        return y.view(*y.shape[:2], *x.shape[2:])
 
 
-def pointwise(x: Tensor, conv: nn.Conv2d | nn.Conv3d) -> Tensor:
-    """A 1x1 convolution as a matrix product over the channels; the result has PyTorch's usual layout.
+def pointwise(x: Tensor, conv: nn.Module) -> Tensor:
+    """A 1x1 convolution of a channels-last tensor to one in PyTorch's usual layout, by a matrix product.
 
     Args:
         x: ``(B, C_in, X, Y[, Z])``.
         conv: The convolution.
     """
-    y = conv.weight.flatten(1) @ x.flatten(2)
-    y += cast(Tensor, conv.bias)[:, None]  # in place, as under autocast y is half and the bias is not
-    return y.unflatten(2, x.shape[2:])  # type: ignore[no-untyped-call]
+    # Not by @, which would fold the images into rows, and copy the result back.
+    weight, bias = cast(Tensor, conv.weight), cast(Tensor, conv.bias)
+    y = torch.bmm(weight.flatten(1).expand(x.shape[0], -1, -1), x.flatten(2))
+    y += bias[:, None]
+    return y.view(*y.shape[:2], *x.shape[2:])

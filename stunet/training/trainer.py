@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
@@ -144,8 +145,11 @@ class BaseSTUNetTrainer(PartialLabelTrainer):
         return optimizer, GroupSchedule(optimizer, groups, self.initial_lr)
 
     def initialize(self) -> None:
-        """Also remember the stem, by which weights that somebody else loads are noticed."""
+        """Also leave out heads that the loss weighs 0, and remember the stem, by which other weights are noticed."""
         super().initialize()
+        if self.enable_deep_supervision and not self.is_ddp:  # several processes want a gradient of every parameter
+            weights = cast("DeepSupervisionWrapper", self.loss).weight_factors
+            self._plain_network().decoder.supervised_levels = sum(weight != 0 for weight in weights)
         self._initial_stem = self._stem_weight().detach().clone()
 
     def on_train_start(self) -> None:

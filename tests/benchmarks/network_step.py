@@ -2,10 +2,10 @@
 
 Both networks have the same weights and take turns, in a training step (loss and SGD with momentum included, as the
 trainer has them) and in the forward pass of one patch. The published operations are those of
-``tests/published_structure.py``: interpolate, then convolve; every head computed. Time is given as the median of the ratios of
-turns that follow each other, with the lowest and the highest; memory as the peak of what PyTorch allocates beyond
-weights and momentum (on the CPU by its allocation events, on CUDA by its allocator), and on the CPU also as the highest
-resident set beyond that before, which includes what oneDNN allocates. By hand, with nothing else running:
+``tests/published_structure.py``: interpolate, then convolve; every head computed. Time is given as the median of the
+ratios of turns that follow each other, with the lowest and the highest; memory as the peak of what PyTorch allocates
+beyond weights and momentum (on the CPU by its allocation events, on CUDA by its allocator), and on the CPU also as the
+highest resident set beyond that before, which includes what oneDNN allocates. By hand, with nothing else running:
 
     python tests/benchmarks/network_step.py
     python tests/benchmarks/network_step.py --device cuda --patch 128 --dtype bfloat16
