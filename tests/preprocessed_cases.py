@@ -29,9 +29,7 @@ def structures(shape: Sequence[int], count: int, *, seed: int = 0) -> NDArray[np
         box = tuple(
             slice(max(0, int(c - r)), min(n, int(c + r) + 1)) for c, r, n in zip(centre, radii, shape, strict=True)
         )
-        axes = (
-            ((np.arange(cut.start, cut.stop) - c) / r) ** 2 for cut, c, r in zip(box, centre, radii, strict=True)
-        )
+        axes = (((np.arange(cut.start, cut.stop) - c) / r) ** 2 for cut, c, r in zip(box, centre, radii, strict=True))
         distance = sum(np.ix_(*axes)).astype(np.float32)
         inside = distance < nearest[box]
         nearest[box][inside] = distance[inside]

@@ -54,6 +54,7 @@ API = {
         "Counts",
         "DistributedTrainer",
         "GroupSchedule",
+        "LocalLabelTransform",
         "ParameterGroup",
         "PartialLabelTrainer",
         "Ranks",

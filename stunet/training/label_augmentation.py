@@ -37,7 +37,8 @@ class LocalLabelTransform(SpatialTransform):
     def _apply_to_segmentation(self, segmentation: Tensor, **params: Any) -> Tensor:
         grid = params["grid"]
         if grid is None or not self._is_known(segmentation):
-            return super()._apply_to_segmentation(segmentation, **params)
+            original: Tensor = super()._apply_to_segmentation(segmentation, **params)
+            return original
         pad_label = int(self.padding_value_seg) if self.border_mode_seg == "constant" else 0
         reaches_outside = self._may_reach_outside(grid, segmentation.shape[1:])
         channels = []
@@ -59,8 +60,8 @@ class LocalLabelTransform(SpatialTransform):
 
     def _is_known(self, segmentation: Tensor) -> bool:
         return (
-            segmentation.ndim == 4  # noqa: PLR2004 - channels and three axes
-            and min(segmentation.shape[1:]) > 2  # noqa: PLR2004 - there is an inside
+            segmentation.ndim == 4
+            and min(segmentation.shape[1:]) > 2
             and self.mode_seg == "bilinear"
             and self.seg_tiebreak == "nearest"
             and self.border_mode_seg in ("zeros", "constant")
@@ -89,11 +90,14 @@ def _nearest_and_doubtful(labels: Tensor, grid: Tensor, pad_label: int) -> tuple
         low = torch.minimum(torch.minimum(low_0, low_1), low_2)
         high = torch.maximum(torch.maximum(high_0, high_1), high_2)
     # Both in one number, which is 0 outside: twice the label, and 1 where all neighbours have it too.
-    code = (labels.float() - pad_label) * 2
+    code = (labels.int() - pad_label) * 2
     code[1:-1, 1:-1, 1:-1] += low == high
-    sampled = grid_sample(code[None, None], grid[None], mode="nearest", padding_mode="zeros", align_corners=False)
-    code = sampled[0, 0].int()
+    code = _sample(code.float(), grid, "nearest").int()
     return ((code >> 1) + pad_label).to(labels.dtype), torch.nonzero((code & 1).flatten() == 0)[:, 0]
+
+
+def _sample(volume: Tensor, grid: Tensor, mode: str) -> Tensor:
+    return grid_sample(volume[None, None], grid[None], mode=mode, padding_mode="zeros", align_corners=False)[0, 0]
 
 
 class _Doubtful:
@@ -130,10 +134,7 @@ class _Doubtful:
             chosen = self._near(box)
             indicator = self._indicator
             indicator[box] = (labels[box] == label).float().mul_(_SCALE)
-        scores = grid_sample(
-            indicator[None, None], self._grid[chosen].view(1, -1, 1, 1, 3), mode="bilinear", padding_mode="zeros",
-            align_corners=False,
-        ).flatten()  # fmt: skip
+        scores = _sample(indicator, self._grid[chosen].view(-1, 1, 1, 3), "bilinear").flatten()
         if not outside:
             indicator[box] = 0
         scores = (scores.add_(_SCALE) if outside else scores).half()
