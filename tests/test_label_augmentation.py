@@ -93,11 +93,10 @@ def test_few_labels_are_the_same(count: int, scale: float) -> None:
     assert_same(stock(scaling=(scale, scale)), labels)
 
 
-def test_near_ties_of_two_labels_are_settled_alike() -> None:
-    """The original computes the score of one of two labels only, and half precision rounds the two differently."""
-    noise = torch.randint(0, 2, (1, *LARGER), generator=torch.Generator().manual_seed(0), dtype=torch.int16)
-    for seed in range(4):
-        assert_same(stock(scaling=(0.7, 0.7), padding_value_seg=0), noise, seed)
+def test_two_labels_in_a_larger_patch_are_the_same() -> None:
+    """The original decides between two labels by the score of one of them, and so many points have near ties."""
+    noise = torch.randint(0, 2, (1, 96, 96, 96), generator=torch.Generator().manual_seed(0), dtype=torch.int16)
+    assert_same(stock(patch_size=(72,) * 3, scaling=(0.7, 0.7), padding_value_seg=0), noise)
 
 
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.uint8])

@@ -22,7 +22,7 @@ class LocalLabelTransform(SpatialTransform):
     """batchgeneratorsv2's spatial transform, with each label interpolated only where it can count.
 
     The original interpolates the indicator of every label over the whole patch, and a voxel gets the label with the
-    highest score; time grows with the number of labels. Yet inside a structure the nearest label wins anyway, and
+    highest score; time grows with the number of labels. Yet between voxels of one label that one wins anyway, and
     elsewhere only labels of which a voxel is near can win. The scores that are left to compute come from the same
     ``grid_sample``, so the result is equal to the last bit. Settings that nnU-Net does not use go to the original.
     """
@@ -48,20 +48,20 @@ class LocalLabelTransform(SpatialTransform):
                 # The original decides between two labels by the score of one of them.
                 channels.append(super()._apply_to_segmentation(channel[None], **params)[0])
                 continue
-            nearest, points = _nearest_and_doubtful(channel, grid, pad_label)
-            doubtful = _Doubtful(grid.reshape(-1, 3)[points], nearest.flatten()[points], channel.shape)
+            result, places = _certain_labels(channel, grid)
+            doubtful = _Doubtful(channel, grid.reshape(-1, 3)[places], pad_label)
             if reaches_outside:
                 boxes.setdefault(pad_label, ())
             for label in sorted(boxes):
-                doubtful.score(channel, label, boxes[label], outside=reaches_outside and label == pad_label)
-            nearest.view(-1)[points] = doubtful.winners()
-            channels.append(nearest)
+                doubtful.score(label, boxes[label], outside=reaches_outside and label == pad_label)
+            result.view(-1)[places] = doubtful.winners()
+            channels.append(result)
         return torch.stack(channels)
 
     def _is_known(self, segmentation: Tensor) -> bool:
         return (
             segmentation.ndim == 4
-            and min(segmentation.shape[1:]) > 2
+            and min(segmentation.shape[1:]) > 1
             and self.mode_seg == "bilinear"
             and self.seg_tiebreak == "nearest"
             and self.border_mode_seg in ("zeros", "constant")
@@ -72,28 +72,23 @@ class LocalLabelTransform(SpatialTransform):
 def _boxes(labels: Tensor) -> dict[int, tuple[slice, ...]]:
     """Each label of a map and the box that holds it."""
     lowest = int(labels.min())
-    found = ndimage.find_objects((labels - (lowest - 1)).numpy())
+    found = ndimage.find_objects((labels.int() - (lowest - 1)).numpy())
     return {lowest + i: box for i, box in enumerate(found) if box is not None}
 
 
-def _nearest_and_doubtful(labels: Tensor, grid: Tensor, pad_label: int) -> tuple[Tensor, Tensor]:
-    """The nearest label at each point, and the places, in the flattened patch, where another one may win.
-
-    These are the points whose nearest voxel has another label among its neighbours, or is at the border of the map or
-    outside of it: every voxel that counts at a point is the nearest one or its neighbour.
-    """
+def _certain_labels(labels: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels of the points between eight voxels of one label, and the places of all others in the flattened patch."""
     low = high = labels
-    for axis in range(labels.ndim):
-        inner = labels.shape[axis] - 2
-        low_0, low_1, low_2 = (low.narrow(axis, start, inner) for start in range(3))
-        high_0, high_1, high_2 = (high.narrow(axis, start, inner) for start in range(3))
-        low = torch.minimum(torch.minimum(low_0, low_1), low_2)
-        high = torch.maximum(torch.maximum(high_0, high_1), high_2)
-    # Both in one number, which is 0 outside: twice the label, and 1 where all neighbours have it too.
-    code = (labels.int() - pad_label) * 2
-    code[1:-1, 1:-1, 1:-1] += low == high
-    code = _sample(code.float(), grid, "nearest").int()
-    return ((code >> 1) + pad_label).to(labels.dtype), torch.nonzero((code & 1).flatten() == 0)[:, 0]
+    for axis, size in enumerate(labels.shape):
+        low = torch.minimum(low.narrow(axis, 0, size - 1), low.narrow(axis, 1, size - 1))
+        high = torch.maximum(high.narrow(axis, 0, size - 1), high.narrow(axis, 1, size - 1))
+    # A map of these cells, which has a voxel less than the labels along each axis and is half a voxel further; 0 where
+    # it is not certain, and outside.
+    lowest = int(labels.min())
+    cells = (low.float() - (lowest - 1)) * (low == high)
+    sizes = torch.tensor(labels.shape).flip(0)  # grid_sample has the last axis first
+    sampled = _sample(cells, grid * (sizes / (sizes - 1)), "nearest")
+    return (sampled + (lowest - 1)).to(labels.dtype), torch.nonzero(sampled.flatten() == 0)[:, 0]
 
 
 def _sample(volume: Tensor, grid: Tensor, mode: str) -> Tensor:
@@ -104,39 +99,41 @@ class _Doubtful:
     """The points at which labels compete, and how far the competition is.
 
     Args:
+        labels: The map, ``(X, Y, Z)``.
         grid: Where the points are, ``(N, 3)``, as grid_sample wants it.
-        nearest: The nearest label at each, ``(N,)``.
-        shape: Shape of the label map.
+        pad_label: The label around the map.
     """
 
-    def __init__(self, grid: Tensor, nearest: Tensor, shape: torch.Size) -> None:
-        self._grid, self._nearest = grid, nearest
-        # grid_sample counts from -1 to 1 over the whole map, and the last axis first
-        self._voxels = [((grid[:, -1 - axis] + 1) * size - 1) / 2 for axis, size in enumerate(shape)]
+    def __init__(self, labels: Tensor, grid: Tensor, pad_label: int) -> None:
+        self._labels, self._grid = labels, grid
+        self._voxels = [((grid[:, -1 - axis] + 1) * size - 1) / 2 for axis, size in enumerate(labels.shape)]
+        self._indicator = labels.float().sub_(pad_label)
+        nearest = _sample(self._indicator, grid.view(-1, 1, 1, 3), "nearest").flatten().add_(pad_label)
+        self._indicator.zero_()
+        self._nearest = nearest.to(labels.dtype)
         self._best = torch.full_like(nearest, float("-inf"), dtype=torch.float16)
         self._best_of_nearest = self._best.clone()
-        self._winner = nearest.clone()
-        self._indicator = torch.zeros(shape)
+        self._winner = self._nearest.clone()
 
-    def score(self, labels: Tensor, label: int, box: tuple[slice, ...], *, outside: bool) -> None:
+    def score(self, label: int, box: tuple[slice, ...], *, outside: bool) -> None:
         """Let a label compete. Labels come in ascending order, as the lower one wins ties.
 
         Args:
-            labels: The map.
             label: The label.
             box: Where in the map it is.
             outside: Whether it is also all around the map; then its indicator is less by one, as zeros are there.
         """
         if outside:
-            chosen = torch.arange(len(self._grid))
-            indicator = (labels == label).float().sub_(1).mul_(_SCALE)
+            box, chosen = (), torch.arange(len(self._grid))
         else:
             chosen = self._near(box)
-            indicator = self._indicator
-            indicator[box] = (labels[box] == label).float().mul_(_SCALE)
-        scores = _sample(indicator, self._grid[chosen].view(-1, 1, 1, 3), "bilinear").flatten()
-        if not outside:
-            indicator[box] = 0
+        indicator = self._indicator[box]
+        torch.eq(self._labels[box], label, out=indicator)
+        if outside:
+            indicator.sub_(1)
+        indicator.mul_(_SCALE)
+        scores = _sample(self._indicator, self._grid[chosen].view(-1, 1, 1, 3), "bilinear").flatten()
+        indicator.zero_()
         scores = (scores.add_(_SCALE) if outside else scores).half()
         better = scores > self._best[chosen]
         self._best[chosen[better]] = scores[better]
