@@ -9,8 +9,9 @@ the share of samples in which it is. Three ways of turning and scaling labels go
 interpolation (``stock``), ours with the same result (``local``) and the nearest label (``nearest``). ``sample`` is what
 a sample takes on average, the transforms weighed by their shares, and ``ratios`` compare the ways within repetitions.
 ``workers`` is what nnU-Net's own worker processes deliver at the largest patch and most structures, by the clock, and
-what they take of the processors for a sample, look by look. ``feeds`` says how long a step must take for two cores to
-keep up: seconds of a sample times batch, by cores.
+what they take of the processors for a sample, look by look; ``keep`` is with memory kept as the page on the input
+pipeline advises, here set by mallopt in the workers (glibc only). ``feeds`` says how long a step must take for two
+cores to keep up: seconds of a sample times batch, by cores.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import ctypes
 import json
 import os
 import sys
@@ -240,11 +242,16 @@ def look_at_workers(augmenter: Any, seconds: float, rounds: int = 2) -> list[dic
     place = next(i for i, t in enumerate(loader.transforms.transforms) if isinstance(t, SpatialTransform))
     rows: dict[tuple[str, int], dict[str, list[float]]] = {}
     for _ in range(rounds):
-        for way, processes in (("nearest", 1), *((way, CORES) for way in WAYS)):
-            loader.transforms.transforms[place] = ways[way]
+        for way, processes, keep in (
+            ("nearest", 1, False),
+            ("nearest", CORES, True),
+            *((w, CORES, False) for w in WAYS),
+        ):
+            spatial = ways[way]
+            loader.transforms.transforms[place] = KeepingMemory(spatial, 1) if keep else spatial
             augmenter.num_processes, augmenter.seeds = processes, list(range(processes))
             with running(augmenter):
-                row = rows.setdefault((way, processes), defaultdict(list))
+                row = rows.setdefault((f"{way}, keep" if keep else way, processes), defaultdict(list))
                 for name, value in deliver(augmenter, seconds).items():
                     row[name].append(value)
                 print(way, processes, dict(row), file=sys.stderr)
@@ -252,6 +259,16 @@ def look_at_workers(augmenter: Any, seconds: float, rounds: int = 2) -> list[dic
         {"labels": way, "processes": processes, **{name: [_rounded(v) for v in values] for name, values in row.items()}}
         for (way, processes), row in rows.items()
     ]
+
+
+class KeepingMemory(RandomTransform):
+    """Another transform in a process that does not give large arrays back to the system, from the first sample on."""
+
+    def apply(self, data_dict: dict[str, Any], **params: Any) -> dict[str, Any]:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        return super().apply(data_dict, **params)
 
 
 @contextlib.contextmanager
