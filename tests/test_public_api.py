@@ -55,6 +55,7 @@ API = {
         "Counts",
         "DistributedTrainer",
         "GroupSchedule",
+        "LocalLabelTransform",
         "ParameterGroup",
         "PartialLabelTrainer",
         "Ranks",

@@ -2,6 +2,7 @@
 
 from stunet.training.annotations import CaseAnnotations, Counts, count_voxels
 from stunet.training.distributed import DistributedTrainer, seed_everything
+from stunet.training.label_augmentation import LocalLabelTransform
 from stunet.training.launch import TrainRequest, train
 from stunet.training.partial_labels import PartialLabelTrainer
 from stunet.training.ranks import Ranks, check_agreement, check_shared_folder, process_group, share_of_batch
@@ -15,6 +16,7 @@ __all__ = [
     "Counts",
     "DistributedTrainer",
     "GroupSchedule",
+    "LocalLabelTransform",
     "ParameterGroup",
     "PartialLabelTrainer",
     "Ranks",

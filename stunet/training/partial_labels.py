@@ -24,6 +24,7 @@ from stunet.losses import PartialDiceCELoss
 from stunet.planning import Mirroring
 from stunet.training.annotations import CaseAnnotations, count_voxels
 from stunet.training.distributed import DistributedTrainer
+from stunet.training.label_augmentation import LocalLabelTransform
 from stunet.training.summary import mask_summary
 
 __all__ = ["PartialLabelTrainer"]
@@ -41,7 +42,7 @@ class PartialLabelTrainer(DistributedTrainer):
     Attributes:
         mirroring: See :data:`stunet.planning.Mirroring`; ``no-left-right`` where structures come in sides.
         nearest_labels: Whether augmentation takes the nearest label instead of interpolating each label's map, whose
-            cost grows with their number.
+            cost grows with their number; see :class:`LocalLabelTransform` for how far.
         allow_unannotated: Whether structures that no training case annotates are put up with.
     """
 
@@ -163,12 +164,15 @@ class PartialLabelTrainer(DistributedTrainer):
             augmenter.restart()  # its processes have a copy of the loader
 
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:
-        """nnU-Net's augmentation, with nearest labels where these are wanted."""
+        """nnU-Net's augmentation, with nearest labels where these are wanted, or the same labels in less time."""
         transforms: ComposeTransforms = nnUNetTrainer.get_training_transforms(*args, **kwargs)
-        if self.nearest_labels:
-            for transform in transforms.transforms:
-                if isinstance(transform, SpatialTransform):
-                    transform.mode_seg = "nearest"
+        for index, transform in enumerate(transforms.transforms):
+            if not isinstance(transform, SpatialTransform):
+                continue
+            if self.nearest_labels:
+                transform.mode_seg = "nearest"
+            else:
+                transforms.transforms[index] = LocalLabelTransform.like(transform)
         return transforms
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:  # noqa: N802 - nnU-Net's
