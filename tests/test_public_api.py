@@ -9,7 +9,7 @@ import pytest
 API = {
     "stunet": ["__version__"],
     "stunet.network": [
-        "ActivationCheckpointing", "Estimate", "Loss", "N_STAGES", "Precision", "SIZES", "STUNet", "STUNetSize",
+        "ActivationCheckpointing", "Estimate", "Loss", "N_STAGES", "Parallel", "Precision", "SIZES", "STUNet", "STUNetSize",
         "build_stunet", "default_strides", "estimate", "find_size", "peak_forward_bytes", "shard", "size_of",
         "total_stride",
     ],

@@ -1,9 +1,10 @@
 """STU-Net and what is known of its size: blocks, network, sizes, estimates. Needs torch alone."""
 
 from stunet.network.architecture import ActivationCheckpointing, STUNet, build_stunet, total_stride
-from stunet.network.estimate import Estimate, Loss, Precision, default_strides, estimate, peak_forward_bytes
+from stunet.network.estimate import Estimate, default_strides, estimate, peak_forward_bytes
 from stunet.network.sharding import shard
 from stunet.network.sizes import N_STAGES, SIZES, STUNetSize, find_size, size_of
+from stunet.network.training_memory import Loss, Parallel, Precision
 
 __all__ = [
     "N_STAGES",
@@ -11,6 +12,7 @@ __all__ = [
     "ActivationCheckpointing",
     "Estimate",
     "Loss",
+    "Parallel",
     "Precision",
     "STUNet",
     "STUNetSize",
