@@ -9,9 +9,9 @@ import pytest
 API = {
     "stunet": ["__version__"],
     "stunet.network": [
-        "ActivationCheckpointing", "Estimate", "Loss", "N_STAGES", "Parallel", "Precision", "SIZES", "STUNet", "STUNetSize",
-        "build_stunet", "default_strides", "estimate", "find_size", "peak_forward_bytes", "shard", "size_of",
-        "total_stride",
+        "ActivationCheckpointing", "Estimate", "Loss", "N_STAGES", "Parallel", "Precision", "Recommendation", "SIZES",
+        "STUNet", "STUNetSize", "USABLE_SHARE", "build_stunet", "default_strides", "estimate", "find_size",
+        "peak_forward_bytes", "recommend", "shard", "size_of", "total_stride",
     ],
     "stunet.planning": [
         "Mirroring", "ModelDescription", "MomentumDtype", "NETWORK_CLASS_NAME", "PRETRAINING", "Preparation",

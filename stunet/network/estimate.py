@@ -79,8 +79,8 @@ def estimate(
         fused_optimizer: Whether the optimizer's step is one kernel, without temporary tensors.
 
     Raises:
-        ArchitectureError: The strides do not divide the patch, the network is impossible, or the batch cannot be divided
-            so.
+        ArchitectureError: The strides do not divide the patch, the network is impossible, or the batch cannot be
+            divided so.
     """
     strides = default_strides(patch_size) if strides is None else strides
     kwargs: dict[str, Any] = {

@@ -123,7 +123,7 @@ class _Group:
         self._unsharded = None
         self._buffers.order.append(self)
         if output.requires_grad:
-            output.register_hook(self.before_backward)
+            output.register_hook(self.before_backward)  # type: ignore[no-untyped-call]
 
     def before_backward(self, gradient: Tensor) -> None:
         """The gradient has reached the unit's output."""

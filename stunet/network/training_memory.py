@@ -154,7 +154,7 @@ def _forward_and_backward(
     if step.gradient_accumulation > 1:
         del logits, counted
         logits = []
-    loss.backward()
+    torch.autograd.backward(loss)
     if sharded is not None:
         sharded.finish()
     return list(logits)
