@@ -128,6 +128,7 @@ def sharded_peak(
         tracker.track_inputs((image,))
         with tracker:
             for _ in range(2):
+                tracker.reset_mod_stats()  # it keeps the peak
                 optimizer.zero_grad(set_to_none=True)
                 output = network(image)
                 sum(_LikeTheLoss.apply(logits) for logits in output).backward()

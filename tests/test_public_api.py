@@ -70,6 +70,7 @@ API = {
         "process_group",
         "round_to_bfloat16",
         "seed_everything",
+        "set_kernel",
         "share_of_batch",
         "train",
     ],

@@ -103,8 +103,8 @@ def _families(ranks: int, parallel: Parallel | None, pieces_cost_time: bool) -> 
             for in_pieces in (False, True) if pieces_cost_time else (True,):
                 for where in ("none", "encoder", "all"):
                     checkpointing = {} if where == "none" else {"activation_checkpointing": where}
-                    # The step in bf16 has no temporary tensors to speak of in either case.
-                    fused = {} if momentum else {"fused_optimizer": True}
+                    # PyTorch has no such step for sharded parameters; that in bf16 has few temporary tensors as it is.
+                    fused = {} if momentum or way else {"fused_optimizer": True}
                     yield {**way, **fused, **momentum, **checkpointing, "in_pieces": in_pieces}
 
 

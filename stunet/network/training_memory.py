@@ -44,7 +44,8 @@ class StepSettings:
         fused_optimizer: Whether the optimizer's step is one kernel.
 
     Raises:
-        ArchitectureError: More processes or pieces than samples, or several processes that know nothing of each other.
+        ArchitectureError: More processes or pieces than samples, several processes that know nothing of each other, or
+            a fused step of sharded parameters.
     """
 
     batch_size: int
@@ -72,6 +73,13 @@ class StepSettings:
                 got=f"{self.ranks} with parallel={self.parallel}",
                 expected="one process with none, several with ddp or fsdp",
                 remedy="Correct --ranks or --parallel.",
+            )
+        if self.parallel == "fsdp" and self.fused_optimizer:
+            raise ArchitectureError(
+                "a fused optimizer for sharded parameters",
+                got="fused_optimizer with parallel=fsdp",
+                expected="one of them, as PyTorch has no such step",
+                remedy="Leave fused_optimizer out: a part of the parameters has small temporary tensors.",
             )
 
     @property

@@ -4,7 +4,7 @@ from stunet.training.accumulation import AccumulatingTrainer
 from stunet.training.annotations import CaseAnnotations, Counts, count_voxels
 from stunet.training.distributed import DistributedTrainer, seed_everything
 from stunet.training.launch import TrainRequest, train
-from stunet.training.optimizer import BF16MomentumSGD, round_to_bfloat16
+from stunet.training.optimizer import BF16MomentumSGD, round_to_bfloat16, set_kernel
 from stunet.training.partial_labels import PartialLabelTrainer
 from stunet.training.ranks import Ranks, check_agreement, check_shared_folder, process_group, share_of_batch
 from stunet.training.strategies import GroupSchedule, ParameterGroup, freeze_others, parameter_groups
@@ -32,6 +32,7 @@ __all__ = [
     "process_group",
     "round_to_bfloat16",
     "seed_everything",
+    "set_kernel",
     "share_of_batch",
     "train",
 ]

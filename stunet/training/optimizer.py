@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.optim.sgd import SGD, sgd
 
-__all__ = ["BF16MomentumSGD", "round_to_bfloat16"]
+from stunet.errors import SettingsError
+
+__all__ = ["BF16MomentumSGD", "round_to_bfloat16", "set_kernel"]
 
 # Elements that are in fp32 at a time.
 _CHUNK = 2**22
@@ -75,6 +78,24 @@ class BF16MomentumSGD(SGD):
         for values in self.state.values():
             if values.get("momentum_buffer") is not None:
                 values["momentum_buffer"] = values["momentum_buffer"].bfloat16()
+
+
+def set_kernel(optimizer: Optimizer, *, fused: bool) -> None:
+    """Let SGD take its step in one kernel, or as PyTorch chooses, whatever a checkpoint has brought with it.
+
+    Raises:
+        SettingsError: A fused step of sharded parameters, which PyTorch does not have.
+    """
+    sharded = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
+    if fused and sharded and not isinstance(optimizer, BF16MomentumSGD):
+        raise SettingsError(
+            "a fused optimizer for sharded parameters",
+            got="fused_optimizer=true with parallel=fsdp",
+            expected="one of them, as PyTorch has no such step",
+            remedy="Leave fused_optimizer out: a part of the parameters has small temporary tensors.",
+        )
+    for group in optimizer.param_groups:
+        group["fused"] = True if fused else None
 
 
 def round_to_bfloat16(values: Tensor, generator: torch.Generator) -> Tensor:

@@ -38,7 +38,7 @@ from stunet.planning import (
     rewrite_configuration,
 )
 from stunet.training.accumulation import AccumulatingTrainer
-from stunet.training.optimizer import BF16MomentumSGD
+from stunet.training.optimizer import BF16MomentumSGD, set_kernel
 from stunet.training.selection import TransferSelection
 from stunet.training.strategies import GroupSchedule, freeze_others, parameter_groups
 
@@ -129,7 +129,7 @@ class BaseSTUNetTrainer(AccumulatingTrainer):
         """nnU-Net's optimizer, its parameters grouped as the strategy wants them, as lean as the plans want it."""
         if self.fine_tune == "full" and self.momentum_dtype == "fp32":
             optimizer, schedule = super().configure_optimizers()
-            self._set_kernel(optimizer)
+            set_kernel(optimizer, fused=self.fused_optimizer)
             return optimizer, schedule
         network = self._plain_network()
         groups = parameter_groups(
@@ -148,12 +148,8 @@ class BaseSTUNetTrainer(AccumulatingTrainer):
             momentum=0.99,
             nesterov=True,
         )
-        self._set_kernel(optimizer)
+        set_kernel(optimizer, fused=self.fused_optimizer)
         return optimizer, GroupSchedule(optimizer, groups, self.initial_lr)
-
-    def _set_kernel(self, optimizer: Optimizer) -> None:
-        for group in optimizer.param_groups:
-            group["fused"] = True if self.fused_optimizer else None  # None is PyTorch's choice
 
     def initialize(self) -> None:
         """Also remember the stem, by which weights that somebody else loads are noticed."""
@@ -271,7 +267,7 @@ class BaseSTUNetTrainer(AccumulatingTrainer):
         check_weights(read_checkpoint(path)["network_weights"], self._plain_network().state_dict(), source=path)
         # The base class unpickles without restraint, which is safe now: the same file passed the restricted reader.
         super().load_checkpoint(str(path))
-        self._set_kernel(self.optimizer)  # which the checkpoint has brought with it
+        set_kernel(self.optimizer, fused=self.fused_optimizer)  # which the checkpoint has brought with it
         self._continued = True
 
     def _last_whole(self, requested: Path) -> Path:
