@@ -106,11 +106,20 @@ def fake_ranks(n: int) -> Iterator[Any]:
 
 
 def sharded_peak(
-    size: STUNetSize, ranks: int, *, edge: int, classes: int, mixed: bool = False, **kwargs: Any
+    size: STUNetSize,
+    ranks: int,
+    *,
+    edge: int,
+    classes: int,
+    mixed: bool = False,
+    pieces: int = 1,
+    reduce_each: bool = True,
+    **kwargs: Any,
 ) -> dict[str, int]:
-    """Bytes of one of several processes at the peak of a step with one sample each, by PyTorch's tracker of FSDP2.
+    """Bytes of one of several processes at the peak of a step, by PyTorch's tracker of FSDP2.
 
-    Nothing is allocated: tensors are fake. The optimizer's step goes tensor by tensor, as on the CPU.
+    Each process has a sample in each piece. Nothing is allocated: tensors are fake. The optimizer's step goes tensor by
+    tensor, as on the CPU. Without ``reduce_each`` gradients stay whole until the last piece's.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
@@ -124,16 +133,20 @@ def sharded_peak(
         shard(network, mesh, dtype=torch.half if mixed else None)
         optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.99, nesterov=True, weight_decay=3e-5)
         tracker = FSDPMemTracker(network, optimizer)
-        image = torch.empty(1, 1, *(edge,) * 3)
-        tracker.track_inputs((image,))
+        images = torch.empty(pieces, 1, *(edge,) * 3)
+        tracker.track_inputs((images,))
         with tracker:
             for _ in range(2):
-                tracker.reset_mod_stats()  # it keeps the peak
                 optimizer.zero_grad(set_to_none=True)
-                output = network(image)
-                sum(_LikeTheLoss.apply(logits) for logits in output).backward()
+                for i, image in enumerate(images):
+                    tracker.reset_mod_stats()  # it keeps the peak
+                    network.set_requires_gradient_sync(reduce_each or i == pieces - 1)
+                    output = network(image[None])
+                    loss = sum(_LikeTheLoss.apply(logits) for logits in output)
+                    if pieces > 1:
+                        del output
+                    loss.backward()
                 optimizer.step()
-                del output
         (peak,) = tracker.get_tracker_snapshot("peak").values()
     return {str(getattr(kind, "value", kind)): value for kind, value in peak.items() if value}
 

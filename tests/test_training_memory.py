@@ -89,15 +89,24 @@ def test_ddp_holds_one_more_set_of_gradients(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks", "mixed", "where"),
-    [("small", 2, False, "none"), ("base", 4, False, "none"), ("small", 4, True, "all"), ("large", 2, True, "none")],
+    ("name", "ranks", "mixed", "where", "pieces"),
+    [
+        ("small", 2, False, "none", 1),
+        ("base", 4, False, "none", 2),
+        ("small", 4, True, "all", 1),
+        ("large", 2, True, "none", 1),
+    ],
 )
-def test_sharded_memory_is_what_pytorchs_tracker_says(name: str, ranks: int, mixed: bool, where: Any) -> None:
+def test_sharded_memory_is_what_pytorchs_tracker_says(
+    name: str, ranks: int, mixed: bool, where: Any, pieces: int
+) -> None:
     edge = 32
-    measured = sharded_peak(SIZES[name], ranks, edge=edge, classes=105, mixed=mixed, activation_checkpointing=where)
+    measured = sharded_peak(
+        SIZES[name], ranks, edge=edge, classes=105, mixed=mixed, pieces=pieces, activation_checkpointing=where
+    )
     got = predicted(
-        name, patch_size=(edge,) * 3, batch_size=ranks, ranks=ranks, parallel="fsdp", num_classes=105,
-        precision="amp" if mixed else "fp32", activation_checkpointing=where,
+        name, patch_size=(edge,) * 3, batch_size=ranks * pieces, ranks=ranks, parallel="fsdp", num_classes=105,
+        precision="amp" if mixed else "fp32", activation_checkpointing=where, gradient_accumulation=pieces,
     )  # fmt: skip
     assert got == pytest.approx(measured["Total"], rel=0.1)
 

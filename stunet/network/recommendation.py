@@ -47,8 +47,8 @@ def recommend(
 
     1. nothing; then ``fused_optimizer``, which is no slower and computes the same;
     2. ``gradient_accumulation``: as many operations, on fewer samples at a time;
-    3. ``activation_checkpointing=encoder``, which runs half of the network forward once more, then ``all``, which runs
-       nearly all of it;
+    3. ``activation_checkpointing=encoder``, which runs less than half of the network forward once more, then
+       ``all``, which runs nearly all of it;
     4. ``momentum_dtype=bf16``: little time, but the first that changes the training, by rounding at random;
     5. ``parallel=fsdp``, where there are several processes: parameters travel before each use.
 
