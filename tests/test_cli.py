@@ -125,7 +125,7 @@ def test_info_recommends_settings_for_a_gpu() -> None:
     assert row["recommendation"]["training_bytes"] == needed < row["training_bytes"]
     said = run(*typed, "--gpu", gpu).stdout
     assert parse_settings(said.partition("--set ")[2].partition("  (")[0].split()) == settings
-    assert "nothing fits" in run(*typed, "--gpu", "1MB").stdout
+    assert "nothing fits" in run(*typed, "--batch", "1", "--gpu", "1MB").stdout
 
 
 def test_plan_writes_and_says_what_to_do_next(folders: dict[str, str]) -> None:
