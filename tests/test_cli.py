@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from weights import TINY, tiny_weights, write_v1
@@ -17,7 +18,8 @@ from plans import DATASET_JSON, make_plans
 from stunet.cli.console import human_bytes, human_count
 from stunet.cli.env import trainers_folder
 from stunet.cli.main import main
-from stunet.planning import SETTINGS
+from stunet.network import USABLE_SHARE, STUNetSize, estimate
+from stunet.planning import SETTINGS, parse_settings
 
 STUNET = str(Path(sys.executable).with_name("stunet"))
 
@@ -111,6 +113,21 @@ def test_info_as_table_and_json() -> None:
     assert custom["sizes"][0]["name"] == "d112222w2"
 
 
+def test_info_recommends_settings_for_a_gpu() -> None:
+    settings = {"fused_optimizer": True, "gradient_accumulation": 2}
+    kwargs: dict[str, Any] = {"patch_size": (32, 32, 32), "batch_size": 4, "num_classes": 3, "precision": "amp"}
+    needed = estimate(STUNetSize("tiny", (1,) * 6, 4), **kwargs, **settings).training_bytes
+    typed = ["info", "--width", "4", "--depth", "1,1,1,1,1,1", "--patch", "32,32,32", "--batch", "4", "--classes", "3"]
+    gpu = f"{needed / USABLE_SHARE / 1024 + 1:.0f}k"
+    (row,) = json.loads(run(*typed, "--gpu", gpu, "--json").stdout)["sizes"]
+    assert row["recommendation"]["fits"]
+    assert row["recommendation"]["settings"] == settings
+    assert row["recommendation"]["training_bytes"] == needed < row["training_bytes"]
+    said = run(*typed, "--gpu", gpu).stdout
+    assert parse_settings(said.partition("--set ")[2].partition("  (")[0].split()) == settings
+    assert "nothing fits" in run(*typed, "--batch", "1", "--gpu", "1MB").stdout
+
+
 def test_plan_writes_and_says_what_to_do_next(folders: dict[str, str]) -> None:
     got = run("plan", "-d", "1", "--size", "small", "--set", "num_epochs=3", "initial_lr=0.1", **folders)
     assert got.returncode == 0, got.stderr
@@ -191,6 +208,10 @@ def test_plan_replaces_what_differs_only_when_asked(
         (("--patch", "a"), "impossible patch"),
         (("--patch", "64"), "impossible patch"),
         (("--precision", "fp8"), "amp"),
+        (("--momentum-dtype", "fp8"), "bf16"),
+        (("--parallel", "tensor"), "fsdp"),
+        (("--size", "small", "--patch", "32,32,32", "--ranks", "4"), "2 samples for 4 processes"),
+        (("--size", "small", "--patch", "32,32,32", "--gpu", "large"), "Correct --gpu"),
         (("--activation-checkpointing", "some"), "none, encoder or all"),
     ],
 )

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from memory_events import EDGE, Training, allocated
 
-from stunet.losses import partial_dice_ce_loss
-from stunet.network import SIZES, STUNet, STUNetSize, build_stunet, default_strides, estimate
+from stunet.network import SIZES, STUNetSize, build_stunet, default_strides, estimate
 
 PUBLISHED_STRIDES = [1, 2, 2, 2, 2, (1, 1, 2)]
 
@@ -56,57 +55,19 @@ def test_default_strides() -> None:
     assert default_strides((8, 40, 56)) == [[1, 1, 1], [2, 2, 2], [1, 2, 2], [1, 2, 2], [1, 1, 1], [1, 1, 1]]
 
 
-def _measured_peak(network: STUNet, *, train: bool, patch: tuple[int, ...], batch: int, classes: int, loss: str) -> int:
-    """Peak of memory that PyTorch allocates on the CPU, from its profiler's allocation events."""
-    image = torch.randn(batch, 1, *patch)
-    target = torch.randint(classes, (batch, *patch))
-    optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.99, nesterov=True)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        losses = []
-        for output in network(image)[:-1]:
-            stride = [a // b for a, b in zip(patch, output.shape[2:], strict=True)]
-            small = target[:, :: stride[0], :: stride[1], :: stride[2]]
-            if loss == "stunet":
-                losses.append(partial_dice_ce_loss(output, small, batch_dice=False))
-                continue
-            p = output.softmax(1)
-            one_hot = torch.zeros(p.shape, dtype=torch.bool).scatter_(1, small[:, None], 1)
-            dice = 2 * (p * one_hot)[:, 1:].sum((2, 3, 4)) / p[:, 1:].sum((2, 3, 4))
-            losses.append(nn.functional.cross_entropy(output, small) - dice.mean())
-        sum(losses[1:], losses[0]).backward()
-        optimizer.step()
-
-    fixed = 4 * sum(p.numel() for p in network.parameters())
-    if train:
-        step()  # makes the momentum
-        optimizer.zero_grad(set_to_none=True)
-        fixed *= 2
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        if train:
-            step()
-        else:
-            with torch.no_grad():
-                network(image)
-    current = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            current += event.nbytes()
-            peak = max(peak, current)
-    return peak + fixed
-
-
 @pytest.mark.parametrize(
     ("train", "loss", "classes"),
     [(True, "stunet", 3), (True, "stunet", 25), (True, "nnunet", 25), (False, "stunet", 3), (False, "stunet", 25)],
 )
 def test_memory_is_what_pytorch_allocates(train: bool, loss: Any, classes: int) -> None:
-    # Large enough for oneDNN's convolutions; for small tensors PyTorch copies the image to columns instead.
-    size, patch = SIZES["small"], (64, 64, 64)
-    network = build_stunet(size, 1, classes, default_strides(patch), deep_supervision=train)
-    batch = 2 if train else 1
-    measured = _measured_peak(network, train=train, patch=patch, batch=batch, classes=classes, loss=loss)
+    size, patch = SIZES["small"], (EDGE,) * 3
+    if train:
+        measured = Training(size, batch=2, classes=classes, loss=loss).peak()
+    else:
+        network = build_stunet(size, 1, classes, default_strides(patch))
+        image = torch.randn(1, 1, *patch)
+        with torch.no_grad():
+            measured = allocated(lambda: network(image)) + 4 * sum(p.numel() for p in network.parameters())
     got = estimate(size, patch_size=patch, batch_size=2, num_classes=classes, loss=loss)
     assert (got.training_bytes if train else got.inference_bytes) == pytest.approx(measured, rel=0.15)
 

@@ -22,18 +22,36 @@ def info(
     channels: Annotated[int, typer.Option(help="Channels of the image.", min=1)] = 1,
     precision: Annotated[str, typer.Option(help="amp (nnU-Net on CUDA) or fp32 (on a CPU).")] = "amp",
     activation_checkpointing: Annotated[str, typer.Option(help="none, encoder or all.")] = "none",
+    ranks: Annotated[int, typer.Option(help="Processes, each with a GPU, that share the batch.", min=1)] = 1,
+    parallel: Annotated[
+        str | None, typer.Option(help="none, ddp or fsdp; ddp by default where there are several processes.")
+    ] = None,
+    gradient_accumulation: Annotated[int, typer.Option(help="Pieces of each process's share of the batch.", min=1)] = 1,
+    momentum_dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    fused_optimizer: Annotated[bool, typer.Option("--fused-optimizer", help="The optimizer's step in one kernel.")] = (
+        False
+    ),
+    batch_dice: Annotated[
+        bool, typer.Option("--batch-dice", help="With --gpu: the plans have batch_dice, so pieces take more time.")
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="Memory of each GPU, for example 24GB: say which settings to train with.")
+    ] = None,
     loss: Annotated[str, typer.Option(help="stunet (STUNetTrainer) or nnunet (nnU-Net's own trainer).")] = "stunet",
     depth: Annotated[str | None, typer.Option(help="Blocks of six stages, for a size of your own.")] = None,
     width: Annotated[int | None, typer.Option(help="Channels of the first stage, for a size of your own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show parameters, multiply-accumulates and estimated memory of each size."""
+    from stunet.cli.advice import advise
     from stunet.cli.sizes import choose_size
     from stunet.network import SIZES
 
     patch_size = _parse_patch(patch)
     _check_choice("precision", precision, ("fp32", "amp"))
     _check_choice("loss", loss, ("stunet", "nnunet"))
+    _check_choice("momentum-dtype", momentum_dtype, ("fp32", "bf16"))
+    _check_choice("parallel", parallel or "none", ("none", "ddp", "fsdp"))
     if depth is None and width is None:
         sizes = [choose_size(name, None, None) for name in size or SIZES]
     else:
@@ -44,14 +62,26 @@ def info(
         "num_classes": classes,
         "input_channels": channels,
         "precision": precision,
-        "activation_checkpointing": activation_checkpointing,
         "loss": loss,
+        "ranks": ranks,
     }
-    rows = [_row(s, settings) for s in sizes]
+    chosen = {
+        "parallel": parallel or ("none" if ranks == 1 else "ddp"),
+        "activation_checkpointing": activation_checkpointing,
+        "gradient_accumulation": gradient_accumulation,
+        "momentum_dtype": momentum_dtype,
+        "fused_optimizer": fused_optimizer,
+    }
+    rows = [_row(s, {**settings, **chosen}) for s in sizes]
+    advice = None if gpu is None else [advise(s, gpu, parallel, batch_dice, settings) for s in sizes]
     if as_json:
-        typer.echo(json.dumps({"settings": settings, "sizes": rows}, indent=2))
-    else:
-        _print_table(rows, settings)
+        if advice is not None:
+            rows = [{**row, "recommendation": one.as_dict()} for row, one in zip(rows, advice, strict=True)]
+        typer.echo(json.dumps({"settings": {**settings, **chosen}, "sizes": rows}, indent=2))
+        return
+    _print_table(rows, {**settings, **chosen})
+    for one in advice or ():
+        one.print()
 
 
 _TRAINERS = {"stunet": "STUNetTrainer", "nnunet": "nnUNetTrainer"}
@@ -77,9 +107,10 @@ def _print_table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
     patch = " x ".join(map(str, settings["patch_size"]))
     table = Table(
         title=f"patch {patch}, batch {settings['batch_size']}, {settings['num_classes']} outputs, "
-        f"{settings['precision']}, activation checkpointing {settings['activation_checkpointing']}",
+        f"{settings['precision']}{_deviations(settings)}",
         caption="MACs: forward pass of one patch.\n"
-        f"Training: all tensors of a step with {_TRAINERS[settings['loss']]}'s loss "
+        f"Training: all tensors of a step{'' if settings['ranks'] == 1 else ' in one process'} with "
+        f"{_TRAINERS[settings['loss']]}'s loss "
         "and nnU-Net's optimizer.\n"
         "Inference: all tensors of the forward pass of one patch.\n"
         "Not counted: CUDA context, workspaces, fragmentation, and the logits of a whole image.",
@@ -100,6 +131,20 @@ def _print_table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
             human_bytes(row["inference_bytes"]),
         )
     stdout.print(table)
+
+
+def _deviations(settings: dict[str, Any]) -> str:
+    """What is not as it is by default."""
+    said = {
+        "activation_checkpointing": ("none", "activation checkpointing {}"),
+        "gradient_accumulation": (1, "batch in {} pieces"),
+        "momentum_dtype": ("fp32", "momentum in {}"),
+        "fused_optimizer": (False, "fused optimizer"),
+    }
+    texts = [text.format(settings[key]) for key, (default, text) in said.items() if settings[key] != default]
+    if settings["ranks"] > 1:
+        texts.append(f"{settings['parallel']} over {settings['ranks']} processes")
+    return "".join(f", {text}" for text in texts)
 
 
 def _parse_patch(text: str) -> list[int]:

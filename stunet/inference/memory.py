@@ -190,8 +190,12 @@ def stock_bytes(model: Model, geometry: Geometry) -> int:
     return 3 * _PROCESS_BYTES + 2 * _HALF * n_logits + resampling
 
 
-def parse_memory(text: str) -> int:
+def parse_memory(text: str, option: str = "--memory") -> int:
     """Bytes of a size such as ``8GB``, ``700M`` or ``0.5TB``; 1 GB is 1024^3 bytes.
+
+    Args:
+        text: The size.
+        option: Where it stands, for the message.
 
     Raises:
         UsageError: No such size.
@@ -202,7 +206,7 @@ def parse_memory(text: str) -> int:
             "a memory budget that is no size",
             got=text,
             expected="a number with a unit, for example 8GB or 700MB",
-            remedy="Correct --memory.",
+            remedy=f"Correct {option}.",
         )
     return int(float(match[1]) * _UNITS[match[2]])
 

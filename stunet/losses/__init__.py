@@ -2,5 +2,6 @@
 
 from stunet.losses.annotation import label_members
 from stunet.losses.dice_ce import PartialDiceCELoss, partial_dice_ce_loss
+from stunet.losses.whole_batch import WholeBatch
 
-__all__ = ["PartialDiceCELoss", "label_members", "partial_dice_ce_loss"]
+__all__ = ["PartialDiceCELoss", "WholeBatch", "label_members", "partial_dice_ce_loss"]

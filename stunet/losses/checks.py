@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stunet.errors import LossError
 
-__all__ = ["check_annotated", "check_target"]
+__all__ = ["check_annotated", "check_labels", "check_target"]
 
 
 def check_target(logits: Tensor, target: Tensor, members: Tensor, ignore_label: int | None) -> Tensor:
@@ -16,7 +16,7 @@ def check_target(logits: Tensor, target: Tensor, members: Tensor, ignore_label: 
     Raises:
         LossError: Logits, target and labels do not fit together.
     """
-    n_labels, n_outputs = members.shape
+    n_outputs = members.shape[1]
     if logits.ndim < 3 or logits.shape[1] != n_outputs or not logits.is_floating_point():
         raise LossError(
             "logits that do not fit the labels",
@@ -33,6 +33,17 @@ def check_target(logits: Tensor, target: Tensor, members: Tensor, ignore_label: 
             expected=f"({logits.shape[0]}, [1,] {', '.join(map(str, logits.shape[2:]))})",
             remedy="Give label values, not one-hot maps; with deep supervision, one target for each output.",
         )
+    check_labels(target, members, ignore_label)
+    return target
+
+
+def check_labels(target: Tensor, members: Tensor, ignore_label: int | None) -> None:
+    """Refuse label values that no output stands for.
+
+    Raises:
+        LossError: There are some.
+    """
+    n_labels = len(members)
     # Negated, so that NaN is found as well.
     wrong = ~((target >= 0) & (target < n_labels))
     if ignore_label is not None:
@@ -44,7 +55,6 @@ def check_target(logits: Tensor, target: Tensor, members: Tensor, ignore_label: 
             expected=f"0 to {n_labels - 1}" + ("" if ignore_label is None else f", or {ignore_label} to ignore"),
             remedy="Check the dataset with `nnUNetv2_plan_and_preprocess --verify_dataset_integrity`.",
         )
-    return target
 
 
 def check_annotated(annotated: Tensor, batch_size: int, n_labels: int) -> Tensor:

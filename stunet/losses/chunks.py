@@ -23,7 +23,7 @@ from torch import Tensor
 from stunet.losses.annotation import Partition
 from stunet.losses.threads import run_in_threads
 
-__all__ = ["Case", "Coefficients", "Sums", "batch_gradient", "batch_sums"]
+__all__ = ["Case", "Coefficients", "Sums", "batch_gradient", "batch_sums", "count_voxels"]
 
 T = TypeVar("T")
 
@@ -208,6 +208,16 @@ def batch_sums(cases: list[Case]) -> list[Sums]:
         by_label = torch.stack([intersection, by_owner, reference])[:, :-1]
         result.append(Sums(cross_entropy, by_label, by_label[2].sum()))
     return result
+
+
+def count_voxels(target: Tensor, partition: Partition, ignore_label: int | None) -> Tensor:
+    """:attr:`Sums.voxels` of one case, which its target ``(N,)`` alone decides."""
+    counts_as = partition.tables[0].to(target.device)
+    labels = target.long()
+    if ignore_label is not None:
+        labels = labels.masked_fill(labels == ignore_label, len(counts_as) - 1)
+    kept = counts_as.index_select(0, labels) < len(counts_as) - 1
+    return kept.sum().to(torch.float32 if target.device.type == "mps" else torch.float64)
 
 
 def _stripe_sums(case: Case, starts: range) -> tuple[Tensor, Tensor, Tensor, Tensor]:

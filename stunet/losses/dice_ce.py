@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,13 +13,12 @@ from torch.autograd.function import once_differentiable
 
 from stunet.errors import LossError
 from stunet.losses.annotation import Partition, check_members, label_members, partition_outputs
-from stunet.losses.checks import check_annotated, check_target
-from stunet.losses.chunks import Case, Coefficients, Sums, batch_gradient, batch_sums
+from stunet.losses.checks import check_annotated, check_labels, check_target
+from stunet.losses.chunks import Case, Coefficients, batch_gradient, batch_sums, count_voxels
+from stunet.losses.combination import Joint, LossSettings, combine, count_of, total_of
+from stunet.losses.whole_batch import WholeBatch
 
 __all__ = ["PartialDiceCELoss", "partial_dice_ce_loss"]
-
-# nnU-Net's bound of the denominator of Dice.
-_SMALLEST_DENOMINATOR = 1e-8
 
 
 class PartialDiceCELoss(nn.Module):
@@ -31,6 +29,20 @@ class PartialDiceCELoss(nn.Module):
 
         with loss.annotated_in(mask):
             output = wrapper(logits, targets)
+
+    A batch that is too large can be computed in pieces, of which each is counted before the first is computed::
+
+        whole = WholeBatch()
+        with torch.no_grad():
+            for logits, targets in pieces:
+                with loss.counted_in(whole):
+                    wrapper(logits, targets)
+        for logits, targets in pieces:
+            with loss.as_part_of(whole):
+                wrapper(logits, targets).backward()
+
+    The pieces' losses add up to the whole batch's loss, and so do their gradients, whatever the pieces' sizes and
+    annotations.
 
     Args:
         members: ``(L, C)`` of :func:`label_members`, or the number of outputs where each label is an output.
@@ -53,9 +65,16 @@ class PartialDiceCELoss(nn.Module):
     ) -> None:
         super().__init__()
         self.members = check_members(label_members(members) if isinstance(members, int) else members)
-        self.settings = _Settings(batch_dice, smooth, ignore_label, ddp, weight_ce, weight_dice)
+        self.settings = LossSettings(batch_dice, smooth, ignore_label, ddp, weight_ce, weight_dice)
         self.settings.check(self.members)
         self._annotated: Tensor | None = None
+        self._counting: WholeBatch | None = None
+        self._whole: WholeBatch | None = None
+
+    @property
+    def counts_probabilities(self) -> bool:
+        """Whether counting a piece takes its logits; elsewhere the targets are enough."""
+        return self.settings.batch_dice
 
     @contextmanager
     def annotated_in(self, annotated: Tensor | None) -> Iterator[None]:
@@ -70,9 +89,49 @@ class PartialDiceCELoss(nn.Module):
         finally:
             self._annotated = before
 
+    @contextmanager
+    def counted_in(self, whole: WholeBatch) -> Iterator[None]:
+        """Within this context, the calls add one piece of a batch to the sums over it, and return 0.
+
+        Logits are read with ``batch_dice`` only; elsewhere anything may stand in their place.
+
+        Args:
+            whole: The batch.
+
+        Raises:
+            LossError: Some piece has been computed already.
+        """
+        whole.begin_counting()
+        self._counting = whole
+        try:
+            yield
+        finally:
+            self._counting = None
+
+    @contextmanager
+    def as_part_of(self, whole: WholeBatch) -> Iterator[None]:
+        """Within this context, the calls return what one piece contributes to the loss of a batch.
+
+        The first time, with ``ddp``, the processes add up their sums, so each of them must come here.
+
+        Args:
+            whole: The batch, all of whose pieces are counted.
+        """
+        whole.begin_computing(ddp=self.settings.ddp)
+        self._whole = whole
+        try:
+            yield
+        finally:
+            self._whole = None
+
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Logits ``(B, C, X, Y[, Z])`` and label values ``(B, [1,] X, Y[, Z])`` to the loss, a scalar."""
-        return _loss(logits, target, self._annotated, self.members, self.settings)
+        if self._counting is not None:
+            total = _count(logits, target, self._annotated, self.members, self.settings)
+            self._counting.add(total)
+            return torch.zeros((), device=total.device)
+        joint = None if self._whole is None else self._whole.next_output()
+        return _loss(logits, target, self._annotated, self.members, self.settings, joint)
 
     def extra_repr(self) -> str:
         """Shown by ``print``."""
@@ -142,35 +201,21 @@ def partial_dice_ce_loss(
     if members is None:
         members = label_members(logits.shape[1] if logits.ndim > 1 else 0)
     members = check_members(members)
-    settings = _Settings(batch_dice, smooth, ignore_label, ddp, weight_ce, weight_dice)
+    settings = LossSettings(batch_dice, smooth, ignore_label, ddp, weight_ce, weight_dice)
     settings.check(members)
     return _loss(logits, target, annotated, members, settings)
 
 
-@dataclass(frozen=True)
-class _Settings:
-    batch_dice: bool
-    smooth: float
-    ignore_label: int | None
-    ddp: bool
-    weight_ce: float
-    weight_dice: float
-
-    def check(self, members: Tensor) -> None:
-        if self.ignore_label is not None and 0 <= self.ignore_label < len(members):
-            raise LossError(
-                "an ignore label that stands for outputs",
-                got=self.ignore_label,
-                expected=f"a value that is none of the {len(members)} labels",
-                remedy=f"Give it the value {len(members)}, as nnU-Net does.",
-            )
-
-
-def _loss(logits: Tensor, target: Tensor, annotated: Tensor | None, members: Tensor, settings: _Settings) -> Tensor:
+def _loss(
+    logits: Tensor,
+    target: Tensor,
+    annotated: Tensor | None,
+    members: Tensor,
+    settings: LossSettings,
+    joint: Joint | None = None,
+) -> Tensor:
     target = check_target(logits, target, members, settings.ignore_label)
-    if annotated is None:
-        annotated = (members.sum(1) == 1).expand(len(logits), -1)
-    annotated = check_annotated(annotated, len(logits), len(members))
+    annotated = _complete(annotated, len(logits), members)
     if settings.ddp and not (dist.is_available() and dist.is_initialized()):
         raise LossError(
             "a loss over several processes without a process group",
@@ -179,8 +224,28 @@ def _loss(logits: Tensor, target: Tensor, annotated: Tensor | None, members: Ten
             remedy="Set ddp=False, or start the processes with nnU-Net's -num_gpus or torchrun.",
         )
     partitions = [partition_outputs(members, row, case) for case, row in enumerate(annotated)]
-    loss: Tensor = _PartialDiceCE.apply(logits, target, annotated, partitions, settings)
+    loss: Tensor = _PartialDiceCE.apply(logits, target, annotated, partitions, settings, joint)
     return loss
+
+
+def _count(logits: Tensor, target: Tensor, annotated: Tensor | None, members: Tensor, settings: LossSettings) -> Tensor:
+    annotated = _complete(annotated, len(target), members)
+    partitions = [partition_outputs(members, row, case) for case, row in enumerate(annotated)]
+    if not settings.batch_dice:
+        check_labels(target, members, settings.ignore_label)
+        flat = target.flatten(1)
+        counts = [count_voxels(row, p, settings.ignore_label) for row, p in zip(flat, partitions, strict=True)]
+        return count_of(torch.stack(counts).sum(), annotated.to(target.device))
+    target = check_target(logits, target, members, settings.ignore_label).flatten(1)
+    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+        sums = batch_sums(_cases(logits, target, partitions, settings))
+    return total_of(sums, annotated.to(logits.device), settings)
+
+
+def _complete(annotated: Tensor | None, batch_size: int, members: Tensor) -> Tensor:
+    if annotated is None:
+        annotated = (members.sum(1) == 1).expand(batch_size, -1)
+    return check_annotated(annotated, batch_size, len(members))
 
 
 class _PartialDiceCE(torch.autograd.Function):
@@ -188,12 +253,18 @@ class _PartialDiceCE(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, annotated: Tensor, partitions: list[Partition], settings: _Settings
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        annotated: Tensor,
+        partitions: list[Partition],
+        settings: LossSettings,
+        joint: Joint | None,
     ) -> Tensor:
         target = target.flatten(1)
         with torch.autocast(logits.device.type, enabled=False):
             sums = batch_sums(_cases(logits, target, partitions, settings))
-            value, coefficients = _combine(sums, annotated.to(logits.device), settings)
+            value, coefficients = combine(sums, annotated.to(logits.device), settings, joint)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         ctx.save_for_backward(logits, target, *(c.to(dtype) for c in coefficients))
         ctx.partitions, ctx.settings = partitions, settings
@@ -209,46 +280,11 @@ class _PartialDiceCE(torch.autograd.Function):
             nu, alpha, beta = (c * grad_output for c in coefficients)
             by = [Coefficients(nu, *pair) for pair in zip(alpha, beta, strict=True)]
             batch_gradient(_cases(logits, target, ctx.partitions, ctx.settings), by, gradient.flatten(2))
-        return gradient, None, None, None, None
+        return gradient, None, None, None, None, None
 
 
-def _cases(logits: Tensor, target: Tensor, partitions: list[Partition], settings: _Settings) -> list[Case]:
+def _cases(logits: Tensor, target: Tensor, partitions: list[Partition], settings: LossSettings) -> list[Case]:
     return [
         Case(one, labels, partition, settings.ignore_label)
         for one, labels, partition in zip(logits.flatten(2), target, partitions, strict=True)
     ]
-
-
-def _combine(sums: list[Sums], annotated: Tensor, settings: _Settings) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """The loss and its derivatives nu ``()``, alpha ``(B, L)`` and beta ``(B, L)`` by the cases' sums."""
-    world = dist.get_world_size() if settings.ddp else 1
-    by_label = torch.stack([s.by_label for s in sums], 1)  # (3, B, L)
-    cross_entropy = torch.stack([s.cross_entropy for s in sums]).sum()
-    voxels = torch.stack([s.voxels for s in sums]).sum()
-    mask = annotated.to(by_label.dtype)
-    by_label = by_label * mask
-    pairs = mask
-    if settings.batch_dice:
-        by_label, pairs = by_label.sum(1, keepdim=True), mask.sum(0, keepdim=True)
-    n_pairs = pairs.sum()
-    if settings.ddp:
-        joint = [voxels[None], n_pairs[None], *([pairs[0], by_label.flatten()] if settings.batch_dice else [])]
-        flat = torch.cat(joint)
-        dist.all_reduce(flat)
-        voxels, n_pairs = flat[0], flat[1]
-        if settings.batch_dice:
-            pairs, by_label = flat[2 : 2 + pairs.numel()][None], flat[2 + pairs.numel() :].view(by_label.shape)
-    present = (pairs > 0).to(mask.dtype)
-    count = (present.sum() if settings.batch_dice else n_pairs).clamp_min(1)
-    voxels = voxels.clamp_min(1)
-
-    intersection, prediction, reference = by_label
-    denominator = reference + prediction + settings.smooth
-    bounded = denominator.clamp_min(_SMALLEST_DENOMINATOR)
-    dice = (2 * intersection + settings.smooth) / bounded * present / count
-    alpha = 2 * present / bounded / count
-    beta = torch.where(denominator >= _SMALLEST_DENOMINATOR, dice / bounded, 0)
-    scale = world * settings.weight_dice
-    value_dice = dice.sum() * (1 if settings.batch_dice else world)
-    value = settings.weight_ce * world * cross_entropy / voxels - settings.weight_dice * value_dice
-    return value, (settings.weight_ce * world / voxels, scale * alpha * mask, scale * beta * mask)

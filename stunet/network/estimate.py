@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from stunet.errors import ArchitectureError
+from stunet.network.allocation import MemoryTracker
 from stunet.network.architecture import ActivationCheckpointing, STUNet
 from stunet.network.blocks import CONV_OPS
 from stunet.network.sizes import N_STAGES, STUNetSize
+from stunet.network.training_memory import Loss, Parallel, Precision, StepSettings, peak_training_bytes
 
-__all__ = ["Estimate", "Loss", "Precision", "default_strides", "estimate", "peak_forward_bytes"]
-
-Precision = Literal["fp32", "amp"]
-"""``fp32`` is training on a CPU; ``amp`` is nnU-Net's mixed precision on CUDA, fp32 weights and half activations."""
-
-Loss = Literal["stunet", "nnunet"]
-"""Whose Dice and cross-entropy: that of this package's trainers, or nnU-Net's own, which takes more memory."""
+__all__ = ["Estimate", "default_strides", "estimate", "peak_forward_bytes"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +28,8 @@ class Estimate:
     Attributes:
         parameters: Number of parameters.
         macs: Multiply-accumulates of the forward pass of one patch, finest head alone as in inference.
-        training_bytes: Peak of all tensors in a training step with Dice and cross-entropy loss and SGD with momentum:
-            weights, gradients, momentum, activations, loss.
+        training_bytes: Peak of all tensors of one process in a training step with Dice and cross-entropy loss and SGD
+            with momentum: weights, gradients, momentum, activations, loss, batch.
         inference_bytes: Peak of all tensors in the forward pass of one patch, weights included. nnU-Net's logits of the
             whole image come on top.
     """
@@ -58,6 +51,11 @@ def estimate(
     precision: Precision = "fp32",
     activation_checkpointing: ActivationCheckpointing = "none",
     loss: Loss = "stunet",
+    parallel: Parallel = "none",
+    ranks: int = 1,
+    gradient_accumulation: int = 1,
+    momentum_dtype: Literal["fp32", "bf16"] = "fp32",
+    fused_optimizer: bool = False,
 ) -> Estimate:
     """Estimate what a STU-Net costs by running it on PyTorch's meta device, which computes shapes alone.
 
@@ -67,16 +65,22 @@ def estimate(
     Args:
         size: Size of the network.
         patch_size: Voxels ``(X, Y[, Z])`` of a patch.
-        batch_size: Patches in a training batch. Inference runs one at a time.
+        batch_size: Patches in the training batch of all processes. Inference runs one at a time.
         num_classes: Outputs of each head, background included.
         input_channels: Channels of the image.
         strides: Stride of each stage; :func:`default_strides` of the patch by default.
         precision: ``fp32`` or ``amp``.
         activation_checkpointing: As for :class:`STUNet`.
         loss: ``stunet`` or ``nnunet``.
+        parallel: ``none``, ``ddp`` or ``fsdp``: how several processes divide the work.
+        ranks: Number of processes.
+        gradient_accumulation: Pieces in which each process computes its share of the batch.
+        momentum_dtype: ``fp32`` or ``bf16``: precision of the optimizer's momentum.
+        fused_optimizer: Whether the optimizer's step is one kernel, without temporary tensors.
 
     Raises:
-        ArchitectureError: The strides do not divide the patch, or the network is impossible.
+        ArchitectureError: The strides do not divide the patch, the network is impossible, or the batch cannot be
+            divided so.
     """
     strides = default_strides(patch_size) if strides is None else strides
     kwargs: dict[str, Any] = {
@@ -91,7 +95,11 @@ def estimate(
         with torch.device("meta"):
             network = STUNet(input_channels, num_classes, **kwargs)
         macs, inference_peak = _run_inference(network, image_shape, precision)
-        training_peak = _run_training(network, image_shape, batch_size, precision, _LOSSES[loss])
+        parameters = sum(p.numel() for p in network.parameters())
+        step = StepSettings(
+            batch_size, precision, loss, parallel, ranks, gradient_accumulation, momentum_dtype, fused_optimizer
+        )
+        training_peak = peak_training_bytes(network, image_shape, step)
     except ArchitectureError:
         raise
     except (RuntimeError, ValueError) as error:  # PyTorch's own checks, of sizes beyond 64 bits or norms of one voxel
@@ -101,7 +109,6 @@ def estimate(
             expected="more than one voxel at the coarsest stage, and tensors that could exist",
             remedy="Choose another patch or size.",
         ) from error
-    parameters = sum(p.numel() for p in network.parameters())
     return Estimate(parameters, macs, training_peak, inference_peak)
 
 
@@ -127,7 +134,7 @@ def peak_forward_bytes(network: nn.Module, image_shape: Sequence[int]) -> int:
         image_shape: ``(B, C, X, Y[, Z])``.
     """
     network.eval()
-    memory = _MemoryTracker()
+    memory = MemoryTracker()
     with torch.no_grad(), memory:
         network(torch.empty(*image_shape, device="meta"))
     return memory.peak
@@ -139,70 +146,10 @@ def _run_inference(network: STUNet, image_shape: tuple[int, ...], precision: Pre
     weights = sum(p.numel() for p in network.parameters()) * (4 + extra)
     network.decoder.deep_supervision = False
     network.eval()
-    memory, flops = _MemoryTracker(), FlopCounterMode(display=False)
+    memory, flops = MemoryTracker(), FlopCounterMode(display=False)
     with _activations(network, precision) as dtype, torch.no_grad(), memory, flops:
         network(torch.empty(1, *image_shape, device="meta", dtype=dtype))
     return int(flops.get_total_flops()) // 2, weights + memory.peak
-
-
-def _run_training(
-    network: STUNet,
-    image_shape: tuple[int, ...],
-    batch_size: int,
-    precision: Precision,
-    loss_of: Callable[[Tensor], Tensor],
-) -> int:
-    n_parameters = sum(p.numel() for p in network.parameters())
-    network.decoder.deep_supervision = True
-    network.train()
-    with _activations(network, precision) as dtype, _MemoryTracker() as memory:
-        image = torch.empty(batch_size, *image_shape, device="meta", dtype=dtype)
-        logits = network(image)
-        # nnU-Net gives the coarsest output the weight 0 and leaves it out.
-        loss = sum((loss_of(output) for output in logits[:-1]), torch.zeros((), device="meta"))
-        del logits
-        torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
-    # Weights, momentum and gradients are fp32 whatever the activations are. While the network runs, autocast keeps a
-    # half copy of the weights; the step on CUDA, which treats all parameters at once, one more set of gradients.
-    mixed = precision == "amp"
-    at_backward: int = memory.peak + n_parameters * (4 + 4 + (2 if mixed else 0))
-    at_step: int = n_parameters * (4 + 4 + 4 + (4 if mixed else 0))
-    return max(at_backward, at_step)
-
-
-def _dice_and_cross_entropy(logits: Tensor) -> Tensor:
-    """The tensors of nnU-Net's loss: softmax and log-softmax in fp32 and a one-hot target."""
-    logits = logits.float()
-    target = torch.empty(logits.shape[0], *logits.shape[2:], device="meta", dtype=torch.long)
-    cross_entropy = nn.functional.cross_entropy(logits, target)
-    probabilities = logits.softmax(1)
-    with torch.no_grad():
-        one_hot = torch.zeros(logits.shape, device="meta", dtype=torch.bool).scatter_(1, target[:, None], 1)
-    axes = tuple(range(2, logits.ndim))
-    intersection, total = (probabilities * one_hot)[:, 1:].sum(axes), probabilities[:, 1:].sum(axes)
-    return cross_entropy - (2 * intersection / total).mean()
-
-
-class _LeanLoss(torch.autograd.Function):
-    """The tensors of this package's loss: the logits, and their gradient when it is asked for."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
-        ctx.save_for_backward(logits)
-        return logits.new_zeros((), dtype=torch.float)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
-        (logits,) = ctx.saved_tensors
-        return torch.empty_like(logits)
-
-
-def _lean_loss(logits: Tensor) -> Tensor:
-    loss: Tensor = _LeanLoss.apply(logits)
-    return loss
-
-
-_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"stunet": _lean_loss, "nnunet": _dice_and_cross_entropy}
 
 
 @contextmanager
@@ -213,35 +160,3 @@ def _activations(network: nn.Module, precision: Precision) -> Iterator[torch.dty
         yield dtype
     finally:
         network.float()
-
-
-class _MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sums the storages that operations make and follows them until they are freed."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.current = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        outputs = func(*args, **(kwargs or {}))
-        inputs = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
-        for output in tree_iter(outputs):
-            if isinstance(output, Tensor):
-                self._add(output.untyped_storage(), inputs)
-        return outputs
-
-    def _add(self, storage: torch.UntypedStorage, inputs: set[int]) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key in self._known or key in inputs:
-            return
-        self._known.add(key)
-        self.current += size
-        self.peak = max(self.peak, self.current)
-        weakref.finalize(storage, self._remove, key, size)
-
-    def _remove(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.current -= size

@@ -19,6 +19,7 @@ __all__ = [
     "SETTINGS_KEY",
     "STRATEGIES",
     "Mirroring",
+    "MomentumDtype",
     "Setting",
     "Strategy",
     "check_settings",
@@ -30,6 +31,9 @@ Mirroring = Literal["all", "no-left-right", "none"]
 
 Strategy = Literal["full", "warmup", "layerwise", "frozen-encoder", "head-only"]
 """How a network is fine-tuned; :func:`stunet.training.parameter_groups` says what each one does."""
+
+MomentumDtype = Literal["fp32", "bf16"]
+"""Precision of the optimizer's momentum between steps."""
 
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
@@ -123,6 +127,17 @@ SETTINGS: dict[str, Setting] = {
         "the id or name of a dataset",
         lambda v: isinstance(v, str | int) and not isinstance(v, bool) and v != "",
         "dataset for which periodic checkpoints are scored, and the best one is kept",
+    ),
+    "gradient_accumulation": Setting(
+        "training",
+        *_COUNT,
+        "pieces in which a process computes its share of the batch: the memory of a piece, the step of the whole",
+    ),
+    "momentum_dtype": Setting(
+        "training", *_one_of(get_args(MomentumDtype)), "precision of momentum between steps; bf16 takes half the memory"
+    ),
+    "fused_optimizer": Setting(
+        "training", *_BOOL, "the optimizer's step in one kernel, which needs no memory of its own"
     ),
     "activation_checkpointing": Setting(
         "architecture",

@@ -1,9 +1,11 @@
 """What the trainers in ``trainers/`` are made of."""
 
+from stunet.training.accumulation import AccumulatingTrainer
 from stunet.training.annotations import CaseAnnotations, Counts, count_voxels
 from stunet.training.distributed import DistributedTrainer, seed_everything
 from stunet.training.label_augmentation import LocalLabelTransform
 from stunet.training.launch import TrainRequest, train
+from stunet.training.optimizer import BF16MomentumSGD, round_to_bfloat16, set_kernel
 from stunet.training.partial_labels import PartialLabelTrainer
 from stunet.training.ranks import Ranks, check_agreement, check_shared_folder, process_group, share_of_batch
 from stunet.training.strategies import GroupSchedule, ParameterGroup, freeze_others, parameter_groups
@@ -11,6 +13,8 @@ from stunet.training.summary import mask_summary
 from stunet.training.trainer import BaseSTUNetTrainer
 
 __all__ = [
+    "AccumulatingTrainer",
+    "BF16MomentumSGD",
     "BaseSTUNetTrainer",
     "CaseAnnotations",
     "Counts",
@@ -28,7 +32,9 @@ __all__ = [
     "mask_summary",
     "parameter_groups",
     "process_group",
+    "round_to_bfloat16",
     "seed_everything",
+    "set_kernel",
     "share_of_batch",
     "train",
 ]

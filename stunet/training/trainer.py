@@ -29,6 +29,7 @@ from stunet.labels import outputs_of
 from stunet.network import STUNet, STUNetSize, find_size
 from stunet.planning import (
     SETTINGS_KEY,
+    MomentumDtype,
     Strategy,
     check_plans,
     is_stunet,
@@ -37,14 +38,15 @@ from stunet.planning import (
     resolve_configuration,
     rewrite_configuration,
 )
-from stunet.training.partial_labels import PartialLabelTrainer
+from stunet.training.accumulation import AccumulatingTrainer
+from stunet.training.optimizer import BF16MomentumSGD, set_kernel
 from stunet.training.selection import TransferSelection
 from stunet.training.strategies import GroupSchedule, freeze_others, parameter_groups
 
 __all__ = ["BaseSTUNetTrainer"]
 
 
-class BaseSTUNetTrainer(PartialLabelTrainer):
+class BaseSTUNetTrainer(AccumulatingTrainer):
     """nnU-Net's trainer with a STU-Net in the plans, settings from the plans, and checkpoints that are always whole.
 
     The network is put into the plans before nnU-Net reads them, so ordinary plans train a STU-Net and the model folder
@@ -68,6 +70,8 @@ class BaseSTUNetTrainer(PartialLabelTrainer):
     head: HeadPolicy = "by-name"
     select_for: str | int | None = None
     keep_every: int | None = None
+    momentum_dtype: MomentumDtype = "fp32"
+    fused_optimizer: bool = False
 
     _continued = False
     _selection: TransferSelection | None = None
@@ -123,9 +127,11 @@ class BaseSTUNetTrainer(PartialLabelTrainer):
         return planned
 
     def configure_optimizers(self) -> tuple[Optimizer, Any]:
-        """nnU-Net's optimizer, its parameters grouped as the fine-tuning strategy wants them."""
-        if self.fine_tune == "full":
-            return cast("tuple[Optimizer, Any]", super().configure_optimizers())
+        """nnU-Net's optimizer, its parameters grouped as the strategy wants them, as lean as the plans want it."""
+        if self.fine_tune == "full" and self.momentum_dtype == "fp32":
+            optimizer, schedule = super().configure_optimizers()
+            set_kernel(optimizer, fused=self.fused_optimizer)
+            return optimizer, schedule
         network = self._plain_network()
         groups = parameter_groups(
             network,
@@ -135,13 +141,15 @@ class BaseSTUNetTrainer(PartialLabelTrainer):
             layer_decay=self.layer_decay,
         )
         freeze_others(network, groups)
-        optimizer = torch.optim.SGD(
+        sgd = BF16MomentumSGD if self.momentum_dtype == "bf16" else torch.optim.SGD
+        optimizer = sgd(
             [{"params": list(group.parameters), "name": group.name} for group in groups],
             self.initial_lr,
             weight_decay=self.weight_decay,
             momentum=0.99,
             nesterov=True,
         )
+        set_kernel(optimizer, fused=self.fused_optimizer)
         return optimizer, GroupSchedule(optimizer, groups, self.initial_lr)
 
     def initialize(self) -> None:
@@ -263,6 +271,7 @@ class BaseSTUNetTrainer(PartialLabelTrainer):
         check_weights(read_checkpoint(path)["network_weights"], self._plain_network().state_dict(), source=path)
         # The base class unpickles without restraint, which is safe now: the same file passed the restricted reader.
         super().load_checkpoint(str(path))
+        set_kernel(self.optimizer, fused=self.fused_optimizer)  # which the checkpoint has brought with it
         self._continued = True
 
     def _last_whole(self, requested: Path) -> Path:

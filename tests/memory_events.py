@@ -1,0 +1,164 @@
+"""Memory of training measured: by PyTorch's allocation events, and of sharded networks by its own tracker."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from stunet.losses import partial_dice_ce_loss
+from stunet.network import STUNet, STUNetSize, build_stunet, default_strides, shard
+
+EDGE = 64  # large enough for oneDNN's convolutions; for small tensors PyTorch copies the image to columns instead
+
+
+def allocated(work: Callable[[], Any]) -> int:
+    """Peak of bytes that are allocated on the CPU while something works, above those before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    current = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            current += event.nbytes()
+            peak = max(peak, current)
+    return peak
+
+
+class Training:
+    """nnU-Net's step on random data: a loss for each output, clipping, SGD, logits that live as long as the step."""
+
+    def __init__(
+        self,
+        size: STUNetSize,
+        *,
+        batch: int,
+        classes: int,
+        loss: str = "stunet",
+        pieces: int = 1,
+        edge: int = EDGE,
+        make_optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+        wrap: Callable[[nn.Module], nn.Module] = lambda network: network,
+        **kwargs: Any,
+    ) -> None:
+        strides = default_strides((edge,) * 3)
+        self.network = build_stunet(size, 1, classes, strides, deep_supervision=True, **kwargs)
+        self.shape, self.classes, self.loss, self.pieces = (batch, 1, *(edge,) * 3), classes, loss, pieces
+        self.wrapped = wrap(self.network)
+        self.optimizer = make_optimizer(
+            self.network.parameters(), 0.01, momentum=0.99, nesterov=True, weight_decay=3e-5
+        )
+
+    def step(self) -> None:
+        image, target = torch.randn(self.shape), torch.randint(self.classes, self.shape, dtype=torch.int16)
+        self.optimizer.zero_grad(set_to_none=True)
+        for part, truth in zip(image.chunk(self.pieces), target.chunk(self.pieces), strict=True):
+            output = self.wrapped(part)
+            value = self._loss(output, truth)
+            if self.pieces > 1:
+                del output
+            value.backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+        self.optimizer.step()
+
+    def _loss(self, output: list[Tensor], target: Tensor) -> Tensor:
+        losses = []
+        for logits in output if self.wrapped is not self.network else output[:-1]:
+            steps = [a // b for a, b in zip(target.shape[2:], logits.shape[2:], strict=True)]
+            small = target[:, 0, :: steps[0], :: steps[1], :: steps[2]]
+            if self.loss == "stunet":
+                losses.append(partial_dice_ce_loss(logits, small, batch_dice=False))
+                continue
+            long = small.long()
+            p = logits.softmax(1)
+            one_hot = torch.zeros(p.shape, dtype=torch.bool).scatter_(1, long[:, None], 1)
+            dice = 2 * (p * one_hot)[:, 1:].sum((2, 3, 4)) / p[:, 1:].sum((2, 3, 4))
+            losses.append(nn.functional.cross_entropy(logits, long) - dice.mean())
+        return sum(losses[1:], losses[0])
+
+    def held(self) -> int:
+        """Bytes of weights and momentum."""
+        states = [s["momentum_buffer"] for s in self.optimizer.state.values() if s.get("momentum_buffer") is not None]
+        return sum(t.numel() * t.element_size() for t in (*self.network.parameters(), *states))
+
+    def peak(self) -> int:
+        """Bytes at the peak of the second step."""
+        self.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return allocated(self.step) + self.held()
+
+
+@contextmanager
+def fake_ranks(n: int) -> Iterator[Any]:
+    """A mesh of ``n`` processes, of which there is one; what the others would send is not there."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n)
+    try:
+        yield init_device_mesh("cpu", (n,))
+    finally:
+        dist.destroy_process_group()
+
+
+def sharded_peak(
+    size: STUNetSize,
+    ranks: int,
+    *,
+    edge: int,
+    classes: int,
+    mixed: bool = False,
+    pieces: int = 1,
+    reduce_each: bool = True,
+    **kwargs: Any,
+) -> dict[str, int]:
+    """Bytes of one of several processes at the peak of a step, by PyTorch's tracker of FSDP2.
+
+    Each process has a sample in each piece. Nothing is allocated: tensors are fake. The optimizer's step goes tensor by
+    tensor, as on the CPU. Without ``reduce_each`` gradients stay whole until the last piece's.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+
+    with warnings.catch_warnings(), fake_ranks(ranks) as mesh, FakeTensorMode():
+        warnings.simplefilter("ignore")
+        network = STUNet(
+            1, classes, features_per_stage=size.features, n_blocks_per_stage=size.depth,
+            strides=default_strides((edge,) * 3), deep_supervision=True, **kwargs,
+        )  # fmt: skip
+        shard(network, mesh, dtype=torch.half if mixed else None)
+        optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.99, nesterov=True, weight_decay=3e-5)
+        tracker = FSDPMemTracker(network, optimizer)
+        images = torch.empty(pieces, 1, *(edge,) * 3)
+        tracker.track_inputs((images,))
+        with tracker:
+            for _ in range(2):
+                optimizer.zero_grad(set_to_none=True)
+                for i, image in enumerate(images):
+                    tracker.reset_mod_stats()  # it keeps the peak
+                    network.set_requires_gradient_sync(reduce_each or i == pieces - 1)
+                    output = network(image[None])
+                    loss = sum(_LikeTheLoss.apply(logits) for logits in output)
+                    if pieces > 1:
+                        del output
+                    loss.backward()
+                optimizer.step()
+        (peak,) = tracker.get_tracker_snapshot("peak").values()
+    return {str(getattr(kind, "value", kind)): value for kind, value in peak.items() if value}
+
+
+class _LikeTheLoss(torch.autograd.Function):
+    """What the loss keeps and makes; the loss itself reads values, which fake tensors do not have."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return logits.new_zeros((), dtype=torch.float)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        return torch.empty_like(ctx.saved_tensors[0])
