@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from stunet.network.architecture import STUNet
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["shard"]
 
@@ -22,6 +25,8 @@ def shard(network: STUNet, mesh: DeviceMesh, *, dtype: torch.dtype | None = None
         mesh: The processes, along one axis.
         dtype: What stages compute in; gradients are summed in fp32 all the same. The parameters' own by default.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes a second or two
+
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32, cast_forward_inputs=dtype is not None
     )

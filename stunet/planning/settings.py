@@ -19,6 +19,7 @@ __all__ = [
     "SETTINGS_KEY",
     "STRATEGIES",
     "Mirroring",
+    "Parallel",
     "Setting",
     "Strategy",
     "check_settings",
@@ -30,6 +31,9 @@ Mirroring = Literal["all", "no-left-right", "none"]
 
 Strategy = Literal["full", "warmup", "layerwise", "frozen-encoder", "head-only"]
 """How a network is fine-tuned; :func:`stunet.training.parameter_groups` says what each one does."""
+
+Parallel = Literal["ddp", "fsdp"]
+"""What several processes share: the batch alone, or parameters, gradients and momentum as well."""
 
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
@@ -123,6 +127,11 @@ SETTINGS: dict[str, Setting] = {
         "the id or name of a dataset",
         lambda v: isinstance(v, str | int) and not isinstance(v, bool) and v != "",
         "dataset for which periodic checkpoints are scored, and the best one is kept",
+    ),
+    "parallel": Setting(
+        "training",
+        *_one_of(get_args(Parallel)),
+        "with several processes: each has the whole network (ddp), or a piece of it (fsdp)",
     ),
     "activation_checkpointing": Setting(
         "architecture",

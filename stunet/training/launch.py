@@ -18,6 +18,7 @@ from stunet.errors import SettingsError, UsageError
 from stunet.planning import find_dataset, find_plans, load_plans, nnunet_folder, resolve_configuration
 from stunet.training.distributed import DistributedTrainer, seed_everything
 from stunet.training.ranks import Ranks, check_agreement, check_shared_folder, process_group, share_of_batch
+from stunet.training.trainer import BaseSTUNetTrainer
 
 __all__ = ["TrainRequest", "train"]
 
@@ -82,7 +83,9 @@ def train(request: TrainRequest) -> None:
         trainer = _make_trainer(ranks, request)
         goes_on = request.continue_training or (ranks.n_restarts > 0 and not request.only_validation)
         weights = None if goes_on else request.pretrained_weights
-        maybe_load_checkpoint(trainer, goes_on, request.only_validation, weights)
+        # A trainer of ours also goes on from what nnU-Net does not look for, when the training starts.
+        only_pieces = isinstance(trainer, BaseSTUNetTrainer) and trainer.has_only_pieces()
+        maybe_load_checkpoint(trainer, goes_on and not only_pieces, request.only_validation, weights)
         if not request.only_validation:
             trainer.run_training()
         if request.validate_best:
