@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -70,6 +71,8 @@ class ShardedTrainer(PartialLabelTrainer):
 
     def _divide(self) -> None:
         network, state = self._plain_network(), self.optimizer.state_dict()
+        # Norms return views, and blocks work in place within a stage; upon a stage's output nothing does.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         mesh = dist.device_mesh.init_device_mesh(self.device.type, (self._ranks.size,))
         shard(network, mesh, dtype=torch.bfloat16 if self.device.type == "cuda" else None)
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
