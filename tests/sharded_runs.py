@@ -19,7 +19,7 @@ from stunet.training import BaseSTUNetTrainer, Ranks, process_group, share_of_ba
 BATCH, PATCH = 4, (24, 24, 24)
 
 
-def make_trainer(*, continues: bool = False, **settings: Any) -> BaseSTUNetTrainer:
+def make_trainer(*, continues: bool = False, divide: bool = True, **settings: Any) -> BaseSTUNetTrainer:
     """A trainer whose network is divided if there are several processes; continues as ``--c`` does."""
     plans = narrow_plans(**{"parallel": "fsdp", "batch_size": BATCH, "initial_lr": 1e-3, **settings})
     trainer = make(plans=plans)
@@ -27,7 +27,7 @@ def make_trainer(*, continues: bool = False, **settings: Any) -> BaseSTUNetTrain
     trainer.initialize()
     if continues:
         trainer.load_checkpoint(str(Path(trainer.output_folder, "checkpoint_latest.pth")))
-    if trainer._divides and not trainer._is_divided:
+    if divide and trainer._divides and not trainer._is_divided:
         trainer._divide()
     return trainer
 

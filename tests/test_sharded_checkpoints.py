@@ -112,6 +112,12 @@ def _go_on_with_two(ranks: Ranks, folder: str) -> dict[str, Any]:
     train_epochs(ddp, 2, save="checkpoint_epoch_0002.pth")
     states["end of ddp"] = state_of(ddp)
     path = Path(in_pieces.output_folder, "checkpoint_epoch_0002.pth")
+    for parallel in ("ddp", "fsdp"):  # heads that begin anew, of which the coarsest learns nothing
+        started = make_trainer(parallel=parallel, head="fresh", divide=False)
+        started._start_from(str(path))
+        if started._divides:
+            started._divide()
+        states[f"started with {parallel}"] = state_of(started)
     in_pieces.load_checkpoint(str(path))  # puts the network together
     in_pieces._divide()
     states["end of ddp in pieces"] = state_of(in_pieces)
@@ -126,6 +132,10 @@ def test_four_processes_write_and_two_go_on(written: dict[str, Any], copied: Pat
     assert_close(states["end"], written["end"], 1e-5)
     assert_close(states["loaded by ddp"], written["at_save"])
     assert_close(states["end of ddp"], written["end"], 1e-5)
+    body = {name for name in states["end"] if name.startswith(("encoder", "decoder.stages", "decoder.upsamplings"))}
+    for parallel in ("ddp", "fsdp"):
+        for name in body:
+            assert torch.equal(states[f"started with {parallel}"][name], states["end of ddp"][name])
     # A file of the whole network is divided, and put together again when it is written.
     assert_close(states["end of ddp in pieces"], states["end of ddp"])
     given, written_again = (

@@ -213,7 +213,9 @@ class BaseSTUNetTrainer(CheckpointingTrainer):
             write_json(report.as_dict(), Path(self.output_folder) / "weight_transfer.json")
 
     def _check_fresh_parts(self, report: TransferReport) -> None:
-        frozen = [key for key in report.fresh if not self._plain_network().get_parameter(key).requires_grad]
+        network, unused = self._plain_network(), {id(parameter) for parameter in self._unused_parameters()}
+        fresh = {key: network.get_parameter(key) for key in report.fresh}
+        frozen = [key for key, value in fresh.items() if not value.requires_grad and id(value) not in unused]
         if frozen:
             raise SettingsError(
                 f"random parameters that fine_tune={self.fine_tune} would never train",
