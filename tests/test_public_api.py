@@ -61,6 +61,7 @@ API = {
         "Ranks",
         "TrainRequest",
         "check_agreement",
+        "check_request",
         "check_shared_folder",
         "count_voxels",
         "freeze_others",

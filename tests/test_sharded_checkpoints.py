@@ -12,12 +12,21 @@ from typing import Any
 
 import pytest
 import torch
+from killing import run_and_kill
 from made_trainers import make
 from sharded_runs import make_trainer, state_of, together, train_epochs
 from torch import Tensor
 from torch import distributed as dist
 
-from stunet.checkpoints.sharded import find_version, load_sharded, read_sharded, remove_sharded
+from stunet.checkpoints import read_checkpoint
+from stunet.checkpoints.sharded import (
+    ShardedSave,
+    find_version,
+    load_sharded,
+    read_sharded,
+    remove_sharded,
+    remove_sharded_leftovers,
+)
 from stunet.errors import CheckpointError
 from stunet.training import BaseSTUNetTrainer, Ranks
 
@@ -101,6 +110,26 @@ def assert_close(state: dict[str, Tensor], expected: dict[str, Tensor], toleranc
     torch.testing.assert_close(state, expected, rtol=0, atol=tolerance)
 
 
+class _Selection:
+    """Keeps what it is given to score."""
+
+    def __init__(self) -> None:
+        self.scored: list[tuple[int, int, int]] = []
+
+    def score(self, checkpoint: Path, epoch: int) -> None:
+        content = read_checkpoint(checkpoint)
+        self.scored.append((epoch, content["current_epoch"], len(content["network_weights"])))
+
+
+def _score(trainer: BaseSTUNetTrainer) -> list[tuple[int, int, int]]:
+    selection: Any = _Selection()
+    if trainer.local_rank == 0:
+        trainer._selection = selection
+    trainer._score_epoch(trainer.current_epoch)
+    assert not Path(trainer.output_folder, "checkpoint_candidate.pth").exists() or trainer.local_rank > 0
+    return list(selection.scored)
+
+
 def _go_on_with_two(ranks: Ranks, folder: str) -> dict[str, Any]:
     in_pieces = make_trainer(continues=True)
     assert in_pieces._is_divided
@@ -111,6 +140,7 @@ def _go_on_with_two(ranks: Ranks, folder: str) -> dict[str, Any]:
     states["loaded by ddp"] = state_of(ddp)
     train_epochs(ddp, 2, save="checkpoint_epoch_0002.pth")
     states["end of ddp"] = state_of(ddp)
+    states["scored"] = _score(in_pieces)
     path = Path(in_pieces.output_folder, "checkpoint_epoch_0002.pth")
     for parallel in ("ddp", "fsdp"):  # heads that begin anew, of which the coarsest learns nothing
         started = make_trainer(parallel=parallel, head="fresh", divide=False)
@@ -143,6 +173,7 @@ def test_four_processes_write_and_two_go_on(written: dict[str, Any], copied: Pat
     )
     for part in ("network_weights", "optimizer_state"):
         torch.testing.assert_close(written_again[part], given[part], rtol=0, atol=0)
+    assert states["scored"] == [(2, 2, len(given["network_weights"]))]  # a file, though the periodic ones are not
     assert written_again["current_epoch"] == given["current_epoch"] == 2
 
 
@@ -202,8 +233,9 @@ def test_no_code_is_run_out_of_it(copied: Path, monkeypatch: pytest.MonkeyPatch,
     start, length = next((p["start"], p["bytes"]) for p in place["pieces"] if p["file"] == piece.name)
     with piece.open("r+b") as file:
         file.seek(start)
-        file.write(evil.read_bytes()[:length].ljust(length, b"\0"))
-    with pytest.raises(CheckpointError, match="damaged"):
+        file.write(evil.read_bytes())
+    assert evil.stat().st_size <= length
+    with pytest.raises(CheckpointError, match="Weights only load failed"):
         make_trainer(continues=True)
     torch.save({"current_epoch": _Evil()}, version / "training.pth")
     with pytest.raises(CheckpointError, match=r"posix\.system"):
@@ -252,6 +284,52 @@ def test_no_space_leaves_the_last_good_one(written: dict[str, Any]) -> None:
         assert (seen["whole"], seen["after"]["current_epoch"]) == (3, 5)
 
 
+def _save_alone(folder: Path, epoch: int) -> None:
+    """One process that writes a checkpoint."""
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        tensors = {"network.a": torch.full((3, 2), float(epoch)), "network.b": torch.tensor(float(epoch))}
+        save = ShardedSave(folder, tensors, {"current_epoch": epoch}, dist.group.WORLD)
+        tensors["network.a"].zero_()  # as a training goes on
+        save.wait()
+    finally:
+        dist.destroy_process_group()
+
+
+def _check_whole(folder: Path) -> int:
+    version = find_version(folder)
+    assert version is not None
+    content, shapes = read_sharded(version)
+    found = {name: torch.zeros(shape.shape) for name, shape in shapes.items()}
+    load_sharded(version, found)
+    epoch = int(content["current_epoch"])
+    torch.testing.assert_close(
+        found, {"network.a": torch.full((3, 2), float(epoch)), "network.b": torch.tensor(1.0 * epoch)}
+    )
+    return epoch
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_at_each_change(tmp_path: Path, after: bool) -> None:
+    folder = tmp_path / "checkpoint_latest.dcp"
+    _in_child(lambda: _save_alone(folder, 1))
+    moments, seen = 0, set()
+    while run_and_kill(lambda: _save_alone(folder, 2), moments + 1, after):
+        moments += 1
+        seen.add(_check_whole(folder))
+        shutil.rmtree(folder)
+        _in_child(lambda: _save_alone(folder, 1))
+    assert moments >= 4
+    assert seen == {1, 2}
+    assert _check_whole(folder) == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["0002"]
+
+
+def _in_child(function: Any) -> None:
+    assert not run_and_kill(function, -1, after=False)
+
+
 def test_an_unfinished_one_is_none(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint_latest.dcp"
     (folder / ".unfinished").mkdir(parents=True)
@@ -260,4 +338,7 @@ def test_an_unfinished_one_is_none(tmp_path: Path) -> None:
         (folder / name).mkdir()
     assert find_version(folder) == folder / "0010"
     remove_sharded(folder)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".checkpoint_best.dcp.removed" / "0001").mkdir(parents=True)  # killed while it was removed
+    remove_sharded_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == []

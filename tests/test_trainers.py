@@ -225,13 +225,23 @@ def test_disabled_checkpointing_writes_nothing(dataset: Path) -> None:
     assert not save(trainer, "checkpoint_latest.pth").exists()
 
 
-def test_nnunets_pretrained_weights_take_all_but_the_heads(dataset: Path) -> None:
+@pytest.mark.parametrize("command", ["nnUNetv2_train", "stunet train"])
+def test_nnunets_pretrained_weights_take_all_but_the_heads(dataset: Path, command: str) -> None:
     source = trained(make(plans=narrow_plans()), 1)
     path = save(source, "checkpoint_final.pth")
     target = make(plans=narrow_plans(), dataset_json={**DATASET_JSON, "labels": {"background": 0, "tumour": 1}})
     target.initialize()
     heads = {k: v.clone() for k, v in target.network.state_dict().items() if ".seg_layers." in k}
-    load_pretrained_weights(target.network, str(path))
+    if command == "stunet train":
+        target.load_pretrained_weights(path)
+    else:
+        load_pretrained_weights(target.network, str(path))
     theirs = source.network.state_dict()
     for key, value in target.network.state_dict().items():
         assert torch.equal(value, heads[key] if key in heads else theirs[key])
+
+
+def test_pretrained_weights_of_another_network(dataset: Path) -> None:
+    path = save(trained(make(plans=narrow_plans()), 1), "checkpoint_final.pth")
+    with pytest.raises(CheckpointError, match="instead of"):
+        make("STUNetTrainer_small").load_pretrained_weights(path)

@@ -39,7 +39,15 @@ from stunet.checkpoints.tensor_index import read_index, write_index
 from stunet.errors import CheckpointError
 from stunet.files import place_files, sync_files
 
-__all__ = ["SHARDED_SUFFIX", "ShardedSave", "find_version", "load_sharded", "read_sharded", "remove_sharded"]
+__all__ = [
+    "SHARDED_SUFFIX",
+    "ShardedSave",
+    "find_version",
+    "load_sharded",
+    "read_sharded",
+    "remove_sharded",
+    "remove_sharded_leftovers",
+]
 
 SHARDED_SUFFIX = ".dcp"
 """What names of such checkpoints end with."""
@@ -200,9 +208,19 @@ class _Reader(FileSystemReader):
 
 
 def remove_sharded(folder: Path) -> None:
-    """Remove a folder like ``checkpoint_latest.dcp``, at no moment half of it, and what killed processes have left."""
+    """Remove a folder like ``checkpoint_latest.dcp``, at no moment half of it."""
     removed = folder.with_name(f".{folder.name}{_REMOVED}")
     shutil.rmtree(removed, ignore_errors=True)
     if folder.is_dir():
         os.replace(folder, removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def remove_sharded_leftovers(folder: Path) -> None:
+    """Remove what :func:`remove_sharded` has left when its process was killed.
+
+    Args:
+        folder: Where folders like ``checkpoint_latest.dcp`` lie.
+    """
+    for removed in folder.glob(f".*{SHARDED_SUFFIX}{_REMOVED}"):
         shutil.rmtree(removed, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 from stunet.training.annotations import CaseAnnotations, Counts, count_voxels
 from stunet.training.distributed import DistributedTrainer, seed_everything
-from stunet.training.launch import TrainRequest, train
+from stunet.training.launch import TrainRequest, check_request, train
 from stunet.training.partial_labels import PartialLabelTrainer
 from stunet.training.ranks import Ranks, check_agreement, check_shared_folder, process_group, share_of_batch
 from stunet.training.strategies import GroupSchedule, ParameterGroup, freeze_others, parameter_groups
@@ -20,6 +20,7 @@ __all__ = [
     "Ranks",
     "TrainRequest",
     "check_agreement",
+    "check_request",
     "check_shared_folder",
     "count_voxels",
     "freeze_others",

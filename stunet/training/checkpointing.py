@@ -18,6 +18,7 @@ from stunet.checkpoints.sharded import (
     load_sharded,
     read_sharded,
     remove_sharded,
+    remove_sharded_leftovers,
 )
 from stunet.errors import CheckpointError
 from stunet.files import atomic_path, remove_leftovers
@@ -101,6 +102,7 @@ class CheckpointingTrainer(ShardedTrainer):
         super().on_train_start()
         if self.local_rank == 0:
             remove_leftovers(self.output_folder, "checkpoint_*.pth")
+            remove_sharded_leftovers(Path(self.output_folder))
 
     def on_epoch_end(self) -> None:
         """Also make sure that the checkpoint in pieces of the last epoch has become whole."""

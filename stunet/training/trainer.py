@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -13,7 +14,9 @@ from stunet.checkpoints import (
     HeadPolicy,
     StemPolicy,
     TransferReport,
+    check_weights,
     open_weights,
+    read_checkpoint,
     transfer_weights,
 )
 from stunet.errors import PlansError, SettingsError, UsageError
@@ -189,6 +192,22 @@ class BaseSTUNetTrainer(CheckpointingTrainer):
             self._selection.score(path, done)
             if self._is_divided:
                 path.unlink(missing_ok=True)
+
+    def load_pretrained_weights(self, path: str | os.PathLike[str]) -> None:
+        """``-pretrained_weights``: all but the heads, as nnU-Net takes them, from a checked file and on any device.
+
+        Raises:
+            CheckpointError: Truncated, no checkpoint, asks for code to be run, or of another network.
+        """
+        if not self.was_initialized:
+            self.initialize()
+        network = self._plain_network()
+        weights, own = (
+            {key: value for key, value in state.items() if ".seg_layers." not in key}
+            for state in (read_checkpoint(path)["network_weights"], network.state_dict())
+        )
+        check_weights(weights, own, source=path)
+        network.load_state_dict(weights, strict=False)
 
     def _start_from(self, path: str) -> None:
         if not torch.equal(self._stem_weight(), self._initial_stem):

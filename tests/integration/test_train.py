@@ -163,11 +163,13 @@ def test_what_cannot_be_trained_is_said(shell: Shell) -> None:
         (TRAIN.replace(" 0 ", " 7 "), "impossible fold"),
         (f"{TRAIN} -tr nnUNetTrainer", "nnUNetTrainer"),
         (few, "1 samples for 2 processes"),
+        (f"{TRAIN} --global-batch 1 -num_gpus 2", "1 samples for 2 processes"),
     ):
         process = shell.start(line)
         output, _ = process.communicate(timeout=300)
         assert process.returncode != 0
         assert problem in output
         assert "remedy:" in output
+    assert output.count("remedy:") == 1  # -num_gpus starts nothing that would say so again and again
     fold = shell.model(DATASET, "STUNetTrainer__STUNetPlans_narrow__3d_fullres") / "fold_0"
     assert not list(fold.glob("checkpoint_*"))
