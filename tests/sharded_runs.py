@@ -45,6 +45,8 @@ def train_epochs(trainer: BaseSTUNetTrainer, epochs: int, *, save: str | None = 
             sum(logits.square().mean() for logits in outputs[:-1]).backward()  # the coarsest head learns nothing
             torch.nn.utils.clip_grad_norm_(trainer.network.parameters(), 12)
             trainer.optimizer.step()
+        with torch.no_grad():
+            trainer.network(images[mine.start : mine.stop])  # as a training validates before it saves
         trainer.logger.log("train_losses", np.float32(epoch), epoch)
         trainer._best_ema = np.float64(epoch)
         if save is not None:

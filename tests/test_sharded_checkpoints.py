@@ -225,16 +225,16 @@ def test_no_code_is_run_out_of_it(copied: Path, monkeypatch: pytest.MonkeyPatch,
     assert version is not None
     (version / ".metadata").write_bytes(pickle.dumps(_Evil()))  # PyTorch's table of contents, which is not read
     make_trainer(continues=True)
-    (piece,) = version.glob("__1_*.distcp")
-    place = json.loads((version / "tensors.json").read_text())["tensors"]["network.decoder.seg_layers.4.bias"]
-    # Any value in a file of tensors may be replaced; PyTorch's reader takes tensors alone.
+    (file,) = version.glob("__1_*.distcp")
     evil = tmp_path / "evil.pt"
     torch.save(_Evil(), evil)
-    start, length = next((p["start"], p["bytes"]) for p in place["pieces"] if p["file"] == piece.name)
-    with piece.open("r+b") as file:
-        file.seek(start)
-        file.write(evil.read_bytes())
-    assert evil.stat().st_size <= length
+    index = json.loads((version / "tensors.json").read_text())
+    pieces = index["tensors"]["network.decoder.seg_layers.4.weight"]["pieces"]
+    (place,) = (piece for piece in pieces if piece["file"] == file.name)
+    place.update(start=file.stat().st_size, bytes=evil.stat().st_size)
+    with file.open("ab") as end:
+        end.write(evil.read_bytes())
+    (version / "tensors.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="Weights only load failed"):
         make_trainer(continues=True)
     torch.save({"current_epoch": _Evil()}, version / "training.pth")

@@ -17,8 +17,8 @@ __all__ = ["shard"]
 def shard(network: STUNet, mesh: DeviceMesh, *, dtype: torch.dtype | None = None) -> None:
     """Divide parameters, gradients and whatever an optimizer makes of them among the processes, in place.
 
-    Each stage and each way up is gathered when it is about to compute, and let go of afterwards; stem and heads stay
-    with the whole network. An optimizer made before does not know the new parameters.
+    Each stage and each way up is gathered when it is about to compute, and let go of afterwards, and so
+    are the heads. An optimizer made before does not know the new parameters.
 
     Args:
         network: The same weights on each process.
@@ -33,4 +33,6 @@ def shard(network: STUNet, mesh: DeviceMesh, *, dtype: torch.dtype | None = None
     decoder = network.decoder
     for part in (*network.encoder.stages, *decoder.upsamplings, *decoder.stages):
         fully_shard(part, mesh=mesh, mp_policy=policy)
-    fully_shard(network, mesh=mesh, mp_policy=policy)
+    # What is left, the heads, is small. Let go of as well, as otherwise it would stay whole where no backward pass
+    # follows, and whoever asks the network for its parameters after a validation would get others than the optimizer's.
+    fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
