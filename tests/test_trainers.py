@@ -245,3 +245,14 @@ def test_pretrained_weights_of_another_network(dataset: Path) -> None:
     path = save(trained(make(plans=narrow_plans()), 1), "checkpoint_final.pth")
     with pytest.raises(CheckpointError, match="instead of"):
         make("STUNetTrainer_small").load_pretrained_weights(path)
+
+
+def test_a_network_in_pieces_computes_in_bf16_on_cuda(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make(plans=narrow_plans(parallel="fsdp"))
+    monkeypatch.setattr(trainer, "device", torch.device("cuda"))
+    monkeypatch.setattr(trainer, "_group", object())
+    before = torch.get_autocast_dtype("cuda")
+    with trainer._precision():
+        assert torch.get_autocast_dtype("cuda") is torch.bfloat16  # what nnU-Net's autocast takes
+        assert not torch.is_autocast_enabled("cuda")  # nor does nnU-Net's backward pass stand in one
+    assert torch.get_autocast_dtype("cuda") is before is torch.float16

@@ -30,9 +30,11 @@ from torch import distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future as TorchFuture
 
 from stunet.checkpoints.archives import load_archive
 from stunet.checkpoints.tensor_index import read_index, write_index
@@ -126,6 +128,13 @@ class _Writer(FileSystemWriter):
             shutil.rmtree(self._folder / _UNFINISHED, ignore_errors=True)
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
 
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        """Write this process's pieces."""
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            raise _os_error(error) or error from None
+
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Rank 0, once all have written their pieces (fsync): make it whole."""
         super().finish(metadata, results)
@@ -138,6 +147,13 @@ class _Writer(FileSystemWriter):
         place_files([(unfinished, self._folder / f"{number:04d}")])
         for path in before:
             shutil.rmtree(path)
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """What the system said, upon which ``torch.save`` says that a position in the file is not as expected."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def read_sharded(version: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
