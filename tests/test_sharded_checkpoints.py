@@ -212,6 +212,19 @@ def test_another_network_is_refused(copied: Path) -> None:
     assert "remedy:" in message
 
 
+def test_one_without_what_a_training_needs(copied: Path) -> None:
+    version = find_version(copied / "checkpoint_latest.dcp")
+    assert version is not None
+    torch.save({"current_epoch": 1, "logging": {}}, version / "training.pth")
+    with pytest.raises(CheckpointError, match="no optimizer, init_args, _best_ema"):
+        make_trainer(continues=True)
+
+
+def test_of_another_strategy(copied: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"another optimizer[\s\S]*groups of 130 parameters"):
+        make_trainer(continues=True, fine_tune="head-only")
+
+
 class _Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("touch ran",)

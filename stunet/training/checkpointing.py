@@ -30,6 +30,8 @@ __all__ = ["CheckpointingTrainer"]
 _FINAL, _LATEST, _BEST = (f"checkpoint_{name}.pth" for name in ("final", "latest", "best"))
 #: What tensors' names begin with in a checkpoint in pieces.
 _NETWORK, _OPTIMIZER = "network.", "optimizer."
+#: What is taken from the rest of it.
+_PROGRESS = ("optimizer", "init_args", "current_epoch", "logging", "_best_ema", "inference_allowed_mirroring_axes")
 
 
 class CheckpointingTrainer(ShardedTrainer):
@@ -179,6 +181,14 @@ class CheckpointingTrainer(ShardedTrainer):
 
     def _load_pieces(self, version: Path) -> None:
         content, shapes = read_sharded(version)
+        lacking = [key for key in _PROGRESS if key not in content]
+        if lacking:
+            raise CheckpointError(
+                "a sharded checkpoint without all that a training needs",
+                got=f"{version}: no {', '.join(lacking)}",
+                expected="what stunet train wrote",
+                remedy="Continue from another checkpoint of the fold.",
+            )
         check_weights(_part(shapes, _NETWORK), self._plain_network().state_dict(), source=version)
         if self._divides and not self._is_divided:
             self._divide()
