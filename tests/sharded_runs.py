@@ -27,8 +27,8 @@ def make_trainer(*, continues: bool = False, divide: bool = True, **settings: An
     trainer.initialize()
     if continues:
         trainer.load_checkpoint(str(Path(trainer.output_folder, "checkpoint_latest.pth")))
-    if divide and trainer._divides and not trainer._is_divided:
-        trainer._divide()
+    if divide and trainer.divides and not trainer.is_divided:
+        trainer.divide_network()
     return trainer
 
 
@@ -56,8 +56,8 @@ def train_epochs(trainer: BaseSTUNetTrainer, epochs: int, *, save: str | None = 
 
 def state_of(trainer: BaseSTUNetTrainer) -> dict[str, Tensor]:
     """Weights and momentum by name, whole; all processes must ask for it."""
-    weights = {name: value.clone() for name, value in trainer._whole_weights().items()}
-    momentum = trainer._whole_optimizer_state()["state"]
+    weights = {name: value.clone() for name, value in trainer.whole_weights().items()}
+    momentum = trainer.whole_optimizer_state()["state"]
     return weights | {f"momentum {number}": values["momentum_buffer"].clone() for number, values in momentum.items()}
 
 

@@ -54,8 +54,8 @@ def make_trainer(arm: Arm) -> BaseSTUNetTrainer:
     trainer.build_network_architecture = build_in_precision
     torch.manual_seed(0)
     trainer.initialize()
-    if trainer._divides:
-        trainer._divide()  # as when a training starts
+    if trainer.divides:
+        trainer.divide_network()  # as when a training starts
     return trainer
 
 
@@ -88,7 +88,7 @@ def train(ranks: Ranks, arm: Arm) -> tuple[dict[str, Tensor], list[float]]:
         if several:
             dist.all_reduce(loss)
         losses.append(float(loss) / ranks.size)
-    trainer._gather()
+    trainer.gather_network()
     return {name: value.clone() for name, value in trainer._plain_network().state_dict().items()}, losses
 
 

@@ -45,7 +45,7 @@ def _full_disk(trainer: BaseSTUNetTrainer) -> dict[str, Any]:
     """Three checkpoints, in another folder: rank 1 finds no space when it writes the second."""
     trainer.output_folder = str(Path(trainer.output_folder, "full_disk"))
     train_epochs(trainer, 3, save=LATEST)
-    trainer._finish_saving()
+    trainer.finish_saving()
     before = find_version(Path(trainer.output_folder, "checkpoint_latest.dcp"))
     assert before is not None
     with pytest.MonkeyPatch.context() as patch:
@@ -58,7 +58,7 @@ def _full_disk(trainer: BaseSTUNetTrainer) -> dict[str, Any]:
     left, whole = sorted(path.name for path in before.parent.iterdir()), read_sharded(before)[0]["current_epoch"]
     dist.barrier()
     trainer.save_checkpoint(str(Path(trainer.output_folder, LATEST)))  # there is room again
-    trainer._finish_saving()
+    trainer.finish_saving()
     (after,) = before.parent.iterdir()
     return {"error": str(caught.value), "before": before, "left": left, "whole": whole, "after": read_sharded(after)[0]}
 
@@ -68,7 +68,7 @@ def _write(ranks: Ranks, folder: str) -> dict[str, Any]:
     train_epochs(trainer, 1, save=LATEST)
     at_save = state_of(trainer)
     train_epochs(trainer, 2)  # while the checkpoint is being written
-    trainer._finish_saving()
+    trainer.finish_saving()
     end = state_of(trainer)
     return {"folder": trainer.output_folder, "at_save": at_save, "end": end, "full disk": _full_disk(trainer)}
 
@@ -130,7 +130,7 @@ def _score(trainer: BaseSTUNetTrainer) -> list[tuple[int, int, int]]:
 
 def _go_on_with_two(ranks: Ranks, folder: str) -> dict[str, Any]:
     in_pieces = make_trainer(continues=True)
-    assert in_pieces._is_divided
+    assert in_pieces.is_divided
     states = {"loaded": state_of(in_pieces)}
     train_epochs(in_pieces, 2)
     states["end"] = state_of(in_pieces)
@@ -143,11 +143,11 @@ def _go_on_with_two(ranks: Ranks, folder: str) -> dict[str, Any]:
     for parallel in ("ddp", "fsdp"):  # heads that begin anew, of which the coarsest learns nothing
         started = make_trainer(parallel=parallel, head="fresh", divide=False)
         started._start_from(str(path))
-        if started._divides:
-            started._divide()
+        if started.divides:
+            started.divide_network()
         states[f"started with {parallel}"] = state_of(started)
     in_pieces.load_checkpoint(str(path))  # puts the network together
-    in_pieces._divide()
+    in_pieces.divide_network()
     states["end of ddp in pieces"] = state_of(in_pieces)
     in_pieces.current_epoch -= 1
     in_pieces.save_checkpoint(str(path.with_name("checkpoint_epoch_0003.pth")))

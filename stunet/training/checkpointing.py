@@ -55,10 +55,10 @@ class CheckpointingTrainer(ShardedTrainer):
         path = Path(filename)
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
-        elif self._is_divided and path.name in (_LATEST, _BEST):
+        elif self.is_divided and path.name in (_LATEST, _BEST):
             self._save_in_pieces(path.with_suffix(SHARDED_SUFFIX))
-        elif self._is_divided or self.local_rank == 0:
-            weights, optimizer_state = self._whole_weights(), self._whole_optimizer_state()
+        elif self.is_divided or self.local_rank == 0:
+            weights, optimizer_state = self.whole_weights(), self.whole_optimizer_state()
             if self.local_rank == 0:
                 _write(path, {"network_weights": weights, "optimizer_state": optimizer_state, **self._progress()})
                 remove_sharded(path.with_suffix(SHARDED_SUFFIX))  # of an earlier training, or with other settings
@@ -77,7 +77,7 @@ class CheckpointingTrainer(ShardedTrainer):
         }
 
     def _save_in_pieces(self, folder: Path) -> None:
-        self._finish_saving()
+        self.finish_saving()
         assert self._group is not None
         network = self._plain_network()
         tensors, rest = split_state(named_state(self.optimizer, network))
@@ -85,7 +85,7 @@ class CheckpointingTrainer(ShardedTrainer):
         named |= {_OPTIMIZER + name: value for name, value in tensors.items()}
         self._saving = ShardedSave(folder, named, {**self._progress(), "optimizer": rest}, self._group)
 
-    def _finish_saving(self) -> None:
+    def finish_saving(self) -> None:
         """Wait for the checkpoint that is being written; fails, in all processes, where that has failed."""
         saving, self._saving = self._saving, None
         if saving is None:
@@ -108,12 +108,12 @@ class CheckpointingTrainer(ShardedTrainer):
 
     def on_epoch_end(self) -> None:
         """Also make sure that the checkpoint in pieces of the last epoch has become whole."""
-        self._finish_saving()
+        self.finish_saving()
         super().on_epoch_end()
 
     def on_train_end(self) -> None:
         """Also leave nnU-Net's files alone in the place of checkpoints in pieces."""
-        self._finish_saving()
+        self.finish_saving()
         super().on_train_end()
         if self.local_rank == 0 and not self.disable_checkpointing:
             folder = Path(self.output_folder)
@@ -138,7 +138,7 @@ class CheckpointingTrainer(ShardedTrainer):
         if path.is_dir():
             self._load_pieces(path)
         else:
-            self._gather()
+            self.gather_network()
             check_weights(read_checkpoint(path)["network_weights"], self._plain_network().state_dict(), source=path)
             with self._as_one_process():  # which has no wrapper that nnU-Net would look into
                 network, self.network = self.network, self._plain_network()
@@ -190,8 +190,8 @@ class CheckpointingTrainer(ShardedTrainer):
                 remedy="Continue from another checkpoint of the fold.",
             )
         check_weights(_part(shapes, _NETWORK), self._plain_network().state_dict(), source=version)
-        if self._divides and not self._is_divided:
-            self._divide()
+        if self.divides and not self.is_divided:
+            self.divide_network()
         network = self._plain_network()
         state = tensors_like(_part(shapes, _OPTIMIZER), network)
         room = {_NETWORK + name: value for name, value in network.state_dict().items()}

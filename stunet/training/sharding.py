@@ -40,18 +40,20 @@ class ShardedTrainer(PartialLabelTrainer):
     _group: dist.ProcessGroup | None = None  # of checkpoints alone, while the network is in pieces
 
     @property
-    def _divides(self) -> bool:
+    def divides(self) -> bool:
+        """Whether the network will be in pieces while it is trained."""
         return self.parallel == "fsdp" and self._ranks.size > 1
 
     @property
-    def _is_divided(self) -> bool:
+    def is_divided(self) -> bool:
+        """Whether it is now."""
         return self._group is not None
 
     def _do_i_compile(self) -> bool:
-        return not self._divides and bool(super()._do_i_compile())
+        return not self.divides and bool(super()._do_i_compile())
 
     def _distribute(self) -> None:
-        if not self._divides:
+        if not self.divides:
             super()._distribute()
             return
         self.grad_scaler = None
@@ -60,16 +62,17 @@ class ShardedTrainer(PartialLabelTrainer):
 
     def plot_network_architecture(self) -> None:
         """Not of a network in pieces, as one process would wait for the others in it."""
-        if not self._is_divided:
+        if not self.is_divided:
             super().plot_network_architecture()
 
     def on_train_start(self) -> None:
         """Also divide the network, once all that loads weights or computes in one process alone is done."""
         super().on_train_start()
-        if self._divides and not self._is_divided:
-            self._divide()
+        if self.divides and not self.is_divided:
+            self.divide_network()
 
-    def _divide(self) -> None:
+    def divide_network(self) -> None:
+        """Divide the network, and the optimizer's state; all processes at once."""
         network, state = self._plain_network(), self.optimizer.state_dict()
         # Norms return views, and blocks work in place within a stage; upon a stage's output nothing does.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
@@ -84,9 +87,9 @@ class ShardedTrainer(PartialLabelTrainer):
         self._group = cast("dist.ProcessGroup", dist.new_group(backend="gloo"))
         self.print_to_log_file(f"The network is divided among {self._ranks.size} processes")
 
-    def _gather(self) -> None:
+    def gather_network(self) -> None:
         """Put the network together again, in each process; the optimizer begins anew."""
-        if not self._is_divided:
+        if not self.is_divided:
             return
         network = self.build_network_architecture(
             self.plans_manager, self.configuration_manager, self.num_input_channels,
@@ -111,7 +114,7 @@ class ShardedTrainer(PartialLabelTrainer):
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
-        if not self._is_divided or self.device.type != "cuda":
+        if not self.is_divided or self.device.type != "cuda":
             yield
             return
         # nnU-Net's autocast takes the type that is set when it begins. Not enabled here, so that its backward pass,
@@ -121,18 +124,18 @@ class ShardedTrainer(PartialLabelTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's validation with the whole network in each process, which predicts cases of its own."""
-        self._gather()
+        self.gather_network()
         super().perform_actual_validation(save_probabilities)
 
-    def _whole_weights(self) -> dict[str, torch.Tensor]:
+    def whole_weights(self) -> dict[str, torch.Tensor]:
         """All weights, on the CPU where they have to be put together. All processes must ask for them."""
         weights = self._plain_network().state_dict()
-        return {name: self._for_rank_0(value) for name, value in weights.items()} if self._is_divided else weights
+        return {name: self._for_rank_0(value) for name, value in weights.items()} if self.is_divided else weights
 
-    def _whole_optimizer_state(self) -> dict[str, Any]:
-        """As :meth:`_whole_weights`, for the optimizer."""
+    def whole_optimizer_state(self) -> dict[str, Any]:
+        """As :meth:`whole_weights`, for the optimizer."""
         state = self.optimizer.state_dict()
-        return map_tensors(state, lambda tensor, _: self._for_rank_0(tensor)) if self._is_divided else state
+        return map_tensors(state, lambda tensor, _: self._for_rank_0(tensor)) if self.is_divided else state
 
     def _for_rank_0(self, tensor: torch.Tensor) -> torch.Tensor:
         full = whole(tensor)

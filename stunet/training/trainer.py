@@ -186,11 +186,11 @@ class BaseSTUNetTrainer(CheckpointingTrainer):
 
     def _score_epoch(self, done: int) -> None:
         path = Path(self.output_folder, "checkpoint_latest.pth")
-        if self._is_divided:  # then that is a folder; all processes put together what one of them scores
+        if self.is_divided:  # then that is a folder; all processes put together what one of them scores
             path = self._save_finished_epoch("checkpoint_candidate.pth")
         if self._selection is not None:
             self._selection.score(path, done)
-            if self._is_divided:
+            if self.is_divided:
                 path.unlink(missing_ok=True)
 
     def load_pretrained_weights(self, path: str | os.PathLike[str]) -> None:
