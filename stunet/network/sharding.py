@@ -17,8 +17,9 @@ __all__ = ["shard"]
 def shard(network: STUNet, mesh: DeviceMesh, *, dtype: torch.dtype | None = None) -> None:
     """Divide parameters, gradients and whatever an optimizer makes of them among the processes, in place.
 
-    Each stage and each way up is gathered when it is about to compute, and let go of afterwards, and so
-    are the heads. An optimizer made before does not know the new parameters.
+    Each stage and each way up is gathered when it is about to compute, and let go of afterwards, and so are the heads.
+    Nothing must work in place upon what a stage or a way up returns: gathering for the backward pass hangs on it. An
+    optimizer made before does not know the new parameters.
 
     Args:
         network: The same weights on each process.

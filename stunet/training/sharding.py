@@ -27,7 +27,7 @@ class ShardedTrainer(PartialLabelTrainer):
     validation, in which each process predicts cases of its own, it is put together again.
 
     On CUDA the network computes in bf16, which needs no scaling of gradients, and gradients are summed in fp32.
-    ``torch.compile`` stays off: it would compile hooks in which the pieces are gathered.
+    ``torch.compile`` stays off: nnU-Net compiles the network as one, and gathering between stages would break that up.
 
     Attributes:
         parallel: See :data:`stunet.planning.Parallel`; says nothing where there is one process.
