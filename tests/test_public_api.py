@@ -14,7 +14,8 @@ API = {
         "peak_forward_bytes", "recommend", "shard", "size_of", "total_stride",
     ],
     "stunet.planning": [
-        "Mirroring", "ModelDescription", "MomentumDtype", "NETWORK_CLASS_NAME", "PRETRAINING", "Preparation",
+        "Mirroring", "ModelDescription", "MomentumDtype", "NETWORK_CLASS_NAME", "PRETRAINING", "Parallel",
+        "Preparation",
         "PreprocessedCase", "PreprocessedDataset", "Preset", "Recipe", "SETTINGS", "SETTINGS_KEY", "STRATEGIES",
         "Setting", "Strategy", "apply_recipe", "check_plans", "check_settings", "describe_model", "find_dataset",
         "find_plans", "fine_tuning_configurations", "fine_tuning_settings", "fit_strides", "has_own_architecture",
@@ -63,6 +64,7 @@ API = {
         "Ranks",
         "TrainRequest",
         "check_agreement",
+        "check_request",
         "check_shared_folder",
         "count_voxels",
         "freeze_others",

@@ -3,38 +3,46 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch import multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from weights import STRIDES, TINY
 
-from stunet.network import build_stunet
-from stunet.planning import STRATEGIES, Strategy
+from stunet.network import build_stunet, shard
+from stunet.planning import STRATEGIES, Parallel, Strategy
 from stunet.training import GroupSchedule, freeze_others, parameter_groups
 
 EPOCHS, LR = 6, 1e-5  # small, so that rounding does not grow from step to step
 SIZE = (32, 32, 64)
+PARALLEL: tuple[Parallel, ...] = get_args(Parallel)
+Results = list[dict[tuple[Strategy, Parallel], dict[str, Tensor]]]
 
 
-def train(strategy: Strategy, images: list[Tensor], *, ddp: bool) -> dict[str, Tensor]:
-    """One step an epoch, in the order of nnU-Net's trainer: groups and optimizer first, then the wrapper."""
+def train(strategy: Strategy, images: list[Tensor], parallel: Parallel | None = None) -> dict[str, Tensor]:
+    """One step an epoch, in the order of the trainer: groups and optimizer before DDP's wrapper, and after FSDP's."""
     torch.manual_seed(0)
     network = build_stunet(TINY, 1, 3, STRIDES, deep_supervision=True)
+    if parallel == "fsdp":
+        shard(network, init_device_mesh("cpu", (2,)))
     groups = parameter_groups(network, strategy, num_epochs=EPOCHS, warmup_epochs=2)
     freeze_others(network, groups)
     optimizer = torch.optim.SGD([{"params": list(g.parameters)} for g in groups], LR, momentum=0.99, nesterov=True)
     schedule = GroupSchedule(optimizer, groups, LR)
-    wrapped: nn.Module = DistributedDataParallel(network) if ddp else network
+    wrapped: nn.Module = DistributedDataParallel(network) if parallel == "ddp" else network
     for epoch, image in enumerate(images):
         schedule.step(epoch)
         optimizer.zero_grad(set_to_none=True)
         sum(logits.square().mean() for logits in wrapped(image)).backward()
         optimizer.step()
-    return {name: value.clone() for name, value in network.state_dict().items()}
+    state = network.state_dict()
+    return {name: (v.full_tensor() if isinstance(v, DTensor) else v).clone() for name, v in state.items()}
 
 
 def make_images() -> list[Tensor]:
@@ -46,22 +54,24 @@ def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     images = [image[rank : rank + 1] for image in make_images()]
-    torch.save({s: train(s, images, ddp=True) for s in STRATEGIES}, f"{folder}/rank_{rank}.pt")
+    results = {(s, parallel): train(s, images, parallel) for s in STRATEGIES for parallel in PARALLEL}
+    torch.save(results, f"{folder}/rank_{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(worker, args=(str(folder),), nprocs=2)
     return [torch.load(Path(folder) / f"rank_{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.parametrize("parallel", PARALLEL)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_processes_train_as_one(ranks: list[dict[str, dict[str, Tensor]]], strategy: Strategy) -> None:
-    first, second = (results[strategy] for results in ranks)
+def test_two_processes_train_as_one(ranks: Results, strategy: Strategy, parallel: Parallel) -> None:
+    first, second = (results[strategy, parallel] for results in ranks)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
-    start, alone = train(strategy, [], ddp=False), train(strategy, make_images(), ddp=False)
+    start, alone = train(strategy, []), train(strategy, make_images())
     moved = {name for name, value in alone.items() if not torch.equal(value, start[name])}
     assert moved
     for name, value in alone.items():

@@ -225,13 +225,17 @@ def test_disabled_checkpointing_writes_nothing(dataset: Path) -> None:
     assert not save(trainer, "checkpoint_latest.pth").exists()
 
 
-def test_nnunets_pretrained_weights_take_all_but_the_heads(dataset: Path) -> None:
+@pytest.mark.parametrize("command", ["nnUNetv2_train", "stunet train"])
+def test_nnunets_pretrained_weights_take_all_but_the_heads(dataset: Path, command: str) -> None:
     source = trained(make(plans=narrow_plans()), 1)
     path = save(source, "checkpoint_final.pth")
     target = make(plans=narrow_plans(), dataset_json={**DATASET_JSON, "labels": {"background": 0, "tumour": 1}})
     target.initialize()
     heads = {k: v.clone() for k, v in target.network.state_dict().items() if ".seg_layers." in k}
-    load_pretrained_weights(target.network, str(path))
+    if command == "stunet train":
+        target.load_pretrained_weights(path)
+    else:
+        load_pretrained_weights(target.network, str(path))
     theirs = source.network.state_dict()
     for key, value in target.network.state_dict().items():
         assert torch.equal(value, heads[key] if key in heads else theirs[key])
@@ -249,3 +253,20 @@ def test_heads_that_the_loss_weighs_0_are_left_out(dataset: Path) -> None:
         assert len(outputs) == sum(weight > 0 for weight in trainer.loss.weight_factors) == 4
         assert shape == tuple(outputs[0].shape[2:])
         assert trainer.loss(outputs, targets) == trainer.loss(every, targets)
+
+
+def test_pretrained_weights_of_another_network(dataset: Path) -> None:
+    path = save(trained(make(plans=narrow_plans()), 1), "checkpoint_final.pth")
+    with pytest.raises(CheckpointError, match="instead of"):
+        make("STUNetTrainer_small").load_pretrained_weights(path)
+
+
+def test_a_network_in_pieces_computes_in_bf16_on_cuda(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make(plans=narrow_plans(parallel="fsdp"))
+    monkeypatch.setattr(trainer, "device", torch.device("cuda"))
+    monkeypatch.setattr(trainer, "_group", object())
+    before = torch.get_autocast_dtype("cuda")
+    with trainer._precision():
+        assert torch.get_autocast_dtype("cuda") is torch.bfloat16  # what nnU-Net's autocast takes
+        assert not torch.is_autocast_enabled("cuda")  # nor does nnU-Net's backward pass stand in one
+    assert torch.get_autocast_dtype("cuda") is before is torch.float16

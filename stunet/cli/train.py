@@ -54,31 +54,31 @@ def train(
 
     _check(fold, continue_training=continue_training, only_validation=only_validation)
     choose_device(device)
-    if num_gpus > 1 and "RANK" not in os.environ:
-        _start_processes(num_gpus)
     os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))  # before nnU-Net is asked for the trainer
-    from stunet.training import TrainRequest
+    from stunet.training import TrainRequest, check_request
     from stunet.training import train as run
 
-    run(
-        TrainRequest(
-            dataset=dataset,
-            configuration=configuration,
-            fold=fold,
-            trainer=trainer,
-            plans=plans,
-            device=device,
-            pretrained_weights=None if pretrained_weights is None else str(pretrained_weights),
-            continue_training=continue_training,
-            only_validation=only_validation,
-            validate_best=validate_best,
-            save_probabilities=npz,
-            disable_checkpointing=disable_checkpointing,
-            global_batch=global_batch,
-            seed=seed,
-            timeout=timeout,
-        )
+    request = TrainRequest(
+        dataset=dataset,
+        configuration=configuration,
+        fold=fold,
+        trainer=trainer,
+        plans=plans,
+        device=device,
+        pretrained_weights=None if pretrained_weights is None else str(pretrained_weights),
+        continue_training=continue_training,
+        only_validation=only_validation,
+        validate_best=validate_best,
+        save_probabilities=npz,
+        disable_checkpointing=disable_checkpointing,
+        global_batch=global_batch,
+        seed=seed,
+        timeout=timeout,
     )
+    if num_gpus > 1 and "RANK" not in os.environ:
+        check_request(request, num_gpus)
+        _start_processes(num_gpus)
+    run(request)
 
 
 def _check(fold: str, *, continue_training: bool, only_validation: bool) -> None:

@@ -104,6 +104,7 @@ def peak_training_bytes(network: STUNet, image_shape: Sequence[int], step: StepS
         step: The rest.
     """
     network.decoder.deep_supervision = True
+    network.decoder.supervised_levels = len(network.decoder.stages) - 1  # the coarsest head weighs 0
     network.train()
     mixed = step.precision == "amp"
     sharded = None
@@ -156,11 +157,9 @@ def _forward_and_backward(
     logits = network(image.half() if step.precision == "amp" else image)
     if sharded is not None:
         sharded.between()
-    # nnU-Net gives the coarsest output the weight 0 and leaves it out, unless there are several processes.
-    counted = logits[:-1] if step.parallel == "none" else logits
-    loss = sum((_LOSSES[step.loss](output) for output in counted), torch.zeros((), device="meta"))
+    loss = sum((_LOSSES[step.loss](output) for output in logits), torch.zeros((), device="meta"))
     if step.gradient_accumulation > 1:
-        del logits, counted
+        del logits
         logits = []
     torch.autograd.backward(loss)
     if sharded is not None:

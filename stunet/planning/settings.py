@@ -20,6 +20,7 @@ __all__ = [
     "STRATEGIES",
     "Mirroring",
     "MomentumDtype",
+    "Parallel",
     "Setting",
     "Strategy",
     "check_settings",
@@ -34,6 +35,9 @@ Strategy = Literal["full", "warmup", "layerwise", "frozen-encoder", "head-only"]
 
 MomentumDtype = Literal["fp32", "bf16"]
 """Precision of the optimizer's momentum between steps."""
+
+Parallel = Literal["ddp", "fsdp"]
+"""What several processes share: the batch alone, or parameters, gradients and momentum as well."""
 
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
@@ -138,6 +142,11 @@ SETTINGS: dict[str, Setting] = {
     ),
     "fused_optimizer": Setting(
         "training", *_BOOL, "the optimizer's step in one kernel, which needs no memory of its own"
+    ),
+    "parallel": Setting(
+        "training",
+        *_one_of(get_args(Parallel)),
+        "with several processes: each has the whole network (ddp), or a piece of it (fsdp)",
     ),
     "activation_checkpointing": Setting(
         "architecture",

@@ -4,7 +4,7 @@ from stunet.training.accumulation import AccumulatingTrainer
 from stunet.training.annotations import CaseAnnotations, Counts, count_voxels
 from stunet.training.distributed import DistributedTrainer, seed_everything
 from stunet.training.label_augmentation import LocalLabelTransform
-from stunet.training.launch import TrainRequest, train
+from stunet.training.launch import TrainRequest, check_request, train
 from stunet.training.optimizer import BF16MomentumSGD, round_to_bfloat16, set_kernel
 from stunet.training.partial_labels import PartialLabelTrainer
 from stunet.training.ranks import Ranks, check_agreement, check_shared_folder, process_group, share_of_batch
@@ -26,6 +26,7 @@ __all__ = [
     "Ranks",
     "TrainRequest",
     "check_agreement",
+    "check_request",
     "check_shared_folder",
     "count_voxels",
     "freeze_others",

@@ -68,7 +68,9 @@ class AccumulatingTrainer(PartialLabelTrainer):
         annotated = None if self._annotations is None else self._annotations.mask(batch["keys"])
         network, loss = self.network, self.loss
         self.network = _Later(network)
-        self.loss = lambda data, target: self._loss_in_pieces(network, loss, _Batch(data, target, annotated))
+        self.loss = lambda data, target: self._loss_in_pieces(  # type: ignore[assignment] # nnU-Net only calls it
+            network, loss, _Batch(data, target, annotated)
+        )
         try:
             return super().train_step(batch)
         finally:

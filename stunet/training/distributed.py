@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
 
 import numpy as np
 import torch
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
+from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from stunet.network import STUNet
 from stunet.training.ranks import Ranks, share_of_batch
 
 __all__ = ["DistributedTrainer", "seed_everything"]
@@ -63,16 +69,51 @@ class DistributedTrainer(nnUNetTrainer):
             super().initialize()
             return
         # nnU-Net would wrap the network for the GPU of the rank's number, which only one machine has.
-        self.is_ddp = False
-        try:
+        with self._as_one_process():
             super().initialize()
-        finally:
-            self.is_ddp = True
+        self._distribute()
+        self.loss = self._build_loss()  # once more, as it sums over the processes
+
+    def _distribute(self) -> None:
+        # DistributedDataParallel waits for the gradient of each parameter that has them switched on.
+        for parameter in self._unused_parameters():
+            parameter.requires_grad_(False)
         self.network = DistributedDataParallel(
             nn.SyncBatchNorm.convert_sync_batchnorm(self.network),  # type: ignore[no-untyped-call]
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
         )
-        self.loss = self._build_loss()  # once more, as it sums over the processes
+
+    @contextmanager
+    def _as_one_process(self) -> Iterator[None]:
+        """Let nnU-Net do what it does for a network without wrapper."""
+        several, self.is_ddp = self.is_ddp, False
+        try:
+            yield
+        finally:
+            self.is_ddp = several
+
+    def _plain_network(self) -> STUNet:
+        # Not by is_ddp: the optimizer is made before the network is wrapped.
+        network = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
+        return cast("STUNet", network._orig_mod if isinstance(network, OptimizedModule) else network)
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Whether the network gives the logits of all levels, whatever it is wrapped in."""
+        self._plain_network().decoder.deep_supervision = enabled
+
+    def _build_loss(self) -> nn.Module:
+        """nnU-Net's, with the coarsest level's weight 0 with several processes too, as it is with one."""
+        loss: nn.Module = super()._build_loss()
+        if isinstance(loss, DeepSupervisionWrapper):
+            weights = np.array(loss.weight_factors)
+            weights[-1] = 0
+            loss.weight_factors = tuple(weights / weights.sum())
+        return loss
+
+    def _unused_parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the head whose loss weighs nothing, and which nnU-Net gives 1e-6 for DDP's sake."""
+        if self.enable_deep_supervision:
+            yield from self._plain_network().decoder.seg_layers[0].parameters()
 
     def _set_batch_size_and_oversample(self) -> None:
         whole = int(self.configuration_manager.batch_size)

@@ -18,8 +18,9 @@ from stunet.errors import SettingsError, UsageError
 from stunet.planning import find_dataset, find_plans, load_plans, nnunet_folder, resolve_configuration
 from stunet.training.distributed import DistributedTrainer, seed_everything
 from stunet.training.ranks import Ranks, check_agreement, check_shared_folder, process_group, share_of_batch
+from stunet.training.trainer import BaseSTUNetTrainer
 
-__all__ = ["TrainRequest", "train"]
+__all__ = ["TrainRequest", "check_request", "train"]
 
 #: Stands for an epoch before the first, when the network is initialised.
 _BEFORE_TRAINING = 2**31
@@ -81,8 +82,7 @@ def train(request: TrainRequest) -> None:
             seed_everything(request.seed, ranks.rank, _BEFORE_TRAINING)
         trainer = _make_trainer(ranks, request)
         goes_on = request.continue_training or (ranks.n_restarts > 0 and not request.only_validation)
-        weights = None if goes_on else request.pretrained_weights
-        maybe_load_checkpoint(trainer, goes_on, request.only_validation, weights)
+        _load_weights(trainer, goes_on, request)
         if not request.only_validation:
             trainer.run_training()
         if request.validate_best:
@@ -107,16 +107,34 @@ def _use_device(ranks: Ranks, device: str) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // ranks.local_size))
         return
-    if torch.cuda.device_count() <= ranks.local_rank:
-        raise UsageError(
-            "fewer GPUs than processes",
-            got=f"{torch.cuda.device_count()} CUDA devices for local rank {ranks.local_rank}",
-            expected="a device for each process of a machine",
-            remedy="Start fewer with --nproc-per-node, or choose the CPU with -device cpu.",
-        )
+    _check_devices(ranks.local_rank)
     torch.cuda.set_device(ranks.local_rank)
     torch.set_num_threads(1)  # as nnU-Net does: more do not help a GPU
     cudnn.deterministic, cudnn.benchmark = False, True
+
+
+def _check_devices(local_rank: int) -> None:
+    if torch.cuda.device_count() <= local_rank:
+        raise UsageError(
+            "fewer GPUs than processes",
+            got=f"{torch.cuda.device_count()} CUDA devices for local rank {local_rank}",
+            expected="a device for each process of a machine",
+            remedy="Start fewer with -num_gpus or --nproc-per-node, or choose the CPU with -device cpu.",
+        )
+
+
+def check_request(request: TrainRequest, n_processes: int) -> None:
+    """Find what so many processes of this machine would refuse, before they are started, and started once more.
+
+    Raises:
+        STUNetError: No such dataset, plans or configuration, too small a batch, or too few GPUs.
+    """
+    plans = load_plans(find_plans(find_dataset(request.dataset), request.plans))
+    configuration = resolve_configuration(plans, request.configuration)
+    if request.device == "cuda":
+        _check_devices(n_processes - 1)
+    batch = configuration["batch_size"] if request.global_batch is None else request.global_batch
+    share_of_batch(int(batch), Ranks(0, n_processes, 0, n_processes))
 
 
 def _make_trainer(ranks: Ranks, request: TrainRequest) -> Any:
@@ -145,6 +163,17 @@ def _make_trainer(ranks: Ranks, request: TrainRequest) -> Any:
     if ranks.size > 1:
         check_shared_folder(Path(trainer.output_folder), ranks)
     return trainer
+
+
+def _load_weights(trainer: Any, goes_on: bool, request: TrainRequest) -> None:
+    weights = None if goes_on else request.pretrained_weights
+    if isinstance(trainer, BaseSTUNetTrainer):
+        # It goes on from what nnU-Net does not look for, when the training starts.
+        goes_on = goes_on and not trainer.has_only_pieces()
+        if weights is not None and not request.only_validation:
+            trainer.load_pretrained_weights(weights)
+            weights = None
+    maybe_load_checkpoint(trainer, goes_on, request.only_validation, weights)
 
 
 def _set_batch_size(trainer: Any, request: TrainRequest) -> None:

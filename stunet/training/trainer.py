@@ -9,9 +9,6 @@ from typing import Any, ClassVar, cast
 
 import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch._dynamo import OptimizedModule
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from stunet.checkpoints import (
@@ -23,10 +20,10 @@ from stunet.checkpoints import (
     read_checkpoint,
     transfer_weights,
 )
-from stunet.errors import CheckpointError, PlansError, SettingsError, UsageError
-from stunet.files import atomic_path, remove_leftovers, write_json
+from stunet.errors import PlansError, SettingsError, UsageError
+from stunet.files import write_json
 from stunet.labels import outputs_of
-from stunet.network import STUNet, STUNetSize, find_size
+from stunet.network import STUNetSize, find_size
 from stunet.planning import (
     SETTINGS_KEY,
     MomentumDtype,
@@ -38,7 +35,7 @@ from stunet.planning import (
     resolve_configuration,
     rewrite_configuration,
 )
-from stunet.training.accumulation import AccumulatingTrainer
+from stunet.training.checkpointing import CheckpointingTrainer
 from stunet.training.optimizer import BF16MomentumSGD, set_kernel
 from stunet.training.selection import TransferSelection
 from stunet.training.strategies import GroupSchedule, freeze_others, parameter_groups
@@ -46,7 +43,7 @@ from stunet.training.strategies import GroupSchedule, freeze_others, parameter_g
 __all__ = ["BaseSTUNetTrainer"]
 
 
-class BaseSTUNetTrainer(AccumulatingTrainer):
+class BaseSTUNetTrainer(CheckpointingTrainer):
     """nnU-Net's trainer with a STU-Net in the plans, settings from the plans, and checkpoints that are always whole.
 
     The network is put into the plans before nnU-Net reads them, so ordinary plans train a STU-Net and the model folder
@@ -73,7 +70,6 @@ class BaseSTUNetTrainer(AccumulatingTrainer):
     momentum_dtype: MomentumDtype = "fp32"
     fused_optimizer: bool = False
 
-    _continued = False
     _selection: TransferSelection | None = None
 
     def __init__(
@@ -84,6 +80,7 @@ class BaseSTUNetTrainer(AccumulatingTrainer):
         dataset_json: dict,  # type: ignore[type-arg]
         device: torch.device = torch.device("cuda"),  # noqa: B008 - likewise
     ) -> None:
+        self._goes_on = bool(plans.get("continue_training", False))
         plans = self._with_stunet(plans, configuration)
         super().__init__(plans, configuration, fold, dataset_json, device)
         settings = {**self.default_settings, **self.configuration_manager.configuration.get(SETTINGS_KEY, {})}
@@ -155,25 +152,25 @@ class BaseSTUNetTrainer(AccumulatingTrainer):
     def initialize(self) -> None:
         """Also leave out heads that the loss weighs 0, and remember the stem, by which other weights are noticed."""
         super().initialize()
-        if self.enable_deep_supervision and not self.is_ddp:  # several processes want a gradient of every parameter
+        if self.enable_deep_supervision:
             weights = cast("DeepSupervisionWrapper", self.loss).weight_factors
             self._plain_network().decoder.supervised_levels = sum(weight != 0 for weight in weights)
         self._initial_stem = self._stem_weight().detach().clone()
 
     def on_train_start(self) -> None:
-        """Also start from the plans' pre-trained weights, and clear away what a killed process has left."""
+        """Also start from the plans' pre-trained weights, or go on from a checkpoint that nnU-Net does not know."""
         if not self.was_initialized:
             self.initialize()
+        if self._goes_on and not self._continued and self.has_only_pieces():
+            self.load_checkpoint(str(Path(self.output_folder, "checkpoint_latest.pth")))
         if self.pretrained_weights is not None and not self._continued:
             self._start_from(self.pretrained_weights)
         super().on_train_start()
-        if self.local_rank == 0:
-            remove_leftovers(self.output_folder, "checkpoint_*.pth")
-            if self.select_for is not None:
-                target = open_preprocessed(str(self.select_for), "nnUNetPlans", self.configuration_name)
-                self._selection = TransferSelection.prepare(
-                    target, Path(self.output_folder), self.device, self.print_to_log_file
-                )
+        if self.local_rank == 0 and self.select_for is not None:
+            target = open_preprocessed(str(self.select_for), "nnUNetPlans", self.configuration_name)
+            self._selection = TransferSelection.prepare(
+                target, Path(self.output_folder), self.device, self.print_to_log_file
+            )
 
     def on_epoch_end(self) -> None:
         """Also keep checkpoints for good, and score the periodic one, where the plans ask for it."""
@@ -182,17 +179,47 @@ class BaseSTUNetTrainer(AccumulatingTrainer):
         if done == self.num_epochs:  # checkpoint_final.pth is about to be written
             return
         if self.keep_every is not None and done % self.keep_every == 0:
-            self.current_epoch -= 1  # save_checkpoint counts the epoch that is being finished
-            self.save_checkpoint(str(Path(self.output_folder, f"checkpoint_epoch_{done:04d}.pth")))
-            self.current_epoch += 1
-        if self._selection is not None and done % self.save_every == 0:
-            self._selection.score(Path(self.output_folder, "checkpoint_latest.pth"), done)
+            self._save_finished_epoch(f"checkpoint_epoch_{done:04d}.pth")
+        if self.select_for is not None and done % self.save_every == 0:
+            self._score_epoch(done)
 
     def on_train_end(self) -> None:
         """Also score the final checkpoint, where the plans name a dataset to select for."""
         super().on_train_end()
         if self._selection is not None:
             self._selection.score(Path(self.output_folder, "checkpoint_final.pth"), self.current_epoch)
+
+    def _save_finished_epoch(self, name: str) -> Path:
+        path = Path(self.output_folder, name)
+        self.current_epoch -= 1  # save_checkpoint counts the epoch that is being finished
+        self.save_checkpoint(str(path))
+        self.current_epoch += 1
+        return path
+
+    def _score_epoch(self, done: int) -> None:
+        path = Path(self.output_folder, "checkpoint_latest.pth")
+        if self.is_divided:  # then that is a folder; all processes put together what one of them scores
+            path = self._save_finished_epoch("checkpoint_candidate.pth")
+        if self._selection is not None:
+            self._selection.score(path, done)
+            if self.is_divided:
+                path.unlink(missing_ok=True)
+
+    def load_pretrained_weights(self, path: str | os.PathLike[str]) -> None:
+        """``-pretrained_weights``: all but the heads, as nnU-Net takes them, from a checked file and on any device.
+
+        Raises:
+            CheckpointError: Truncated, no checkpoint, asks for code to be run, or of another network.
+        """
+        if not self.was_initialized:
+            self.initialize()
+        network = self._plain_network()
+        weights, own = (
+            {key: value for key, value in state.items() if ".seg_layers." not in key}
+            for state in (read_checkpoint(path)["network_weights"], network.state_dict())
+        )
+        check_weights(weights, own, source=path)
+        network.load_state_dict(weights, strict=False)
 
     def _start_from(self, path: str) -> None:
         if not torch.equal(self._stem_weight(), self._initial_stem):
@@ -217,7 +244,9 @@ class BaseSTUNetTrainer(AccumulatingTrainer):
             write_json(report.as_dict(), Path(self.output_folder) / "weight_transfer.json")
 
     def _check_fresh_parts(self, report: TransferReport) -> None:
-        frozen = [key for key in report.fresh if not self._plain_network().get_parameter(key).requires_grad]
+        network, unused = self._plain_network(), {id(parameter) for parameter in self._unused_parameters()}
+        fresh = {key: network.get_parameter(key) for key in report.fresh}
+        frozen = [key for key, value in fresh.items() if not value.requires_grad and id(value) not in unused]
         if frozen:
             raise SettingsError(
                 f"random parameters that fine_tune={self.fine_tune} would never train",
@@ -234,70 +263,10 @@ class BaseSTUNetTrainer(AccumulatingTrainer):
             rates = ", ".join(f"{group['name']} {group['lr']:.3g}" for group in groups)
             self.print_to_log_file(f"Learning rates ({self.fine_tune}): {rates}")
 
-    def save_checkpoint(self, filename: str) -> None:
-        """Write a checkpoint in nnU-Net's format, whole or not at all (temporary file, fsync, rename)."""
-        if self.local_rank != 0:
-            return
-        if self.disable_checkpointing:
-            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
-            return
-        checkpoint = {
-            "network_weights": self._plain_network().state_dict(),
-            "optimizer_state": self.optimizer.state_dict(),
-            "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
-            "logging": self.logger.get_checkpoint(),
-            "_best_ema": self._best_ema,
-            "current_epoch": self.current_epoch + 1,
-            "init_args": self.my_init_kwargs,
-            # Prediction finds this class in nnU-Net itself; the network is in the plans.
-            "trainer_name": nnUNetTrainer.__name__,
-            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
-        }
-        with atomic_path(filename) as temporary:
-            torch.save(checkpoint, temporary)
-
     def load_checkpoint(self, filename_or_checkpoint: str | os.PathLike[str]) -> None:
-        """Continue from a checkpoint after checking that it is whole, harmless and fits the network.
-
-        Where ``checkpoint_latest.pth`` is asked for and ``checkpoint_best.pth`` beside it is of a later epoch, the
-        latter is taken: it is as complete, and fewer epochs are lost.
-
-        Raises:
-            CheckpointError: Truncated, no checkpoint, asks for code to be run, or of another network.
-        """
-        path = self._last_whole(Path(filename_or_checkpoint))
-        if not self.was_initialized:
-            self.initialize()
-        check_weights(read_checkpoint(path)["network_weights"], self._plain_network().state_dict(), source=path)
-        # The base class unpickles without restraint, which is safe now: the same file passed the restricted reader.
-        super().load_checkpoint(str(path))
-        set_kernel(self.optimizer, fused=self.fused_optimizer)  # which the checkpoint has brought with it
-        self._continued = True
-
-    def _last_whole(self, requested: Path) -> Path:
-        best = requested.with_name("checkpoint_best.pth")
-        if requested.name != "checkpoint_latest.pth" or not best.is_file():
-            return requested
-        epochs: dict[Path, int] = {}
-        errors: list[CheckpointError] = []
-        for path in (requested, best):
-            try:
-                epochs[path] = read_checkpoint(path)["current_epoch"]
-            except CheckpointError as error:
-                errors.append(error)
-                self.print_to_log_file(f"Passing over {path.name}: {error}")
-        if not epochs:
-            raise errors[0]
-        # On equal epochs the best one: it was written last and knows of itself as the best.
-        chosen = max(epochs, key=lambda path: (epochs[path], path == best))
-        found = ", ".join(f"{path.name} after epoch {epoch - 1}" for path, epoch in epochs.items())
-        self.print_to_log_file(f"Found {found}; continuing from {chosen.name}")
-        return chosen
-
-    def _plain_network(self) -> STUNet:
-        # Not by is_ddp: the optimizer is made before the network is wrapped.
-        network = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
-        return cast("STUNet", network._orig_mod if isinstance(network, OptimizedModule) else network)
+        """Continue from a checkpoint, with the optimizer's kernel that the plans want, not that of the checkpoint."""
+        super().load_checkpoint(filename_or_checkpoint)
+        set_kernel(self.optimizer, fused=self.fused_optimizer)
 
     def _stem_weight(self) -> torch.Tensor:
         return cast("torch.Tensor", self._plain_network().get_parameter("encoder.stages.0.0.conv1.weight"))
