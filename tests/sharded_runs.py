@@ -42,7 +42,7 @@ def train_epochs(trainer: BaseSTUNetTrainer, epochs: int, *, save: str | None = 
             images = torch.randn(BATCH, 1, *PATCH, generator=generator)
             trainer.optimizer.zero_grad()
             outputs = trainer.network(images[mine.start : mine.stop])
-            sum(logits.square().mean() for logits in outputs[:-1]).backward()  # the coarsest head learns nothing
+            sum(logits.square().mean() for logits in outputs).backward()
             torch.nn.utils.clip_grad_norm_(trainer.network.parameters(), 12)
             trainer.optimizer.step()
         with torch.no_grad():
