@@ -47,6 +47,9 @@ class Training:
     ) -> None:
         strides = default_strides((edge,) * 3)
         self.network = build_stunet(size, 1, classes, strides, deep_supervision=True, **kwargs)
+        # As the trainer has it: the coarsest head weighs 0, and is not computed.
+        self.network.decoder.supervised_levels = 4
+        self.network.decoder.seg_layers[0].requires_grad_(False)
         self.shape, self.classes, self.loss, self.pieces = (batch, 1, *(edge,) * 3), classes, loss, pieces
         self.wrapped = wrap(self.network)
         self.optimizer = make_optimizer(
@@ -67,7 +70,7 @@ class Training:
 
     def _loss(self, output: list[Tensor], target: Tensor) -> Tensor:
         losses = []
-        for logits in output if self.wrapped is not self.network else output[:-1]:
+        for logits in output:
             steps = [a // b for a, b in zip(target.shape[2:], logits.shape[2:], strict=True)]
             small = target[:, 0, :: steps[0], :: steps[1], :: steps[2]]
             if self.loss == "stunet":
