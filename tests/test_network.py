@@ -215,3 +215,10 @@ def test_heads_that_nobody_weighs_are_not_computed() -> None:
     assert without == list(network.decoder.seg_layers[:2])
     network.decoder.deep_supervision = False
     assert torch.equal(network(x), every[0])
+
+
+def test_one_voxel_at_the_coarsest_stage() -> None:
+    network = tiny()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(ArchitectureError, match="one voxel"):
+            network(torch.zeros(2, 1, 16, 16, 32))

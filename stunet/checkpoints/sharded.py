@@ -145,8 +145,8 @@ class _Writer(FileSystemWriter):
         before = _versions(self._folder)
         number = 1 + max((int(path.name) for path in before), default=0)
         place_files([(unfinished, self._folder / f"{number:04d}")])
-        for path in before:
-            shutil.rmtree(path)
+        for path in before:  # what cannot go now goes next time
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

@@ -52,7 +52,7 @@ def train(
     from stunet.cli.devices import choose_device
     from stunet.cli.env import trainers_folder
 
-    _check(fold, continue_training=continue_training, only_validation=only_validation)
+    _check(fold, pretrained_weights, continue_training=continue_training, only_validation=only_validation)
     choose_device(device)
     os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))  # before nnU-Net is asked for the trainer
     from stunet.training import TrainRequest, check_request
@@ -81,11 +81,16 @@ def train(
     run(request)
 
 
-def _check(fold: str, *, continue_training: bool, only_validation: bool) -> None:
+def _check(fold: str, pretrained_weights: Path | None, *, continue_training: bool, only_validation: bool) -> None:
     from stunet.errors import UsageError
 
     if fold not in (*"01234", "all"):
         raise UsageError("impossible fold", got=fold, expected="0 to 4, or all", remedy="Correct the third argument.")
+    if continue_training and pretrained_weights:
+        raise UsageError(
+            "two things to start from", got="--c and -pretrained_weights", expected="one of them",
+            remedy="Leave one of them out.",
+        )  # fmt: skip
     if continue_training and only_validation:
         raise UsageError(
             "two things to do", got="--c and --val", expected="one of them", remedy="Leave one of them out."

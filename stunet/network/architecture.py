@@ -199,6 +199,13 @@ class STUNet(nn.Module):
                 expected=f"multiples of {self._total_stride}",
                 remedy="Pad the input, or choose another patch size in the plans.",
             )
+        if math.prod(x.shape[2:]) == math.prod(self._total_stride):
+            raise ArchitectureError(
+                "one voxel at the coarsest stage, which cannot be normalised",
+                got=f"{tuple(x.shape[2:])} with strides of {self._total_stride} in all",
+                expected="more than one voxel",
+                remedy="Choose another patch size in the plans.",
+            )
         return cast("Tensor | list[Tensor]", self.decoder(self.encoder(x)))
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:

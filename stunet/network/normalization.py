@@ -52,7 +52,7 @@ class _Norm:
 
     def forward(self, x: Tensor) -> Tensor:
         this = cast(nn.InstanceNorm3d, self)
-        if is_channels_last(x):
+        if is_channels_last(x) and not torch.is_grad_enabled():
             return _normalize(x, this.weight, this.bias, this.eps)[0]
         return instance_norm(x, weight=this.weight, bias=this.bias, eps=this.eps)
 

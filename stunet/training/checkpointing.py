@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import distributed as dist
 
 from stunet.checkpoints import check_weights, read_checkpoint
 from stunet.checkpoints.sharded import (
@@ -25,7 +26,7 @@ from stunet.files import atomic_path, remove_leftovers
 from stunet.training.optimizer_states import load_state, named_state, numbered_state, split_state, tensors_like
 from stunet.training.sharding import ShardedTrainer
 
-__all__ = ["CheckpointingTrainer"]
+__all__ = ["CheckpointingTrainer", "set_aside"]
 
 _FINAL, _LATEST, _BEST = (f"checkpoint_{name}.pth" for name in ("final", "latest", "best"))
 #: What tensors' names begin with in a checkpoint in pieces.
@@ -132,6 +133,8 @@ class CheckpointingTrainer(ShardedTrainer):
         Raises:
             CheckpointError: Truncated, no checkpoint, asks for code to be run, or of another network.
         """
+        if self.is_ddp:
+            dist.barrier()  # rank 0 may still be writing it
         path = self._last_whole(Path(filename_or_checkpoint))
         if not self.was_initialized:
             self.initialize()
@@ -202,6 +205,20 @@ class CheckpointingTrainer(ShardedTrainer):
         self.logger.load_checkpoint(content["logging"])
         self._best_ema = content["_best_ema"]
         self.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
+
+
+def set_aside(folder: Path) -> None:
+    """Give the checkpoints of a fold, from which a training could go on, names that end with ``.previous``.
+
+    Args:
+        folder: The fold's.
+    """
+    for name in (_FINAL, _LATEST, _BEST):
+        for path in ((folder / name), (folder / name).with_suffix(SHARDED_SUFFIX)):
+            previous = path.with_name(f"{path.name}.previous")
+            if path.exists():
+                remove_sharded(previous)
+                os.replace(path, previous)
 
 
 def _in_one_piece(version: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import distributed as dist
 from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
@@ -136,11 +138,10 @@ class DistributedTrainer(nnUNetTrainer):
 def _ranks_of(trainer: nnUNetTrainer) -> Ranks:
     if not trainer.is_ddp:
         return Ranks()
-    ranks = Ranks.from_environment()
-    if ranks.size > 1:
-        return ranks
-    # nnUNetv2_train -num_gpus tells its processes nothing but what the group knows; they are on one machine.
-    from torch import distributed as dist
-
     rank, size = dist.get_rank(), dist.get_world_size()
+    if "LOCAL_RANK" in os.environ:
+        ranks = Ranks.from_environment()
+        if (ranks.rank, ranks.size) == (rank, size):
+            return ranks
+    # nnUNetv2_train -num_gpus tells its processes nothing but what the group knows; they are on one machine.
     return Ranks(rank, size, rank, size)

@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+from torch import distributed as dist
 from torch.backends import cudnn
 
+from stunet.checkpoints.sharded import SHARDED_SUFFIX
 from stunet.errors import SettingsError, UsageError
 from stunet.planning import find_dataset, find_plans, load_plans, nnunet_folder, resolve_configuration
+from stunet.training.checkpointing import set_aside
 from stunet.training.distributed import DistributedTrainer, seed_everything
 from stunet.training.ranks import Ranks, check_agreement, check_shared_folder, process_group, share_of_batch
 from stunet.training.trainer import BaseSTUNetTrainer
@@ -83,6 +86,8 @@ def train(request: TrainRequest) -> None:
         trainer = _make_trainer(ranks, request)
         goes_on = request.continue_training or (ranks.n_restarts > 0 and not request.only_validation)
         _load_weights(trainer, goes_on, request)
+        if not goes_on and not request.only_validation:
+            _set_aside(trainer, ranks)
         if not request.only_validation:
             trainer.run_training()
         if request.validate_best:
@@ -166,6 +171,10 @@ def _make_trainer(ranks: Ranks, request: TrainRequest) -> Any:
 
 
 def _load_weights(trainer: Any, goes_on: bool, request: TrainRequest) -> None:
+    folder = Path(trainer.output_folder)
+    # A restart before the first checkpoint begins once more.
+    has_begun = any(path.suffix in (".pth", SHARDED_SUFFIX) for path in folder.glob("checkpoint_*"))
+    goes_on = goes_on and has_begun
     weights = None if goes_on else request.pretrained_weights
     if isinstance(trainer, BaseSTUNetTrainer):
         # It goes on from what nnU-Net does not look for, when the training starts.
@@ -174,6 +183,16 @@ def _load_weights(trainer: Any, goes_on: bool, request: TrainRequest) -> None:
             trainer.load_pretrained_weights(weights)
             weights = None
     maybe_load_checkpoint(trainer, goes_on, request.only_validation, weights)
+
+
+def _set_aside(trainer: Any, ranks: Ranks) -> None:
+    """Rename checkpoints of an earlier training in this fold, which a restart would go on from otherwise."""
+    if ranks.size > 1:
+        dist.barrier()  # all have read their weights, which may be among them
+    if ranks.rank == 0:
+        set_aside(Path(trainer.output_folder))
+    if ranks.size > 1:
+        dist.barrier()
 
 
 def _set_batch_size(trainer: Any, request: TrainRequest) -> None:

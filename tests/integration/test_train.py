@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from typing import Any
@@ -62,8 +63,14 @@ def test_batch_and_logs_of_two_processes(undisturbed: dict[str, Any]) -> None:
 
 
 def test_a_killed_process_is_replaced_and_nothing_changes(shell: Shell, undisturbed: dict[str, Any]) -> None:
+    # An earlier training has ended in this fold; going on from that would end at once.
+    fold = shell.model(DATASET, "STUNetTrainer__STUNetPlans_narrow__3d_fullres") / "fold_0"
+    fold.mkdir(parents=True)
+    shutil.copy(shell.root / "undisturbed" / "checkpoint_final.pth", fold / "checkpoint_best.pth")
+    (fold / "checkpoint_final.pth").write_bytes(b"of an earlier training")
     run_and_lose_one(shell, f"{TORCHRUN} --standalone --nproc-per-node 2 --no-python {TRAIN}", "Epoch 1")
     killed = finish(shell, "killed")
+    assert (shell.root / "killed" / "checkpoint_final.pth.previous").read_bytes() == b"of an earlier training"
     assert killed["log"].count("Epoch 2") == 1
     _assert_same(killed, undisturbed)
 
