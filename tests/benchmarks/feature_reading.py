@@ -13,8 +13,6 @@ takes about a minute and 5 GB.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import platform
@@ -22,10 +20,10 @@ import statistics
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import torch
+from processes import peak_resident, spread
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -62,7 +60,7 @@ def main() -> None:
         for _ in range(args.repeats):
             for name, read in (("ours", ours), ("dense", dense)):
                 seconds[name].append(time_once(read))
-                peaks[name].append(peak_memory(read))
+                peaks[name].append(peak_resident(read))
     result = {
         "benchmark": "feature_reading",
         "patch": args.patch,
@@ -98,27 +96,6 @@ def time_once(read: Read) -> float:
     started = time.perf_counter()
     read()
     return time.perf_counter() - started
-
-
-def peak_memory(read: Read) -> int:
-    """Bytes of the process's resident set beyond those there were before."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free but resident would be taken first and not be seen
-    Path("/proc/self/clear_refs").write_text("5")  # sets the highest to the present one
-    before = resident_set("VmRSS")
-    read()
-    return resident_set("VmHWM") - before
-
-
-def resident_set(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def spread(theirs: list[float], ours: list[float]) -> dict[str, float]:
-    ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
-    rounded = {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
-    return {name: round(value, 1) for name, value in rounded.items()}
 
 
 if __name__ == "__main__":

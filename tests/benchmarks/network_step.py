@@ -14,7 +14,6 @@ highest resident set beyond that before, which includes what oneDNN allocates. B
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import platform
@@ -28,12 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from processes import peak_resident, spread
 from torch import Tensor, nn
 
 from stunet.losses import partial_dice_ce_loss
 from stunet.network import SIZES, build_stunet, default_strides
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from memory_events import allocated as allocated_on_cpu
 from published_structure import PublishedStructure
 
 ARMS = ("ours", "published")
@@ -143,11 +144,10 @@ def measure(size: str, classes: int, args: argparse.Namespace) -> dict[str, Any]
                 run(arm)
                 if turn > 0:  # the first warms up
                     seconds[arm].append(time.perf_counter() - started)
-        ratios = [a / b for a, b in zip(seconds["ours"], seconds["published"], strict=True)]
         peaks = {arm: allocated(run, arm, args.device) for arm in ARMS}
         report[what] = {
             "seconds": {arm: round(statistics.median(seconds[arm]), 3) for arm in ARMS},
-            "time_ratio": rounded({"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}),
+            "time_ratio": spread(seconds["ours"], seconds["published"]),
             "allocated_mib": {arm: round(peak / 2**20, 1) for arm, peak in peaks.items()},
             "memory_ratio": round(peaks["ours"] / peaks["published"], 3),
         }
@@ -160,10 +160,6 @@ def measure(size: str, classes: int, args: argparse.Namespace) -> dict[str, Any]
     return report
 
 
-def rounded(values: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 3) for name, value in values.items()}
-
-
 def allocated(run: Any, arm: str, device: str) -> int:
     """Peak bytes that PyTorch allocates beyond what there is before."""
     if device == "cuda":
@@ -171,14 +167,7 @@ def allocated(run: Any, arm: str, device: str) -> int:
         before = torch.cuda.memory_allocated()
         run(arm)
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run(arm)
-    current = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            current += event.nbytes()
-            peak = max(peak, current)
-    return peak
+    return allocated_on_cpu(lambda: run(arm))
 
 
 def in_a_process_of_its_own(size: str, classes: int, arm: str) -> dict[str, int]:
@@ -195,17 +184,8 @@ def resident_memory(bench: Bench, arm: str) -> dict[str, int]:
         run = getattr(bench, what)
         run(arm)
         bench.optimizers[arm].zero_grad(set_to_none=True)
-        ctypes.CDLL(None).malloc_trim(0)  # what is free but resident would be taken first and not be seen
-        Path("/proc/self/clear_refs").write_text("5")  # sets the highest to the present one
-        before = resident_set("VmRSS")
-        run(arm)
-        peaks[what] = resident_set("VmHWM") - before
+        peaks[what] = peak_resident(lambda run=run: run(arm))
     return peaks
-
-
-def resident_set(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

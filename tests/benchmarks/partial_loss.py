@@ -11,7 +11,6 @@ that before, the gradient of the logits included. By hand: at the sizes below it
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import platform
@@ -19,11 +18,11 @@ import statistics
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from processes import peak_resident, spread
 from torch import Tensor
 
 from stunet.losses import PartialDiceCELoss
@@ -91,12 +90,6 @@ def measure(edge: int, args: argparse.Namespace) -> dict[str, object]:
     return report
 
 
-def spread(own: list[float], stock: list[float]) -> dict[str, float]:
-    ratios = [a / b for a, b in zip(own, stock, strict=True)]
-    rounded = {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
-    return {name: round(value, 3) for name, value in rounded.items()}
-
-
 def make_arms(args: argparse.Namespace) -> dict[str, Loss]:
     ours = PartialDiceCELoss(args.outputs, batch_dice=True)
     half = torch.rand(args.batch_size, args.outputs) < 0.5
@@ -140,16 +133,7 @@ def peak_memory(loss: Loss, logits: Tensor, target: Tensor) -> int:
         before = torch.cuda.memory_allocated()
         loss(logits, target).backward()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # what is free but resident would be taken first and not be seen
-    Path("/proc/self/clear_refs").write_text("5")  # sets the highest to the present one
-    before = resident_set("VmRSS")
-    loss(logits, target).backward()
-    return resident_set("VmHWM") - before
-
-
-def resident_set(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+    return peak_resident(lambda: loss(logits, target).backward())
 
 
 if __name__ == "__main__":

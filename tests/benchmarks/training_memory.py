@@ -24,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from memory_events import Training, sharded_peak
+from processes import resident_set
 
 from stunet.network import SIZES, estimate
 
@@ -109,11 +110,6 @@ def report(predicted: int, measured: int, resident: int | None = None) -> dict[s
     if resident is not None:
         values |= {"resident_mb": round(resident / 2**20), "predicted_by_resident": round(predicted / resident, 3)}
     return values
-
-
-def resident_set(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":
