@@ -220,6 +220,7 @@ class BaseSTUNetTrainer(CheckpointingTrainer):
         )
         check_weights(weights, own, source=path)
         network.load_state_dict(weights, strict=False)
+        self.print_to_log_file(f"Starting from the weights in {path}, all but the heads")
 
     def _start_from(self, path: str) -> None:
         if not torch.equal(self._stem_weight(), self._initial_stem):

@@ -160,8 +160,13 @@ def test_a_killed_process_with_a_piece_is_replaced(shell: Shell, in_pieces: dict
     _assert_same(killed, in_pieces)
 
 
-def test_by_itself_with_another_batch(shell: Shell) -> None:
-    output = shell.run(f"{TRAIN} --global-batch 2")
+def test_by_itself_with_another_batch(shell: Shell, undisturbed: dict[str, Any]) -> None:
+    # As after a restart before the first checkpoint, which begins with what was asked for.
+    restarted = "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 MASTER_ADDR=x MASTER_PORT=1 "
+    weights = shell.root / "undisturbed" / "checkpoint_final.pth"
+    line = f"{TRAIN} --global-batch 2 -pretrained_weights {weights}"
+    output = shell.run(f"{restarted} TORCHELASTIC_RESTART_COUNT=1 {line}")
+    assert f"Starting from the weights in {weights}" in output
     assert "Dice" in output
     alone = finish(shell, "alone")
     assert alone["init_args"]["plans"]["configurations"]["3d_fullres"]["batch_size"] == 2
@@ -171,6 +176,10 @@ def test_what_cannot_be_trained_is_said(shell: Shell) -> None:
     few = f"torchrun --standalone --nproc-per-node 2 --no-python {TRAIN} --global-batch 1"
     for line, problem in (
         (f"{TRAIN} --c --val", "two things to do"),
+        (
+            f"{TRAIN} --c -pretrained_weights {shell.root / 'undisturbed' / 'checkpoint_final.pth'}",
+            "two things to start",
+        ),
         (TRAIN.replace(" 0 ", " 7 "), "impossible fold"),
         (f"{TRAIN} -tr nnUNetTrainer", "nnUNetTrainer"),
         (few, "1 samples for 2 processes"),
