@@ -24,7 +24,7 @@ from stunet.network import build_stunet, shard
 from stunet.planning import Parallel
 from stunet.training import BaseSTUNetTrainer, Ranks, process_group, share_of_batch
 
-STEPS, BATCH, PATCH = 20, 5, (24, 24, 24)
+STEPS, BATCH, PATCH = 20, 5, (32, 40, 32)
 
 
 class Arm(NamedTuple):
@@ -35,9 +35,10 @@ class Arm(NamedTuple):
     dtype: torch.dtype
 
 
-SINGLE: list[Arm] = [Arm("ddp", True, torch.float32), Arm("fsdp", True, torch.float32)]
-DOUBLE: list[Arm] = [Arm("ddp", False, torch.float64), Arm("fsdp", False, torch.float64)]
-ARMS = {2: SINGLE + DOUBLE, 4: SINGLE}
+SINGLE: list[Arm] = [Arm("ddp", False, torch.float32), Arm("fsdp", True, torch.float32)]
+OTHERS: list[Arm] = [Arm("ddp", True, torch.float32), Arm("fsdp", False, torch.float32)]
+DOUBLE: list[Arm] = [Arm("ddp", False, torch.float64)]
+ARMS = {2: SINGLE + OTHERS + DOUBLE, 4: SINGLE}
 #: Of losses, relatively, and of weights after the last step: what rounding may make of the order of summation.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
