@@ -161,3 +161,15 @@ def test_several_processes_train_as_one(dataset: Path, tmp_path: Path, alone: di
     if size == 2:
         for result in results:
             check_bf16(result["bf16"])
+
+
+def test_a_platform_that_names_rank_and_size_alone(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(free_port())), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with process_group(Ranks(), "cpu", 30):
+        trainer = make(plans=narrow_plans(batch_size=3))
+        assert trainer.is_ddp  # as nnUNetv2_train -num_gpus has it, which tells its processes in another way
+        trainer.initialize()
+        assert trainer.batch_size == 3
