@@ -35,7 +35,7 @@ API = {
     ],
     "stunet.losses": ["PartialDiceCELoss", "WholeBatch", "label_members", "partial_dice_ce_loss"],
     "stunet.datasets": [
-        "ImportReport", "KNOWN_BAD_CASES", "Modality", "PHANTOM_LABELS", "Phantom", "REPORT_NAME", "RawDataset",
+        "Contrast", "ImportReport", "KNOWN_BAD_CASES", "PHANTOM_LABELS", "Phantom", "REPORT_NAME", "RawDataset",
         "SPLITS_NAME", "SourceCase", "TotalSegmentatorSource", "UnionReport", "UnionSource", "carry_side_files",
         "case_names", "check_hold_out", "check_sources", "choose_structures", "dataset_folder", "exclusive_labels",
         "has_annotations", "hold_out", "import_cases", "import_union", "make_phantom", "merge_sources",

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stunet.cli.console import stdout
-from stunet.cli.demo_training import as_options, draw_cases, predict_and_score, print_dice, training_settings
+from stunet.cli.demo_training import (
+    ITERATIONS_PER_EPOCH,
+    as_options,
+    draw_cases,
+    predict_and_score,
+    print_dice,
+    train,
+    training_settings,
+)
 from stunet.cli.demo_workspace import Workspace, batch_settings
 from stunet.datasets import PHANTOM_LABELS, write_phantom_dataset, write_phantom_masks
 from stunet.files import write_json
 from stunet.reports import StructureDice
-from stunet.reports.story import Story, StoryStep, write_story
+from stunet.reports.story import Story, StoryStep, conclude, write_story
 
 __all__ = ["tell_story"]
 
-_SOURCE, _TARGET = "Dataset001_Phantoms", "Dataset002_PhantomsMR"
-_PRETRAINED, _FINE_TUNED, _SCRATCH = "STUNetPlans_pretrained", "STUNetPlans_finetuned", "STUNetPlans_scratch"
+_SOURCE, _TARGET = "Dataset001_Venous", "Dataset002_Arterial"
+_PRETRAINED, _FINE_TUNED, _SCRATCH = "pretrained", "finetuned", "scratch"
 _PRETRAINER, _TRAINER = "STUNetTrainer_pretrain", "STUNetTrainer"
 _C = "3d_fullres"
-_MOST_EPOCHS_ON_TARGET = 4
+_N_SOURCE, _N_FEW, _N_VALIDATION, _N_UNSEEN = 20, 3, 3, 4
+#: Of both trainings on the target; enough for the fine-tuned network.
+_EPOCHS_ON_TARGET = 4
 
 
 @dataclass
@@ -47,130 +58,151 @@ def tell_story(workspace: Workspace, *, network: Sequence[str], epochs: int, dev
         network: The options of ``stunet plan`` that choose the network.
         epochs: Of pre-training.
         device: For the networks.
-        seed: Of the phantoms.
+        seed: Of the phantoms, of all trainings and of the ranking.
 
     Returns:
         The page.
     """
+    started = time.monotonic()
     chapters = _Chapters(workspace, [])
     _pretrain(workspace, network, epochs, device, seed)
+    n_training = _N_SOURCE * 4 // 5
     chapters.close(
         "Pre-train on what is annotated",
-        "20 generated CT-like phantoms in TotalSegmentator's layout, a third of the masks of the training cases left "
-        "out. A missing mask means not annotated, and not background: the loss leaves open what these voxels are. "
-        "Checkpoints are kept on the way.",
+        f"{n_training} training cases in TotalSegmentator's layout, with a third of the masks left out. A missing mask "
+        "means that the structure is not annotated. It does not mean background, so the loss leaves open what those "
+        "voxels are. Checkpoints are kept on the way.",
     )
-    checkpoints = _checkpoints(workspace)
-    ranking = _pick(workspace, checkpoints, device, seed)
+    ranking = _pick(workspace, device, seed)
     winner = ranking["candidates"][0]
     chapters.close(
-        "Pick the checkpoint that will transfer best",
-        "A small dataset of another contrast with other structures: 8 cases to train on, as if from an MR scanner. "
-        f"Each checkpoint is scored by its features of them, without training: {ranking['verdict']}",
+        "Pick the checkpoint to start from",
+        f"The target is a small dataset: {_N_FEW} labelled cases of another contrast phase with more noise, and two "
+        "structures that the pre-training had no labels for. `stunet rank` scores each checkpoint on the features of "
+        f"these cases, without training. {ranking['verdict']}",
     )
-    few = min(epochs, _MOST_EPOCHS_ON_TARGET)
-    _train_both(workspace, winner["path"], network, few, device)
+    budget = min(epochs, _EPOCHS_ON_TARGET)
+    _train_both(workspace, Path(winner["path"]), network, budget, device, seed)
     chapters.close(
-        "Fine-tune it, beside training from scratch",
-        f"Both with the same {few} epochs of 20 iterations, and the same settings, on the same cases.",
+        "Fine-tune it, and train from scratch beside it",
+        f"Both get the same {_N_FEW} cases, {budget * ITERATIONS_PER_EPOCH} iterations, settings and seed.",
     )
     dice = {
-        "fine-tuned": _predict(workspace, _FINE_TUNED, device),
         "from scratch": _predict(workspace, _SCRATCH, device),
+        "fine-tuned": _predict(workspace, _FINE_TUNED, device),
     }
     print_dice(dice)
-    picture = draw_cases(workspace, _TARGET, workspace.root / "predictions_finetuned", workspace.root / "demo.png")
-    chapters.close("Predict unseen cases", "4 phantoms that no training has seen, with nnU-Net's own command.")
+    predictions = {
+        "from scratch": _predictions(workspace, _SCRATCH),
+        "fine-tuned": _predictions(workspace, _FINE_TUNED),
+    }
+    picture = draw_cases(workspace, _TARGET, predictions, workspace.root / "demo.png")
+    chapters.close(
+        "Predict unseen cases",
+        f"{_N_UNSEEN} cases that no training and no ranking has seen, with nnU-Net's own commands.",
+    )
     story = Story(
+        conclusion=conclude(dice, n_cases=_N_FEW, iterations=budget * ITERATIONS_PER_EPOCH),
         steps=chapters.steps,
-        exports=list(workspace.environment.items()),
+        exports=workspace.exports,
         ranking=ranking,
-        curves=_curves(workspace),
-        pretraining=_curve(workspace.model(_SOURCE, _PRETRAINER, _PRETRAINED, _C)),
+        curves={"from scratch": _curve(workspace, _SCRATCH), "fine-tuned": _curve(workspace, _FINE_TUNED)},
+        pretraining=_curve(workspace, _PRETRAINED),
         dice=dice,
         picture=picture,
+        seconds=time.monotonic() - started,
     )
     page = write_story(story, workspace.root / "report.html")
-    stdout.print(f"The story:    {page}", highlight=False, soft_wrap=True)
-    stdout.print(f"Ranking:      {workspace.root / 'ranking' / 'ranking.html'}", highlight=False, soft_wrap=True)
+    stdout.print(f"\n{story.conclusion}\n", style="bold", highlight=False)
+    stdout.print(f"The whole story:  {page}", highlight=False, markup=False, soft_wrap=True)
+    stdout.print(
+        f"Ranking:          {workspace.root / 'ranking' / 'ranking.html'}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     return page
 
 
 def _pretrain(workspace: Workspace, network: Sequence[str], epochs: int, device: str, seed: int) -> None:
-    stdout.print("Making 20 phantoms to pre-train on …", highlight=False)
+    workspace.print_exports()
+    stdout.print(f"\nMaking {_N_SOURCE} cases to pre-train on …", highlight=False)
     source, structures = workspace.root / "phantoms", workspace.root / "structures.json"
-    write_phantom_masks(source, n_training=20, n_test=0, seed=seed)
+    write_phantom_masks(source, n_training=_N_SOURCE, n_test=0, seed=seed)
     write_json([name for name in PHANTOM_LABELS if name != "background"], structures)
     workspace.run(
-        "stunet",
-        "import",
-        "totalsegmentator",
-        source,
-        "-d",
-        "1",
-        "--name",
-        "Phantoms",
-        "--task",
-        structures,
-        "-np",
-        "2",
-    )
+        "stunet", "import", "totalsegmentator", source, "-d", "1", "--name", _SOURCE[11:], "--task", structures,
+        "-np", "2",
+    )  # fmt: skip
     workspace.run("stunet", "labels", "check", "-d", "1", "-np", "2")
     workspace.run("nnUNetv2_plan_and_preprocess", "-d", "1", "-c", _C, "-npfp", "2", "-np", "2")
-    settings: dict[str, Any] = {
+    settings = {
         **training_settings(epochs, batch_settings(workspace, _SOURCE, _C, device)),
         "keep_every": max(1, epochs // 3),
     }
-    workspace.run("stunet", "plan", "-d", "1", "-c", _C, *network, "--name", _PRETRAINED, *as_options(settings))
-    workspace.run("nnUNetv2_train", "1", _C, "0", "-p", _PRETRAINED, "-tr", _PRETRAINER, "-device", device)
+    workspace.run(
+        "stunet", "plan", "-d", "1", "-c", _C, *network, "--name", _PRETRAINED, "--set", *as_options(settings)
+    )
+    train(workspace, "1", _PRETRAINED, _PRETRAINER, configuration=_C, device=device, seed=seed, epochs=epochs)
 
 
-def _checkpoints(workspace: Workspace) -> list[Path]:
-    fold = workspace.model(_SOURCE, _PRETRAINER, _PRETRAINED, _C) / "fold_0"
-    return [*sorted(fold.glob("checkpoint_epoch_*.pth")), fold / "checkpoint_final.pth"]
-
-
-def _pick(workspace: Workspace, checkpoints: Sequence[Path], device: str, seed: int) -> dict[str, Any]:
-    stdout.print("\nMaking a target dataset of 8 training and 4 test cases …", highlight=False)
+def _pick(workspace: Workspace, device: str, seed: int) -> dict[str, Any]:
+    stdout.print(f"\nMaking a target dataset with {_N_FEW} cases to train on …", highlight=False)
     # Other bodies than those of the pre-training: another seed.
-    write_phantom_dataset(workspace.raw(_TARGET), n_training=8, n_test=4, seed=seed + 1000, modality="MR")
+    n_labelled = _N_FEW + _N_VALIDATION
+    write_phantom_dataset(
+        workspace.raw(_TARGET), n_training=n_labelled, n_test=_N_UNSEEN, seed=seed + 1000, contrast="arterial"
+    )
     workspace.run("nnUNetv2_plan_and_preprocess", "-d", "2", "-c", _C, "-npfp", "2", "-np", "2")
+    cases = [f"phantom_{case:03d}" for case in range(n_labelled)]
+    split = [{"train": cases[:_N_FEW], "val": cases[_N_FEW:]}]
+    write_json(split, workspace.preprocessed(_TARGET) / "splits_final.json")
+    fold = workspace.model(_SOURCE, _PRETRAINER, _PRETRAINED, _C) / "fold_0"
+    workspace.define("PRETRAINED", str(fold.relative_to(workspace.root)))
+    checkpoints = [*sorted(fold.glob("checkpoint_epoch_*.pth")), fold / "checkpoint_final.pth"]
     output = workspace.root / "ranking"
-    workspace.run("stunet", "rank", "-d", "2", "-device", device, "-o", output, "--checkpoints", *checkpoints)
+    workspace.run(
+        "stunet", "rank", "-d", "2", "-f", "0", "-device", device, "--seed", str(seed), "-o", output,
+        "--checkpoints", *checkpoints,
+    )  # fmt: skip
     ranking: dict[str, Any] = json.loads((output / "ranking.json").read_text(encoding="utf-8"))
     for candidate in ranking["candidates"]:
-        stdout.print(f"  CC-FV {candidate['scores']['ccfv']:7.3f}  {candidate['name']}", highlight=False)
-    stdout.print(f"  {ranking['verdict']}", highlight=False)
+        stdout.print(f"  CC-FV {candidate['scores']['ccfv']:7.3f}  {candidate['name']}", highlight=False, markup=False)
+    stdout.print(f"  {ranking['verdict']}", highlight=False, markup=False)
     return ranking
 
 
-def _train_both(workspace: Workspace, winner: str, network: Sequence[str], epochs: int, device: str) -> None:
-    settings = training_settings(epochs, batch_settings(workspace, _TARGET, _C, device))
+def _train_both(
+    workspace: Workspace, winner: Path, network: Sequence[str], epochs: int, device: str, seed: int
+) -> None:
+    options = as_options(training_settings(epochs, batch_settings(workspace, _TARGET, _C, device)))
+    workspace.define("SETTINGS", " ".join(options))
+    winner = workspace.root / winner
     workspace.run(
         "stunet", "finetune", "-d", "2", "-c", _C, "-f", "0", "--from", winner, "--name", _FINE_TUNED,
-        "-device", device, *as_options(settings),
+        "-device", device, "--seed", str(seed), "--set", *options, epochs=epochs,
     )  # fmt: skip
-    workspace.run("stunet", "plan", "-d", "2", "-c", _C, *network, "--name", _SCRATCH, *as_options(settings))
-    workspace.run("nnUNetv2_train", "2", _C, "0", "-p", _SCRATCH, "-tr", _TRAINER, "-device", device)
+    workspace.run("stunet", "plan", "-d", "2", "-c", _C, *network, "--name", _SCRATCH, "--set", *options)
+    train(workspace, "2", _SCRATCH, _TRAINER, configuration=_C, device=device, seed=seed, epochs=epochs)
+
+
+def _predictions(workspace: Workspace, plans: str) -> Path:
+    return workspace.root / f"predictions_{plans}"
 
 
 def _predict(workspace: Workspace, plans: str, device: str) -> list[StructureDice]:
-    predictions = workspace.root / f"predictions_{plans.removeprefix('STUNetPlans_')}"
     return predict_and_score(
-        workspace, _TARGET, _TRAINER, plans, configuration=_C, device=device, predictions=predictions
-    )
+        workspace, _TARGET, _TRAINER, plans, configuration=_C, device=device,
+        predictions=_predictions(workspace, plans),
+    )  # fmt: skip
 
 
-def _curves(workspace: Workspace) -> Mapping[str, Sequence[float]]:
-    return {
-        "fine-tuned": _curve(workspace.model(_TARGET, _TRAINER, _FINE_TUNED, _C)),
-        "from scratch": _curve(workspace.model(_TARGET, _TRAINER, _SCRATCH, _C)),
-    }
-
-
-def _curve(model: Path) -> list[float]:
+def _curve(workspace: Workspace, plans: str) -> list[float]:
     """Mean Dice on validation patches, epoch by epoch, as nnU-Net's checkpoints keep it."""
     from stunet.checkpoints import read_checkpoint
 
+    model = workspace.model(_TARGET, _TRAINER, plans, _C)
+    if plans == _PRETRAINED:
+        model = workspace.model(_SOURCE, _PRETRAINER, plans, _C)
     logged = read_checkpoint(model / "fold_0" / "checkpoint_final.pth")["logging"]
     return [float(value) for value in logged["mean_fg_dice"]]

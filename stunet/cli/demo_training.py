@@ -10,20 +10,31 @@ if TYPE_CHECKING:
     from stunet.cli.demo_workspace import Workspace
     from stunet.reports import StructureDice
 
-__all__ = ["as_options", "draw_cases", "predict_and_score", "print_dice", "train_on_data", "training_settings"]
+__all__ = [
+    "ITERATIONS_PER_EPOCH",
+    "as_options",
+    "draw_cases",
+    "predict_and_score",
+    "print_dice",
+    "train",
+    "train_on_data",
+    "training_settings",
+]
 
-_PLANS = "STUNetPlans_demo"
+ITERATIONS_PER_EPOCH = 40
+
+_PLANS = "demo"
 _TRAINER = "STUNetTrainer_pretrain"
 
 
 def training_settings(epochs: int, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings for a training this short."""
+    """Settings for a training this short, whether it starts from weights or from noise."""
     return {
         "num_epochs": epochs,
-        "num_iterations_per_epoch": 20,
-        "num_val_iterations_per_epoch": 2,
+        "num_iterations_per_epoch": ITERATIONS_PER_EPOCH,
+        "num_val_iterations_per_epoch": 4,
         "oversample_foreground_percent": 0.5,
-        # Fast, with a Dice loss over the batch, where most structures occur somewhere.
+        # Higher than the defaults, as there are so few iterations; Dice over the batch, where more structures occur.
         "initial_lr": 0.03,
         "batch_dice": "true",
         "mirroring": "none",  # an eighth of the passes in prediction
@@ -32,8 +43,8 @@ def training_settings(epochs: int, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_options(settings: Mapping[str, Any]) -> list[str]:
-    """``--set`` with its values."""
-    return ["--set", *(f"{key}={value}" for key, value in settings.items())]
+    """Values of ``--set``."""
+    return [f"{key}={value}" for key, value in settings.items()]
 
 
 def train_on_data(
@@ -56,17 +67,28 @@ def train_on_data(
     workspace.print_exports()
     workspace.run("nnUNetv2_plan_and_preprocess", "-d", "1", "-c", c, "-npfp", "2", "-np", "2")
     settings = training_settings(epochs, batch_settings(workspace, dataset, c, device))
-    workspace.run("stunet", "plan", "-d", "1", "-c", c, *network, "--name", _PLANS, *as_options(settings))
-    workspace.run("nnUNetv2_train", "1", c, "0", "-p", _PLANS, "-tr", _TRAINER, "-device", device)
+    workspace.run("stunet", "plan", "-d", "1", "-c", c, *network, "--name", _PLANS, "--set", *as_options(settings))
+    train(workspace, "1", _PLANS, _TRAINER, configuration=c, device=device, seed=seed, epochs=epochs)
     predictions = workspace.root / "predictions"
     rows = predict_and_score(
         workspace, dataset, _TRAINER, _PLANS, configuration=c, device=device, predictions=predictions
     )
     print_dice({"mean Dice": rows})
-    figure = draw_cases(workspace, dataset, predictions, workspace.root / "demo.png")
+    figure = draw_cases(workspace, dataset, {"prediction": predictions}, workspace.root / "demo.png")
     stdout.print(f"Figure:       {figure}", highlight=False, soft_wrap=True)
     stdout.print(f"Predictions:  {predictions}", highlight=False, soft_wrap=True)
     return workspace
+
+
+def train(
+    workspace: Workspace, dataset: str, plans: str, trainer: str, *,
+    configuration: str, device: str, seed: int, epochs: int,
+) -> None:  # fmt: skip
+    """Train on fold 0, with all random numbers from the seed."""
+    workspace.run(
+        "stunet", "train", dataset, configuration, "0", "-p", plans, "-tr", trainer, "-device", device,
+        "--seed", str(seed), epochs=epochs,
+    )  # fmt: skip
 
 
 def predict_and_score(
@@ -114,8 +136,8 @@ def print_dice(columns: Mapping[str, Sequence[StructureDice]]) -> None:
     stdout.print(table)
 
 
-def draw_cases(workspace: Workspace, dataset: str, predictions: Path, path: Path) -> Path:
-    """Three test cases with truth and prediction side by side."""
+def draw_cases(workspace: Workspace, dataset: str, predictions: Mapping[str, Path], path: Path) -> Path:
+    """Three test cases with truth and predictions side by side."""
     from stunet.datasets import exclusive_labels, read_image
     from stunet.reports import side_by_side
 
@@ -126,6 +148,7 @@ def draw_cases(workspace: Workspace, dataset: str, predictions: Path, path: Path
     for truth in sorted((raw / "labelsTs").glob(f"*{ending}"))[:3]:
         name = truth.name.removesuffix(ending)
         image, spacing = read_image(raw / "imagesTs" / f"{name}_0000{ending}")
-        cases.append((name, image, merge(read_image(truth)[0]), read_image(predictions / truth.name)[0]))
+        predicted = {title: read_image(folder / truth.name)[0] for title, folder in predictions.items()}
+        cases.append((name, image, {"truth": merge(read_image(truth)[0]), **predicted}))
     side_by_side(cases, names, path, spacing=spacing)
     return path

@@ -12,9 +12,8 @@ from typing import Any, cast
 __all__ = ["DoneCommand", "Workspace", "batch_settings"]
 
 _FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-#: Patches larger than this take too long on a CPU; voxels. For the same time, small ones learn faster: the cases in a
-#: batch of four differ more than the places of one patch.
-_MAX_PATCH_ON_CPU = 32**3
+#: Patches larger than this take too long on a CPU; voxels. In the same time, more steps on small ones learn more.
+_MAX_PATCH_ON_CPU = 16 * 32 * 32
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,12 @@ class Workspace:
 
     Attributes:
         root: The folder.
+        variables: Long arguments by the name of a shell variable, under which commands show them.
         commands: What was run so far.
     """
 
     root: Path
+    variables: dict[str, str] = field(default_factory=dict)
     commands: list[DoneCommand] = field(default_factory=list)
 
     @classmethod
@@ -70,16 +71,18 @@ class Workspace:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables that the commands need."""
-        from stunet.cli.env import trainers_folder
+        """Variables that the commands need; their training must not depend on how many processes prepare batches."""
+        return {**{name: str(self.root / name) for name in _FOLDERS}, "nnUNet_def_n_proc": "2", "nnUNet_compile": "f"}
 
-        return {
-            **{name: str(self.root / name) for name in _FOLDERS},
-            "nnUNet_extTrainer": str(trainers_folder()),
-            "nnUNet_n_proc_DA": "1",
-            "nnUNet_def_n_proc": "2",
-            "nnUNet_compile": "f",  # on CUDA, compiling would take longer than the training
-        }
+    @property
+    def exports(self) -> list[str]:
+        """Lines that make the commands work in a shell of the user's."""
+        return [
+            f"cd {shlex.quote(str(self.root))}",
+            *(f"export {name}=$PWD/{name}" for name in _FOLDERS),
+            "export nnUNet_def_n_proc=2 nnUNet_compile=f",
+            *(f"{name}={shlex.quote(value)}" for name, value in self.variables.items()),
+        ]
 
     def raw(self, dataset: str) -> Path:
         """A dataset's folder in ``nnUNet_raw``."""
@@ -102,21 +105,38 @@ class Workspace:
         from stunet.cli.console import stdout
 
         stdout.print()
-        for name, value in self.environment.items():
-            stdout.print(f"$ export {name}={shlex.quote(value)}", style="bold", highlight=False, soft_wrap=True)
+        for line in self.exports:
+            stdout.print(f"$ {line}", style="bold", highlight=False, markup=False, soft_wrap=True)
 
-    def run(self, *command: str | Path) -> None:
-        """Run a command of nnU-Net or of this package.
+    def define(self, name: str, value: str) -> None:
+        """Set a shell variable, for the commands that follow."""
+        from stunet.cli.console import stdout
+
+        self.variables[name] = value
+        stdout.print(f"\n$ {name}={shlex.quote(value)}", style="bold", highlight=False, markup=False, soft_wrap=True)
+
+    def run(self, *command: str | Path, epochs: int | None = None) -> None:
+        """Run a command of nnU-Net or of this package in the folder.
+
+        Args:
+            command: Its words; paths within the folder become relative.
+            epochs: Epochs of a training.
 
         Raises:
             CommandError: It failed.
         """
         from stunet.cli.runner import run_command
 
-        typed = [str(part) for part in command]
+        typed = [
+            str(part.relative_to(self.root)) if isinstance(part, Path) and part.is_relative_to(self.root) else str(part)
+            for part in command
+        ]
+        shown = shlex.join(typed)
+        for name, value in self.variables.items():
+            shown = shown.replace(value, f"${name}")
         started = time.monotonic()
-        run_command(typed, environment=self.environment, log=self.log)
-        self.commands.append(DoneCommand(shlex.join(typed), time.monotonic() - started))
+        run_command(typed, environment=self.environment, folder=self.root, log=self.log, shown=shown, epochs=epochs)
+        self.commands.append(DoneCommand(shown, time.monotonic() - started))
 
 
 def batch_settings(workspace: Workspace, dataset: str, configuration_name: str, device: str) -> dict[str, Any]:
@@ -132,9 +152,9 @@ def batch_settings(workspace: Workspace, dataset: str, configuration_name: str, 
     if len(patch) == 2:
         return {"batch_size": min(8, configuration["batch_size"])}
     if device != "cpu" or math.prod(patch) <= _MAX_PATCH_ON_CPU:
-        return {"batch_size": 4}
+        return {"batch_size": 2}
     step = total_stride(fit_strides(configuration["architecture"]["arch_kwargs"]["strides"]))
     while math.prod(patch) > _MAX_PATCH_ON_CPU and any(n > s for n, s in zip(patch, step, strict=True)):
         axis = max(range(len(patch)), key=lambda i: patch[i] / step[i])
         patch[axis] -= step[axis]
-    return {"batch_size": 4, "patch_size": str(patch).replace(" ", "")}
+    return {"batch_size": 2, "patch_size": ",".join(map(str, patch))}

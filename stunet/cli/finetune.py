@@ -37,6 +37,9 @@ def finetune(
     num_gpus: Annotated[int, typer.Option("-num_gpus", "--num-gpus", help="GPUs of this machine.", min=1)] = 1,
     continue_training: Annotated[bool, typer.Option("--c", help="Continue a training that was interrupted.")] = False,
     npz: Annotated[bool, typer.Option("--npz", help="Keep the probabilities of the final validation.")] = False,
+    seed: Annotated[
+        int | None, typer.Option(help="Of all random numbers; trains with `stunet train --seed`.", min=0)
+    ] = None,
     overwrite: Annotated[
         bool,
         typer.Option("--overwrite", help="Replace plans that differ, and an earlier training."),
@@ -73,8 +76,9 @@ def finetune(
     if not continue_training and not overwrite:
         _refuse_earlier_training(model / f"fold_{fold}")
     _preprocess(made, configuration, num_processes)
-    command = ["nnUNetv2_train", str(int(made.dataset_name[7:10])), configuration, fold, "-tr", _TRAINER]
-    command += ["-p", made.path.stem, "-device", device]
+    command = ["nnUNetv2_train"] if seed is None else ["stunet", "train", "--seed", str(seed)]
+    command += [str(int(made.dataset_name[7:10])), configuration, fold, "-tr", _TRAINER, "-p", made.path.stem]
+    command += ["-device", device]
     command += ["-num_gpus", str(num_gpus)] if num_gpus > 1 else []
     command += ["--c"] if continue_training else []
     command += ["--npz"] if npz else []
@@ -141,9 +145,13 @@ def _train(command: list[str]) -> None:
     # Before nnU-Net is asked for the trainer; its own parser then reads the command as it was shown.
     os.environ["nnUNet_extTrainer"] = str(trainers_folder())
     _show(shlex.join(command))
+    sys.argv = command
+    if command[0] == "stunet":
+        from stunet.cli.main import app
+
+        app(command[1:])
     from nnunetv2.run.run_training import run_training_entry
 
-    sys.argv = command
     run_training_entry()
 
 

@@ -35,7 +35,7 @@ def train(
         int | None, typer.Option(help="Samples of all processes together, in place of the plans' batch size.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of all random numbers; exact with nnUNet_n_proc_DA=0 on the CPU.", min=0)
+        int | None, typer.Option(help="Of all random numbers; on the CPU two trainings with one seed are equal.", min=0)
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds that processes wait for each other.", min=1)] = 1800.0,
 ) -> None:

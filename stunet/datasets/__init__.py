@@ -5,7 +5,7 @@ from stunet.datasets.labelled import read_test_dataset, read_validation_dataset
 from stunet.datasets.mask_import import ImportReport, import_cases
 from stunet.datasets.phantoms import (
     PHANTOM_LABELS,
-    Modality,
+    Contrast,
     Phantom,
     make_phantom,
     phantom_labels,
@@ -44,8 +44,8 @@ __all__ = [
     "PHANTOM_LABELS",
     "REPORT_NAME",
     "SPLITS_NAME",
+    "Contrast",
     "ImportReport",
-    "Modality",
     "Phantom",
     "RawDataset",
     "SourceCase",

@@ -1,4 +1,4 @@
-"""Generated abdomens that look a little like CT or MR: data for demonstrations and tests that needs no download."""
+"""Generated abdomens that look a little like CT: data for demonstrations and tests that needs no download."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stunet.files import write_json
 
 __all__ = [
     "PHANTOM_LABELS",
-    "Modality",
+    "Contrast",
     "Phantom",
     "make_phantom",
     "phantom_labels",
@@ -24,81 +24,60 @@ __all__ = [
 
 Volume = npt.NDArray[np.float32]
 
-_SHAPE = (26, 56, 68)  # voxels, z y x
-_SPACING = (5.0, 3.0, 3.0)  # mm, z y x: thick slices, as abdominal CT often has
+_SHAPE = (24, 48, 56)  # voxels, z y x
+_SPACING = (6.0, 4.0, 4.0)  # mm, z y x: thick slices, as abdominal CT often has
+
+Contrast = Literal["venous", "arterial"]
+"""Which phantoms: the phase of the contrast agent, the dose, and which structures are labelled."""
 
 
 @dataclass(frozen=True)
 class _Organ:
-    """An ellipsoid before its surface and place are varied."""
+    """An ellipsoid before its surface and place are varied. Attenuation alone does not tell organs apart."""
 
     name: str
-    intensity: float  # HU, or what the scanner calls it
     centre: tuple[float, float, float]  # fraction of the body's half axes from its centre, z y x
     radii: tuple[float, float, float]  # mm, z y x
-    is_labelled: bool = True
+    attenuation: dict[Contrast, float]  # HU
+    texture: float = 0.0  # standard deviation, HU
+    wavelength: tuple[float, float, float] = (12.0, 12.0, 12.0)  # of the texture, mm, z y x
+    core: float = 0.0  # HU that an inner part differs by, as a kidney's medulla does
 
 
-@dataclass(frozen=True)
-class _Anatomy:
-    """What is in a body, and how bright it is. Later organs are painted over earlier ones."""
-
-    air: float
-    fat: float
-    soft_tissue: float
-    noise: float  # standard deviation before smoothing
-    variation: float  # standard deviation of an organ's intensity from case to case
-    organs: tuple[_Organ, ...]  # x runs from the patient's right to the left, y from front to back
-
-    @property
-    def labels(self) -> dict[str, int]:
-        names = dict.fromkeys(organ.name for organ in self.organs if organ.is_labelled)
-        return {"background": 0, **{name: i for i, name in enumerate(names, start=1)}}
+def _organ(name: str, centre: Any, radii: Any, venous: float, arterial: float, **others: Any) -> _Organ:
+    return _Organ(name, centre, radii, {"venous": venous, "arterial": arterial}, **others)
 
 
-_CT = _Anatomy(
-    air=-1000.0,
-    fat=-100.0,
-    soft_tissue=40.0,
-    noise=25.0,
-    variation=10.0,
-    organs=(
-        _Organ("liver", 120.0, (0.15, -0.15, -0.42), (42.0, 36.0, 38.0)),
-        _Organ("spleen", 200.0, (0.20, 0.30, 0.62), (28.0, 18.0, 15.0)),
-        _Organ("kidneys", 290.0, (-0.25, 0.42, 0.36), (24.0, 14.0, 13.0)),
-        _Organ("kidneys", 290.0, (-0.30, 0.42, -0.36), (24.0, 14.0, 13.0)),
-        _Organ("spine", 560.0, (0.0, 0.55, 0.0), (400.0, 13.0, 14.0)),
-        _Organ("aorta", 390.0, (0.0, 0.20, 0.10), (400.0, 9.0, 9.0)),
-    ),
+_MUSCLE: dict[str, Any] = {"texture": 14.0, "wavelength": (30.0, 8.0, 14.0)}
+# x runs from the patient's right to the left, y from front to back. Later organs are painted over earlier ones.
+_ORGANS = (
+    _organ("muscle", (0.0, 0.45, -0.42), (400.0, 26.0, 30.0), 58.0, 54.0, **_MUSCLE),
+    _organ("muscle", (0.0, 0.45, 0.42), (400.0, 26.0, 30.0), 58.0, 54.0, **_MUSCLE),
+    _organ("liver", (0.15, -0.12, -0.44), (46.0, 40.0, 38.0), 112.0, 104.0, texture=22.0),
+    _organ("stomach", (0.15, -0.32, 0.36), (34.0, 24.0, 28.0), 82.0, 80.0, texture=22.0, wavelength=(16.0, 16.0, 10.0)),
+    _organ("spleen", (0.20, 0.24, 0.62), (30.0, 22.0, 17.0), 128.0, 132.0, texture=18.0, wavelength=(6.0, 6.0, 6.0)),
+    _organ("kidneys", (-0.25, 0.36, 0.38), (34.0, 20.0, 19.0), 135.0, 150.0, core=-40.0),
+    _organ("kidneys", (-0.30, 0.36, -0.38), (34.0, 20.0, 19.0), 135.0, 150.0, core=-40.0),
+    _organ("spine", (0.0, 0.58, 0.0), (400.0, 15.0, 17.0), 185.0, 190.0, texture=45.0, wavelength=(5.0, 5.0, 5.0)),
+    _organ("aorta", (0.0, 0.22, 0.12), (400.0, 10.5, 10.5), 185.0, 215.0),
+    _organ("vena cava", (0.0, 0.20, -0.14), (400.0, 10.0, 12.0), 160.0, 160.0),
 )
-# Another contrast, where fat is suppressed and bone as dark, and other structures: only the kidneys are in both.
-_MR = _Anatomy(
-    air=0.0,
-    fat=110.0,
-    soft_tissue=240.0,
-    noise=30.0,
-    variation=20.0,
-    organs=(
-        _Organ("liver", 340.0, (0.15, -0.15, -0.42), (42.0, 36.0, 38.0), is_labelled=False),
-        _Organ("stomach", 560.0, (0.15, -0.30, 0.38), (26.0, 20.0, 22.0)),
-        _Organ("kidneys", 450.0, (-0.25, 0.42, 0.36), (24.0, 14.0, 13.0)),
-        _Organ("kidneys", 450.0, (-0.30, 0.42, -0.36), (24.0, 14.0, 13.0)),
-        _Organ("spine", 110.0, (0.0, 0.55, 0.0), (400.0, 13.0, 14.0), is_labelled=False),
-        _Organ("vena cava", 880.0, (0.0, 0.20, -0.12), (400.0, 9.0, 10.0)),
-    ),
-)
-_ANATOMIES = {"CT": _CT, "MR": _MR}
-
-Modality = Literal["CT", "MR"]
-"""Which phantoms: with what contrast, and which structures."""
-
-PHANTOM_LABELS: dict[str, int] = _CT.labels
-"""Label value of each structure in a phantom that looks like CT."""
+_LABELS: dict[Contrast, tuple[str, ...]] = {
+    "venous": ("liver", "spleen", "kidneys", "spine", "aorta"),
+    "arterial": ("liver", "spleen", "kidneys", "aorta", "stomach", "vena cava"),
+}
+_NOISE: dict[Contrast, float] = {"venous": 18.0, "arterial": 24.0}  # HU, standard deviation before smoothing
+_AIR, _FAT, _SOFT_TISSUE = -1000.0, -100.0, {"venous": 45.0, "arterial": 40.0}  # HU
+_VARIATION = 8.0  # HU, standard deviation of an organ's attenuation from case to case
 
 
-def phantom_labels(modality: Modality) -> dict[str, int]:
+def phantom_labels(contrast: Contrast) -> dict[str, int]:
     """Label value of each structure, with background."""
-    return _ANATOMIES[modality].labels
+    return {"background": 0, **{name: value for value, name in enumerate(_LABELS[contrast], start=1)}}
+
+
+PHANTOM_LABELS: dict[str, int] = phantom_labels("venous")
+"""Label value of each structure in a phantom of the venous phase."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +85,7 @@ class Phantom:
     """One generated case.
 
     Attributes:
-        image: Intensity (HU in CT), float32 of shape ``(Z, Y, X)``.
+        image: Attenuation in HU, float32 of shape ``(Z, Y, X)``.
         segmentation: Labels as in :func:`phantom_labels`, uint8 of the same shape.
         spacing: mm along ``(z, y, x)``.
     """
@@ -116,34 +95,40 @@ class Phantom:
     spacing: tuple[float, float, float]
 
 
-def make_phantom(seed: int, case: int, modality: Modality = "CT") -> Phantom:
+def make_phantom(seed: int, case: int, contrast: Contrast = "venous") -> Phantom:
     """Make one phantom: a body with organs whose surface, place, size and contrast vary from case to case.
 
     Args:
         seed: Seed of the dataset.
         case: Number of the case. Equal arguments give equal voxels.
-        modality: Contrast and structures.
+        contrast: Attenuation of the organs, noise, and labelled structures.
     """
-    anatomy, labels = _ANATOMIES[modality], phantom_labels(modality)
+    labels = phantom_labels(contrast)
     rng = np.random.default_rng([seed, case])
     shape = tuple(int(n + rng.integers(-2, 3)) for n in _SHAPE)
     spacing = tuple(float(np.round(s * rng.uniform(0.95, 1.05), 3)) for s in _SPACING)
     axes = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, spacing, strict=True)]
     grid = np.stack(np.meshgrid(*axes, indexing="ij"))  # (3, Z, Y, X) in mm from the centre
-    half_axes = np.array([1e4, 70.0, 90.0]) * rng.uniform(0.95, 1.05, 3)
+    half_axes = np.array([1e4, 80.0, 100.0]) * rng.uniform(0.94, 1.06, 3)
 
-    image = np.full(shape, anatomy.air)
-    image[_blob(grid, np.zeros(3), half_axes, 0.05, spacing, rng)] = anatomy.fat
-    image[_blob(grid, np.zeros(3), half_axes * 0.92, 0.05, spacing, rng)] = anatomy.soft_tissue
+    image = np.full(shape, _AIR)
+    body = _distance(grid, np.zeros(3), half_axes, 0.05, spacing, rng)
+    image[body < 1] = _FAT
+    image[body < 0.92] = _SOFT_TISSUE[contrast]
     segmentation = np.zeros(shape, np.uint8)
     reach = np.array([shape[0] * spacing[0] / 2, *half_axes[1:]])
-    for organ in anatomy.organs:
-        centre = np.array(organ.centre) * reach + rng.normal(0, 4.0, 3)
-        radii = np.array(organ.radii) * rng.uniform(0.85, 1.15, 3)
-        inside = _blob(grid, centre, radii, 0.35, spacing, rng)
-        image[inside] = organ.intensity + rng.normal(0, anatomy.variation)
+    for organ in _ORGANS:
+        centre = np.array(organ.centre) * reach + rng.normal(0, 5.0, 3)
+        radii = np.array(organ.radii) * rng.uniform(0.82, 1.18, 3)
+        distance = _distance(grid, centre, radii, 0.35, spacing, rng)
+        inside = distance < 1
+        image[inside] = organ.attenuation[contrast] + rng.normal(0, _VARIATION)
+        image[distance < 0.62] += organ.core
+        if organ.texture:
+            texture = _blur(rng.normal(size=shape), [w / s / 2 for w, s in zip(organ.wavelength, spacing, strict=True)])
+            image[inside] += organ.texture * (texture / texture.std())[inside]
         segmentation[inside] = labels.get(organ.name, 0)
-    image = _blur(image, 0.6) + _blur(rng.normal(0, anatomy.noise, shape), 0.4)
+    image = _blur(image, 0.5) + _blur(rng.normal(0, _NOISE[contrast], shape), 0.4)
     return Phantom(image.astype(np.float32), segmentation, (spacing[0], spacing[1], spacing[2]))
 
 
@@ -153,18 +138,18 @@ def _blur(volume: npt.NDArray[np.float64], sigma: float | list[float]) -> npt.ND
     return np.asarray(gaussian_filter(volume, sigma))
 
 
-def _blob(
+def _distance(
     grid: npt.NDArray[np.float64],
     centre: npt.NDArray[np.float64],
     radii: npt.NDArray[np.float64],
     roughness: float,
     spacing: tuple[float, ...],
     rng: np.random.Generator,
-) -> npt.NDArray[np.bool_]:
-    """An ellipsoid whose surface waves with a wavelength of centimetres."""
-    waves = _blur(rng.normal(size=grid.shape[1:]), [12.0 / s for s in spacing])
+) -> npt.NDArray[np.float64]:
+    """Distance from the centre of an ellipsoid, 1 on its surface, which waves with a wavelength of centimetres."""
+    waves = _blur(rng.normal(size=grid.shape[1:]), [14.0 / s for s in spacing])
     distance = np.sqrt(sum(((grid[i] - centre[i]) / radii[i]) ** 2 for i in range(3)))
-    return np.asarray(distance + roughness * waves / waves.std() / 2 < 1, dtype=np.bool_)
+    return np.asarray(distance + roughness * waves / waves.std() / 2, dtype=np.float64)
 
 
 def write_phantom_dataset(
@@ -173,7 +158,7 @@ def write_phantom_dataset(
     n_training: int = 20,
     n_test: int = 4,
     seed: int = 0,
-    modality: Modality = "CT",
+    contrast: Contrast = "venous",
 ) -> None:
     """Write phantoms in nnU-Net's raw layout, with test cases in ``imagesTs`` and ``labelsTs``.
 
@@ -182,7 +167,7 @@ def write_phantom_dataset(
         n_training: Cases in ``imagesTr``.
         n_test: Cases in ``imagesTs``, numbered after those.
         seed: Equal seeds give equal files.
-        modality: Contrast and structures.
+        contrast: As of :func:`make_phantom`.
     """
     folder = Path(folder)
     for split, cases in (("Tr", range(n_training)), ("Ts", range(n_training, n_training + n_test))):
@@ -190,12 +175,12 @@ def write_phantom_dataset(
         images.mkdir(parents=True, exist_ok=True)
         labels.mkdir(exist_ok=True)
         for case in cases:
-            phantom = make_phantom(seed, case, modality)
+            phantom = make_phantom(seed, case, contrast)
             _write_nifti(phantom.image, phantom.spacing, images / f"phantom_{case:03d}_0000.nii.gz")
             _write_nifti(phantom.segmentation, phantom.spacing, labels / f"phantom_{case:03d}.nii.gz")
     dataset_json = {
-        "channel_names": {"0": modality},
-        "labels": phantom_labels(modality),
+        "channel_names": {"0": "CT"},
+        "labels": phantom_labels(contrast),
         "numTraining": n_training,
         "file_ending": ".nii.gz",
     }

@@ -22,28 +22,29 @@ Array = npt.NDArray[Any]
 
 
 def side_by_side(
-    cases: Sequence[tuple[str, Array, Array, Array]],
+    cases: Sequence[tuple[str, Array, Mapping[str, Array]]],
     labels: Mapping[str, int],
     path: str | os.PathLike[str],
     *,
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> None:
-    """Draw image, truth and prediction of each case beside each other, in the plane with most structure in it.
+    """Draw each case's image and label maps beside each other, in the plane that has most of the first label map.
 
     Args:
-        cases: Name, image, truth and prediction; arrays of one shape ``(Z, Y, X)``.
+        cases: Name, image, and label maps by title, the truth first; arrays of one shape ``(Z, Y, X)``.
         labels: Label value of each structure, background (0) included or not.
         path: PNG to write, whole or not at all.
         spacing: mm along ``(z, y, x)``, for the proportions of the picture.
     """
-    figure = Figure(figsize=(10, 3.3 * len(cases) + 0.6), layout="constrained")
-    axes = figure.subplots(len(cases), 3, squeeze=False)
+    n_columns = 1 + len(cases[0][2])
+    figure = Figure(figsize=(3.3 * n_columns, 3.0 * len(cases) + 0.6), layout="constrained")
+    axes = figure.subplots(len(cases), n_columns, squeeze=False)
     colours = {value: colormaps["tab10"]((value - 1) % 10) for value in labels.values() if value > 0}
-    for row, (name, image, truth, prediction) in zip(axes, cases, strict=True):
-        plane = int(np.argmax((truth > 0).sum(axis=(1, 2))))
+    aspect = spacing[1] / spacing[2]
+    for row, (name, image, maps) in zip(axes, cases, strict=True):
+        plane = int(np.argmax((next(iter(maps.values())) > 0).sum(axis=(1, 2))))
         low, high = np.percentile(image.astype(np.float64), [1, 99.5])
-        for axis, title, overlay in zip(row, ("image", "truth", "prediction"), (None, truth, prediction), strict=True):
-            aspect = spacing[1] / spacing[2]
+        for axis, (title, overlay) in zip(row, [("image", None), *maps.items()], strict=True):
             axis.imshow(image[plane].astype(np.float64), cmap="gray", vmin=low, vmax=high, aspect=aspect)
             if overlay is not None:
                 axis.imshow(_colour(overlay[plane], colours), aspect=aspect, interpolation="nearest")

@@ -16,7 +16,12 @@ from stunet.reports.dice import StructureDice, mean_dice
 from stunet.reports.pages import inline_png, inline_svg, write_page
 from stunet.reports.ranking_figures import score_bars
 
-__all__ = ["Story", "StoryStep", "write_story"]
+__all__ = ["Story", "StoryStep", "conclude", "write_story"]
+
+#: Differences of mean Dice below this are called none.
+_CLEAR = 0.05
+#: A structure with a lower mean Dice was not learned.
+_LEARNED = 0.1
 
 
 @dataclass(frozen=True)
@@ -39,22 +44,47 @@ class Story:
     """All that the page shows.
 
     Attributes:
+        conclusion: In one sentence.
         steps: The chapters: pre-training, picking, fine-tuning, prediction.
-        exports: Variables that the commands need.
+        exports: Lines that set the variables that the commands need.
         ranking: Content of ``ranking.json``.
         curves: Dice on validation patches by epoch, of each model on the target.
         pretraining: The same of the pre-training.
         dice: Scores of each model on unseen cases.
-        picture: PNG with image, truth and prediction.
+        picture: PNG with images, truth and predictions.
+        seconds: That all of it took.
     """
 
+    conclusion: str
     steps: Sequence[StoryStep]
-    exports: Sequence[tuple[str, str]]
+    exports: Sequence[str]
     ranking: Mapping[str, Any]
     curves: Mapping[str, Sequence[float]]
     pretraining: Sequence[float]
     dice: Mapping[str, Sequence[StructureDice]]
     picture: Path
+    seconds: float
+
+
+def conclude(dice: Mapping[str, Sequence[StructureDice]], *, n_cases: int, iterations: int) -> str:
+    """What the figures say, whichever way they fall.
+
+    Args:
+        dice: Scores on unseen cases, ``from scratch`` and ``fine-tuned``.
+        n_cases: Labelled cases of both trainings.
+        iterations: Of both trainings.
+    """
+    scratch, tuned = mean_dice(dice["from scratch"]), mean_dice(dice["fine-tuned"])
+    gain = tuned - scratch
+    verdict = "Pre-training helped" if gain >= _CLEAR else "Pre-training made no clear difference here"
+    if gain <= -_CLEAR:
+        verdict = "Pre-training did harm here"
+    lost = [f"{row.name} ({name})" for name, rows in dice.items() for row in rows if not row.mean >= _LEARNED]
+    return (
+        f"{verdict}: with {n_cases} labelled cases and {iterations} iterations, the fine-tuned network reaches a mean "
+        f"Dice of {tuned:.2f} on unseen cases, and the same network trained from scratch {scratch:.2f}"
+        + (f"; not learned: {', '.join(lost)}." if lost else ".")
+    )
 
 
 def write_story(story: Story, path: Path) -> Path:
@@ -68,26 +98,23 @@ def write_story(story: Story, path: Path) -> Path:
     )
     pretraining = dice_curves({"pre-training": story.pretraining}, "epoch of pre-training")
     figures = [
-        [{"svg": inline_svg(pretraining), "caption": "Mean Dice on validation patches while pre-training."}],
-        [{"svg": inline_svg(ranking), "caption": "Scores of the checkpoints, with their intervals over cases (95 %)."}],
+        [{"svg": inline_svg(pretraining), "caption": "Mean Dice on validation patches during pre-training."}],
+        [{"svg": inline_svg(ranking), "caption": "Scores of the checkpoints, with 95 % intervals over the cases."}],
         [
             {
                 "svg": inline_svg(dice_curves(story.curves, "epoch on the target")),
                 "caption": "Mean Dice on validation patches of the target, with the same budget.",
             }
         ],
-        [
-            {
-                "svg": inline_png(story.picture, "image, truth and prediction of three unseen cases"),
-                "caption": "Unseen cases: image, truth and the fine-tuned network's prediction.",
-            }
-        ],
+        [],
     ]
+    means = {name: mean_dice(rows) for name, rows in story.dice.items()}
     write_page(
         "story.html",
         path,
         title="Pre-train, pick, fine-tune",
-        lead=_lead(story),
+        lead=story.conclusion,
+        picture=inline_png(story.picture, "image, truth and predictions of three unseen cases"),
         exports=story.exports,
         steps=[
             {"title": step.title, "text": step.text, "commands": step.commands, "figures": shown}
@@ -103,18 +130,12 @@ def write_story(story: Story, path: Path) -> Path:
             {"name": rows[0].name, "means": [f"{row.mean:.3f}" for row in rows]}
             for rows in zip(*story.dice.values(), strict=True)
         ],
-        means=[f"{mean_dice(rows):.3f}" for rows in story.dice.values()],
-        total=f"{sum(seconds for step in story.steps for _, seconds in step.commands):.0f}",
+        means=[f"{value:.3f}" for value in means.values()],
+        total=f"{story.seconds / 60:.1f}",
         versions=[(name, version(name)) for name in ("stunet", "nnunetv2", "torch")],
         cores=os.cpu_count(),
     )
     return path
-
-
-def _lead(story: Story) -> str:
-    scores = {name: mean_dice(rows) for name, rows in story.dice.items()}
-    told = ", ".join(f"{value:.2f} {name}" for name, value in scores.items())
-    return f"Mean Dice on unseen cases after the same short training on the target: {told}."
 
 
 def dice_curves(curves: Mapping[str, Sequence[float]], label: str) -> Figure:

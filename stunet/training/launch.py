@@ -83,6 +83,8 @@ def train(request: TrainRequest) -> None:
             check_agreement(_content(request))
         if request.seed is not None:
             seed_everything(request.seed, ranks.rank, _BEFORE_TRAINING)
+            if request.device == "cpu":  # batches of other processes are not drawn from the seed
+                os.environ.setdefault("nnUNet_n_proc_DA", "0")
         trainer = _make_trainer(ranks, request)
         goes_on = request.continue_training or (ranks.n_restarts > 0 and not request.only_validation)
         _load_weights(trainer, goes_on, request)

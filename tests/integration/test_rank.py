@@ -24,9 +24,9 @@ SETTINGS = (
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
     """A pre-training of four short epochs that selects for another dataset."""
     shell = Shell.make(tmp_path_factory.mktemp("rank"))
-    for dataset, modality, n in (("Dataset001_CT", "CT", 6), ("Dataset002_MR", "MR", 5)):
+    for dataset, contrast, n in (("Dataset001_CT", "venous", 6), ("Dataset002_MR", "arterial", 5)):
         folder = shell.root / "nnUNet_raw" / dataset
-        write_phantom_dataset(folder, n_training=n, n_test=0, seed=n, modality=modality)
+        write_phantom_dataset(folder, n_training=n, n_test=0, seed=n, contrast=contrast)
     shell.run("nnUNetv2_plan_and_preprocess -d 1 2 -c 3d_fullres -npfp 1 -np 1")
     shell.run(f"stunet plan -d 1 -c 3d_fullres --depth 1 --width 4 --name STUNetPlans_narrow --set {SETTINGS}")
     shell.run("nnUNetv2_train 1 3d_fullres 0 -p STUNetPlans_narrow -tr STUNetTrainer -device cpu", trainers=True)
