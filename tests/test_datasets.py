@@ -32,14 +32,16 @@ def test_phantoms_are_told_apart_by_seed_and_case() -> None:
 
 
 @pytest.mark.parametrize("case", range(5))
-def test_phantoms_look_like_ct(case: int) -> None:
+def test_phantoms_look_like_ct_and_attenuation_alone_does_not_tell_organs_apart(case: int) -> None:
     phantom = make_phantom(0, case)
     assert phantom.image.shape == phantom.segmentation.shape
     assert set(np.unique(phantom.segmentation)) == set(PHANTOM_LABELS.values())
-    means = {name: phantom.image[phantom.segmentation == value].mean() for name, value in PHANTOM_LABELS.items()}
-    assert 50 < means["liver"] < 160 < means["kidneys"] < means["aorta"] < means["spine"] < 650
+    voxels = {name: phantom.image[phantom.segmentation == value] for name, value in PHANTOM_LABELS.items()}
+    assert all(60 < organ.mean() < 260 for name, organ in voxels.items() if name != "background")
+    assert np.percentile(voxels["liver"], 75) > np.percentile(voxels["spleen"], 25)
+    assert np.percentile(voxels["kidneys"], 75) > np.percentile(voxels["spleen"], 25)
     assert phantom.image[:, 0, 0].mean() == pytest.approx(-1000, abs=20)
-    assert max(phantom.spacing) > 1.4 * min(phantom.spacing)
+    assert max(phantom.spacing) > 1.3 * min(phantom.spacing)
 
 
 def test_written_phantoms_pass_nnunets_own_check_and_are_equal_bytes(tmp_path: Path) -> None:

@@ -51,7 +51,10 @@ def test_the_figure_shows_each_case_in_three_panels(tmp_path: Path) -> None:
     image = np.random.default_rng(0).normal(size=(3, 20, 30))
     truth = np.zeros((3, 20, 30), np.uint8)
     truth[1, 5:15, 5:15] = 1
-    cases = [("a", image, truth, np.zeros_like(truth)), ("b", image, truth, truth)]
+    cases = [
+        ("a", image, {"truth": truth, "prediction": np.zeros_like(truth)}),
+        ("b", image, {"truth": truth, "prediction": truth}),
+    ]
     side_by_side(cases, {"background": 0, "liver": 1}, tmp_path / "f.png", spacing=(3.0, 1.0, 1.0))
     pixels = imread(tmp_path / "f.png")[..., :3]
     height, width = pixels.shape[:2]

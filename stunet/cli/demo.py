@@ -21,7 +21,7 @@ def demo(
     size: Annotated[
         str | None, typer.Option(help="small, base, large or huge; a narrow network by default, for speed.")
     ] = None,
-    epochs: Annotated[int, typer.Option(help="Epochs of 40 iterations of the first training.", min=1)] = 16,
+    epochs: Annotated[int, typer.Option(help="Epochs of 40 iterations of the first training.", min=1)] = 20,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of all that is random; the same figures on one machine.", min=0)] = 0,
 ) -> None:

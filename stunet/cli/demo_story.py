@@ -33,7 +33,7 @@ _PRETRAINER, _TRAINER = "STUNetTrainer_pretrain", "STUNetTrainer"
 _C = "3d_fullres"
 _N_SOURCE, _N_FEW, _N_VALIDATION, _N_UNSEEN = 20, 3, 3, 4
 #: Of both trainings on the target; enough for the fine-tuned network.
-_EPOCHS_ON_TARGET = 4
+_EPOCHS_ON_TARGET = 6
 
 
 @dataclass
@@ -163,11 +163,11 @@ def _pick(workspace: Workspace, device: str, seed: int) -> dict[str, Any]:
     output = workspace.root / "ranking"
     workspace.run(
         "stunet", "rank", "-d", "2", "-f", "0", "-device", device, "--seed", str(seed), "-o", output,
-        "--checkpoints", *checkpoints,
+        "--metrics", "logme,ccfv,transrate,leep,gbc,zero-shot", "--checkpoints", *checkpoints,
     )  # fmt: skip
     ranking: dict[str, Any] = json.loads((output / "ranking.json").read_text(encoding="utf-8"))
     for candidate in ranking["candidates"]:
-        stdout.print(f"  CC-FV {candidate['scores']['ccfv']:7.3f}  {candidate['name']}", highlight=False, markup=False)
+        stdout.print(f"  LogME {candidate['scores']['logme']:7.3f}  {candidate['name']}", highlight=False, markup=False)
     stdout.print(f"  {ranking['verdict']}", highlight=False, markup=False)
     return ranking
 

@@ -108,7 +108,10 @@ def _follow(
     lines = _EpochLines()
     columns = (BarColumn(24), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     # The bar has a thread of its own: it moves, and the clock runs, while the command prints nothing.
-    with Progress(*columns, console=stdout, transient=True, disable=not stdout.is_terminal) as progress, _Heartbeat(started) as heartbeat:
+    with (
+        Progress(*columns, console=stdout, transient=True, disable=not stdout.is_terminal) as progress,
+        _Heartbeat(started) as heartbeat,
+    ):
         task = progress.add_task("starting", total=None)
         for line in process.stdout:
             file.write(line)

@@ -92,9 +92,9 @@ def write_story(story: Story, path: Path) -> Path:
     candidates = story.ranking["candidates"]
     ranking = score_bars(
         [candidate["name"] for candidate in candidates],
-        [candidate["scores"]["ccfv"] for candidate in candidates],
+        [candidate["scores"]["logme"] for candidate in candidates],
         [candidate["interval"] for candidate in candidates],
-        "CC-FV, higher is better",
+        "LogME, higher is better",
     )
     pretraining = dice_curves({"pre-training": story.pretraining}, "epoch of pre-training")
     figures = [
