@@ -78,8 +78,9 @@ def tell_story(workspace: Workspace, *, network: Sequence[str], epochs: int, dev
     chapters.close(
         "Pick the checkpoint to start from",
         f"The target is a small dataset: {_N_FEW} labelled cases of another contrast phase with more noise, and two "
-        "structures that the pre-training had no labels for. `stunet rank` scores each checkpoint on the features of "
-        f"these cases, without training. {ranking['verdict']}",
+        "structures that the pre-training had no labels for. stunet rank scores each checkpoint on the features of "
+        f"these cases, without training. LogME ranks here, as it does better than CC-FV on the checkpoints of one "
+        f"training (docs/transferability.md). {ranking['verdict']}",
     )
     budget = min(epochs, _EPOCHS_ON_TARGET)
     _train_both(workspace, Path(winner["path"]), network, budget, device, seed)

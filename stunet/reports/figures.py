@@ -42,8 +42,11 @@ def side_by_side(
     colours = {value: colormaps["tab10"]((value - 1) % 10) for value in labels.values() if value > 0}
     aspect = spacing[1] / spacing[2]
     for row, (name, image, maps) in zip(axes, cases, strict=True):
-        plane = int(np.argmax((next(iter(maps.values())) > 0).sum(axis=(1, 2))))
-        low, high = np.percentile(image.astype(np.float64), [1, 99.5])
+        truth = next(iter(maps.values())) > 0
+        plane = int(np.argmax(truth.sum(axis=(1, 2))))
+        # The contrast is that of the structures: air is far away in CT, and most of the image.
+        low, high = np.percentile(image[truth] if truth.any() else image, [1, 99]).astype(np.float64)
+        low -= (high - low) / 2
         for axis, (title, overlay) in zip(row, [("image", None), *maps.items()], strict=True):
             axis.imshow(image[plane].astype(np.float64), cmap="gray", vmin=low, vmax=high, aspect=aspect)
             if overlay is not None:
