@@ -6,36 +6,84 @@ import math
 from typing import Any
 
 from rich.console import Console
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
-__all__ = ["ListOptionsCommand", "human_bytes", "human_count", "print_error", "stderr", "stdout"]
+__all__ = [
+    "LIST_VALUES",
+    "Command",
+    "Group",
+    "examples",
+    "human_bytes",
+    "human_count",
+    "print_error",
+    "stderr",
+    "stdout",
+]
+
+LIST_VALUES = "stunet.list_values"
+"""Key of a context's ``meta``: the values of the list option that the command line ends with."""
+
+_LIST_OPTION = "stunet.list_option"
 
 stdout = Console()
 stderr = Console(stderr=True)
 
 
-class ListOptionsCommand(TyperCommand):
+class _Help:
+    """Help without the type of flags, which typer shows as ``--json <bool>``."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """All parameters, ``--help`` included."""
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc] # of the class that this is mixed into
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+            elif getattr(param, "multiple", False) and param.metavar is None:
+                param.metavar = "TEXT ..."
+        return params
+
+
+class Group(_Help, TyperGroup):
+    """A command with subcommands."""
+
+
+class Command(_Help, TyperCommand):
     """A command whose list options take several values at once, as nnU-Net's do: ``-c 2d 3d_fullres``.
 
-    Typer wants an option's name before each value; that keeps working. Only for commands without positional arguments.
+    Typer wants an option's name before each value; that keeps working, and is the only way beside positional arguments.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the name of a list option before each further value."""
-        names = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
+        has_arguments = any(p.param_type_name == "argument" for p in self.params)
+        options: dict[str, Any] = {
+            name: p for p in self.params if getattr(p, "multiple", False) and not has_arguments for name in p.opts
+        }
         expanded: list[str] = []
         current: str | None = None
         n_values = 0
         for arg in args:
             if arg.startswith("-"):
                 name, has_value, _ = arg.partition("=")
-                current, n_values = (name if name in names else None), int(bool(has_value))
+                current, n_values = (name if name in options else None), int(bool(has_value))
             elif current is not None:
                 if n_values:
                     expanded.append(current)
                 n_values += 1
             expanded.append(arg)
+        if current is not None and n_values:
+            ctx.meta[_LIST_OPTION], ctx.meta[LIST_VALUES] = options[current], args[-n_values:]
         return super().parse_args(ctx, expanded)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Also complete further values of a list option."""
+        option = None if incomplete.startswith("-") else ctx.meta.get(_LIST_OPTION)
+        return list(option.shell_complete(ctx, incomplete) if option else super().shell_complete(ctx, incomplete))
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help: lines as they are typed."""
+    return "\n\n".join(("Example:" if len(lines) == 1 else "Examples:", *(f"$ {line}" for line in lines)))
 
 
 def human_bytes(n: float) -> str:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stunet.cli.options import Device, complete_label_systems
+
 if TYPE_CHECKING:
     from stunet.cli.evaluate_steps import ModelNames
     from stunet.datasets import RawDataset
@@ -32,7 +34,11 @@ def evaluate(
     ] = None,
     label_map: Annotated[
         str | None,
-        typer.Option("--label-map", help="YAML file, or the name of a published label system, such as btcv."),
+        typer.Option(
+            "--label-map",
+            help="YAML file, or the name of a published label system, such as btcv.",
+            autocompletion=complete_label_systems,
+        ),
     ] = None,
     suggest_map: Annotated[
         bool, typer.Option("--suggest-map", help="Print a label map to edit, or write it to -o, and leave.")
@@ -47,7 +53,7 @@ def evaluate(
     folds: Annotated[
         list[str] | None, typer.Option("--folds", help="Folds of the model to average; all by default. Takes several.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", "-device", help="auto, cpu, cuda or mps.")] = "auto",
+    device: Device = "auto",
     disable_tta: Annotated[
         bool, typer.Option("--disable-tta", help="Do not mirror images in prediction: faster, a little less exact.")
     ] = False,
@@ -137,7 +143,7 @@ def _predict(
     device: str,
     mirroring: bool,
 ) -> None:
-    from stunet.cli.devices import choose_device
+    from stunet.cli.options import choose_device
     from stunet.cli.predict_step import predict_cases_of
 
     cases = {case: images for case, (images, _) in target.cases.items()}

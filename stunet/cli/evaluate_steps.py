@@ -98,7 +98,7 @@ def find_target(dataset: str, split: str, fold: int | None) -> RawDataset:
         UsageError: An unknown split, or a fold of test cases.
     """
     from stunet.datasets import read_raw_dataset, read_test_dataset, read_validation_dataset
-    from stunet.planning import find_dataset, nnunet_folder
+    from stunet.environment import find_dataset, nnunet_folder
 
     if split not in ("train", "test") or (split == "test" and fold is not None):
         raise UsageError(

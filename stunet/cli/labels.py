@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stunet.cli.console import Command, Group, examples
+
 if TYPE_CHECKING:
     from stunet.labels import Coverage
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Check and carry annotated_labels.json.", no_args_is_help=True)
+app = typer.Typer(cls=Group, help="Check and carry annotated_labels.json.", no_args_is_help=True)
 
 
-@app.command()
+@app.command(cls=Command, epilog=examples("stunet labels check -d 4"))
 def check(
     dataset: Annotated[str, typer.Option("-d", "--dataset", help="Dataset id or name, in nnUNet_raw.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with what each case has.")] = False,
@@ -34,8 +36,8 @@ def check(
 
     from stunet.cli.console import stderr
     from stunet.datasets import case_names, read_raw_dataset, sources_of_cases
+    from stunet.environment import find_dataset, nnunet_folder
     from stunet.labels import MANIFEST_NAME, measure_coverage, read_manifest
-    from stunet.planning import find_dataset, nnunet_folder
 
     raw = read_raw_dataset(nnunet_folder("nnUNet_raw") / find_dataset(dataset))
     labels = raw.dataset_json["labels"]
@@ -117,7 +119,7 @@ def _warn(coverage: Coverage) -> None:
         print_error(error)
 
 
-@app.command()
+@app.command(cls=Command, epilog=examples("stunet labels carry -d 4"))
 def carry(
     dataset: Annotated[str, typer.Option("-d", "--dataset", help="Dataset id or name, in nnUNet_raw.")],
 ) -> None:
@@ -127,7 +129,7 @@ def carry(
     have changed since, check that the preprocessed data is of after the change.
     """
     from stunet.datasets import carry_side_files
-    from stunet.planning import find_dataset, nnunet_folder
+    from stunet.environment import find_dataset, nnunet_folder
 
     name = find_dataset(dataset)
     folder = nnunet_folder("nnUNet_preprocessed") / name

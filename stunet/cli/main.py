@@ -24,30 +24,47 @@ from stunet.cli import (
     train,
     weights,
 )
-from stunet.cli.console import ListOptionsCommand, print_error
+from stunet.cli.console import Command, Group, examples, print_error
 from stunet.errors import STUNetError
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="stunet",
+    cls=Group,
     help="STU-Net for nnU-Net v2: plan a network of any size, then train and predict with nnU-Net's own commands.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("plan", cls=ListOptionsCommand)(plan.plan)
-app.command("info", cls=ListOptionsCommand)(info.info)
-app.command("train")(train.train)
-app.command("finetune", cls=ListOptionsCommand)(finetune.finetune)
-app.command("rank", cls=ListOptionsCommand)(rank.rank)
-app.command("rank-eval")(rank_eval.rank_eval)
-app.command("evaluate", cls=ListOptionsCommand)(evaluate.evaluate)
-app.command("predict", cls=ListOptionsCommand)(predict.predict)
-app.command("convert")(convert.convert)
+_COMMANDS = {
+    "plan": (
+        plan.plan,
+        "stunet plan -d 4 --size base --set num_epochs=500 patch_size=96,160,160",
+        "stunet plan -d 4 --from small_ep4k --strategy warmup",
+    ),
+    "info": (info.info, "stunet info --size small base --patch 96,160,160 --gpu 24GB"),
+    "train": (train.train, "stunet train 4 3d_fullres 0 -p STUNetPlans_base"),
+    "finetune": (
+        finetune.finetune,
+        "stunet finetune -d 4 --from small_ep4k",
+        "stunet finetune -d 4 --from small_ep4k --set num_epochs=100 --continue",
+    ),
+    "rank": (rank.rank, "stunet rank -d 4 --checkpoints small_ep4k base_ep4k -o ranking"),
+    "rank-eval": (rank_eval.rank_eval, "stunet rank-eval ranking/ranking.json dice.json"),
+    "evaluate": (
+        evaluate.evaluate,
+        "stunet evaluate -d 4 -m MODEL_FOLDER --label-map btcv",
+        "stunet evaluate -d 4 --predictions PREDICTIONS --cases case_01,case_07",
+    ),
+    "predict": (predict.predict, "stunet predict -i IMAGES -o PREDICTIONS -m MODEL_FOLDER --preview"),
+    "convert": (convert.convert, "stunet convert small_ep4k -o MODEL_FOLDER"),
+    "env": (env.env, 'eval "$(stunet env)"'),
+    "demo": (demo.demo, "stunet demo", "stunet demo --data nnUNet_raw/Dataset004_Hippocampus"),
+}
+for _name, (_command, *_lines) in _COMMANDS.items():
+    app.command(_name, cls=Command, epilog=examples(*_lines))(_command)
 app.add_typer(weights.app, name="weights")
-app.command("env")(env.env)
-app.command("demo")(demo.demo)
 app.add_typer(imports.app, name="import")
 app.add_typer(labels.app, name="labels")
 

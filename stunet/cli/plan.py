@@ -7,33 +7,49 @@ from typing import Annotated, Any
 
 import typer
 
+from stunet.cli.convert import find_fetched
+from stunet.cli.options import (
+    Settings,
+    StrategyOption,
+    choose_size,
+    complete_presets,
+    complete_sizes,
+    complete_weights,
+)
+from stunet.environment import find_dataset
+from stunet.settings import parse_settings
+
 __all__ = ["plan"]
 
 
 def plan(
     dataset: Annotated[str, typer.Option("-d", "--dataset", help="Dataset id or name.")],
-    size: Annotated[str | None, typer.Option(help="small, base, large or huge; base by default.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="small, base, large or huge; base by default.", autocompletion=complete_sizes)
+    ] = None,
     configurations: Annotated[
         list[str] | None,
         typer.Option("-c", "--configurations", help="Configurations to rewrite; all by default. Takes several."),
     ] = None,
     plans: Annotated[str, typer.Option("--plans", "-p", help="The plans to start from.")] = "nnUNetPlans",
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Settings, name=value. Takes several. See --list-settings.")
-    ] = None,
+    settings: Settings = None,
     depth: Annotated[str | None, typer.Option(help="Blocks of six stages, for example 1,1,2,2,2,2.")] = None,
     width: Annotated[int | None, typer.Option(help="Channels of the first stage, for example 24.")] = None,
     source: Annotated[
         Path | None,
-        typer.Option("--from", help="Weights to start from, file or fetched name; they decide the size."),
+        typer.Option(
+            "--from",
+            help="Weights to start from, file or fetched name; they decide the size.",
+            autocompletion=complete_weights,
+        ),
     ] = None,
-    strategy: Annotated[
-        str | None,
-        typer.Option(help="With --from: full (default), warmup, layerwise, frozen-encoder or head-only."),
-    ] = None,
+    strategy: StrategyOption = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="A pre-training recipe in the place of nnU-Net's planning: totalsegmentator."),
+        typer.Option(
+            help="A pre-training preset in place of nnU-Net's planning: totalsegmentator.",
+            autocompletion=complete_presets,
+        ),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the new plans; STUNetPlans_SIZE by default, with --from …_SIZE_ft.")
@@ -54,6 +70,12 @@ def plan(
 
     Where nnU-Net has not planned the dataset yet, its own planner runs first.
     """
+    # What needs no PyTorch is checked before it is imported.
+    choose_size(size, depth, width)
+    parse_settings(settings or [])
+    find_dataset(dataset)
+    if source is not None:
+        find_fetched([source])
     from stunet.cli.plan_steps import PlanRequest, make_plans_file, print_transfer
 
     made = make_plans_file(

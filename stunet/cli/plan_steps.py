@@ -10,11 +10,10 @@ from typing import Any, cast
 from stunet.checkpoints import SourceWeights, TransferReport, open_weights
 from stunet.cli.console import stdout
 from stunet.cli.convert import find_fetched
-from stunet.cli.sizes import choose_size
+from stunet.cli.options import choose_size
 from stunet.errors import UsageError
 from stunet.network import STUNetSize
 from stunet.planning import (
-    STRATEGIES,
     Strategy,
     apply_recipe,
     find_dataset,
@@ -150,13 +149,6 @@ def _settings(request: PlanRequest, size: STUNetSize, weights: SourceWeights | N
             )
         return {**preset, **given}
     strategy = request.strategy or given.get("fine_tune", "full")
-    if strategy not in STRATEGIES:
-        raise UsageError(
-            "unknown strategy",
-            got=strategy,
-            expected=f"one of {', '.join(STRATEGIES)}",
-            remedy="Correct --strategy.",
-        )
     return {**preset, **fine_tuning_settings(weights, cast(Strategy, strategy)), **given, "fine_tune": strategy}
 
 

@@ -86,7 +86,7 @@ def union(
 
 def _read_sources(sources: Sequence[str]) -> list[UnionSource]:
     from stunet.datasets import read_union_source
-    from stunet.planning import find_dataset, nnunet_folder
+    from stunet.environment import find_dataset, nnunet_folder
 
     raw = nnunet_folder("nnUNet_raw")
     names = [find_dataset(source) for source in sources]
