@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 __all__ = [
     "LIST_VALUES",
     "Command",
     "Group",
+    "PlainTable",
     "examples",
     "human_bytes",
     "human_count",
@@ -24,6 +29,7 @@ LIST_VALUES = "stunet.list_values"
 """Key of a context's ``meta``: the values of the list option that the command line ends with."""
 
 _LIST_OPTION = "stunet.list_option"
+_LONGEST_WORD = 32  # that a table keeps in one line
 
 stdout = Console()
 stderr = Console(stderr=True)
@@ -84,6 +90,26 @@ class Command(_Help, TyperCommand):
 def examples(*lines: str) -> str:
     """The end of a command's help: lines as they are typed."""
     return "\n\n".join(("Example:" if len(lines) == 1 else "Examples:", *(f"$ {line}" for line in lines)))
+
+
+class PlainTable(Table):
+    """A table for 80 columns: no frame, texts as they are, and long ones folded instead of cut."""
+
+    def __init__(self, *columns: str, title: str = "", caption: str = "", numbers: Collection[str] = ()) -> None:
+        super().__init__(
+            title=Text(title) if title else None, caption=Text(caption) if caption else None, title_justify="left",
+            caption_justify="left", box=SIMPLE_HEAD if columns else None, padding=(0, 1, 0, 0), pad_edge=False,
+            show_edge=False, show_header=bool(columns),
+        )  # fmt: skip
+        for column in columns:
+            self.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """Add a row of texts, which are not markup. Columns keep the width of their words: names are not cut."""
+        super().add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+        for column, cell in zip(self.columns, cells, strict=False):
+            longest = max((len(word) for word in str(cell).split()), default=0)
+            column.min_width = max(column.min_width or 0, min(longest, _LONGEST_WORD))
 
 
 def human_bytes(n: float) -> str:

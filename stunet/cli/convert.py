@@ -80,15 +80,11 @@ def _choose_labels(source: SourceWeights, file: Path | None, entry: WeightsEntry
 
 
 def _report(source: SourceWeights, description: ModelDescription, card: dict[str, Any], output: Path) -> None:
-    from rich.table import Table
-
-    from stunet.cli.console import human_bytes, human_count, stdout
+    from stunet.cli.console import PlainTable, human_bytes, human_count, stdout
     from stunet.planning import resolve_configuration
 
     configuration = resolve_configuration(description.plans, description.configuration)
-    table = Table(show_header=False)
-    table.add_column()
-    table.add_column(overflow="fold")  # a path or a checksum that is cut is of no use
+    table = PlainTable()
     for name, value in (
         ("source", f"{source.path} ({source.kind}, {source.precision}, {human_bytes(card['sources'][0]['bytes'])})"),
         ("SHA-256", card["sources"][0]["sha256"]),

@@ -219,28 +219,31 @@ def _report(
 
 
 def _print_table(results: EvaluationResults, tolerance: float) -> None:
-    from rich.table import Table
+    from stunet.cli.console import PlainTable, stdout
 
-    from stunet.cli.console import stdout
-
-    table = Table(
-        title=f"Means over {len(results.cases)} cases; surface Dice at {tolerance:g} mm, HD95 in mm, where finite",
-        title_justify="left",
+    counts = {
+        name: [getattr(structure, name.replace(" ", "_")) for structure in results.structures]
+        for name in ("missed", "spurious", "absent", "not annotated")
+    }
+    counts = {name: values for name, values in counts.items() if any(values)}
+    numbers = ("Dice", "NSD", "HD95", "cases", *counts)
+    table = PlainTable(
+        "structure",
+        *numbers,
+        title=f"Means over {len(results.cases)} cases; NSD: surface Dice at {tolerance:g} mm, HD95 in mm, where finite",
+        numbers=numbers,
     )
-    table.add_column("structure")
-    for column in ("Dice", "surface Dice", "HD95"):
-        table.add_column(column, justify="right")
-    for column in ("cases", "missed", "spurious", "absent", "not annotated"):
-        table.add_column(column, justify="right")
-    for structure in results.structures:
-        counts = (structure.missed, structure.spurious, structure.absent, structure.not_annotated)
+    for n, structure in enumerate(results.structures):
         n_cases = structure.scored + structure.infinite
         table.add_row(
-            structure.comparison.name, *_numbers(structure.mean), str(n_cases), *(str(n) if n else "" for n in counts)
+            structure.comparison.name,
+            *_numbers(structure.mean),
+            str(n_cases),
+            *(str(values[n] or "") for values in counts.values()),
         )
     table.add_section()
     table.add_row("mean", *_numbers(results.mean))
-    stdout.print(table, markup=False)
+    stdout.print(table)
 
 
 def _numbers(mean: Mapping[str, Any]) -> list[str]:

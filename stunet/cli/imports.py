@@ -206,13 +206,11 @@ def _report(
 
 
 def _print_overlaps(report: ImportReport) -> None:
-    from rich.table import Table
-
-    from stunet.cli.console import stdout
+    from stunet.cli.console import PlainTable, stdout
 
     if not report.overlaps:
         return
-    table = Table("structure", "lost to", "voxels", title="Overlaps", title_justify="left")
+    table = PlainTable("structure", "lost to", "voxels", title="Overlaps", numbers=("voxels",))
     for (loser, winner), n in list(report.overlaps.items())[:_MOST_OVERLAPS]:
         table.add_row(loser, winner, str(n))
     stdout.print(table)

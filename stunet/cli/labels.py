@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stunet.cli.console import Command, Group, examples
+from stunet.cli.console import Command, Group, PlainTable, examples, stdout
 
 if TYPE_CHECKING:
     from stunet.labels import Coverage
@@ -65,15 +65,9 @@ def check(
 
 
 def _print_coverage(coverage: Coverage, folder: Path) -> None:
-    from rich.table import Table
-
-    from stunet.cli.console import stdout
-
-    table = Table(title=f"{folder.name}, {len(coverage.voxels)} training cases", title_justify="left")
-    table.add_column("value", justify="right")
-    table.add_column("structure")
-    for name in ("cases annotated", "cases present", "voxels"):
-        table.add_column(name, justify="right")
+    columns = ("value", "structure", "annotated in", "present in", "voxels")
+    title = f"{folder.name}, {len(coverage.voxels)} training cases"
+    table = PlainTable(*columns, title=title, numbers=set(columns) - {"structure"})
     for row in coverage.structures:
         table.add_row(str(row.value), row.name, str(row.annotated), str(row.present), str(row.voxels))
     stdout.print(table)
@@ -87,17 +81,10 @@ def _print_coverage(coverage: Coverage, folder: Path) -> None:
 
 
 def _print_sources(coverage: Coverage) -> None:
-    from rich.table import Table
-
-    from stunet.cli.console import stdout
-
     if not coverage.sources:
         return
-    table = Table(title="Sources", title_justify="left")
-    table.add_column("dataset")
-    for name in ("cases", "structures annotated", "present"):
-        table.add_column(name, justify="right")
-    table.add_column("annotated, never present")
+    columns = ("cases", "annotated", "present")
+    table = PlainTable("dataset", *columns, "never present", title="Structures by source", numbers=columns)
     for row in coverage.sources:
         numbers = (str(n) for n in (row.cases, len(row.annotated), len(row.present)))
         table.add_row(row.name, *numbers, ", ".join(row.never_present))

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from stunet.cli.console import PlainTable, stdout
 from stunet.cli.convert import find_fetched
 from stunet.cli.options import (
     Settings,
@@ -17,7 +18,7 @@ from stunet.cli.options import (
     complete_weights,
 )
 from stunet.environment import find_dataset
-from stunet.settings import parse_settings
+from stunet.settings import SETTINGS, SETTINGS_KEY, parse_settings
 
 __all__ = ["plan"]
 
@@ -101,13 +102,10 @@ def plan(
 
 
 def _report(plans: dict[str, Any], path: Path, *, written: bool) -> None:
-    from rich.table import Table
-
-    from stunet.cli.console import stdout
     from stunet.errors import PlansError
-    from stunet.planning import SETTINGS_KEY, is_stunet, plans_size, resolve_configuration
+    from stunet.planning import is_stunet, plans_size, resolve_configuration
 
-    table = Table("configuration", "network", "patch", "batch", "strides")
+    table = PlainTable("configuration", "network", "patch", "batch", "strides", numbers=("batch",))
     trainable: list[str] = []
     settings: dict[str, list[str]] = {}
     for name in plans["configurations"]:
@@ -140,7 +138,7 @@ def _report(plans: dict[str, Any], path: Path, *, written: bool) -> None:
 
 
 def _next_commands(plans: dict[str, Any], path: Path, configuration: str) -> list[str]:
-    from stunet.planning import SETTINGS_KEY, resolve_configuration
+    from stunet.planning import resolve_configuration
 
     dataset_id, plans_name = int(plans["dataset_name"][7:10]), plans["plans_name"]
     lines = ["Next:"]
@@ -156,16 +154,15 @@ def _next_commands(plans: dict[str, Any], path: Path, configuration: str) -> lis
 def _print_settings(wanted: bool) -> None:
     if not wanted:
         return
-    from rich.table import Table
-
-    from stunet.cli.console import stdout
-    from stunet.planning import SETTINGS
-
-    table = Table()
-    for column in ("setting", "value", "what it does", "counts with"):
-        table.add_column(column, no_wrap=column == "setting", overflow="fold")
-    for name, setting in SETTINGS.items():
-        trainers = "STUNetTrainer" if setting.place == "training" else "any trainer, given with --set"
-        table.add_row(name, setting.expected, setting.help, trainers)
-    stdout.print(table)
+    titles = {True: "Read by STUNetTrainer", False: "For any trainer; by default the values of nnU-Net's plans"}
+    for of_training, title in titles.items():
+        table = PlainTable("setting", "default", "what it does", title=title)
+        for name, setting in SETTINGS.items():
+            if (setting.place == "training") is of_training:
+                values = f": {', '.join(setting.choices)}" if setting.choices[2:] else ""
+                default = "" if setting.default is None else f"{setting.default}".lower()
+                table.add_row(name, default, setting.help + values)
+        stdout.print(table)
+        stdout.print()
+    stdout.print("Type them as --set num_epochs=500 patch_size=96,160,160; booleans are true or false.")
     raise typer.Exit

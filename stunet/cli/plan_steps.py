@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from stunet.checkpoints import SourceWeights, TransferReport, open_weights
-from stunet.cli.console import stdout
+from stunet.cli.console import PlainTable, stdout
 from stunet.cli.convert import find_fetched
 from stunet.cli.options import choose_size
 from stunet.errors import UsageError
@@ -154,12 +154,7 @@ def _settings(request: PlanRequest, size: STUNetSize, weights: SourceWeights | N
 
 def print_transfer(report: TransferReport) -> None:
     """Show what a training will take from the weights."""
-    from rich.table import Table
-
-    table = Table(title=f"From {report.source}", title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column()
-    table.add_column(overflow="fold")
+    table = PlainTable(title=f"From {report.source}")
     for row in report.rows():
         table.add_row(*row)
     stdout.print(table)

@@ -165,26 +165,23 @@ def _how(file: WeightsFile) -> str:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
+    from stunet.cli.console import PlainTable, stdout
 
-    from stunet.cli.console import stdout
-
-    table = Table(caption="`stunet weights fetch NAME` gets them; --json shows files, addresses and sources.")
-    for column in ("name", "network", "outputs", "trained on", "licence", "bytes", "download", "state"):
-        table.add_column(column, justify="right" if column in ("outputs", "bytes") else "left", overflow="fold")
+    numbers = ("outputs", "size")
+    table = PlainTable("name", "network", *numbers, "download", "state", numbers=numbers)
+    described: dict[str, list[str]] = {}
     for row in rows:
         weights = next(file for file in row["files"] if not file["file"].endswith(".pkl"))
         table.add_row(
-            row["name"],
-            row["size"],
-            str(row["outputs"]),
-            row["title"] or "",
-            row["licence"] or "not known",
-            _size_words(weights),
-            row["download"],
-            row["state"],
+            row["name"], row["size"], str(row["outputs"]), _size_words(weights), row["download"], row["state"]
         )
+        text = f"{row['title'] or 'training data not known'}; licence: {row['licence'] or 'not known'}"
+        described.setdefault(text, []).append(row["name"])
     stdout.print(table)
+    stdout.print()
+    for text, names in described.items():
+        stdout.print(f"{', '.join(names)}: {text}", highlight=False, markup=False)
+    _print_line("Next: stunet weights fetch NAME. Files and addresses: stunet weights list --json")
 
 
 def _size_words(file: dict[str, Any]) -> str:
