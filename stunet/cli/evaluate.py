@@ -46,6 +46,10 @@ def evaluate(
     predictions: Annotated[
         Path | None, typer.Option(help="Score the segmentations in this folder, and predict nothing.")
     ] = None,
+    cases: Annotated[str | None, typer.Option("--cases", help="Only these cases, names with commas between.")] = None,
+    chill: Annotated[
+        bool, typer.Option("--chill", help="With --predictions: only the cases that have one, as nnU-Net names it.")
+    ] = False,
     split: Annotated[str, typer.Option(help="train (imagesTr) or test (imagesTs).")] = "train",
     fold: Annotated[
         int | None, typer.Option(help="Only the validation cases of this fold of the dataset's splits_final.json.")
@@ -75,6 +79,7 @@ def evaluate(
     from stunet.cli.evaluate_steps import (
         check_agreement,
         check_predictions,
+        choose_cases,
         choose_label_map,
         find_target,
         make_jobs,
@@ -84,7 +89,7 @@ def evaluate(
     from stunet.labels import relate_labels
 
     names = read_model_names(model, predictions)
-    target = find_target(dataset, split, fold)
+    target = choose_cases(find_target(dataset, split, fold), cases, predictions if chill else None)
     if suggest_map:
         _suggest(names, target, output)
         return
@@ -230,7 +235,8 @@ def _print_table(results: EvaluationResults, tolerance: float) -> None:
     table = PlainTable(
         "structure",
         *numbers,
-        title=f"Means over {len(results.cases)} cases; NSD: surface Dice at {tolerance:g} mm, HD95 in mm, where finite",
+        title=f"Means over {len(results.cases)} cases",
+        caption=f"NSD: surface Dice at {tolerance:g} mm. HD95: in mm, where finite.",
         numbers=numbers,
     )
     for n, structure in enumerate(results.structures):
