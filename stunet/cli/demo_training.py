@@ -116,7 +116,7 @@ def print_dice(columns: Mapping[str, Sequence[StructureDice]]) -> None:
 
 def draw_cases(workspace: Workspace, dataset: str, predictions: Path, path: Path) -> Path:
     """Three test cases with truth and prediction side by side."""
-    from stunet.datasets import exclusive_labels, read_image
+    from stunet.datasets import exclusive_labels, read_image, read_plane_names
     from stunet.reports import side_by_side
 
     description, raw = workspace.dataset_json(dataset), workspace.raw(dataset)
@@ -127,5 +127,5 @@ def draw_cases(workspace: Workspace, dataset: str, predictions: Path, path: Path
         name = truth.name.removesuffix(ending)
         image, spacing = read_image(raw / "imagesTs" / f"{name}_0000{ending}")
         cases.append((name, image, merge(read_image(truth)[0]), read_image(predictions / truth.name)[0]))
-    side_by_side(cases, names, path, spacing=spacing)
+    side_by_side(cases, names, path, spacing=spacing, plane_name=read_plane_names(truth)[0])
     return path
