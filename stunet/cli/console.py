@@ -29,7 +29,7 @@ LIST_VALUES = "stunet.list_values"
 """Key of a context's ``meta``: the values of the list option that the command line ends with."""
 
 _LIST_OPTION = "stunet.list_option"
-_LONGEST_WORD = 32  # that a table keeps in one line
+_LONGEST_WORD = 48  # that a table keeps in one line
 
 stdout = Console()
 stderr = Console(stderr=True)

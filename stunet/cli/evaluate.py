@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -50,7 +50,7 @@ def evaluate(
     chill: Annotated[
         bool, typer.Option("--chill", help="With --predictions: only the cases that have one, as nnU-Net names it.")
     ] = False,
-    split: Annotated[str, typer.Option(help="train (imagesTr) or test (imagesTs).")] = "train",
+    split: Annotated[Literal["train", "test"], typer.Option(help="imagesTr or imagesTs.")] = "train",
     fold: Annotated[
         int | None, typer.Option(help="Only the validation cases of this fold of the dataset's splits_final.json.")
     ] = None,

@@ -96,16 +96,16 @@ def find_target(dataset: str, split: str, fold: int | None) -> RawDataset:
 
     Raises:
         DatasetError: It is unknown, or cases are missing.
-        UsageError: An unknown split, or a fold of test cases.
+        UsageError: A fold of test cases.
     """
     from stunet.datasets import read_raw_dataset, read_test_dataset, read_validation_dataset
     from stunet.environment import find_dataset, nnunet_folder
 
-    if split not in ("train", "test") or (split == "test" and fold is not None):
+    if split == "test" and fold is not None:
         raise UsageError(
             "impossible choice of cases",
-            got=f"--split {split}" + ("" if fold is None else f" --fold {fold}"),
-            expected="train (imagesTr) or test (imagesTs); --fold with train alone",
+            got=f"--split {split} --fold {fold}",
+            expected="--fold with the training cases alone",
             remedy="Correct --split, or leave --fold out.",
         )
     is_path = (Path(dataset) / "dataset.json").is_file()

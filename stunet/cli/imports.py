@@ -50,8 +50,8 @@ def _options() -> None:
 @app.command(
     cls=Command,
     epilog=examples(
-        "stunet import totalsegmentator Totalsegmentator_dataset_v201 -d 101",
-        "stunet import totalsegmentator Totalsegmentator_dataset_v201 -d 102 --group ribs",
+        "stunet import totalsegmentator Totalsegmentator_v2 -d 101",
+        "stunet import totalsegmentator Totalsegmentator_v2 -d 102 --group ribs",
     ),
 )
 def totalsegmentator(
