@@ -85,7 +85,9 @@ def test_completion_in_bash() -> None:
     """As bash calls it: it splits words at ``=``."""
     script = f"""
         eval "$(_STUNET_COMPLETE=source_bash {STUNET})"
-        complete_line() {{ COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _stunet_completion {STUNET}; echo ${{COMPREPLY[@]}}; }}
+        complete_line() {{
+            COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _stunet_completion {STUNET}; echo ${{COMPREPLY[@]}}
+        }}
         complete_line stunet plan --size ""
         complete_line stunet plan --set num_epochs = 3 mirroring = n
     """
@@ -292,7 +294,8 @@ def test_tables_keep_names_whole(
     ):
         status, out, err = _typed(monkeypatch, capsys, *line.split())
         assert status == 0, err
-        table = [row for row in (err if "union" in line else out).splitlines() if not row.startswith(("Next:", "warn"))]
+        rows = (err if "union" in line else out).splitlines()
+        table = [row for row in rows if not row.endswith(".") and not row.startswith(("Next:", "Wrote"))]
         assert max(map(len, table)) <= 80, line
         words = {word for row in table for word in row.split()}
         assert set(names) <= words, line
