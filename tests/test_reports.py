@@ -97,8 +97,8 @@ def test_pictures_name_their_planes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     planes = read_plane_names(tmp_path / "a.nii.gz")
     labels = np.zeros(volume.shape, np.uint8)
     labels[1, 2, 3] = 1
-    draw_preview(volume, labels, label_names({"labels": {"background": 0, "liver": 1}}), spacing, tmp_path / "p.png", title="a",
-                 planes=planes)  # fmt: skip
+    names = label_names({"labels": {"background": 0, "liver": 1}})
+    draw_preview(volume, labels, names, spacing, tmp_path / "p.png", title="a", planes=planes)
     assert titles == ["sagittal, plane 1", "axial, plane 2", "coronal, plane 3"]
     titles.clear()
     side_by_side([("a", volume, labels, labels)], {"liver": 1}, tmp_path / "f.png", plane_name=planes[0])
