@@ -60,17 +60,20 @@ class Command(_Help, TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat the name of a list option before each further value."""
+        """Repeat the name of a list option before each further value; take hyphens for underscores."""
         has_arguments = any(p.param_type_name == "argument" for p in self.params)
         options: dict[str, Any] = {
             name: p for p in self.params if getattr(p, "multiple", False) and not has_arguments for name in p.opts
         }
+        known = {name for p in self.params for name in p.opts}
         expanded: list[str] = []
         current: str | None = None
         n_values = 0
         for arg in args:
             if arg.startswith("-"):
-                name, has_value, _ = arg.partition("=")
+                name, has_value, value = arg.partition("=")
+                if name not in known and (underscored := f"--{name[2:].replace('-', '_')}") in known:
+                    name, arg = underscored, f"{underscored}{has_value}{value}"  # --disable-tta for --disable_tta
                 current, n_values = (name if name in options else None), int(bool(has_value))
             elif current is not None:
                 if n_values:
