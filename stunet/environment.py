@@ -1,13 +1,13 @@
-"""nnU-Net's environment variables, read without nnU-Net, whose import takes seconds."""
+"""nnU-Net's folders and the datasets in them, found without nnU-Net, whose import takes seconds."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from stunet.errors import NnUNetPathError
+from stunet.errors import DatasetError, NnUNetPathError
 
-__all__ = ["nnunet_folder"]
+__all__ = ["find_dataset", "nnunet_folder"]
 
 
 def nnunet_folder(variable: str) -> Path:
@@ -36,3 +36,44 @@ def nnunet_folder(variable: str) -> Path:
             remedy=f"Create it (mkdir -p {value}), or set the variable to another folder.",
         )
     return Path(value)
+
+
+def find_dataset(dataset: str | int) -> str:
+    """The full name of a dataset.
+
+    Args:
+        dataset: An id such as ``4``, or a name such as ``Dataset004_Hippocampus``.
+
+    Raises:
+        DatasetError: Not in ``nnUNet_raw`` or ``nnUNet_preprocessed``, or an id that stands for several datasets.
+        NnUNetPathError: Neither ``nnUNet_raw`` nor ``nnUNet_preprocessed`` is set.
+    """
+    variables = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+    raw, preprocessed, results = (_datasets(os.environ.get(variable)) for variable in variables)
+    if not any(map(os.environ.get, variables[:2])):
+        nnunet_folder("nnUNet_preprocessed")
+    known, text = sorted(raw | preprocessed), str(dataset)
+    named = {
+        name
+        for name in raw | preprocessed | results
+        if name == text or (text.isascii() and text.isdecimal() and int(name[7:10]) == int(text))
+    }
+    if len(named) == 1 and named <= set(known):
+        return named.pop()
+    if len(named) > 1:
+        raise DatasetError(
+            "a dataset id that stands for several datasets",
+            got=f"{text}: {', '.join(sorted(named))}",
+            expected="one of them",
+            remedy="Give the full name.",
+        )
+    raise DatasetError(
+        "unknown dataset",
+        got=text,
+        expected=f"one of {', '.join(known)}" if known else "a dataset in nnUNet_raw or nnUNet_preprocessed",
+        remedy="Check the name and the variables nnUNet_raw and nnUNet_preprocessed.",
+    )
+
+
+def _datasets(folder: str | None) -> set[str]:
+    return {d.name for d in Path(folder).glob("Dataset[0-9][0-9][0-9]_*") if d.is_dir()} if folder else set()

@@ -218,6 +218,20 @@ def test_the_models_own_dataset_is_warned_of(folders: Folders, run: Any) -> None
     assert "The model works at 3 x 1.5 x 1.5 mm" in out
 
 
+@pytest.mark.parametrize("more", ["--chill", "--cases b", "--cases=b, --chill"])
+def test_some_of_the_cases_are_scored_when_asked(folders: Folders, run: Any, more: str) -> None:
+    (folders.predictions / "a.nii.gz").unlink()
+    status, _, err = run(f"{SCORE} -d 7 -o all")
+    assert status == 2
+    assert "1 of 2" in err
+    status, out, _ = run(f"{SCORE} -d 7 -o out {more}")
+    assert status == 0
+    assert "on 1 cases" in out
+    summary = json.loads((folders.root / "out" / "summary.json").read_text())
+    assert [case["case"] for case in summary["metric_per_case"]] == ["b"]
+    assert summary["metric_per_case"][0]["metrics"]["2"]["Dice"] == pytest.approx(2 * 2 / (2 + 2))
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -227,14 +241,14 @@ def test_the_models_own_dataset_is_warned_of(folders: Folders, run: Any) -> None
         ("-d 7 --predictions segmentations", "segmentations/dataset.json: FileNotFoundError"),
         ("-d 7 -m model --predictions nowhere", "no such folder"),
         ("-d 7 -m model --predictions model", "/model/a.nii.gz"),
+        ("-d 7 -m model --predictions model --chill", "no segmentation of any case"),
+        ("-d 7 -m model --predictions segmentations --cases a,t", "cases of"),
         ("-d 7 -m model --label-map nowhere.yaml", "No such file"),
         ("-d 7 -m model --label-map kits", "one of abdomenct_1k"),
         ("-d 7 -m model --predictions segmentations --tolerance -1", "-1 mm"),
-        ("-d 7 -m model --split val", "--split val"),
         ("-d 7 -m model --split test --fold 0", "--split test --fold 0"),
         ("-d 7 -m model --fold 0", "missing folds"),
         ("-d 7 -m model --predictions segmentations -o model", "an output that exists"),
-        ("-d 7 -m model --device tpu -o out", "unknown device"),
         ("-d 7 -m model --device cpu -o out", "a model folder without plans.json"),
     ],
 )

@@ -152,7 +152,6 @@ def test_two_channels_without_pickle(tmp_path: Path) -> None:
         ((), ("outputs without names", "3 outputs", "--labels FILE.json")),
         (("--labels", "{source}/two.json"), ("a label list of the wrong length", "2 names", "3 names")),
         (("--labels", "{source}/none.json"), ("missing label file",)),
-        (("--to", "onnx"), ("unknown format", "nnunet or published")),
         (("{source}/none.pkl",), ("missing pickle", "none.pkl")),
         (("{source}/none.model",), ("more than one file with weights",)),
     ],

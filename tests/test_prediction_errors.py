@@ -85,7 +85,6 @@ def test_folders_without_images(
         (("--structures", "liver"), ("structures that the model does not know", "structure_1, structure_2")),
         (("-f", "0", "3"), ("missing checkpoint", "fold_3/checkpoint_final.pth", "-f")),
         (("-chk", "checkpoint_best.pth"), ("missing checkpoint", "checkpoint_final.pth", "-chk")),
-        (("-device", "tpu"), ("unknown device",)),
     ],
 )
 def test_arguments(

@@ -7,11 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from scipy.spatial.transform import Rotation
 
+from stunet.datasets import plane_names, read_image, read_plane_names
 from stunet.evaluation import CaseOrientation, CaseScores, EvaluationCase, collect_results, volume_scores
+from stunet.inference import label_names
+from stunet.inference.preview import draw_preview
 from stunet.labels import Comparison
 from stunet.reports import draw_scores, read_dice, side_by_side
 
@@ -66,6 +74,42 @@ def test_the_figure_shows_each_case_in_three_panels(tmp_path: Path) -> None:
     assert thirds[0][2] == 0  # empty prediction
     assert thirds[1][1] > 0.02
     assert thirds[1][2] > 0.02
+
+
+@pytest.mark.parametrize("reader", [SimpleITKIO, NibabelIO, NibabelIOWithReorient])
+@pytest.mark.parametrize("code", ["LPS", "RAI", "PSR", "SLA", "IAL", "ASL"])
+def test_planes_are_named_by_the_images_directions(code: str, reader: Any, tmp_path: Path) -> None:
+    """ITK's own code says where each axis (x, y, z) leads; a little obliqueness changes nothing."""
+    image = sitk.GetImageFromArray(np.zeros((4, 5, 6), np.float32))
+    image.SetDirection(Rotation.from_euler("xyz", [8, -5, 6], degrees=True).as_matrix().ravel())
+    oriented = sitk.DICOMOrient(image, code)
+    sitk.WriteImage(oriented, str(tmp_path / "a.nii.gz"))
+    across = {"L": "sagittal", "R": "sagittal", "P": "coronal", "A": "coronal", "S": "axial", "I": "axial"}
+    letters = "RAS" if reader is NibabelIOWithReorient else code
+    volume, properties = reader().read_images([str(tmp_path / "a.nii.gz")])
+    assert plane_names(properties) == tuple(across[letter] for letter in letters[::-1])
+    assert volume.shape[1:][plane_names(properties).index("axial")] == 4
+
+
+def test_pictures_name_their_planes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr(Axes, "set_title", lambda self, text, **_: titles.append(text))
+    image = sitk.DICOMOrient(sitk.GetImageFromArray(np.ones((4, 5, 6), np.float32)), "PSR")
+    sitk.WriteImage(image, str(tmp_path / "a.nii.gz"))
+    volume, spacing = read_image(tmp_path / "a.nii.gz")
+    planes = read_plane_names(tmp_path / "a.nii.gz")
+    labels = np.zeros(volume.shape, np.uint8)
+    labels[1, 2, 3] = 1
+    names = label_names({"labels": {"background": 0, "liver": 1}})
+    draw_preview(volume, labels, names, spacing, tmp_path / "p.png", title="a", planes=planes)
+    assert titles == ["sagittal, plane 1", "axial, plane 2", "coronal, plane 3"]
+    titles.clear()
+    side_by_side([("a", volume, labels, labels)], {"liver": 1}, tmp_path / "f.png", plane_name=planes[0])
+    assert titles == ["a: image, sagittal", "a: truth, sagittal", "a: prediction, sagittal"]
+
+
+def test_an_image_without_directions_has_axes() -> None:
+    assert plane_names({"spacing": (999, 1, 1)}) == ("first axis", "second axis", "third axis")
 
 
 def test_the_figure_of_scores_has_a_row_for_each_structure(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -16,14 +16,9 @@ from stunet.errors import CheckpointError, LabelError, UsageError
 from stunet.labels import Outputs, match_names, outputs_of, vocabulary_for
 from stunet.network import STUNet
 from stunet.network.blocks import CONV_OPS
+from stunet.settings import HeadPolicy, StemPolicy
 
 __all__ = ["HeadPolicy", "StemPolicy", "TransferReport", "adapt_stem", "source_outputs", "transfer_weights"]
-
-StemPolicy = Literal["repeat-scaled", "first", "zero-new", "random"]
-"""How the stem is adapted to other input channels; see :func:`adapt_stem`."""
-
-HeadPolicy = Literal["by-name", "fresh"]
-"""Whether rows of the heads are copied for structures that source and target share."""
 
 #: The two parameters whose shape depends on the input channels.
 _STEM_WEIGHTS = ("encoder.stages.0.0.conv1.weight", "encoder.stages.0.0.projection.weight")

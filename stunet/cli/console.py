@@ -3,39 +3,116 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from typer.core import TyperCommand
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperCommand, TyperGroup
 
-__all__ = ["ListOptionsCommand", "human_bytes", "human_count", "print_error", "stderr", "stdout"]
+__all__ = [
+    "LIST_VALUES",
+    "Command",
+    "Group",
+    "PlainTable",
+    "examples",
+    "human_bytes",
+    "human_count",
+    "print_error",
+    "stderr",
+    "stdout",
+]
+
+LIST_VALUES = "stunet.list_values"
+"""Key of a context's ``meta``: the values of the list option that the command line ends with."""
+
+_LIST_OPTION = "stunet.list_option"
+_LONGEST_WORD = 48  # that a table keeps in one line
 
 stdout = Console()
 stderr = Console(stderr=True)
 
 
-class ListOptionsCommand(TyperCommand):
+class _Help:
+    """Help without the type of flags, which typer shows as ``--json <bool>``."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """All parameters, ``--help`` included."""
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc] # of the class that this is mixed into
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+            elif getattr(param, "multiple", False) and param.metavar is None:
+                param.metavar = "TEXT ..."
+        return params
+
+
+class Group(_Help, TyperGroup):
+    """A command with subcommands."""
+
+
+class Command(_Help, TyperCommand):
     """A command whose list options take several values at once, as nnU-Net's do: ``-c 2d 3d_fullres``.
 
-    Typer wants an option's name before each value; that keeps working. Only for commands without positional arguments.
+    Typer wants an option's name before each value; that keeps working, and is the only way beside positional arguments.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat the name of a list option before each further value."""
-        names = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
+        """Repeat the name of a list option before each further value; take hyphens for underscores."""
+        has_arguments = any(p.param_type_name == "argument" for p in self.params)
+        options: dict[str, Any] = {
+            name: p for p in self.params if getattr(p, "multiple", False) and not has_arguments for name in p.opts
+        }
+        known = {name for p in self.params for name in p.opts}
         expanded: list[str] = []
         current: str | None = None
         n_values = 0
         for arg in args:
             if arg.startswith("-"):
-                name, has_value, _ = arg.partition("=")
-                current, n_values = (name if name in names else None), int(bool(has_value))
+                name, has_value, value = arg.partition("=")
+                if name not in known and (underscored := f"--{name[2:].replace('-', '_')}") in known:
+                    name, arg = underscored, f"{underscored}{has_value}{value}"  # --disable-tta for --disable_tta
+                current, n_values = (name if name in options else None), int(bool(has_value))
             elif current is not None:
                 if n_values:
                     expanded.append(current)
                 n_values += 1
             expanded.append(arg)
+        if current is not None and n_values:
+            ctx.meta[_LIST_OPTION], ctx.meta[LIST_VALUES] = options[current], args[-n_values:]
         return super().parse_args(ctx, expanded)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Also complete further values of a list option."""
+        option = None if incomplete.startswith("-") else ctx.meta.get(_LIST_OPTION)
+        return list(option.shell_complete(ctx, incomplete) if option else super().shell_complete(ctx, incomplete))
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help: lines as they are typed."""
+    return "\n\n".join(("Example:" if len(lines) == 1 else "Examples:", *(f"$ {line}" for line in lines)))
+
+
+class PlainTable(Table):
+    """A table for 80 columns: no frame, texts as they are, and long ones folded instead of cut."""
+
+    def __init__(self, *columns: str, title: str = "", caption: str = "", numbers: Collection[str] = ()) -> None:
+        super().__init__(
+            title=Text(title) if title else None, caption=Text(caption) if caption else None, title_justify="left",
+            caption_justify="left", box=SIMPLE_HEAD if columns else None, padding=(0, 1, 0, 0), pad_edge=False,
+            show_edge=False, show_header=bool(columns),
+        )  # fmt: skip
+        for column in columns:
+            self.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """Add a row of texts, which are not markup. Columns keep the width of their words: names are not cut."""
+        super().add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+        for column, cell in zip(self.columns, cells, strict=False):
+            longest = max((len(word) for word in str(cell).split()), default=0)
+            column.min_width = max(column.min_width or 0, min(longest, _LONGEST_WORD))
 
 
 def human_bytes(n: float) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from stunet.cli.options import complete_weights
+from stunet.files import refuse_existing
 
 if TYPE_CHECKING:
     from stunet.checkpoints import SourceWeights
@@ -21,14 +24,17 @@ def convert(
         list[Path],
         typer.Argument(
             help="A .model (with its .pkl files, in any order), .pth or .safetensors file, a model folder, "
-            "or the name of weights that `stunet weights fetch` has fetched."
+            "or the name of weights that `stunet weights fetch` has fetched.",
+            autocompletion=complete_weights,
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The new model folder; a file with --to published.")],
     labels: Annotated[
         Path | None, typer.Option(help="JSON with the names of the outputs; known for the published weights.")
     ] = None,
-    to: Annotated[str, typer.Option(help="nnunet (a model folder) or published (a .model file).")] = "nnunet",
+    to: Annotated[
+        Literal["nnunet", "published"], typer.Option(help="A model folder of nnU-Net, or a .model file as published.")
+    ] = "nnunet",
     licence: Annotated[str | None, typer.Option(help="Licence of the weights, for the model card.")] = None,
 ) -> None:
     """Turn published STU-Net weights into a model folder that nnUNetv2_predict_from_modelfolder runs.
@@ -36,11 +42,11 @@ def convert(
     Size, channels and outputs are read off the tensors, preparation of images off the .pkl files. No code in any file
     is run.
     """
+    refuse_existing(output)  # before gigabytes are read for nothing; checked again when it is written
+    entry, paths = find_fetched(weights)
     from stunet.checkpoints import open_weights, write_published
     from stunet.planning import describe_model, write_model_folder
 
-    _check_output(output, to)
-    entry, paths = find_fetched(weights)
     source = open_weights(paths)
     if to == "published":
         write_published(source, output)
@@ -73,28 +79,12 @@ def _choose_labels(source: SourceWeights, file: Path | None, entry: WeightsEntry
     return None if source.init_args.get("dataset_json") else vocabulary_for(num_classes)
 
 
-def _check_output(output: Path, to: str) -> None:
-    from stunet.errors import UsageError
-    from stunet.files import refuse_existing
-
-    if to not in ("nnunet", "published"):
-        raise UsageError(
-            "unknown format", got=to, expected="nnunet or published", remedy="Correct --to, or leave it out."
-        )
-    # Before gigabytes are read for nothing; checked again when it is written.
-    refuse_existing(output)
-
-
 def _report(source: SourceWeights, description: ModelDescription, card: dict[str, Any], output: Path) -> None:
-    from rich.table import Table
-
-    from stunet.cli.console import human_bytes, human_count, stdout
+    from stunet.cli.console import PlainTable, human_bytes, human_count, stdout
     from stunet.planning import resolve_configuration
 
     configuration = resolve_configuration(description.plans, description.configuration)
-    table = Table(show_header=False)
-    table.add_column()
-    table.add_column(overflow="fold")  # a path or a checksum that is cut is of no use
+    table = PlainTable()
     for name, value in (
         ("source", f"{source.path} ({source.kind}, {source.precision}, {human_bytes(card['sources'][0]['bytes'])})"),
         ("SHA-256", card["sources"][0]["sha256"]),

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from stunet.cli.options import Device, complete_sizes
+
 __all__ = ["demo"]
 
 
@@ -19,10 +21,13 @@ def demo(
         Path | None, typer.Option(help="Train on an nnU-Net raw dataset of your own instead, and predict unseen cases.")
     ] = None,
     size: Annotated[
-        str | None, typer.Option(help="small, base, large or huge; a narrow network by default, for speed.")
+        str | None,
+        typer.Option(
+            help="small, base, large or huge; a narrow network by default, for speed.", autocompletion=complete_sizes
+        ),
     ] = None,
     epochs: Annotated[int, typer.Option(help="Epochs of 40 iterations of the first training.", min=1)] = 20,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of all that is random; the same figures on one machine.", min=0)] = 0,
 ) -> None:
     """Pre-train a STU-Net, pick the best checkpoint for another dataset, fine-tune it and predict unseen cases.
@@ -36,8 +41,7 @@ def demo(
     from stunet.cli.demo_story import tell_story
     from stunet.cli.demo_training import train_on_data
     from stunet.cli.demo_workspace import Workspace
-    from stunet.cli.devices import choose_device
-    from stunet.cli.sizes import choose_size
+    from stunet.cli.options import choose_device, choose_size
 
     started = time.monotonic()
     if size is not None:

@@ -138,7 +138,7 @@ def print_dice(columns: Mapping[str, Sequence[StructureDice]]) -> None:
 
 def draw_cases(workspace: Workspace, dataset: str, predictions: Mapping[str, Path], path: Path) -> Path:
     """Three test cases with truth and predictions side by side."""
-    from stunet.datasets import exclusive_labels, read_image
+    from stunet.datasets import exclusive_labels, read_image, read_plane_names
     from stunet.reports import side_by_side
 
     description, raw = workspace.dataset_json(dataset), workspace.raw(dataset)
@@ -150,5 +150,5 @@ def draw_cases(workspace: Workspace, dataset: str, predictions: Mapping[str, Pat
         image, spacing = read_image(raw / "imagesTs" / f"{name}_0000{ending}")
         predicted = {title: read_image(folder / truth.name)[0] for title, folder in predictions.items()}
         cases.append((name, image, {"truth": merge(read_image(truth)[0]), **predicted}))
-    side_by_side(cases, names, path, spacing=spacing)
+    side_by_side(cases, names, path, spacing=spacing, plane_name=read_plane_names(truth)[0])
     return path

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from stunet.cli.options import Device, complete_label_systems
 
 if TYPE_CHECKING:
     from stunet.cli.evaluate_steps import ModelNames
@@ -32,7 +34,11 @@ def evaluate(
     ] = None,
     label_map: Annotated[
         str | None,
-        typer.Option("--label-map", help="YAML file, or the name of a published label system, such as btcv."),
+        typer.Option(
+            "--label-map",
+            help="YAML file, or the name of a published label system, such as btcv.",
+            autocompletion=complete_label_systems,
+        ),
     ] = None,
     suggest_map: Annotated[
         bool, typer.Option("--suggest-map", help="Print a label map to edit, or write it to -o, and leave.")
@@ -40,14 +46,18 @@ def evaluate(
     predictions: Annotated[
         Path | None, typer.Option(help="Score the segmentations in this folder, and predict nothing.")
     ] = None,
-    split: Annotated[str, typer.Option(help="train (imagesTr) or test (imagesTs).")] = "train",
+    cases: Annotated[str | None, typer.Option("--cases", help="Only these cases, names with commas between.")] = None,
+    chill: Annotated[
+        bool, typer.Option("--chill", help="With --predictions: only the cases that have one, as nnU-Net names it.")
+    ] = False,
+    split: Annotated[Literal["train", "test"], typer.Option(help="imagesTr or imagesTs.")] = "train",
     fold: Annotated[
         int | None, typer.Option(help="Only the validation cases of this fold of the dataset's splits_final.json.")
     ] = None,
     folds: Annotated[
         list[str] | None, typer.Option("--folds", help="Folds of the model to average; all by default. Takes several.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", "-device", help="auto, cpu, cuda or mps.")] = "auto",
+    device: Device = "auto",
     disable_tta: Annotated[
         bool, typer.Option("--disable-tta", help="Do not mirror images in prediction: faster, a little less exact.")
     ] = False,
@@ -69,6 +79,7 @@ def evaluate(
     from stunet.cli.evaluate_steps import (
         check_agreement,
         check_predictions,
+        choose_cases,
         choose_label_map,
         find_target,
         make_jobs,
@@ -78,7 +89,7 @@ def evaluate(
     from stunet.labels import relate_labels
 
     names = read_model_names(model, predictions)
-    target = find_target(dataset, split, fold)
+    target = choose_cases(find_target(dataset, split, fold), cases, predictions if chill else None)
     if suggest_map:
         _suggest(names, target, output)
         return
@@ -137,7 +148,7 @@ def _predict(
     device: str,
     mirroring: bool,
 ) -> None:
-    from stunet.cli.devices import choose_device
+    from stunet.cli.options import choose_device
     from stunet.cli.predict_step import predict_cases_of
 
     cases = {case: images for case, (images, _) in target.cases.items()}
@@ -213,28 +224,32 @@ def _report(
 
 
 def _print_table(results: EvaluationResults, tolerance: float) -> None:
-    from rich.table import Table
+    from stunet.cli.console import PlainTable, stdout
 
-    from stunet.cli.console import stdout
-
-    table = Table(
-        title=f"Means over {len(results.cases)} cases; surface Dice at {tolerance:g} mm, HD95 in mm, where finite",
-        title_justify="left",
+    counts = {
+        name: [getattr(structure, name.replace(" ", "_")) for structure in results.structures]
+        for name in ("missed", "spurious", "absent", "not annotated")
+    }
+    counts = {name: values for name, values in counts.items() if any(values)}
+    numbers = ("Dice", "NSD", "HD95", "cases", *counts)
+    table = PlainTable(
+        "structure",
+        *numbers,
+        title=f"Means over {len(results.cases)} cases",
+        caption=f"NSD: surface Dice at {tolerance:g} mm. HD95: in mm, where finite.",
+        numbers=numbers,
     )
-    table.add_column("structure")
-    for column in ("Dice", "surface Dice", "HD95"):
-        table.add_column(column, justify="right")
-    for column in ("cases", "missed", "spurious", "absent", "not annotated"):
-        table.add_column(column, justify="right")
-    for structure in results.structures:
-        counts = (structure.missed, structure.spurious, structure.absent, structure.not_annotated)
+    for n, structure in enumerate(results.structures):
         n_cases = structure.scored + structure.infinite
         table.add_row(
-            structure.comparison.name, *_numbers(structure.mean), str(n_cases), *(str(n) if n else "" for n in counts)
+            structure.comparison.name,
+            *_numbers(structure.mean),
+            str(n_cases),
+            *(str(values[n] or "") for values in counts.values()),
         )
     table.add_section()
     table.add_row("mean", *_numbers(results.mean))
-    stdout.print(table, markup=False)
+    stdout.print(table)
 
 
 def _numbers(mean: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ __all__ = [
     "ModelNames",
     "check_agreement",
     "check_predictions",
+    "choose_cases",
     "choose_label_map",
     "find_target",
     "make_jobs",
@@ -95,16 +96,16 @@ def find_target(dataset: str, split: str, fold: int | None) -> RawDataset:
 
     Raises:
         DatasetError: It is unknown, or cases are missing.
-        UsageError: An unknown split, or a fold of test cases.
+        UsageError: A fold of test cases.
     """
     from stunet.datasets import read_raw_dataset, read_test_dataset, read_validation_dataset
-    from stunet.planning import find_dataset, nnunet_folder
+    from stunet.environment import find_dataset, nnunet_folder
 
-    if split not in ("train", "test") or (split == "test" and fold is not None):
+    if split == "test" and fold is not None:
         raise UsageError(
             "impossible choice of cases",
-            got=f"--split {split}" + ("" if fold is None else f" --fold {fold}"),
-            expected="train (imagesTr) or test (imagesTs); --fold with train alone",
+            got=f"--split {split} --fold {fold}",
+            expected="--fold with the training cases alone",
             remedy="Correct --split, or leave --fold out.",
         )
     is_path = (Path(dataset) / "dataset.json").is_file()
@@ -116,6 +117,38 @@ def find_target(dataset: str, split: str, fold: int | None) -> RawDataset:
     preprocessed = os.environ.get("nnUNet_preprocessed")
     beside = Path(preprocessed) / folder.resolve().name if preprocessed else None
     return read_validation_dataset(folder, fold, preprocessed=beside)
+
+
+def choose_cases(target: RawDataset, names: str | None, predictions: Path | None) -> RawDataset:
+    """The dataset with some of its cases.
+
+    Args:
+        target: The dataset.
+        names: Cases with commas between; all by default.
+        predictions: A folder; only cases with a segmentation in it are taken.
+
+    Raises:
+        UsageError: An unknown case, or none that has a segmentation.
+    """
+    wanted = list(target.cases) if names is None else [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in target.cases]
+    if unknown or not wanted:
+        raise UsageError(
+            "an unknown case",
+            got=", ".join(unknown) or names,
+            expected=f"cases of {target.folder}: {', '.join(list(target.cases)[:5])}, …",
+            remedy="Correct --cases; see also --split and --fold.",
+        )
+    ending = target.dataset_json["file_ending"]
+    found = [name for name in wanted if predictions is None or (predictions / f"{name}{ending}").is_file()]
+    if not found:
+        raise UsageError(
+            "no segmentation of any case",
+            got=predictions,
+            expected=f"files such as {wanted[0]}{ending}",
+            remedy="Correct --predictions, or choose other cases with --split and --fold.",
+        )
+    return replace(target, cases={name: target.cases[name] for name in found})
 
 
 def choose_label_map(text: str | None) -> LabelMap | None:
@@ -202,7 +235,7 @@ def check_predictions(jobs: Sequence[EvaluationCase], predictions: Path) -> None
             "cases without a prediction",
             got=f"{len(missing)} of {len(jobs)}, the first is {missing[0]}",
             expected="a segmentation of each case",
-            remedy="Predict them too, or choose the cases with --split and --fold.",
+            remedy="Predict them too, choose cases with --cases, or score those that are there with --chill.",
         )
 
 

@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stunet.cli.convert import find_fetched
+from stunet.cli.options import Continue, Device, FoldName, Settings, StrategyOption, choose_device, complete_weights
+from stunet.environment import find_dataset, nnunet_folder
+from stunet.settings import parse_settings
+
 if TYPE_CHECKING:
     from stunet.cli.plan_steps import MadePlans
 
@@ -21,21 +26,22 @@ _TRAINER = "STUNetTrainer"
 def finetune(
     dataset: Annotated[str, typer.Option("-d", "--dataset", help="Dataset id or name.")],
     source: Annotated[
-        Path, typer.Option("--from", help="Checkpoint, model folder, .model file or fetched name to start from.")
+        Path,
+        typer.Option(
+            "--from",
+            help="Checkpoint, model folder, .model file or fetched name to start from.",
+            autocompletion=complete_weights,
+        ),
     ],
     configuration: Annotated[str, typer.Option("-c", "--configuration", help="A 3D configuration.")] = "3d_fullres",
-    fold: Annotated[str, typer.Option("-f", "--fold", help="0 to 4, or all.")] = "0",
-    strategy: Annotated[
-        str | None, typer.Option(help="full (default), warmup, layerwise, frozen-encoder or head-only.")
-    ] = None,
+    fold: Annotated[FoldName, typer.Option("-f", "--fold", help="Fold of the cross-validation, or all cases.")] = "0",
+    strategy: StrategyOption = None,
     plans: Annotated[str, typer.Option("--plans", "-p", help="The plans to start from.")] = "nnUNetPlans",
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Settings, name=value. Takes several. See `stunet plan`.")
-    ] = None,
+    settings: Settings = None,
     name: Annotated[str | None, typer.Option(help="Name of the new plans; STUNetPlans_SIZE_ft by default.")] = None,
-    device: Annotated[str, typer.Option("-device", "--device", help="cuda, cpu or mps.")] = "cuda",
+    device: Device = "auto",
     num_gpus: Annotated[int, typer.Option("-num_gpus", "--num-gpus", help="GPUs of this machine.", min=1)] = 1,
-    continue_training: Annotated[bool, typer.Option("--c", help="Continue a training that was interrupted.")] = False,
+    continue_training: Continue = False,
     npz: Annotated[bool, typer.Option("--npz", help="Keep the probabilities of the final validation.")] = False,
     seed: Annotated[
         int | None, typer.Option(help="Of all random numbers; trains with `stunet train --seed`.", min=0)
@@ -51,11 +57,16 @@ def finetune(
     Writes the plans, preprocesses what is not preprocessed yet and runs nnUNetv2_train: each step is a command that can
     be typed by itself, and is shown.
     """
-    from stunet.cli.plan_steps import PlanRequest, make_plans_file, print_transfer
-    from stunet.planning import nnunet_folder, resolve_configuration
-
-    _check_options(device, fold, num_gpus)
+    # What needs no PyTorch is checked before it is imported.
+    parse_settings(settings or [])
     results = nnunet_folder("nnUNet_results")
+    find_dataset(dataset)
+    find_fetched([source])
+    chosen_device = choose_device(device)
+    _check_gpus(chosen_device, num_gpus)
+    from stunet.cli.plan_steps import PlanRequest, make_plans_file, print_transfer
+    from stunet.planning import resolve_configuration
+
     made = make_plans_file(
         PlanRequest(
             dataset=dataset,
@@ -78,38 +89,25 @@ def finetune(
     _preprocess(made, configuration, num_processes)
     command = ["nnUNetv2_train"] if seed is None else ["stunet", "train", "--seed", str(seed)]
     command += [str(int(made.dataset_name[7:10])), configuration, fold, "-tr", _TRAINER, "-p", made.path.stem]
-    command += ["-device", device]
+    command += ["-device", chosen_device]
     command += ["-num_gpus", str(num_gpus)] if num_gpus > 1 else []
     command += ["--c"] if continue_training else []
     command += ["--npz"] if npz else []
     _train(command)
 
 
-def _check_options(device: str, fold: str, num_gpus: int) -> None:
+def _check_gpus(device: str, num_gpus: int) -> None:
+    import torch
+
     from stunet.errors import UsageError
 
-    for option, value, allowed in (("-device", device, ("cuda", "cpu", "mps")), ("-f", fold, (*"01234", "all"))):
-        if value not in allowed:
-            raise UsageError(
-                f"impossible value of {option}", got=value, expected=" or ".join(allowed), remedy=f"Correct {option}."
-            )
-    if num_gpus > 1 and device != "cuda":
+    if num_gpus > 1 and (device != "cuda" or torch.cuda.device_count() < num_gpus):
         raise UsageError(
-            "several GPUs without CUDA",
-            got=f"-num_gpus {num_gpus} -device {device}",
-            expected="-device cuda",
-            remedy="Leave -num_gpus out, or train with CUDA.",
+            "fewer GPUs than asked for",
+            got=f"-num_gpus {num_gpus} with {torch.cuda.device_count()} CUDA devices, -device {device}",
+            expected="a CUDA device for each",
+            remedy="Leave -num_gpus out, or give fewer.",
         )
-    if device == "cuda":
-        import torch
-
-        if torch.cuda.device_count() < num_gpus:
-            raise UsageError(
-                "fewer GPUs than asked for",
-                got=f"{torch.cuda.device_count()} CUDA devices",
-                expected=f"{num_gpus}",
-                remedy="Choose the CPU with -device cpu, or install the driver.",
-            )
 
 
 def _refuse_earlier_training(fold: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stunet.cli.console import ListOptionsCommand
+from stunet.cli.console import Command, Group, examples
 from stunet.cli.import_steps import PREPROCESSED, new_dataset, print_failures, print_line, print_stale, shorten
 from stunet.cli.unions import union
 
@@ -22,8 +22,15 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Turn other layouts into nnU-Net raw datasets.", no_args_is_help=True)
-app.command("union", cls=ListOptionsCommand)(union)
+app = typer.Typer(cls=Group, help="Turn other layouts into nnU-Net raw datasets.", no_args_is_help=True)
+app.command(
+    "union",
+    cls=Command,
+    epilog=examples(
+        "stunet import union -d 110 --from 101 4 --dry-run > mapping.yaml",
+        "stunet import union -d 110 --from 101 4 --mapping mapping.yaml",
+    ),
+)(union)
 
 _MOST_OVERLAPS = 8
 
@@ -40,7 +47,13 @@ def _options() -> None:
     """Turn other layouts into nnU-Net raw datasets."""
 
 
-@app.command()
+@app.command(
+    cls=Command,
+    epilog=examples(
+        "stunet import totalsegmentator Totalsegmentator_v2 -d 101",
+        "stunet import totalsegmentator Totalsegmentator_v2 -d 102 --group ribs",
+    ),
+)
 def totalsegmentator(
     source: Annotated[Path, typer.Argument(help="Folder that holds the cases and meta.csv.")],
     dataset_id: Annotated[int, typer.Option("-d", "--dataset-id", help="Id of the new dataset.")],
@@ -193,13 +206,11 @@ def _report(
 
 
 def _print_overlaps(report: ImportReport) -> None:
-    from rich.table import Table
-
-    from stunet.cli.console import stdout
+    from stunet.cli.console import PlainTable, stdout
 
     if not report.overlaps:
         return
-    table = Table("structure", "lost to", "voxels", title="Overlaps", title_justify="left")
+    table = PlainTable("structure", "lost to", "voxels", title="Overlaps", numbers=("voxels",))
     for (loser, winner), n in list(report.overlaps.items())[:_MOST_OVERLAPS]:
         table.add_row(loser, winner, str(n))
     stdout.print(table)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from stunet.cli.options import choose_size, complete_sizes
+from stunet.settings import ActivationCheckpointing, MomentumDtype
+from stunet.sizes import SIZES
 
 if TYPE_CHECKING:
     from stunet.network import STUNetSize
@@ -15,19 +19,25 @@ __all__ = ["info"]
 
 
 def info(
-    size: Annotated[list[str] | None, typer.Option(help="Sizes; all published ones by default.")] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="Sizes; all published ones by default.", autocompletion=complete_sizes)
+    ] = None,
     patch: Annotated[str, typer.Option(help="Voxels along each axis, for example 128,128,128.")] = "128,128,128",
     batch: Annotated[int, typer.Option(help="Patches in a training batch.", min=1)] = 2,
     classes: Annotated[int, typer.Option(help="Outputs, background included.", min=1)] = 105,
     channels: Annotated[int, typer.Option(help="Channels of the image.", min=1)] = 1,
-    precision: Annotated[str, typer.Option(help="amp (nnU-Net on CUDA) or fp32 (on a CPU).")] = "amp",
-    activation_checkpointing: Annotated[str, typer.Option(help="none, encoder or all.")] = "none",
+    precision: Annotated[
+        Literal["amp", "fp32"], typer.Option(help="amp (nnU-Net on CUDA) or fp32 (on a CPU).")
+    ] = "amp",
+    activation_checkpointing: Annotated[
+        ActivationCheckpointing, typer.Option(help="Blocks that compute activations again.")
+    ] = "none",
     ranks: Annotated[int, typer.Option(help="Processes, each with a GPU, that share the batch.", min=1)] = 1,
     parallel: Annotated[
-        str | None, typer.Option(help="none, ddp or fsdp; ddp by default where there are several processes.")
+        Literal["none", "ddp", "fsdp"] | None, typer.Option(help="ddp by default where there are several processes.")
     ] = None,
     gradient_accumulation: Annotated[int, typer.Option(help="Pieces of each process's share of the batch.", min=1)] = 1,
-    momentum_dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    momentum_dtype: Annotated[MomentumDtype, typer.Option(help="Precision of the momentum.")] = "fp32",
     fused_optimizer: Annotated[bool, typer.Option("--fused-optimizer", help="The optimizer's step in one kernel.")] = (
         False
     ),
@@ -37,25 +47,21 @@ def info(
     gpu: Annotated[
         str | None, typer.Option(help="Memory of each GPU, for example 24GB: say which settings to train with.")
     ] = None,
-    loss: Annotated[str, typer.Option(help="stunet (STUNetTrainer) or nnunet (nnU-Net's own trainer).")] = "stunet",
+    loss: Annotated[
+        Literal["stunet", "nnunet"], typer.Option(help="That of STUNetTrainer, or of nnU-Net's own trainer.")
+    ] = "stunet",
     depth: Annotated[str | None, typer.Option(help="Blocks of six stages, for a size of your own.")] = None,
     width: Annotated[int | None, typer.Option(help="Channels of the first stage, for a size of your own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show parameters, multiply-accumulates and estimated memory of each size."""
-    from stunet.cli.advice import advise
-    from stunet.cli.sizes import choose_size
-    from stunet.network import SIZES
-
     patch_size = _parse_patch(patch)
-    _check_choice("precision", precision, ("fp32", "amp"))
-    _check_choice("loss", loss, ("stunet", "nnunet"))
-    _check_choice("momentum-dtype", momentum_dtype, ("fp32", "bf16"))
-    _check_choice("parallel", parallel or "none", ("none", "ddp", "fsdp"))
     if depth is None and width is None:
         sizes = [choose_size(name, None, None) for name in size or SIZES]
     else:
         sizes = [choose_size(size[0] if size else None, depth, width)]
+    from stunet.cli.advice import advise
+
     settings: dict[str, Any] = {
         "patch_size": patch_size,
         "batch_size": batch,
@@ -162,15 +168,3 @@ def _parse_patch(text: str) -> list[int]:
             remedy="Correct --patch.",
         )
     return patch_size
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    from stunet.errors import UsageError
-
-    if value not in choices:
-        raise UsageError(
-            f"unknown {name}",
-            got=value,
-            expected=f"one of {', '.join(choices)}",
-            remedy=f"Correct --{name}.",
-        )

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stunet.cli.console import Command, Group, PlainTable, examples, stdout
+
 if TYPE_CHECKING:
     from stunet.labels import Coverage
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Check and carry annotated_labels.json.", no_args_is_help=True)
+app = typer.Typer(cls=Group, help="Check and carry annotated_labels.json.", no_args_is_help=True)
 
 
-@app.command()
+@app.command(cls=Command, epilog=examples("stunet labels check -d 4"))
 def check(
     dataset: Annotated[str, typer.Option("-d", "--dataset", help="Dataset id or name, in nnUNet_raw.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with what each case has.")] = False,
@@ -34,8 +36,8 @@ def check(
 
     from stunet.cli.console import stderr
     from stunet.datasets import case_names, read_raw_dataset, sources_of_cases
+    from stunet.environment import find_dataset, nnunet_folder
     from stunet.labels import MANIFEST_NAME, measure_coverage, read_manifest
-    from stunet.planning import find_dataset, nnunet_folder
 
     raw = read_raw_dataset(nnunet_folder("nnUNet_raw") / find_dataset(dataset))
     labels = raw.dataset_json["labels"]
@@ -63,15 +65,9 @@ def check(
 
 
 def _print_coverage(coverage: Coverage, folder: Path) -> None:
-    from rich.table import Table
-
-    from stunet.cli.console import stdout
-
-    table = Table(title=f"{folder.name}, {len(coverage.voxels)} training cases", title_justify="left")
-    table.add_column("value", justify="right")
-    table.add_column("structure")
-    for name in ("cases annotated", "cases present", "voxels"):
-        table.add_column(name, justify="right")
+    columns = ("value", "structure", "annotated in", "present in", "voxels")
+    title = f"{folder.name}, {len(coverage.voxels)} training cases"
+    table = PlainTable(*columns, title=title, numbers=set(columns) - {"structure"})
     for row in coverage.structures:
         table.add_row(str(row.value), row.name, str(row.annotated), str(row.present), str(row.voxels))
     stdout.print(table)
@@ -85,17 +81,10 @@ def _print_coverage(coverage: Coverage, folder: Path) -> None:
 
 
 def _print_sources(coverage: Coverage) -> None:
-    from rich.table import Table
-
-    from stunet.cli.console import stdout
-
     if not coverage.sources:
         return
-    table = Table(title="Sources", title_justify="left")
-    table.add_column("dataset")
-    for name in ("cases", "structures annotated", "present"):
-        table.add_column(name, justify="right")
-    table.add_column("annotated, never present")
+    columns = ("cases", "annotated", "present")
+    table = PlainTable("dataset", *columns, "never present", title="Structures by source", numbers=columns)
     for row in coverage.sources:
         numbers = (str(n) for n in (row.cases, len(row.annotated), len(row.present)))
         table.add_row(row.name, *numbers, ", ".join(row.never_present))
@@ -117,7 +106,7 @@ def _warn(coverage: Coverage) -> None:
         print_error(error)
 
 
-@app.command()
+@app.command(cls=Command, epilog=examples("stunet labels carry -d 4"))
 def carry(
     dataset: Annotated[str, typer.Option("-d", "--dataset", help="Dataset id or name, in nnUNet_raw.")],
 ) -> None:
@@ -127,7 +116,7 @@ def carry(
     have changed since, check that the preprocessed data is of after the change.
     """
     from stunet.datasets import carry_side_files
-    from stunet.planning import find_dataset, nnunet_folder
+    from stunet.environment import find_dataset, nnunet_folder
 
     name = find_dataset(dataset)
     folder = nnunet_folder("nnUNet_preprocessed") / name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -24,30 +25,52 @@ from stunet.cli import (
     train,
     weights,
 )
-from stunet.cli.console import ListOptionsCommand, print_error
+from stunet.cli.console import Command, Group, examples, print_error
 from stunet.errors import STUNetError
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="stunet",
+    cls=Group,
     help="STU-Net for nnU-Net v2: plan a network of any size, then train and predict with nnU-Net's own commands.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("plan", cls=ListOptionsCommand)(plan.plan)
-app.command("info", cls=ListOptionsCommand)(info.info)
-app.command("train")(train.train)
-app.command("finetune", cls=ListOptionsCommand)(finetune.finetune)
-app.command("rank", cls=ListOptionsCommand)(rank.rank)
-app.command("rank-eval")(rank_eval.rank_eval)
-app.command("evaluate", cls=ListOptionsCommand)(evaluate.evaluate)
-app.command("predict", cls=ListOptionsCommand)(predict.predict)
-app.command("convert")(convert.convert)
+
+
+def _add(name: str, command: Callable[..., None], *lines: str) -> None:
+    app.command(name, cls=Command, epilog=examples(*lines))(command)
+
+
+_add(
+    "plan",
+    plan.plan,
+    "stunet plan -d 4 --size base --set num_epochs=500 patch_size=96,160,160",
+    "stunet plan -d 4 --from small_ep4k --strategy warmup",
+)
+_add("info", info.info, "stunet info --size small base --patch 96,160,160 --gpu 24GB")
+_add("train", train.train, "stunet train 4 3d_fullres 0 -p STUNetPlans_base")
+_add(
+    "finetune",
+    finetune.finetune,
+    "stunet finetune -d 4 --from small_ep4k",
+    "stunet finetune -d 4 --from small_ep4k --set num_epochs=100 --continue",
+)
+_add("rank", rank.rank, "stunet rank -d 4 --checkpoints small_ep4k base_ep4k -o ranking")
+_add("rank-eval", rank_eval.rank_eval, "stunet rank-eval ranking/ranking.json dice.json")
+_add(
+    "evaluate",
+    evaluate.evaluate,
+    "stunet evaluate -d 4 -m MODEL_FOLDER --label-map btcv",
+    "stunet evaluate -d 4 --predictions PREDICTIONS --cases case_01,case_07",
+)
+_add("predict", predict.predict, "stunet predict -i IMAGES -o PREDICTIONS -m MODEL_FOLDER --preview")
+_add("convert", convert.convert, "stunet convert small_ep4k -o MODEL_FOLDER")
+_add("env", env.env, 'eval "$(stunet env)"')
+_add("demo", demo.demo, "stunet demo", "stunet demo --data nnUNet_raw/Dataset004_Hippocampus")
 app.add_typer(weights.app, name="weights")
-app.command("env")(env.env)
-app.command("demo")(demo.demo)
 app.add_typer(imports.app, name="import")
 app.add_typer(labels.app, name="labels")
 

@@ -7,33 +7,50 @@ from typing import Annotated, Any
 
 import typer
 
+from stunet.cli.console import PlainTable, stdout
+from stunet.cli.convert import find_fetched
+from stunet.cli.options import (
+    Settings,
+    StrategyOption,
+    choose_size,
+    complete_presets,
+    complete_sizes,
+    complete_weights,
+)
+from stunet.environment import find_dataset
+from stunet.settings import SETTINGS, SETTINGS_KEY, parse_settings
+
 __all__ = ["plan"]
 
 
 def plan(
     dataset: Annotated[str, typer.Option("-d", "--dataset", help="Dataset id or name.")],
-    size: Annotated[str | None, typer.Option(help="small, base, large or huge; base by default.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="small, base, large or huge; base by default.", autocompletion=complete_sizes)
+    ] = None,
     configurations: Annotated[
         list[str] | None,
         typer.Option("-c", "--configurations", help="Configurations to rewrite; all by default. Takes several."),
     ] = None,
     plans: Annotated[str, typer.Option("--plans", "-p", help="The plans to start from.")] = "nnUNetPlans",
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Settings, name=value. Takes several. See --list-settings.")
-    ] = None,
+    settings: Settings = None,
     depth: Annotated[str | None, typer.Option(help="Blocks of six stages, for example 1,1,2,2,2,2.")] = None,
     width: Annotated[int | None, typer.Option(help="Channels of the first stage, for example 24.")] = None,
     source: Annotated[
         Path | None,
-        typer.Option("--from", help="Weights to start from, file or fetched name; they decide the size."),
+        typer.Option(
+            "--from",
+            help="Weights to start from, file or fetched name; they decide the size.",
+            autocompletion=complete_weights,
+        ),
     ] = None,
-    strategy: Annotated[
-        str | None,
-        typer.Option(help="With --from: full (default), warmup, layerwise, frozen-encoder or head-only."),
-    ] = None,
+    strategy: StrategyOption = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="A pre-training recipe in the place of nnU-Net's planning: totalsegmentator."),
+        typer.Option(
+            help="A pre-training preset in place of nnU-Net's planning: totalsegmentator.",
+            autocompletion=complete_presets,
+        ),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the new plans; STUNetPlans_SIZE by default, with --from …_SIZE_ft.")
@@ -54,6 +71,12 @@ def plan(
 
     Where nnU-Net has not planned the dataset yet, its own planner runs first.
     """
+    # What needs no PyTorch is checked before it is imported.
+    choose_size(size, depth, width)
+    parse_settings(settings or [])
+    find_dataset(dataset)
+    if source is not None:
+        find_fetched([source])
     from stunet.cli.plan_steps import PlanRequest, make_plans_file, print_transfer
 
     made = make_plans_file(
@@ -79,13 +102,10 @@ def plan(
 
 
 def _report(plans: dict[str, Any], path: Path, *, written: bool) -> None:
-    from rich.table import Table
-
-    from stunet.cli.console import stdout
     from stunet.errors import PlansError
-    from stunet.planning import SETTINGS_KEY, is_stunet, plans_size, resolve_configuration
+    from stunet.planning import is_stunet, plans_size, resolve_configuration
 
-    table = Table("configuration", "network", "patch", "batch", "strides")
+    table = PlainTable("configuration", "network", "patch", "batch", "strides", numbers=("batch",))
     trainable: list[str] = []
     settings: dict[str, list[str]] = {}
     for name in plans["configurations"]:
@@ -118,7 +138,7 @@ def _report(plans: dict[str, Any], path: Path, *, written: bool) -> None:
 
 
 def _next_commands(plans: dict[str, Any], path: Path, configuration: str) -> list[str]:
-    from stunet.planning import SETTINGS_KEY, resolve_configuration
+    from stunet.planning import resolve_configuration
 
     dataset_id, plans_name = int(plans["dataset_name"][7:10]), plans["plans_name"]
     lines = ["Next:"]
@@ -134,16 +154,15 @@ def _next_commands(plans: dict[str, Any], path: Path, configuration: str) -> lis
 def _print_settings(wanted: bool) -> None:
     if not wanted:
         return
-    from rich.table import Table
-
-    from stunet.cli.console import stdout
-    from stunet.planning import SETTINGS
-
-    table = Table()
-    for column in ("setting", "value", "what it does", "counts with"):
-        table.add_column(column, no_wrap=column == "setting", overflow="fold")
-    for name, setting in SETTINGS.items():
-        trainers = "STUNetTrainer" if setting.place == "training" else "any trainer, given with --set"
-        table.add_row(name, setting.expected, setting.help, trainers)
-    stdout.print(table)
+    titles = {True: "Read by STUNetTrainer", False: "For any trainer; by default the values of nnU-Net's plans"}
+    for of_training, title in titles.items():
+        table = PlainTable("setting", "default", "what it does", title=title)
+        for name, setting in SETTINGS.items():
+            if (setting.place == "training") is of_training:
+                values = f": {', '.join(setting.choices)}" if setting.choices[2:] else ""
+                default = "" if setting.default is None else f"{setting.default}".lower()
+                table.add_row(name, default, setting.help + values)
+        stdout.print(table)
+        stdout.print()
+    stdout.print("Type them as --set num_epochs=500 patch_size=96,160,160; booleans are true or false.")
     raise typer.Exit

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from stunet.checkpoints import SourceWeights, TransferReport, open_weights
-from stunet.cli.console import stdout
+from stunet.cli.console import PlainTable, stdout
 from stunet.cli.convert import find_fetched
-from stunet.cli.sizes import choose_size
+from stunet.cli.options import choose_size
 from stunet.errors import UsageError
 from stunet.network import STUNetSize
 from stunet.planning import (
-    STRATEGIES,
     Strategy,
     apply_recipe,
     find_dataset,
@@ -150,24 +149,12 @@ def _settings(request: PlanRequest, size: STUNetSize, weights: SourceWeights | N
             )
         return {**preset, **given}
     strategy = request.strategy or given.get("fine_tune", "full")
-    if strategy not in STRATEGIES:
-        raise UsageError(
-            "unknown strategy",
-            got=strategy,
-            expected=f"one of {', '.join(STRATEGIES)}",
-            remedy="Correct --strategy.",
-        )
     return {**preset, **fine_tuning_settings(weights, cast(Strategy, strategy)), **given, "fine_tune": strategy}
 
 
 def print_transfer(report: TransferReport) -> None:
     """Show what a training will take from the weights."""
-    from rich.table import Table
-
-    table = Table(title=f"From {report.source}", title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column()
-    table.add_column(overflow="fold")
+    table = PlainTable(title=f"From {report.source}")
     for row in report.rows():
         table.add_row(*row)
     stdout.print(table)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stunet.cli.options import Device, choose_device
+
 if TYPE_CHECKING:
     import torch
 
@@ -46,7 +48,7 @@ def predict(
     ] = False,
     preview: Annotated[bool, typer.Option("--preview", help="Also a picture of each case.")] = False,
     continue_prediction: Annotated[
-        bool, typer.Option("--continue", "--continue_prediction", help="Keep cases that are predicted already.")
+        bool, typer.Option("--c", "--continue", "--continue_prediction", help="Keep cases that are predicted already.")
     ] = False,
     save_probabilities: Annotated[
         bool, typer.Option("--save_probabilities", "--save-probabilities", help="nnU-Net's .npz, by its own predictor.")
@@ -58,7 +60,7 @@ def predict(
     n_writing: Annotated[int, typer.Option("-nps", help="Processes that write.", min=0)] = 1,
     n_parts: Annotated[int, typer.Option("-num_parts", help="Commands that share the cases.", min=1)] = 1,
     part_id: Annotated[int, typer.Option("-part_id", help="Which of them this is, from 0.", min=0)] = 0,
-    device: Annotated[str, typer.Option("-device", "--device", help="cuda, cpu, mps, or auto.")] = "cuda",
+    device: Device = "auto",
     not_on_device: Annotated[
         bool, typer.Option("--not_on_device", help="Add up logits in the machine's memory, not the device's.")
     ] = False,
@@ -119,8 +121,6 @@ def _model_folder(model: Path | None, dataset: str | None, trainer: str, plans: 
 
 def _device(name: str) -> torch.device:
     import torch
-
-    from stunet.cli.devices import choose_device
 
     chosen = choose_device(name)
     if chosen == "cuda":

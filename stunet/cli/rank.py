@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stunet.cli.options import Device, complete_weights
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -25,7 +27,11 @@ def rank(
     dataset: Annotated[str, typer.Option("-d", "--dataset", help="Target dataset: id or name, preprocessed.")],
     checkpoints: Annotated[
         list[Path] | None,
-        typer.Option("--checkpoints", help="Checkpoints, model folders or fetched names. Takes several."),
+        typer.Option(
+            "--checkpoints",
+            help="Checkpoints, model folders or fetched names. Takes several.",
+            autocompletion=complete_weights,
+        ),
     ] = None,
     zoo: Annotated[Path | None, typer.Option(help="YAML file with the checkpoints and names for them.")] = None,
     configuration: Annotated[str, typer.Option("-c", "--configuration", help="A configuration.")] = "3d_fullres",
@@ -39,7 +45,7 @@ def rank(
     n_whole: Annotated[int, typer.Option("--whole", help="Voxels of the whole volume of a case.", min=8)] = 1000,
     normalize: Annotated[str, typer.Option(help="Unit features: none, variety or both.")] = "both",
     debias: Annotated[str, typer.Option(help="Noise of small samples: none, null or project.")] = "null",
-    device: Annotated[str, typer.Option("-device", "--device", help="auto, cpu, cuda or mps.")] = "auto",
+    device: Device = "auto",
     batch_size: Annotated[int, typer.Option(help="Windows at once.", min=1)] = 2,
     n_resamples: Annotated[int, typer.Option("--resamples", help="Bootstrap resamples of the cases.", min=10)] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of cases, points and resamples.", min=0)] = 0,
@@ -53,7 +59,7 @@ def rank(
     status 1 where a candidate could not be scored, 2 where none could.
     """
     from stunet.cli.console import stderr
-    from stunet.cli.devices import choose_device
+    from stunet.cli.options import choose_device
     from stunet.planning import open_preprocessed
     from stunet.reports.ranking import RankingReport, write_ranking
     from stunet.transferability import MetricSettings, ResultCache, check_metrics
@@ -62,13 +68,13 @@ def rank(
     check_metrics(names)
     settings = MetricSettings(normalise=_one_of("--normalize", normalize, ("none", "variety", "both")),
                               debias=_one_of("--debias", debias, ("none", "null", "project")))  # fmt: skip
-    device = choose_device(device)
+    chosen_device = choose_device(device)
     entries = _entries(checkpoints or [], zoo)
     target = open_preprocessed(dataset, plans, configuration)
     cases = target.choose(target.training_cases(fold), n_cases, seed)
     output.mkdir(parents=True, exist_ok=True)
     cache = ResultCache(output / "results")
-    prepared, ranking = _rank(target, cases, entries, cache, metrics=names, settings=settings, device=device,
+    prepared, ranking = _rank(target, cases, entries, cache, metrics=names, settings=settings, device=chosen_device,
                               per_class=per_class, n_whole=n_whole, batch_size=batch_size, n_resamples=n_resamples,
                               seed=seed)  # fmt: skip
     for path in cache.outdated:
@@ -80,7 +86,7 @@ def rank(
         metrics=names,
         settings={"fold": fold, "cases": len(cases), "points of each structure": per_class,
                   "points of the whole volume": n_whole, "normalize": normalize, "debias": debias,
-                  "resamples": n_resamples, "seed": seed, "device": device},
+                  "resamples": n_resamples, "seed": seed, "device": chosen_device},
         command=_command(ranking.candidates, target, configuration, plans),
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )  # fmt: skip

@@ -121,29 +121,23 @@ def _check_complete(by_metric: dict[str, dict[str, float]]) -> None:
 
 
 def _print_table(results: dict[str, Agreement]) -> None:
-    from rich.table import Table
-
-    from stunet.cli.console import stdout
+    from stunet.cli.console import PlainTable, stdout
 
     first = next(iter(results.values()))
     degenerate = {e.degenerate for result in results.values() for e in result.estimates.values()} - {0}
     caption = f"{first.n_resamples} resamples of the checkpoints"
     if degenerate:
         caption += f"; up to {max(degenerate)} without a value are left out"
-    table = Table(
-        title=f"{first.n_checkpoints} checkpoints, best Dice: {first.best}",
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-    )
-    table.add_column("metric")
-    for name in ("weighted Kendall", "Pearson", "Spearman", "regret"):
-        table.add_column(name, justify="right")
-    table.add_column("first choice", overflow="fold")
+    numbers = ("weighted Kendall", "Pearson", "Spearman", "regret")
+    title = f"{first.n_checkpoints} checkpoints, best Dice: {first.best}"
+    table = PlainTable("metric", *numbers, title=title, caption=caption, numbers=numbers)
     for name, result in results.items():
-        table.add_row(name, *(_cell(estimate) for estimate in result.estimates.values()), result.top)
+        table.add_row(name, *(_cell(estimate) for estimate in result.estimates.values()))
     stdout.print(table)
+    for top in dict.fromkeys(result.top for result in results.values()):
+        metrics = ", ".join(name for name, result in results.items() if result.top == top)
+        stdout.print(f"First choice of {metrics}: {top}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _cell(estimate: Estimate) -> str:
-    return f"{estimate.value:.3f}\n\\[{estimate.low:.3f}, {estimate.high:.3f}]"
+    return f"{estimate.value:.3f}\n[{estimate.low:.3f}, {estimate.high:.3f}]"

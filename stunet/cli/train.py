@@ -10,13 +10,15 @@ from typing import Annotated
 
 import typer
 
+from stunet.cli.options import Continue, Device, FoldName, choose_device
+
 __all__ = ["train"]
 
 
 def train(
     dataset: Annotated[str, typer.Argument(help="Dataset id or name.")],
     configuration: Annotated[str, typer.Argument(help="For example 3d_fullres.")],
-    fold: Annotated[str, typer.Argument(help="0 to 4, or all.")],
+    fold: Annotated[FoldName, typer.Argument(help="Fold of the cross-validation, or all cases.")],
     trainer: Annotated[str, typer.Option("-tr", help="Trainer.")] = "STUNetTrainer",
     plans: Annotated[str, typer.Option("-p", help="Plans.")] = "nnUNetPlans",
     pretrained_weights: Annotated[
@@ -26,11 +28,11 @@ def train(
         int, typer.Option("-num_gpus", help="Processes to start on this machine; see below for several.", min=1)
     ] = 1,
     npz: Annotated[bool, typer.Option("--npz", help="Keep the probabilities of the final validation.")] = False,
-    continue_training: Annotated[bool, typer.Option("--c", help="Continue from the last checkpoint.")] = False,
+    continue_training: Continue = False,
     only_validation: Annotated[bool, typer.Option("--val", help="Validate, and do not train.")] = False,
     validate_best: Annotated[bool, typer.Option("--val_best", help="Validate with checkpoint_best.pth.")] = False,
     disable_checkpointing: Annotated[bool, typer.Option("--disable_checkpointing", help="Write none.")] = False,
-    device: Annotated[str, typer.Option("-device", "--device", help="cuda, cpu or mps.")] = "cuda",
+    device: Device = "auto",
     global_batch: Annotated[
         int | None, typer.Option(help="Samples of all processes together, in place of the plans' batch size.")
     ] = None,
@@ -49,11 +51,10 @@ def train(
     The batch is divided among the processes. When one is lost, torchrun starts all of them again, and the training goes
     on from its last checkpoint.
     """
-    from stunet.cli.devices import choose_device
     from stunet.cli.env import trainers_folder
 
-    _check(fold, pretrained_weights, continue_training=continue_training, only_validation=only_validation)
-    choose_device(device)
+    _check(pretrained_weights, continue_training=continue_training, only_validation=only_validation)
+    chosen_device = choose_device(device)
     os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))  # before nnU-Net is asked for the trainer
     from stunet.training import TrainRequest, check_request
     from stunet.training import train as run
@@ -64,7 +65,7 @@ def train(
         fold=fold,
         trainer=trainer,
         plans=plans,
-        device=device,
+        device=chosen_device,
         pretrained_weights=None if pretrained_weights is None else str(pretrained_weights),
         continue_training=continue_training,
         only_validation=only_validation,
@@ -81,11 +82,9 @@ def train(
     run(request)
 
 
-def _check(fold: str, pretrained_weights: Path | None, *, continue_training: bool, only_validation: bool) -> None:
+def _check(pretrained_weights: Path | None, *, continue_training: bool, only_validation: bool) -> None:
     from stunet.errors import UsageError
 
-    if fold not in (*"01234", "all"):
-        raise UsageError("impossible fold", got=fold, expected="0 to 4, or all", remedy="Correct the third argument.")
     if continue_training and pretrained_weights:
         raise UsageError(
             "two things to start from", got="--c and -pretrained_weights", expected="one of them",

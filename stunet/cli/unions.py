@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stunet.cli.console import PlainTable, stderr, stdout
 from stunet.cli.import_steps import PREPROCESSED, new_dataset, print_failures, print_line, print_stale, shorten
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def union(
 
 def _read_sources(sources: Sequence[str]) -> list[UnionSource]:
     from stunet.datasets import read_union_source
-    from stunet.planning import find_dataset, nnunet_folder
+    from stunet.environment import find_dataset, nnunet_folder
 
     raw = nnunet_folder("nnUNet_raw")
     names = [find_dataset(source) for source in sources]
@@ -117,26 +118,25 @@ def _parse_weights(weights: Sequence[str], sources: Sequence[UnionSource]) -> di
 
 
 def _print_labels(merged: LabelUnion, *, error: bool) -> None:
-    from rich.table import Table
-
-    from stunet.cli.console import stderr, stdout
-
-    table = Table(title="Structures of the union", title_justify="left")
-    table.add_column("value", justify="right")
-    table.add_column("structure")
-    table.add_column("stands for")
-    table.add_column("labels of the sources")
+    table = PlainTable(
+        "value",
+        "structure",
+        "from",
+        "stands for",
+        title="Structures of the union",
+        numbers=("value",),
+    )
     for structure, value in merged.labels.items():
         labels = [
-            f"{source.partition('_')[0].removeprefix('Dataset').lstrip('0')}: {label}"
+            source.partition("_")[0].removeprefix("Dataset").lstrip("0") + (f" ({label})" if label != structure else "")
             for source, names in merged.mapping.items()
             for label, name in names.items()
             if name == structure
         ]
         if labels or structure in merged.superclasses:
             members = ", ".join(merged.superclasses.get(structure, ()))
-            table.add_row(str(value), structure, members, ", ".join(labels))
-    (stderr if error else stdout).print(table, markup=False)
+            table.add_row(str(value), structure, ", ".join(labels), members)
+    (stderr if error else stdout).print(table)
     for one, other in merged.doubtful:
         print_line(
             f"warning: {one} and {other} may overlap. If they are the same, or one is part of the other, say so in a "
@@ -148,16 +148,11 @@ def _print_labels(merged: LabelUnion, *, error: bool) -> None:
 def _print_weights(
     sources: Sequence[UnionSource], cases: Mapping[str, Sequence[str]], given: Mapping[str, float], *, error: bool
 ) -> None:
-    from rich.table import Table
-
-    from stunet.cli.console import stderr, stdout
     from stunet.datasets import sampling_weights
 
     totals = {s.name: sum(sampling_weights(s, cases[s.name], given).values()) for s in sources}
-    table = Table(title="Sources", title_justify="left")
-    table.add_column("dataset")
-    for column in ("cases", "weight of a case", "share of training"):
-        table.add_column(column, justify="right")
+    numbers = ("cases", "weight of a case", "share of training")
+    table = PlainTable("dataset", *numbers, title="Sources", numbers=numbers)
     for source, total in totals.items():
         n = len(cases[source])
         share = total / sum(totals.values())

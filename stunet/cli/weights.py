@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stunet.cli.console import Command, Group, examples
+from stunet.cli.options import complete_weights
+
 if TYPE_CHECKING:
     from stunet.weights import Verified, WeightsEntry, WeightsFile
 
 __all__ = ["app"]
 
-app = typer.Typer(help="List, fetch and verify published STU-Net weights.", no_args_is_help=True)
+app = typer.Typer(cls=Group, help="List, fetch and verify published STU-Net weights.", no_args_is_help=True)
 
 
-@app.command("list")
+@app.command("list", cls=Command, epilog=examples("stunet weights list", "stunet weights list --json"))
 def list_weights(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all sources.")] = False,
 ) -> None:
@@ -30,9 +33,11 @@ def list_weights(
         _print_table(rows)
 
 
-@app.command("fetch")
+@app.command("fetch", cls=Command, epilog=examples("stunet weights fetch small_ep4k"))
 def fetch_weights(
-    name: Annotated[str, typer.Argument(help="A name that `stunet weights list` shows.")],
+    name: Annotated[
+        str, typer.Argument(help="A name that `stunet weights list` shows.", autocompletion=complete_weights)
+    ],
     url: Annotated[
         list[str] | None,
         typer.Option(help="Another address; once for each file, whose name it ends with, else for the weights."),
@@ -68,10 +73,17 @@ def fetch_weights(
     _print_line(f"Next: stunet convert {entry.name if to is None else path} -o MODEL_FOLDER")
 
 
-@app.command("verify")
+@app.command(
+    "verify",
+    cls=Command,
+    epilog=examples("stunet weights verify", "stunet weights verify small_ep4k small_ep4k.model"),
+)
 def verify_weights(
     what: Annotated[
-        list[str] | None, typer.Argument(help="Names; or one file, after the name of what it should be.")
+        list[str] | None,
+        typer.Argument(
+            help="Names; or one file, after the name of what it should be.", autocompletion=complete_weights
+        ),
     ] = None,
 ) -> None:
     """Check weights: length and SHA-256 where they are known, and always that the file opens safely as that network.
@@ -153,26 +165,23 @@ def _how(file: WeightsFile) -> str:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
+    from stunet.cli.console import PlainTable, stdout
 
-    from stunet.cli.console import stdout
-
-    table = Table(caption="`stunet weights fetch NAME` gets them; --json shows files, addresses and sources.")
-    for column in ("name", "network", "outputs", "trained on", "licence", "bytes", "download", "state"):
-        table.add_column(column, justify="right" if column in ("outputs", "bytes") else "left", overflow="fold")
+    numbers = ("outputs", "size")
+    table = PlainTable("name", "network", *numbers, "download", "state", numbers=numbers)
+    described: dict[str, list[str]] = {}
     for row in rows:
         weights = next(file for file in row["files"] if not file["file"].endswith(".pkl"))
         table.add_row(
-            row["name"],
-            row["size"],
-            str(row["outputs"]),
-            row["title"] or "",
-            row["licence"] or "not known",
-            _size_words(weights),
-            row["download"],
-            row["state"],
+            row["name"], row["size"], str(row["outputs"]), _size_words(weights), row["download"], row["state"]
         )
+        text = f"{row['title'] or 'training data not known'}; licence: {row['licence'] or 'not known'}"
+        described.setdefault(text, []).append(row["name"])
     stdout.print(table)
+    stdout.print()
+    for text, names in described.items():
+        stdout.print(f"{', '.join(names)}: {text}", highlight=False, markup=False)
+    _print_line("Next: stunet weights fetch NAME. Files and addresses: stunet weights list --json")
 
 
 def _size_words(file: dict[str, Any]) -> str:

@@ -18,7 +18,9 @@ from stunet.datasets.raw import (
     check_hold_out,
     exclusive_labels,
     hold_out,
+    plane_names,
     read_image,
+    read_plane_names,
     read_raw_dataset,
 )
 from stunet.datasets.side_files import SPLITS_NAME, carry_side_files, has_annotations, read_annotations
@@ -66,8 +68,10 @@ __all__ = [
     "make_phantom",
     "merge_sources",
     "phantom_labels",
+    "plane_names",
     "read_annotations",
     "read_image",
+    "read_plane_names",
     "read_raw_dataset",
     "read_test_dataset",
     "read_totalsegmentator",

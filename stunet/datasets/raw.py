@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from nibabel.orientations import io_orientation
 
 from stunet.errors import DatasetError
 from stunet.files import write_json
@@ -25,7 +26,9 @@ __all__ = [
     "check_hold_out",
     "exclusive_labels",
     "hold_out",
+    "plane_names",
     "read_image",
+    "read_plane_names",
     "read_raw_dataset",
 ]
 
@@ -154,14 +157,47 @@ def read_image(path: str | os.PathLike[str]) -> tuple[npt.NDArray[Any], tuple[fl
     Returns:
         Array of shape ``(Z, Y, X)``, and the spacing in mm along these axes.
     """
+    volume, properties = _read(path)
+    z, y, x = (float(s) for s in properties["spacing"])
+    return volume[0], (z, y, x)
+
+
+def read_plane_names(path: str | os.PathLike[str]) -> tuple[str, str, str]:
+    """The planes that lie across the axes of :func:`read_image`'s array: axial, coronal and sagittal in some order."""
+    return plane_names(_read(path)[1])
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[npt.NDArray[Any], dict[str, Any]]:
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
 
     reader = determine_reader_writer_from_file_ending(
         "." + Path(path).name.partition(".")[2], str(path), allow_nonmatching_filename=True, verbose=False
     )()
     volume, properties = reader.read_images([str(path)])
-    z, y, x = (float(s) for s in properties["spacing"])
-    return volume[0], (z, y, x)
+    return volume, properties
+
+
+def plane_names(properties: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The anatomical planes across the axes of an array, told by the image's directions.
+
+    Args:
+        properties: What nnU-Net's reader notes of an image.
+
+    Returns:
+        Names along ``(Z, Y, X)``; those of the axes for images without directions in the patient, such as photographs.
+    """
+    directions = np.ravel(properties.get("sitk_stuff", {}).get("direction", ()))
+    affines = properties.get("nibabel_stuff", {})
+    affine = np.eye(4)
+    if directions.size == 9:
+        affine[:3, :3] = directions.reshape(3, 3)
+    elif affines:
+        affine = np.asarray(affines.get("reoriented_affine", affines["original_affine"]))
+    else:
+        return "first axis", "second axis", "third axis"
+    # Signs differ between ITK (LPS) and NIfTI (RAS), the planes do not. Arrays have their axes in reverse order.
+    z, y, x = (("sagittal", "coronal", "axial")[int(axis)] for axis in io_orientation(affine)[::-1, 0])
+    return z, y, x
 
 
 def exclusive_labels(

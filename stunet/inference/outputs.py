@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from stunet.datasets import plane_names
 from stunet.files import move_into_place
 from stunet.inference.images import Case
 from stunet.inference.label_names import LabelNames, name_extension
@@ -151,5 +152,6 @@ def _write_preview(image: npt.NDArray[Any], labels: npt.NDArray[Any], job: Writi
     folder = job.output / "previews"
     folder.mkdir(exist_ok=True)
     unfinished = job.scratch / "preview.png"
-    draw_preview(image[0], labels, job.names, job.properties["spacing"], unfinished, title=job.case.name)
+    planes = plane_names(job.properties)
+    draw_preview(image[0], labels, job.names, job.properties["spacing"], unfinished, title=job.case.name, planes=planes)
     move_into_place(unfinished, folder / f"{job.case.name}.png")

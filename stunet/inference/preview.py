@@ -16,7 +16,6 @@ from stunet.inference.label_names import LabelNames, colour_of
 
 __all__ = ["draw_preview"]
 
-_TITLES = ("first axis", "second axis", "third axis")
 _MAX_IN_LEGEND = 60
 
 
@@ -28,6 +27,7 @@ def draw_preview(
     path: Path,
     *,
     title: str,
+    planes: Sequence[str],
 ) -> None:
     """Draw the planes along each axis that hold most labelled voxels.
 
@@ -38,6 +38,7 @@ def draw_preview(
         spacing: mm between voxels along ``(Z, Y, X)``, for the proportions.
         path: PNG to write.
         title: Name of the case.
+        planes: Names of the planes across ``(Z, Y, X)``; see :func:`stunet.datasets.plane_names`.
     """
     figure = Figure(figsize=(12, 5), layout="constrained")
     axes = figure.subplots(1, 3)
@@ -51,7 +52,7 @@ def draw_preview(
         seen.update(int(value) for value in np.unique(plane) if value)
         plot.imshow(grey, cmap="gray", vmin=low, vmax=high, aspect=height / width, origin="lower")
         plot.imshow(_colours(plane), aspect=height / width, origin="lower", interpolation="nearest")
-        plot.set_title(f"{_TITLES[axis]}, plane {index}", fontsize=9)
+        plot.set_title(f"{planes[axis]}, plane {index}", fontsize=9)
         plot.set_axis_off()
     shown = [(name, values[0]) for name, values in names.structures.items() if seen & set(values)]
     handles = [Patch(color=colour_of(value), label=name) for name, value in shown[:_MAX_IN_LEGEND]]

@@ -4,8 +4,8 @@ from stunet.network.architecture import ActivationCheckpointing, STUNet, build_s
 from stunet.network.estimate import Estimate, default_strides, estimate, peak_forward_bytes
 from stunet.network.recommendation import USABLE_SHARE, Recommendation, recommend
 from stunet.network.sharding import shard
-from stunet.network.sizes import N_STAGES, SIZES, STUNetSize, find_size, size_of
 from stunet.network.training_memory import Loss, Parallel, Precision
+from stunet.sizes import N_STAGES, SIZES, STUNetSize, find_size, size_of
 
 __all__ = [
     "N_STAGES",

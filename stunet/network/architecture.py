@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from stunet.errors import ArchitectureError
 from stunet.network.blocks import CONV_OPS, ConvOp, MergingBlock, ResidualBlock, Upsampling, pointwise
 from stunet.network.normalization import is_channels_last
-from stunet.network.sizes import N_STAGES, STUNetSize, find_size
+from stunet.settings import ActivationCheckpointing
+from stunet.sizes import N_STAGES, STUNetSize, find_size
 
 __all__ = ["ActivationCheckpointing", "STUNet", "build_stunet", "total_stride"]
-
-ActivationCheckpointing = Literal["none", "encoder", "all"]
-"""Where activations are computed again in the backward pass instead of being kept."""
 
 
 class _Stage(nn.Sequential):

@@ -15,8 +15,8 @@ from stunet.errors import ArchitectureError
 from stunet.network.allocation import MemoryTracker
 from stunet.network.architecture import ActivationCheckpointing, STUNet
 from stunet.network.blocks import CONV_OPS
-from stunet.network.sizes import N_STAGES, STUNetSize
 from stunet.network.training_memory import Loss, Parallel, Precision, StepSettings, peak_training_bytes
+from stunet.sizes import N_STAGES, STUNetSize
 
 __all__ = ["Estimate", "default_strides", "estimate", "peak_forward_bytes"]
 

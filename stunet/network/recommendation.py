@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from stunet.network.estimate import Estimate, estimate
-from stunet.network.sizes import STUNetSize
 from stunet.network.training_memory import Parallel
+from stunet.sizes import STUNetSize
 
 __all__ = ["USABLE_SHARE", "Recommendation", "recommend"]
 

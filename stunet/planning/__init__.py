@@ -25,7 +25,8 @@ from stunet.planning.rewrite import (
     rewrite_configuration,
     rewrite_plans,
 )
-from stunet.planning.settings import (
+from stunet.planning.v1_plans import PRETRAINING, Preparation, read_v1_plans
+from stunet.settings import (
     SETTINGS,
     SETTINGS_KEY,
     STRATEGIES,
@@ -37,7 +38,6 @@ from stunet.planning.settings import (
     check_settings,
     parse_settings,
 )
-from stunet.planning.v1_plans import PRETRAINING, Preparation, read_v1_plans
 
 __all__ = [
     "NETWORK_CLASS_NAME",

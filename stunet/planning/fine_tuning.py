@@ -13,7 +13,7 @@ from stunet.checkpoints import HeadPolicy, SourceWeights, StemPolicy, TransferRe
 from stunet.errors import PlansError
 from stunet.labels import outputs_of
 from stunet.planning.rewrite import has_own_architecture, resolve_configuration
-from stunet.planning.settings import SETTINGS_KEY, Strategy
+from stunet.settings import SETTINGS_KEY, Strategy
 
 __all__ = ["fine_tuning_configurations", "fine_tuning_settings", "preview_transfer"]
 

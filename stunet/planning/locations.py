@@ -9,14 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments
-from nnunetv2.utilities.dataset_name_id_conversion import (
-    convert_dataset_name_to_id,
-    find_candidate_datasets,
-    maybe_convert_to_dataset_name,
-)
+from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, find_candidate_datasets
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from stunet.environment import nnunet_folder
+from stunet.environment import find_dataset, nnunet_folder
 from stunet.errors import DatasetError, PlansError
 from stunet.files import write_json
 from stunet.planning.rewrite import check_plans, resolve_configuration
@@ -38,42 +34,6 @@ _PLANNERS = {
     "nnUNetResEncUNetLPlans": "nnUNetPlannerResEncL",
     "nnUNetResEncUNetXLPlans": "nnUNetPlannerResEncXL",
 }
-
-
-def find_dataset(dataset: str | int) -> str:
-    """The full name of a dataset.
-
-    Args:
-        dataset: An id such as ``4``, or a name such as ``Dataset004_Hippocampus``.
-
-    Raises:
-        DatasetError: Not known to nnU-Net, or known by several names.
-        NnUNetPathError: Neither ``nnUNet_raw`` nor ``nnUNet_preprocessed`` is set.
-    """
-    folders = [Path(v) for v in map(os.environ.get, ("nnUNet_raw", "nnUNet_preprocessed")) if v]
-    if not folders:
-        nnunet_folder("nnUNet_preprocessed")
-    known = sorted({d.name for folder in folders for d in folder.glob("Dataset[0-9][0-9][0-9]_*") if d.is_dir()})
-    try:
-        name = str(maybe_convert_to_dataset_name(dataset))
-    except (RuntimeError, ValueError) as error:
-        ambiguous = "More than one" in str(error)
-        raise DatasetError(
-            "a dataset id that stands for several datasets" if ambiguous else "unknown dataset",
-            got=dataset,
-            expected=f"one of {', '.join(known)}" if known else "a dataset in nnUNet_raw or nnUNet_preprocessed",
-            remedy="Give the full name."
-            if ambiguous
-            else "Check the id and the variables nnUNet_raw and nnUNet_preprocessed.",
-        ) from None
-    if name not in known:
-        raise DatasetError(
-            "unknown dataset",
-            got=name,
-            expected=f"one of {', '.join(known)}" if known else "a dataset in nnUNet_raw or nnUNet_preprocessed",
-            remedy="Check the name and the variables nnUNet_raw and nnUNet_preprocessed.",
-        )
-    return name
 
 
 def find_plans(dataset_name: str, identifier: str) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 from stunet.errors import ArchitectureError
 from stunet.network import STUNetSize, find_size
-from stunet.planning.settings import check_settings
+from stunet.settings import check_settings
 
 __all__ = ["Preset", "list_presets", "load_preset"]
 

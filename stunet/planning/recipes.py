@@ -11,8 +11,8 @@ from typing import Any
 from stunet.errors import PlansError
 from stunet.planning.model_folder import CONFIGURATION, configuration_for
 from stunet.planning.rewrite import check_plans
-from stunet.planning.settings import check_settings
 from stunet.planning.v1_plans import Preparation
+from stunet.settings import check_settings
 
 __all__ = ["Recipe", "apply_recipe", "list_recipes", "load_recipe"]
 

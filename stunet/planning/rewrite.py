@@ -11,7 +11,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from stunet.errors import PlansError, SettingsError
 from stunet.network import N_STAGES, STUNetSize, size_of, total_stride
 from stunet.network.blocks import CONV_OPS
-from stunet.planning.settings import SETTINGS, SETTINGS_KEY, check_settings
+from stunet.settings import SETTINGS, SETTINGS_KEY, check_settings
 
 __all__ = [
     "NETWORK_CLASS_NAME",

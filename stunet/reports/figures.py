@@ -27,6 +27,7 @@ def side_by_side(
     path: str | os.PathLike[str],
     *,
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    plane_name: str = "",
 ) -> None:
     """Draw each case's image and label maps beside each other, in the plane that has most of the first label map.
 
@@ -35,6 +36,7 @@ def side_by_side(
         labels: Label value of each structure, background (0) included or not.
         path: PNG to write, whole or not at all.
         spacing: mm along ``(z, y, x)``, for the proportions of the picture.
+        plane_name: What the plane is: axial, coronal or sagittal.
     """
     n_columns = 1 + len(cases[0][2])
     figure = Figure(figsize=(3.3 * n_columns, 3.0 * len(cases) + 0.6), layout="constrained")
@@ -51,7 +53,7 @@ def side_by_side(
             axis.imshow(image[plane].astype(np.float64), cmap="gray", vmin=low, vmax=high, aspect=aspect)
             if overlay is not None:
                 axis.imshow(_colour(overlay[plane], colours), aspect=aspect, interpolation="nearest")
-            axis.set_title(f"{name}: {title}", fontsize=9)
+            axis.set_title(f"{name}: {title}{f', {plane_name}' if plane_name else ''}", fontsize=9)
             axis.set_axis_off()
     handles = [Patch(color=colours[value], label=name) for name, value in labels.items() if value > 0]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False)

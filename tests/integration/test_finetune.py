@@ -141,7 +141,7 @@ def test_stock_training_with_the_weights_in_the_plans(shell: Shell, source: Path
     [
         ("-c 2d", "a 2D network from 3D weights"),
         ("-c 3d_fullres --size base", "a size that is not that of the weights"),
-        ("-c 3d_fullres --strategy gentle", "one of full, warmup, layerwise, frozen-encoder, head-only"),
+        ("-c 3d_fullres --strategy gentle", "'gentle' is not one of 'full', 'warmup'"),
         ("-c 3d_fullres --set stem=mean", "one of repeat-scaled, first, zero-new, random"),
     ],
 )

@@ -180,7 +180,6 @@ def test_what_cannot_be_trained_is_said(shell: Shell) -> None:
             f"{TRAIN} --c -pretrained_weights {shell.root / 'undisturbed' / 'checkpoint_final.pth'}",
             "two things to start",
         ),
-        (TRAIN.replace(" 0 ", " 7 "), "impossible fold"),
         (f"{TRAIN} -tr nnUNetTrainer", "nnUNetTrainer"),
         (few, "1 samples for 2 processes"),
         (f"{TRAIN} --global-batch 1 -num_gpus 2", "1 samples for 2 processes"),

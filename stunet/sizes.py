@@ -1,13 +1,17 @@
-"""The published sizes of STU-Net, and sizes of one's own."""
+"""The published sizes of STU-Net, and custom ones. Imports no PyTorch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from stunet.errors import ArchitectureError
 
-__all__ = ["N_STAGES", "SIZES", "STUNetSize", "find_size", "size_of"]
+__all__ = ["N_STAGES", "SIZES", "STUNetSize", "SizeName", "find_size", "size_of"]
+
+SizeName = Literal["small", "base", "large", "huge"]
+"""A published size."""
 
 N_STAGES = 6
 """STU-Net always has six resolution stages."""

@@ -1,4 +1,4 @@
-"""The settings that ``--set`` and a plans file's ``"stunet"`` block take."""
+"""The settings that ``--set`` and a plans file's ``"stunet"`` block take. Imports neither PyTorch nor nnU-Net."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from stunet.checkpoints import HeadPolicy, StemPolicy
 from stunet.errors import SettingsError
-from stunet.network import ActivationCheckpointing
 
 __all__ = [
     "SETTINGS",
     "SETTINGS_KEY",
     "STRATEGIES",
+    "ActivationCheckpointing",
+    "HeadPolicy",
     "Mirroring",
     "MomentumDtype",
     "Parallel",
     "Setting",
+    "StemPolicy",
     "Strategy",
     "check_settings",
     "parse_settings",
@@ -39,6 +40,15 @@ MomentumDtype = Literal["fp32", "bf16"]
 Parallel = Literal["ddp", "fsdp"]
 """What several processes share: the batch alone, or parameters, gradients and momentum as well."""
 
+ActivationCheckpointing = Literal["none", "encoder", "all"]
+"""Where activations are computed again in the backward pass instead of being kept."""
+
+StemPolicy = Literal["repeat-scaled", "first", "zero-new", "random"]
+"""How the stem is adapted to other input channels; see :func:`stunet.checkpoints.adapt_stem`."""
+
+HeadPolicy = Literal["by-name", "fresh"]
+"""Whether rows of the heads are copied for structures that source and target share."""
+
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 SETTINGS_KEY = "stunet"
@@ -53,15 +63,26 @@ class Setting:
         place: Where in a configuration of the plans it is kept: ``training`` is the ``"stunet"`` block, read by
             ``STUNetTrainer``; ``architecture`` are the network's arguments and ``configuration`` is nnU-Net's own key,
             so those two count with any trainer.
+        default: Its value in ``STUNetTrainer`` where the plans do not set it; None where nothing is done without it, or
+            the plans always have it.
         expected: What a value must be, for messages.
         is_valid: Whether a value is that.
         help: What it does.
     """
 
     place: Literal["training", "architecture", "configuration"]
+    default: Any
     expected: str
     is_valid: Callable[[Any], bool]
     help: str
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values as they are typed, where there are few."""
+        if self.expected == _BOOL[0]:
+            return "true", "false"
+        listed = self.expected.removeprefix("one of ")
+        return () if listed == self.expected else tuple(listed.split(", "))
 
 
 def _is_number(value: Any) -> bool:
@@ -94,69 +115,78 @@ _FRACTION = ("a number from 0 to 1", _is_fraction)
 _BOOL = ("true or false", _is_bool)
 
 SETTINGS: dict[str, Setting] = {
-    "num_epochs": Setting("training", *_COUNT, "epochs of training"),
-    "num_iterations_per_epoch": Setting("training", *_COUNT, "training batches in an epoch"),
-    "num_val_iterations_per_epoch": Setting("training", *_COUNT, "validation batches in an epoch"),
-    "initial_lr": Setting("training", *_POSITIVE, "learning rate at the start of the schedule"),
-    "weight_decay": Setting("training", "a number >= 0", lambda v: _is_number(v) and v >= 0, "L2 penalty on weights"),
-    "oversample_foreground_percent": Setting("training", *_FRACTION, "share of patches centred on foreground"),
-    "probabilistic_oversampling": Setting("training", *_BOOL, "draw that share instead of fixing it in each batch"),
-    "save_every": Setting("training", *_COUNT, "epochs between two checkpoint_latest.pth"),
+    "num_epochs": Setting("training", 1000, *_COUNT, "epochs of training"),
+    "num_iterations_per_epoch": Setting("training", 250, *_COUNT, "training batches in an epoch"),
+    "num_val_iterations_per_epoch": Setting("training", 50, *_COUNT, "validation batches in an epoch"),
+    "initial_lr": Setting("training", 0.01, *_POSITIVE, "learning rate at the start of the schedule"),
+    "weight_decay": Setting(
+        "training", 3e-5, "a number >= 0", lambda v: _is_number(v) and v >= 0, "L2 penalty on weights"
+    ),
+    "oversample_foreground_percent": Setting("training", 0.33, *_FRACTION, "share of patches centred on foreground"),
+    "probabilistic_oversampling": Setting(
+        "training", False, *_BOOL, "draw that share at random instead of fixing it in each batch"
+    ),
+    "save_every": Setting("training", 50, *_COUNT, "epochs between two checkpoint_latest.pth"),
     "keep_every": Setting(
-        "training", *_COUNT, "epochs between two checkpoints that are kept, as checkpoint_epoch_0100.pth"
+        "training", None, *_COUNT, "epochs between two checkpoints that are kept, as checkpoint_epoch_0100.pth"
     ),
     "mirroring": Setting(
-        "training", *_one_of(get_args(Mirroring)), "axes to mirror; no-left-right where structures come in sides"
+        "training", "all", *_one_of(get_args(Mirroring)), "axes to mirror; no-left-right where structures come in sides"
     ),
-    "nearest_labels": Setting("training", *_BOOL, "nearest labels in augmentation: faster with many structures"),
-    "allow_unannotated": Setting("training", *_BOOL, "train although no case annotates some structure"),
+    "nearest_labels": Setting(
+        "training", False, *_BOOL, "resample labels by nearest neighbour in augmentation: faster with many structures"
+    ),
+    "allow_unannotated": Setting("training", False, *_BOOL, "train although no case annotates some structure"),
     "pretrained_weights": Setting(
         "training",
-        "the path of a file, from the root",
+        None,
+        "an absolute path",
         lambda v: isinstance(v, str) and Path(v).is_absolute(),
-        "weights to start from; `stunet plan --from` sets it",
+        "weights to start from; --from sets it",
     ),
-    "fine_tune": Setting("training", *_one_of(STRATEGIES), "which parameters are trained, and how fast"),
-    "warmup_epochs": Setting("training", *_COUNT, "epochs of each of the two ramps of fine_tune=warmup"),
+    "fine_tune": Setting("training", "full", *_one_of(STRATEGIES), "which parameters are trained, and how fast"),
+    "warmup_epochs": Setting("training", None, *_COUNT, "epochs of each of the two ramps of fine_tune=warmup"),
     "layer_decay": Setting(
         "training",
+        0.85,
         "a number above 0, at most 1",
         lambda v: _is_positive(v) and v <= 1,
-        "learning rate of a stage by that of the next one on the way to the output, with fine_tune=layerwise",
+        "with fine_tune=layerwise, learning rate of a stage relative to the next one towards the output",
     ),
-    "stem": Setting("training", *_one_of(get_args(StemPolicy)), "how pretrained_weights get other input channels"),
-    "head": Setting("training", *_one_of(get_args(HeadPolicy)), "whether heads of pretrained_weights are used"),
+    "stem": Setting(
+        "training", "repeat-scaled", *_one_of(get_args(StemPolicy)), "how weights are adapted to other input channels"
+    ),
+    "head": Setting(
+        "training", "by-name", *_one_of(get_args(HeadPolicy)), "whether heads of pretrained_weights are used"
+    ),
     "select_for": Setting(
         "training",
+        None,
         "the id or name of a dataset",
         lambda v: isinstance(v, str | int) and not isinstance(v, bool) and v != "",
-        "dataset for which periodic checkpoints are scored, and the best one is kept",
+        "dataset for which periodic checkpoints are scored; the best one is kept",
     ),
     "gradient_accumulation": Setting(
-        "training",
-        *_COUNT,
-        "pieces in which a process computes its share of the batch: the memory of a piece, the step of the whole",
+        "training", 1, *_COUNT, "micro-batches that a batch is computed in: less memory, the same step"
     ),
     "momentum_dtype": Setting(
-        "training", *_one_of(get_args(MomentumDtype)), "precision of momentum between steps; bf16 takes half the memory"
+        "training", "fp32", *_one_of(get_args(MomentumDtype)), "precision of the momentum; bf16 halves its memory"
     ),
-    "fused_optimizer": Setting(
-        "training", *_BOOL, "the optimizer's step in one kernel, which needs no memory of its own"
-    ),
+    "fused_optimizer": Setting("training", False, *_BOOL, "the optimizer's step in one kernel: less memory"),
     "parallel": Setting(
-        "training",
-        *_one_of(get_args(Parallel)),
-        "with several processes: each has the whole network (ddp), or a piece of it (fsdp)",
+        "training", "ddp", *_one_of(get_args(Parallel)), "with several processes: replicate (ddp) or shard (fsdp)"
     ),
     "activation_checkpointing": Setting(
         "architecture",
+        "none",
         *_one_of(get_args(ActivationCheckpointing)),
-        "which blocks compute activations again instead of keeping them: less memory, more time",
+        "blocks that compute activations again instead of keeping them: less memory, more time",
     ),
-    "batch_size": Setting("configuration", *_COUNT, "patches in a batch"),
-    "batch_dice": Setting("configuration", *_BOOL, "Dice over the whole batch instead of each patch"),
+    "batch_size": Setting("configuration", None, *_COUNT, "patches in a batch"),
+    "batch_dice": Setting("configuration", None, *_BOOL, "Dice over the whole batch instead of each patch"),
     "patch_size": Setting(
         "configuration",
+        None,
         "2 or 3 positive whole numbers, for example 64,64,64",
         lambda v: isinstance(v, list) and len(v) in (2, 3) and all(_is_count(n) for n in v),
         "voxels of a patch along each axis",
