@@ -48,11 +48,15 @@ def finetune(
     Writes the plans, preprocesses what is not preprocessed yet and runs nnUNetv2_train: each step is a command that can
     be typed by itself, and is shown.
     """
-    from stunet.cli.plan_steps import PlanRequest, make_plans_file, print_transfer
-    from stunet.planning import nnunet_folder, resolve_configuration
+    from stunet.cli.preflight import preflight
+    from stunet.environment import nnunet_folder
 
     _check_options(device, fold, num_gpus)
     results = nnunet_folder("nnUNet_results")
+    preflight(dataset, plans=plans, device=device, n_devices=num_gpus, writes=results)
+    from stunet.cli.plan_steps import PlanRequest, make_plans_file, print_transfer
+    from stunet.planning import resolve_configuration
+
     made = make_plans_file(
         PlanRequest(
             dataset=dataset,
@@ -70,9 +74,9 @@ def finetune(
     print_transfer(made.transfer)
     resolve_configuration(made.plans, configuration)
     model = results / made.dataset_name / f"{_TRAINER}__{made.path.stem}__{configuration}"
-    if not continue_training and not overwrite:
-        _refuse_earlier_training(model / f"fold_{fold}")
+    _check_fold(model / f"fold_{fold}", continue_training=continue_training, overwrite=overwrite)
     _preprocess(made, configuration, num_processes)
+    preflight(dataset, plans=made.path.stem, configuration=configuration, trainer=_TRAINER, writes=results, seconds=-1)
     command = ["nnUNetv2_train", str(int(made.dataset_name[7:10])), configuration, fold, "-tr", _TRAINER]
     command += ["-p", made.path.stem, "-device", device]
     command += ["-num_gpus", str(num_gpus)] if num_gpus > 1 else []
@@ -96,23 +100,17 @@ def _check_options(device: str, fold: str, num_gpus: int) -> None:
             expected="-device cuda",
             remedy="Leave -num_gpus out, or train with CUDA.",
         )
-    if device == "cuda":
-        import torch
-
-        if torch.cuda.device_count() < num_gpus:
-            raise UsageError(
-                "fewer GPUs than asked for",
-                got=f"{torch.cuda.device_count()} CUDA devices",
-                expected=f"{num_gpus}",
-                remedy="Choose the CPU with -device cpu, or install the driver.",
-            )
 
 
-def _refuse_earlier_training(fold: Path) -> None:
+def _check_fold(fold: Path, *, continue_training: bool, overwrite: bool) -> None:
     from stunet.errors import UsageError
 
-    checkpoints = sorted(path.name for path in fold.glob("checkpoint_*.pth"))
-    if checkpoints:
+    checkpoints = sorted(path.name for path in fold.glob("checkpoint_*"))
+    if continue_training and not checkpoints:
+        raise UsageError("nothing to continue", got=f"no checkpoint in {fold}",
+                         expected="a training that was interrupted",
+                         remedy="Leave --c out to start one, or correct --name, -c and -f.")  # fmt: skip
+    if checkpoints and not continue_training and not overwrite:
         raise UsageError(
             "an earlier training that would be overwritten",
             got=f"{fold} with {', '.join(checkpoints)}",

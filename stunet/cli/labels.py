@@ -33,11 +33,12 @@ def check(
     from rich.progress import Progress
 
     from stunet.cli.console import stderr
+    from stunet.cli.preflight import preflight
     from stunet.datasets import case_names, read_raw_dataset, sources_of_cases
+    from stunet.environment import nnunet_folder
     from stunet.labels import MANIFEST_NAME, measure_coverage, read_manifest
-    from stunet.planning import find_dataset, nnunet_folder
 
-    raw = read_raw_dataset(nnunet_folder("nnUNet_raw") / find_dataset(dataset))
+    raw = read_raw_dataset(nnunet_folder("nnUNet_raw") / preflight(dataset, seconds=-1))  # all are read below
     labels = raw.dataset_json["labels"]
     manifest = read_manifest(raw.folder / MANIFEST_NAME, labels=labels, cases=case_names(raw))
     files = {case: label for case, (_, label) in sorted(raw.cases.items())}
@@ -127,7 +128,7 @@ def carry(
     have changed since, check that the preprocessed data is of after the change.
     """
     from stunet.datasets import carry_side_files
-    from stunet.planning import find_dataset, nnunet_folder
+    from stunet.environment import find_dataset, nnunet_folder
 
     name = find_dataset(dataset)
     folder = nnunet_folder("nnUNet_preprocessed") / name

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from stunet.environment import nnunet_folder
+
 __all__ = ["plan"]
 
 
@@ -54,6 +56,9 @@ def plan(
 
     Where nnU-Net has not planned the dataset yet, its own planner runs first.
     """
+    from stunet.cli.preflight import preflight
+
+    preflight(dataset, plans=plans, writes=nnunet_folder("nnUNet_preprocessed"))
     from stunet.cli.plan_steps import PlanRequest, make_plans_file, print_transfer
 
     made = make_plans_file(
@@ -73,12 +78,12 @@ def plan(
             num_processes=num_processes,
         )
     )
-    _report(made.plans, made.path, written=made.written)
+    _report(made.plans, made.path, preset, written=made.written)
     if made.transfer is not None:
         print_transfer(made.transfer)
 
 
-def _report(plans: dict[str, Any], path: Path, *, written: bool) -> None:
+def _report(plans: dict[str, Any], path: Path, preset: str | None, *, written: bool) -> None:
     from rich.table import Table
 
     from stunet.cli.console import stdout
@@ -113,19 +118,24 @@ def _report(plans: dict[str, Any], path: Path, *, written: bool) -> None:
     for line, names in settings.items():
         if line:
             stdout.print(f"Settings of {', '.join(names)}: {line}", soft_wrap=True, highlight=False)
-    for line in _next_commands(plans, path, "3d_fullres" if "3d_fullres" in trainable else trainable[0]):
+    for line in _next_commands(plans, path, "3d_fullres" if "3d_fullres" in trainable else trainable[0], preset):
         stdout.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def _next_commands(plans: dict[str, Any], path: Path, configuration: str) -> list[str]:
-    from stunet.planning import SETTINGS_KEY, resolve_configuration
+def _next_commands(plans: dict[str, Any], path: Path, configuration: str, preset: str | None) -> list[str]:
+    from stunet.network import SIZES
+    from stunet.planning import SETTINGS_KEY, plans_size, resolve_configuration
 
+    trainer = "STUNetTrainer"
+    if preset is not None:
+        size = plans_size(resolve_configuration(plans, configuration)).name
+        trainer = f"STUNetTrainer_{size}_pretrain" if size in SIZES else "STUNetTrainer_pretrain"
     dataset_id, plans_name = int(plans["dataset_name"][7:10]), plans["plans_name"]
     lines = ["Next:"]
     if not (path.parent / resolve_configuration(plans, configuration)["data_identifier"]).is_dir():
         lines.append(f"  nnUNetv2_preprocess -d {dataset_id} -plans_name {plans_name} -c {configuration}")
     train = f"nnUNetv2_train {dataset_id} {configuration} 0 -p {plans_name}"
-    lines.append(f'  eval "$(stunet env)"; {train} -tr STUNetTrainer')
+    lines.append(f'  eval "$(stunet env)"; {train} -tr {trainer}')
     if not resolve_configuration(plans, configuration).get(SETTINGS_KEY):  # which nnU-Net's own trainer does not read
         lines.append(f"or, with nnU-Net's own trainer:\n  {train}")
     return lines

@@ -54,6 +54,9 @@ def rank(
     """
     from stunet.cli.console import stderr
     from stunet.cli.devices import choose_device
+    from stunet.cli.preflight import preflight
+
+    preflight(dataset, plans=plans, configuration=configuration, device=device, writes=output)
     from stunet.planning import open_preprocessed
     from stunet.reports.ranking import RankingReport, write_ranking
     from stunet.transferability import MetricSettings, ResultCache, check_metrics

@@ -49,11 +49,13 @@ def train(
     The batch is divided among the processes. When one is lost, torchrun starts all of them again, and the training goes
     on from its last checkpoint.
     """
-    from stunet.cli.devices import choose_device
     from stunet.cli.env import trainers_folder
+    from stunet.cli.preflight import preflight
+    from stunet.environment import nnunet_folder
 
     _check(fold, pretrained_weights, continue_training=continue_training, only_validation=only_validation)
-    choose_device(device)
+    preflight(dataset, plans=plans, configuration=configuration, trainer=trainer, device=device, n_devices=num_gpus,
+              writes=nnunet_folder("nnUNet_results"))  # fmt: skip
     os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))  # before nnU-Net is asked for the trainer
     from stunet.training import TrainRequest, check_request
     from stunet.training import train as run

@@ -50,7 +50,7 @@ class RankingReport:
 
     @property
     def verdict(self) -> str:
-        """The outcome in a few sentences: who comes first, which metrics disagree, and what the cases can tell apart."""
+        """The outcome in a few sentences: who comes first, which metrics disagree, what the cases can tell apart."""
         ranking, candidates = self.ranking, self.ranking.candidates
         if not candidates:
             return "None of the candidates could be scored."
@@ -79,7 +79,9 @@ class RankingReport:
         if self.ranking.metric != "ccfv" or not first.draws:
             return []
         if tied := self.ranking.tied:
-            said = f"ccfv cannot tell {first.name} from {_listed([c.name for c in tied])}: it is ahead in fewer than 95 %"
+            said = (
+                f"ccfv cannot tell {first.name} from {_listed([c.name for c in tied])}: it is ahead in fewer than 95 %"
+            )
         else:
             said = f"By ccfv {first.name} is ahead of every other candidate in at least 95 %"
         return [f"{said} of the resamples of these {len(self.target.points)} cases.", _WHAT_RESAMPLES_SAY]
@@ -88,7 +90,7 @@ class RankingReport:
     def warnings(self) -> list[str]:
         """What a reader should know before trusting the ranking."""
         n = len(self.target.points)
-        few = f"Only {n} cases: scores and intervals of fewer than {_FEW_CASES} say little. Label more, or give --cases."
+        few = f"Only {n} cases: scores and intervals of fewer than {_FEW_CASES} say little. Take more cases."
         return [few] * (n < _FEW_CASES) + self.shortfalls
 
     @property
@@ -178,7 +180,9 @@ def _as_json(report: RankingReport) -> dict[str, Any]:
 def _as_csv(report: RankingReport) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["rank", "name", *report.metrics, "mean_rank", "ccfv_low", "ccfv_high", "parameters", "path", "sha256"])
+    writer.writerow(
+        ["rank", "name", *report.metrics, "mean_rank", "ccfv_low", "ccfv_high", "parameters", "path", "sha256"]
+    )
     mean_ranks = report.ranking.mean_ranks or [None] * len(report.ranking.candidates)
     for place, (candidate, mean) in enumerate(zip(report.ranking.candidates, mean_ranks, strict=True), start=1):
         scores = [candidate.scores.get(metric) for metric in report.metrics]

@@ -35,7 +35,7 @@ def score_bars(
             axes.plot(interval, (place, place), color=colour, linewidth=5, alpha=0.45, solid_capstyle="round")
         axes.plot(score, place, "o", color=colour, markersize=8)
     axes.set_yticks(list(places), short_names(names), parse_math=False)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(label)
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -66,7 +66,7 @@ def scale_lines(per_scale: Mapping[str, Sequence[float]], label: str) -> Figure:
 
 
 def short_names(names: Sequence[str], most: int = 40) -> list[str]:
-    """Names of at most ``most`` characters that still differ: the ends of long ones, else their beginnings and a number.
+    """Names of at most ``most`` characters that still differ: ends of long ones, else beginnings with a number.
 
     >>> short_names(["a", "models/liver/checkpoint_final", "models/heart/checkpoint_final"], 12)
     ['a', '…liver/final', '…heart/final']

@@ -78,7 +78,7 @@ class Ranking:
 
     @property
     def consensus(self) -> CandidateScores | None:
-        """The candidate with the lowest mean rank; None where there is no mean rank. The better ranked of equal ones."""
+        """The candidate with the lowest mean rank, the first of equal ones; None where there is no mean rank."""
         if not (ranks := self.mean_ranks):
             return None
         return self.candidates[min(range(len(ranks)), key=ranks.__getitem__)]
