@@ -118,7 +118,7 @@ def test_results_are_kept_by_content(checkpoints: list[ZooEntry], tmp_path: Path
             entries,
             target,
             cache=ResultCache(tmp_path / "kept"),
-            on_case=lambda name, _: scored.append(name),
+            on_progress=lambda name, doing, share: scored.append(name) if share == 1 and "case 4" in doing else None,
             **options,
         )
 
