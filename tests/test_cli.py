@@ -131,8 +131,10 @@ def test_info_recommends_settings_for_a_gpu() -> None:
     assert f"{'d111111w4'} on 24.0 GB: none needed  (" in run(*typed, "--gpu", "24GB").stdout
 
 
-def test_info_says_where_the_strides_change_and_fits_80_columns() -> None:
-    """100 is halved twice, to 25; 112 three times more than 100, and 96 too."""
+def test_info_says_where_the_strides_change_and_fits_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 is halved twice, to 25; 96 and 112 can be halved four times."""
     odd = run("info", "--size", "small", "--patch", "100,100,100", COLUMNS="80")
     text = " ".join(odd.stdout.split())
     assert "warning: 100 voxels are not divisible by 16, so this axis is halved to 25 and no further" in text
@@ -141,10 +143,16 @@ def test_info_says_where_the_strides_change_and_fits_80_columns() -> None:
     (row,) = [line for line in odd.stdout.splitlines() if "small" in line]
     assert "16 to 256" in row
     assert "14.6M" in row
-    got = json.loads(run("info", "--size", "small", "--patch", "100,100,100", "--json").stdout)
-    assert got["settings"]["strides"] == [[1] * 3, [2] * 3, [2] * 3, [1] * 3, [1] * 3, [1] * 3]
-    for patch in ("96,96,96", "128,128,128", "64,64,64", "112,160,128"):
-        assert "warning" not in run("info", "--size", "small", "--patch", patch).stdout
+    shown = {}
+    for patch in ("100,100,100", "96,96,96", "112,160,128", "64,64,8"):
+        for json_too in ((), ("--json",)):
+            monkeypatch.setattr(sys, "argv", ["stunet", "info", "--width", "2", "--patch", patch, *json_too])
+            with pytest.raises(SystemExit):
+                main()
+            shown[patch, bool(json_too)] = capsys.readouterr().out
+    assert [patch for patch, as_json in shown if "warning" in shown[patch, as_json]] == ["100,100,100"]
+    strides = json.loads(shown["100,100,100", True])["settings"]["strides"]
+    assert strides == [[1] * 3, [2] * 3, [2] * 3, [1] * 3, [1] * 3, [1] * 3]
 
 
 def test_plan_writes_and_says_what_to_do_next(folders: dict[str, str]) -> None:

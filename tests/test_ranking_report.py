@@ -90,7 +90,7 @@ def test_page_says_it_and_escapes(tmp_path: Path) -> None:
     assert "By ccfv first &amp; best is ahead of every other candidate in at least 95 %" in page
     assert "resamples of these 3 cases" in page
     assert "it does not show which checkpoint is better" in page
-    assert "Only 3 cases: with fewer than 5" in page
+    assert "Only 3 cases: scores and intervals of fewer than 5 say little" in page
     assert "STU-Net &lt;base&gt;" in page
     # Pairs of cases, and the consistency of three equal candidates: means over two scales.
     for name, pairs, mean in (("liver", 3, "0.150"), ("spleen", 1, "0.400")):
