@@ -27,8 +27,8 @@ def check(
     Of a union, a second table says what each of its datasets contributes.
 
     Exit status: 0 where training can go ahead, be it that a structure occurs nowhere; 1 where a structure is annotated
-    nowhere, a label occurs in a case that does not annotate it, or a value is not in dataset.json; 2 where a file is
-    missing, malformed or unreadable.
+    nowhere, a label occurs in a case that does not annotate it, or a value is not in dataset.json; 2 where the
+    label values have a gap, or a file is missing, malformed or unreadable.
     """
     from rich.progress import Progress
 
