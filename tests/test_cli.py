@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -120,7 +121,33 @@ def test_info_recommends_settings_for_a_gpu() -> None:
     assert row["recommendation"]["training_bytes"] == needed < row["training_bytes"]
     said = run(*typed, "--gpu", gpu).stdout
     assert parse_settings(said.partition("--set ")[2].partition("  (")[0].split()) == settings
-    assert "nothing fits" in run(*typed, "--batch", "1", "--gpu", "1MB").stdout
+    too_small = run(*typed, "--batch", "1", "--gpu", "1MB").stdout
+    assert re.search(r"does not fit, [\d.]+ \w+ too little even with --set .*\(needs .*, 921.6 kB usable\)", too_small)
+    assert f"{'d111111w4'} on 24.0 GB: none needed  (" in run(*typed, "--gpu", "24GB").stdout
+
+
+def test_info_says_where_the_strides_change_and_fits_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 is halved twice, to 25; 96 and 112 can be halved four times."""
+    odd = run("info", "--size", "small", "--patch", "100,100,100", COLUMNS="80")
+    text = " ".join(odd.stdout.split())
+    assert "warning: 100 voxels are not divisible by 16, so this axis is halved to 25 and no further" in text
+    assert "a patch of 96 or 112 takes" in text
+    assert max(map(len, odd.stdout.splitlines())) <= 80
+    (row,) = [line for line in odd.stdout.splitlines() if "small" in line]
+    assert "16 to 256" in row
+    assert "14.6M" in row
+    shown = {}
+    for patch in ("100,100,100", "96,96,96", "112,160,128", "64,64,8"):
+        for json_too in ((), ("--json",)):
+            monkeypatch.setattr(sys, "argv", ["stunet", "info", "--width", "2", "--patch", patch, *json_too])
+            with pytest.raises(SystemExit):
+                main()
+            shown[patch, bool(json_too)] = capsys.readouterr().out
+    assert [patch for patch, as_json in shown if "warning" in shown[patch, as_json]] == ["100,100,100"]
+    strides = json.loads(shown["100,100,100", True])["settings"]["strides"]
+    assert strides == [[1] * 3, [2] * 3, [2] * 3, [1] * 3, [1] * 3, [1] * 3]
 
 
 def test_plan_writes_and_says_what_to_do_next(folders: dict[str, str]) -> None:
@@ -164,6 +191,7 @@ def test_plan_with_the_pretraining_recipe(folders: dict[str, str]) -> None:
     assert configuration["stunet"]["num_epochs"] == 5
     assert configuration["stunet"]["nearest_labels"] is True
     assert "nnUNetv2_preprocess -d 1 -plans_name STUNetPlans_small_totalsegmentator -c 3d_fullres" in got.stdout
+    assert "-p STUNetPlans_small_totalsegmentator -tr STUNetTrainer_small_pretrain\n" in got.stdout
     wrong = run("plan", "-d", "1", "--preset", "totalsegmentator", "--name", "x", "-c", "2d", **folders)
     assert wrong.returncode == 2
     assert "unknown configuration" in wrong.stderr
@@ -219,6 +247,7 @@ def test_bad_input_to_info(
     [
         (("--size", "giant"), ("giant", "small, base, large, huge")),
         (("--size", "small", "--width", "8"), ("--size small", "Leave --size out")),
+        (("--from", "small_ep4"), ("no such weights", "Did you mean small_ep4k", "stunet weights list")),
         (("--width", "0"), ("impossible width", "positive")),
         (("--width", "-8"), ("impossible width", "-8")),
         (("--depth", "1,1,0,1,1,1"), ("impossible depth",)),

@@ -216,6 +216,17 @@ def test_the_models_own_dataset_is_warned_of(folders: Folders, run: Any) -> None
     _, out, err = run(f"{SCORE} -d 7")
     assert "warning: the model was trained on this dataset" in err
     assert "The model works at 3 x 1.5 x 1.5 mm" in out
+    splits = folders.root / "nnUNet_preprocessed" / NAME / "splits_final.json"
+    splits.parent.mkdir()
+    splits.write_text(json.dumps([{"train": ["a"], "val": ["b"]}]))
+    _, out, err = run(f"{SCORE} -d 7 --fold 0 -o of_a_fold")
+    assert "1 structures" not in err
+    assert "on 1 cases" in out
+    assert "trained on" not in err
+    _, _, err = run("-d 7 -m model --label-map map.yaml --fold 0 --folds 0 --device cpu -o mine")  # no weights
+    assert "trained on" not in err
+    _, _, err = run("-d 7 -m model --label-map map.yaml --fold 0 --folds 0 1 --device cpu -o others")
+    assert "warning: fold 1 of the model was trained on these cases; give --folds 0" in err
 
 
 @pytest.mark.parametrize("more", ["--chill", "--cases b", "--cases=b, --chill"])
@@ -237,7 +248,8 @@ def test_some_of_the_cases_are_scored_when_asked(folders: Folders, run: Any, mor
     [
         ("-d 7", "neither a model nor predictions"),
         ("-d 8 -m model", "unknown dataset"),
-        ("-d 7 -m nowhere", "no names of a model's structures"),
+        ("-d 7 -m nowhere", "no such model folder"),
+        ("-d 7 --predictions nope", "no such folder of segmentations"),
         ("-d 7 --predictions segmentations", "segmentations/dataset.json: FileNotFoundError"),
         ("-d 7 -m model --predictions nowhere", "no such folder"),
         ("-d 7 -m model --predictions model", "/model/a.nii.gz"),

@@ -10,7 +10,7 @@ import pytest
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from plans import DATASET_JSON, make_plans
-from stunet.errors import DatasetError, UsageError
+from stunet.errors import DatasetError, PlansError, UsageError
 from stunet.planning import open_preprocessed
 
 CASES = [f"case_{i}" for i in range(6)]
@@ -75,8 +75,11 @@ def test_folds_and_choices(folder: Path) -> None:
 def test_what_is_missing_is_said_with_the_command(folder: Path) -> None:
     with pytest.raises(DatasetError, match=r"nnUNetv2_preprocess -d 1 -plans_name nnUNetPlans -c 3d_lowres"):
         open_preprocessed("1", "nnUNetPlans", "3d_lowres")
-    with pytest.raises(DatasetError, match=r"nnUNetv2_plan_and_preprocess -d 1"):
+    with pytest.raises(PlansError, match=r"one of nnUNetPlans"):
         open_preprocessed("1", "OtherPlans", "3d_fullres")
+    (folder.parent / "Dataset002_New").mkdir()
+    with pytest.raises(PlansError, match=r"nnUNetv2_plan_and_preprocess -d 2"):
+        open_preprocessed("2", "nnUNetPlans", "3d_fullres")
     (folder / "nnUNetPlans_3d_fullres" / "case_1.b2nd").write_bytes(b"no array")
     with pytest.raises(DatasetError, match="case_1"):
         open_preprocessed("1", "nnUNetPlans", "3d_fullres").load("case_1")

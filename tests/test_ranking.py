@@ -93,6 +93,19 @@ def test_scores_are_those_of_the_features(checkpoints: list[ZooEntry]) -> None:
     assert low < high
 
 
+def test_progress_moves_within_a_case(checkpoints: list[ZooEntry]) -> None:
+    seen: list[tuple[str, str, float]] = []
+    target = replace(
+        _target(), target=Target(input_channels=1, patch_size=(16, 16, 16), strides=STRIDES[:4] + [[1] * 3] * 2)
+    )
+    rank_candidates(checkpoints[:1], target, metrics=("ccfv", "logme"), on_progress=lambda *told: seen.append(told))
+    shares = [share for _, doing, share in seen if doing.startswith("case")]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert len(set(shares)) > 2 * 4  # more than once a case
+    assert [doing for _, doing, _ in seen if "comp" in doing] == ["computing ccfv", "computing logme"]
+
+
 def test_failing_candidates_are_reported_and_the_others_ranked(checkpoints: list[ZooEntry]) -> None:
     seen = []
     ranking = rank_candidates(
@@ -118,7 +131,7 @@ def test_results_are_kept_by_content(checkpoints: list[ZooEntry], tmp_path: Path
             entries,
             target,
             cache=ResultCache(tmp_path / "kept"),
-            on_case=lambda name, _: scored.append(name),
+            on_progress=lambda name, doing, share: scored.append(name) if share == 1 and "case 4" in doing else None,
             **options,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from jinja2 import UndefinedError
 
 from stunet.reports.pages import write_page
 from stunet.reports.ranking import RankingReport, write_ranking
+from stunet.reports.ranking_figures import short_names
 from stunet.transferability import CandidateScores, CasePoints, Failure, Ranking, Target, TargetCases
 
 
@@ -61,7 +63,7 @@ def make_report(*names: str, failures: tuple[Failure, ...] = ()) -> RankingRepor
         about={"dataset": "Dataset004_Test", "configuration": "3d_fullres", "plans": "nnUNetPlans"},
         metrics=("ccfv", "leep"),
         settings={"seed": 0},
-        command="stunet finetune -d 4 --from '/models/first & best.pth'",
+        commands=("stunet finetune -d 4 --from '/models/first & best.pth'",),
         date="2026-01-01 00:00 UTC",
     )
 
@@ -84,10 +86,15 @@ def test_json_and_csv(tmp_path: Path) -> None:
 
 def test_page_says_it_and_escapes(tmp_path: Path) -> None:
     page = write_ranking(make_report(), tmp_path)[2].read_text()
-    assert "first &amp; best comes first, ahead of every other candidate" in page
+    assert "first &amp; best comes first by ccfv." in page
+    assert "By ccfv first &amp; best is ahead of every other candidate in at least 95 %" in page
+    assert "resamples of these 3 cases" in page
+    assert "it does not show which checkpoint is better" in page
+    assert "Only 3 cases: scores and intervals of fewer than 5 say little" in page
     assert "STU-Net &lt;base&gt;" in page
-    assert "<td>0.150</td><td>0.400</td>" in page  # consistency of the first: means over its two scales
-    assert "liver (3)</th><th>spleen (1)</th>" in page
+    # Pairs of cases, and the consistency of three equal candidates: means over two scales.
+    for name, pairs, mean in (("liver", 3, "0.150"), ("spleen", 1, "0.400")):
+        assert f'<td class="text name">{name}</td><td>{pairs}</td>{f"<td>{mean}</td>" * 3}</tr>' in page
     assert "0.050, 25 %" in page
     assert "spleen: 1 of 2 cases have fewer than 100 voxels of it, the fewest 40" in page
     assert "liver: 1 of 3 cases" in page
@@ -97,9 +104,62 @@ def test_ties_and_empty_rankings_are_said() -> None:
     report = make_report("first", "second")
     close = Ranking(metric="ccfv", candidates=(_candidate("a", 1.0), _candidate("b", 1.0)), failures=())
     tied = RankingReport(**{**report.__dict__, "ranking": close})
-    assert "cannot tell it apart from b" in tied.verdict
+    assert "ccfv cannot tell a from b: it is ahead in fewer than 95 % of the resamples of these 3" in tied.verdict
     nothing = RankingReport(**{**report.__dict__, "ranking": Ranking(metric="ccfv", candidates=(), failures=())})
     assert "None of the candidates" in nothing.verdict
+
+
+def _disagreeing() -> RankingReport:
+    """Alike to what was once called ahead "of every other candidate": one metric for it, three against."""
+    scores = {
+        "checkpoint A": {"ccfv": 3.0, "logme": 0.1, "gbc": -3.0, "leep": -0.5, "zero-shot": None},
+        "checkpoint B": {"ccfv": 1.0, "logme": 0.5, "gbc": -1.0, "leep": -0.2, "zero-shot": 0.8},
+        "checkpoint C": {"ccfv": 0.5, "logme": 0.2, "gbc": -1.0, "leep": -0.4, "zero-shot": 0.3},
+    }
+    candidates = tuple(replace(_candidate(n, float(s["ccfv"] or 0)), scores=s) for n, s in scores.items())
+    ranking = Ranking(metric="ccfv", candidates=candidates, failures=())
+    return replace(make_report(), ranking=ranking, metrics=tuple(scores["checkpoint A"]))
+
+
+def test_metrics_that_disagree(tmp_path: Path) -> None:
+    """Ranks by hand, over the four scores that all have: A 1 3 3 3, B 2 1 1.5 1, C 3 2 1.5 2."""
+    report = _disagreeing()
+    assert report.ranking.mean_ranks == pytest.approx((10 / 4, 5.5 / 4, 8.5 / 4))
+    assert report.verdict.startswith(
+        "The metrics disagree: ccfv prefers checkpoint A; logme, gbc, leep and zero-shot prefer checkpoint B. "
+        "The lowest mean rank has checkpoint B: 1.4, checkpoint A has 2.5."
+    )
+    paths = write_ranking(report, tmp_path)
+    content = json.loads(paths[0].read_text())
+    assert content["consensus"] == "checkpoint B"
+    assert content["preferred"]["ccfv"] == "checkpoint A"
+    assert [c["mean_rank"] for c in content["candidates"]] == pytest.approx([2.5, 1.375, 2.125])
+    assert content["warnings"][0].startswith("Only 3 cases")
+    assert [float(row["mean_rank"]) for row in csv.DictReader(paths[1].open())] == [2.5, 1.375, 2.125]
+    page = paths[2].read_text()
+    assert page.count('<td class="top">') == 6  # one for each score, and one for the mean rank
+
+
+def test_metrics_that_agree_or_are_alone() -> None:
+    report = _disagreeing()
+    first, *others = report.ranking.candidates
+    best = replace(first, scores=dict.fromkeys(first.scores, 9.0))
+    agreeing = replace(report, ranking=replace(report.ranking, candidates=(best, *others)))
+    assert agreeing.verdict.startswith("checkpoint A comes first by ccfv, logme, gbc, leep and zero-shot.")
+    alone = [replace(c, scores={"ccfv": c.scores["ccfv"]}) for c in report.ranking.candidates]
+    ranking = replace(report.ranking, candidates=tuple(alone))
+    assert ranking.mean_ranks == ()
+    assert replace(report, ranking=ranking).verdict.startswith("checkpoint A comes first by ccfv.")
+
+
+def test_short_names_differ() -> None:
+    long = [f"{place}/STUNetTrainer_pretrain__STUNetPlans_base__3d_fullres/fold_all" for place in "ab"]
+    for names in (long, ["short", *long], [name[::-1] for name in long], ["x" * 50 + "/checkpoint_final"]):
+        for most in (12, 20, 40):
+            short = short_names(names, most)
+            assert len(set(short)) == len(names)
+            assert max(map(len, short)) <= most
+    assert short_names(["fold_0/checkpoint_best", "b"], 15) == ["fold_0/best", "b"]
 
 
 def test_equal_reports_are_equal_files(tmp_path: Path) -> None:

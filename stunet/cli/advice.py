@@ -36,18 +36,19 @@ class Advice:
         from stunet.cli.console import human_bytes, stdout
         from stunet.network import USABLE_SHARE
 
-        needed = human_bytes(self.found.estimate.training_bytes)
-        usable = human_bytes(USABLE_SHARE * self.gpu_bytes)
+        needed, usable = self.found.estimate.training_bytes, USABLE_SHARE * self.gpu_bytes
         values = {True: "true", False: "false"}
         assigned = " ".join(f"{name}={values.get(value, value)}" for name, value in self.found.settings.items())
-        typed = f"--set {assigned}" if assigned else "no setting"
+        typed = f"--set {assigned}" if assigned else "none needed"
+        gpu = human_bytes(self.gpu_bytes)
+        share = f"needs {human_bytes(needed)}, {human_bytes(usable)} usable"
         if self.found.fits:
-            text = f"{self.size} on {human_bytes(self.gpu_bytes)}: {typed}  ({needed} of {usable} that count)"
+            text = f"{self.size} on {gpu}: {typed}  ({share})"
         else:
             more = "" if self.ranks > 1 else ", or several GPUs (--ranks)"
             text = (
-                f"{self.size} on {human_bytes(self.gpu_bytes)}: nothing fits. Least is {needed}, with {typed}; "
-                f"{usable} count. Take a smaller patch or size{more}."
+                f"{self.size} on {gpu}: does not fit, {human_bytes(needed - usable)} too little even with {typed} "
+                f"({share}). Take a smaller patch or size{more}."
             )
         stdout.print(text, highlight=False, markup=False, soft_wrap=True)
 

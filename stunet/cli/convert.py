@@ -59,11 +59,18 @@ def convert(
 
 def find_fetched(weights: list[Path]) -> tuple[WeightsEntry | None, list[Path]]:
     """The registry's entry where one is named and no such file exists, and the paths with its own in place of it."""
+    from stunet.environment import did_you_mean
+    from stunet.errors import UsageError
     from stunet.weights import cached_weights, load_registry
 
     absent = [path for path in weights if not path.exists()]
     known = load_registry() if absent else {}
     named = [path for path in absent if str(path) in known]
+    if wrong := [path for path in absent if path not in named]:
+        close = did_you_mean(str(wrong[0]), known)
+        raise UsageError("no such weights", got=", ".join(map(str, wrong)),
+                         expected="a file, a model folder, or the name of published weights",
+                         remedy=f"{close}`stunet weights list` shows the names.")  # fmt: skip
     paths = [cached_weights(str(path)) if path in named else path for path in weights]
     return (known[str(named[0])] if named else None), paths
 

@@ -104,6 +104,8 @@ def evaluate(
     else:
         check_predictions(jobs, predictions)
     _print_relation(relation, names, target, error=as_json)
+    if split == "train" and names.plans.get("dataset_name") == target.folder.name:
+        _warn_of_training_cases(names.path, fold, folds, predicted=predictions is None)
     if predictions is None:
         _predict(names, target, folder / "predictions", folds=folds, device=device, mirroring=not disable_tta)
     scores, failed = _score(jobs, num_processes)
@@ -177,13 +179,22 @@ def _print_relation(relation: LabelRelation, names: ModelNames, target: RawDatas
         if "spacing" in configuration and len(names.plans["configurations"]) == 1:
             spacing = " x ".join(f"{side:g}" for side in configuration["spacing"])
             _print(f"The model works at {spacing} mm; scores are those on the dataset's own grids.", error=error)
-    if names.plans.get("dataset_name") == target.folder.name:
-        _print("warning: the model was trained on this dataset; see --split and --fold for other cases.", error=True)
     for reason in dict.fromkeys(relation.left_out.values()):
         left = [name for name, why in relation.left_out.items() if why == reason]
         _print(f"Not compared, {reason}: {', '.join(left)}", error=error)
     for name, structure in relation.doubtful:
         _print(f"warning: {name} is taken for {structure}, by its label value", error=True)
+
+
+def _warn_of_training_cases(model: Path, fold: int | None, folds: Sequence[str] | None, *, predicted: bool) -> None:
+    """Say that a model has seen cases in training; only those of its own fold were kept from it."""
+    if fold is None:
+        _print("warning: the model was trained on this dataset; see --split and --fold for other cases.", error=True)
+        return
+    averaged = folds or [path.name.removeprefix("fold_") for path in sorted(model.glob("fold_*"))]
+    if predicted and (others := [name for name in averaged if name != str(fold)]):
+        line = f"warning: fold {', '.join(others)} of the model was trained on these cases; give --folds {fold}."
+        _print(line, error=True)
 
 
 def _report(

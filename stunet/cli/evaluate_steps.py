@@ -70,6 +70,9 @@ def read_model_names(model: Path | None, predictions: Path | None) -> ModelNames
             expected="a model folder, or segmentations that are there already",
             remedy="Give -m MODEL_FOLDER, or --predictions FOLDER.",
         )
+    if not place.exists():
+        what, option = ("model folder", "-m") if model else ("folder of segmentations", "--predictions")
+        raise UsageError(f"no such {what}", got=place, expected="one that exists", remedy=f"Correct {option}.")
     path = place / "dataset.json" if place.is_dir() else place
     try:
         dataset_json = json.loads(path.read_text(encoding="utf-8"))

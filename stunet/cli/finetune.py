@@ -12,7 +12,7 @@ import typer
 
 from stunet.cli.convert import find_fetched
 from stunet.cli.options import Continue, Device, FoldName, Settings, StrategyOption, choose_device, complete_weights
-from stunet.environment import find_dataset, nnunet_folder
+from stunet.environment import nnunet_folder
 from stunet.settings import parse_settings
 
 if TYPE_CHECKING:
@@ -60,10 +60,11 @@ def finetune(
     # What needs no PyTorch is checked before it is imported.
     parse_settings(settings or [])
     results = nnunet_folder("nnUNet_results")
-    find_dataset(dataset)
     find_fetched([source])
+    from stunet.cli.preflight import preflight
+
+    preflight(dataset, plans=plans, device=device, n_devices=num_gpus, writes=results)
     chosen_device = choose_device(device)
-    _check_gpus(chosen_device, num_gpus)
     from stunet.cli.plan_steps import PlanRequest, make_plans_file, print_transfer
     from stunet.planning import resolve_configuration
 
@@ -84,9 +85,9 @@ def finetune(
     print_transfer(made.transfer)
     resolve_configuration(made.plans, configuration)
     model = results / made.dataset_name / f"{_TRAINER}__{made.path.stem}__{configuration}"
-    if not continue_training and not overwrite:
-        _refuse_earlier_training(model / f"fold_{fold}")
+    _check_fold(model / f"fold_{fold}", continue_training=continue_training, overwrite=overwrite)
     _preprocess(made, configuration, num_processes)
+    preflight(dataset, plans=made.path.stem, configuration=configuration, trainer=_TRAINER, writes=results, seconds=-1)
     command = ["nnUNetv2_train"] if seed is None else ["stunet", "train", "--seed", str(seed)]
     command += [str(int(made.dataset_name[7:10])), configuration, fold, "-tr", _TRAINER, "-p", made.path.stem]
     command += ["-device", chosen_device]
@@ -96,25 +97,15 @@ def finetune(
     _train(command)
 
 
-def _check_gpus(device: str, num_gpus: int) -> None:
-    import torch
-
+def _check_fold(fold: Path, *, continue_training: bool, overwrite: bool) -> None:
     from stunet.errors import UsageError
 
-    if num_gpus > 1 and (device != "cuda" or torch.cuda.device_count() < num_gpus):
-        raise UsageError(
-            "fewer GPUs than asked for",
-            got=f"-num_gpus {num_gpus} with {torch.cuda.device_count()} CUDA devices, -device {device}",
-            expected="a CUDA device for each",
-            remedy="Leave -num_gpus out, or give fewer.",
-        )
-
-
-def _refuse_earlier_training(fold: Path) -> None:
-    from stunet.errors import UsageError
-
-    checkpoints = sorted(path.name for path in fold.glob("checkpoint_*.pth"))
-    if checkpoints:
+    checkpoints = sorted(path.name for path in fold.glob("checkpoint_*"))
+    if continue_training and not checkpoints:
+        raise UsageError("nothing to continue", got=f"no checkpoint in {fold}",
+                         expected="a training that was interrupted",
+                         remedy="Leave --c out to start one, or correct --name, -c and -f.")  # fmt: skip
+    if checkpoints and not continue_training and not overwrite:
         raise UsageError(
             "an earlier training that would be overwritten",
             got=f"{fold} with {', '.join(checkpoints)}",

@@ -61,6 +61,7 @@ def info(
     else:
         sizes = [choose_size(size[0] if size else None, depth, width)]
     from stunet.cli.advice import advise
+    from stunet.network import default_strides
 
     settings: dict[str, Any] = {
         "patch_size": patch_size,
@@ -83,9 +84,11 @@ def info(
     if as_json:
         if advice is not None:
             rows = [{**row, "recommendation": one.as_dict()} for row, one in zip(rows, advice, strict=True)]
-        typer.echo(json.dumps({"settings": {**settings, **chosen}, "sizes": rows}, indent=2))
+        strides = default_strides(patch_size)
+        typer.echo(json.dumps({"settings": {**settings, **chosen, "strides": strides}, "sizes": rows}, indent=2))
         return
     _print_table(rows, {**settings, **chosen})
+    _warn_of_strides(patch_size)
     for one in advice or ():
         one.print()
 
@@ -106,6 +109,7 @@ def _row(size: STUNetSize, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print_table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from stunet.cli.console import human_bytes, human_count, stdout
@@ -122,6 +126,8 @@ def _print_table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
         "Not counted: CUDA context, workspaces, fragmentation, and the logits of a whole image.",
         title_justify="left",
         caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
     )
     for column in ("size", "blocks", "channels", "parameters", "MACs", "training", "inference"):
         text = column in ("size", "blocks", "channels")
@@ -130,13 +136,29 @@ def _print_table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
         table.add_row(
             row["name"],
             " ".join(map(str, row["depth"])),
-            " ".join(map(str, row["features"])),
+            f"{row['features'][0]} to {row['features'][-1]}",
             f"{row['parameters'] / 1e6:.1f}M",
             human_count(row["macs"]),
             human_bytes(row["training_bytes"]),
             human_bytes(row["inference_bytes"]),
         )
     stdout.print(table)
+
+
+def _warn_of_strides(patch_size: list[int]) -> None:
+    """Say which axes the stages cannot halve: those after work at full size there, which costs many operations."""
+    from stunet.cli.console import stdout
+    from stunet.network import default_strides, total_stride
+
+    for n, got in zip(patch_size, total_stride(default_strides(patch_size)), strict=True):
+        wanted = next(step for step in (32, 16, 8, 4, 2, 1) if n // step >= 4 or step == 1)
+        if got < wanted:
+            stdout.print(
+                f"warning: {n} voxels are not divisible by {wanted}, so this axis is halved to {n // got} and no "
+                f"further: more operations than a patch of {n // wanted * wanted} or {-(-n // wanted) * wanted} takes.",
+                highlight=False,
+            )
+            return
 
 
 def _deviations(settings: dict[str, Any]) -> str:

@@ -29,17 +29,18 @@ def check(
     Of a union, a second table says what each of its datasets contributes.
 
     Exit status: 0 where training can go ahead, be it that a structure occurs nowhere; 1 where a structure is annotated
-    nowhere, a label occurs in a case that does not annotate it, or a value is not in dataset.json; 2 where a file is
-    missing, malformed or unreadable.
+    nowhere, a label occurs in a case that does not annotate it, or a value is not in dataset.json; 2 where the
+    label values have a gap, or a file is missing, malformed or unreadable.
     """
     from rich.progress import Progress
 
     from stunet.cli.console import stderr
+    from stunet.cli.preflight import preflight
     from stunet.datasets import case_names, read_raw_dataset, sources_of_cases
-    from stunet.environment import find_dataset, nnunet_folder
+    from stunet.environment import nnunet_folder
     from stunet.labels import MANIFEST_NAME, measure_coverage, read_manifest
 
-    raw = read_raw_dataset(nnunet_folder("nnUNet_raw") / find_dataset(dataset))
+    raw = read_raw_dataset(nnunet_folder("nnUNet_raw") / preflight(dataset, seconds=-1))  # all are read below
     labels = raw.dataset_json["labels"]
     manifest = read_manifest(raw.folder / MANIFEST_NAME, labels=labels, cases=case_names(raw))
     files = {case: label for case, (_, label) in sorted(raw.cases.items())}

@@ -17,7 +17,7 @@ from stunet.cli.options import (
     complete_sizes,
     complete_weights,
 )
-from stunet.environment import find_dataset
+from stunet.environment import nnunet_folder
 from stunet.settings import SETTINGS, SETTINGS_KEY, parse_settings
 
 __all__ = ["plan"]
@@ -74,9 +74,11 @@ def plan(
     # What needs no PyTorch is checked before it is imported.
     choose_size(size, depth, width)
     parse_settings(settings or [])
-    find_dataset(dataset)
     if source is not None:
         find_fetched([source])
+    from stunet.cli.preflight import preflight
+
+    preflight(dataset, plans=plans, writes=nnunet_folder("nnUNet_preprocessed"))
     from stunet.cli.plan_steps import PlanRequest, make_plans_file, print_transfer
 
     made = make_plans_file(
@@ -96,12 +98,12 @@ def plan(
             num_processes=num_processes,
         )
     )
-    _report(made.plans, made.path, written=made.written)
+    _report(made.plans, made.path, preset, written=made.written)
     if made.transfer is not None:
         print_transfer(made.transfer)
 
 
-def _report(plans: dict[str, Any], path: Path, *, written: bool) -> None:
+def _report(plans: dict[str, Any], path: Path, preset: str | None, *, written: bool) -> None:
     from stunet.errors import PlansError
     from stunet.planning import is_stunet, plans_size, resolve_configuration
 
@@ -133,19 +135,24 @@ def _report(plans: dict[str, Any], path: Path, *, written: bool) -> None:
     for line, names in settings.items():
         if line:
             stdout.print(f"Settings of {', '.join(names)}: {line}", soft_wrap=True, highlight=False)
-    for line in _next_commands(plans, path, "3d_fullres" if "3d_fullres" in trainable else trainable[0]):
+    for line in _next_commands(plans, path, "3d_fullres" if "3d_fullres" in trainable else trainable[0], preset):
         stdout.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def _next_commands(plans: dict[str, Any], path: Path, configuration: str) -> list[str]:
-    from stunet.planning import resolve_configuration
+def _next_commands(plans: dict[str, Any], path: Path, configuration: str, preset: str | None) -> list[str]:
+    from stunet.planning import plans_size, resolve_configuration
+    from stunet.sizes import SIZES
 
+    trainer = "STUNetTrainer"
+    if preset is not None:
+        size = plans_size(resolve_configuration(plans, configuration)).name
+        trainer = f"STUNetTrainer_{size}_pretrain" if size in SIZES else "STUNetTrainer_pretrain"
     dataset_id, plans_name = int(plans["dataset_name"][7:10]), plans["plans_name"]
     lines = ["Next:"]
     if not (path.parent / resolve_configuration(plans, configuration)["data_identifier"]).is_dir():
         lines.append(f"  nnUNetv2_preprocess -d {dataset_id} -plans_name {plans_name} -c {configuration}")
     train = f"nnUNetv2_train {dataset_id} {configuration} 0 -p {plans_name}"
-    lines.append(f'  eval "$(stunet env)"; {train} -tr STUNetTrainer')
+    lines.append(f'  eval "$(stunet env)"; {train} -tr {trainer}')
     if not resolve_configuration(plans, configuration).get(SETTINGS_KEY):  # which nnU-Net's own trainer does not read
         lines.append(f"or, with nnU-Net's own trainer:\n  {train}")
     return lines

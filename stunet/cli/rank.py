@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from stunet.planning import PreprocessedDataset
     from stunet.reports.ranking import RankingReport
-    from stunet.transferability import CandidateScores, TargetCases, ZooEntry
+    from stunet.transferability import CandidateScores, Ranking, TargetCases, ZooEntry
 
 __all__ = ["rank"]
 
@@ -60,6 +60,9 @@ def rank(
     """
     from stunet.cli.console import stderr
     from stunet.cli.options import choose_device
+    from stunet.cli.preflight import preflight
+
+    preflight(dataset, plans=plans, configuration=configuration, device=device, writes=output)
     from stunet.planning import open_preprocessed
     from stunet.reports.ranking import RankingReport, write_ranking
     from stunet.transferability import MetricSettings, ResultCache, check_metrics
@@ -87,7 +90,7 @@ def rank(
         settings={"fold": fold, "cases": len(cases), "points of each structure": per_class,
                   "points of the whole volume": n_whole, "normalize": normalize, "debias": debias,
                   "resamples": n_resamples, "seed": seed, "device": chosen_device},
-        command=_command(ranking.candidates, target, configuration, plans),
+        commands=_commands(ranking, target, configuration, plans),
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )  # fmt: skip
     _show(report, write_ranking(report, output), as_json)
@@ -125,7 +128,7 @@ def _entries(checkpoints: Sequence[Path], zoo: Path | None) -> list[ZooEntry]:
 def _rank(
     dataset: PreprocessedDataset, cases: Sequence[str], entries: Sequence[ZooEntry], cache: Any, **options: Any
 ) -> tuple[TargetCases, Any]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     from stunet.cli.console import stderr
     from stunet.planning import fit_strides
@@ -137,9 +140,10 @@ def _rank(
         patch_size=configuration["patch_size"],
         strides=fit_strides(configuration["architecture"]["arch_kwargs"]["strides"]),
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (BarColumn(20), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
-        bar = progress.add_task("Reading cases", total=len(cases) * (1 + len(entries)))
+        # Reading the cases takes little of the time that a candidate takes.
+        bar = progress.add_task("reading cases", total=0.2 + len(entries))
         prepared = prepare_target(
             dataset.load,
             cases,
@@ -150,22 +154,25 @@ def _rank(
             seed=options["seed"],
             ignore_label=dataset.ignore_label,
             annotated=dataset.annotated,
-            on_case=lambda case: progress.advance(bar),
+            on_case=lambda case: progress.advance(bar, 0.2 / len(cases)),
         )
         done = 0
 
         def finished(outcome: CandidateScores | Failure) -> None:
             nonlocal done
             done += 1
-            progress.update(bar, completed=len(cases) * (1 + done))
-            failed = isinstance(outcome, Failure)
-            stderr.print(f"{outcome.name}: {'failed' if failed else _took(outcome)}", highlight=False, soft_wrap=True)
+            progress.update(bar, completed=0.2 + done)
+            took = "failed" if isinstance(outcome, Failure) else _took(outcome)
+            stderr.print(f"{outcome.name}: {took}", highlight=False, markup=False, soft_wrap=True)
+
+        def scoring(name: str, doing: str, share: float) -> None:
+            progress.update(bar, completed=0.2 + done + 0.95 * share, description=f"{doing}: {name}")
 
         ranking = rank_candidates(
             entries,
             prepared,
             cache=cache,
-            on_case=lambda name, case: progress.update(bar, advance=1, description=name),
+            on_progress=scoring,
             on_candidate=finished,
             **options,
         )
@@ -176,49 +183,66 @@ def _took(outcome: Any) -> str:
     return f"{outcome.seconds:.1f} s" if outcome.seconds else "kept from an earlier run"
 
 
-def _command(candidates: Sequence[CandidateScores], target: PreprocessedDataset, configuration: str, plans: str) -> str:
-    """How to fine-tune the first candidate. Only a STU-Net can be: another network needs its own plans."""
-    if not candidates or not str(candidates[0].description["network"]).startswith("STU-Net"):
-        return ""
-    command = [
-        "stunet",
-        "finetune",
-        "-d",
-        str(int(target.name[7:10])),
-        "-c",
-        configuration,
-        "--from",
-        candidates[0].path,
-    ]
-    return shlex.join(command + (["-p", plans] if plans != "nnUNetPlans" else []))
+def _commands(ranking: Ranking, target: PreprocessedDataset, configuration: str, plans: str) -> list[str]:
+    """How to fine-tune the first candidate, and the one that most metrics prefer, where these are STU-Nets."""
+    commands = []
+    for candidate in {c.name: c for c in (*ranking.candidates[:1], ranking.consensus) if c is not None}.values():
+        if str(candidate.description["network"]).startswith("STU-Net"):  # another network needs its own plans
+            command = ["stunet", "finetune", "-d", str(int(target.name[7:10])), "-c", configuration]
+            command += ["--from", candidate.path, *(["-p", plans] if plans != "nnUNetPlans" else [])]
+            commands.append(shlex.join(command))
+    return commands
 
 
 def _show(report: RankingReport, paths: Sequence[Path], as_json: bool) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     from stunet.cli.console import stderr, stdout
+    from stunet.reports.ranking_figures import short_names
 
-    for failure in report.ranking.failures:
-        stderr.print(f"[bold]{failure.name}[/bold] could not be scored: {failure.error}", soft_wrap=True)
+    ranking = report.ranking
+    for failure in ranking.failures:
+        stderr.print(f"{failure.name} could not be scored: {failure.error}", markup=False, soft_wrap=True)
     if as_json:
         typer.echo(paths[0].read_text(encoding="utf-8"), nl=False)
         return
-    # The interval belongs to CC-FV, whatever ranks.
-    table = Table(
-        title="Best first", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False
-    )
-    table.add_column("candidate", overflow="fold", min_width=12)
-    for name in (*report.metrics, "95 %"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for candidate in report.ranking.candidates:
-        scores = [candidate.scores.get(metric) for metric in report.metrics]
-        interval = "" if candidate.interval is None else "{:.2f} to {:.2f}".format(*candidate.interval)
-        table.add_row(candidate.name, *["-" if score is None else f"{score:.2f}" for score in scores], interval)
+
+    def say(line: str, **style: Any) -> None:
+        stdout.print(line, highlight=False, markup=False, soft_wrap=True, **style)
+
+    mean_ranks = ranking.mean_ranks
+    has_interval = "ccfv" in report.metrics
+    heads = [name.replace("transrate", "trans-\nrate").replace("zero-shot", "zero-\nshot") for name in report.metrics]
+    heads += ["mean\nrank"] * bool(mean_ranks) + ["95 % of\nresamples"] * has_interval
+    rows = []
+    for place, candidate in enumerate(ranking.candidates):
+        scores = [(candidate.scores.get(m), ranking.preferred.get(m) is candidate) for m in report.metrics]
+        cells = [Text("-" if score is None else f"{score:.2f}", "bold" if best else "") for score, best in scores]
+        if mean_ranks:
+            cells.append(Text(f"{mean_ranks[place]:.1f}", "bold" if candidate is ranking.consensus else ""))
+        if has_interval:
+            cells.append(Text("" if candidate.interval is None else "{:.2f} to {:.2f}".format(*candidate.interval)))
+        rows.append(cells)
+    widths = [max(map(len, [*head.split("\n"), *map(str, column)])) for head, *column in zip(heads, *rows, strict=True)]
+    full = [candidate.name for candidate in ranking.candidates]
+    names = short_names(full, max(12, stdout.width - sum(widths) - len(widths) - 6))
+    table = Table(title=f"Best first by {ranking.metric}", title_justify="left", box=SIMPLE_HEAD, padding=0)
+    table.add_column("", justify="right", min_width=len(str(len(rows))))
+    table.add_column("candidate", overflow="fold")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    for place, (name, cells) in enumerate(zip(names, rows, strict=True), start=1):
+        table.add_row(str(place), Text(name), *cells)
     stdout.print(table)
-    for line in (*report.shortfalls, report.verdict):
-        stdout.print(line, highlight=False, soft_wrap=True)
-    stdout.print(f"Report: {paths[2]}", highlight=False, soft_wrap=True)
-    if report.command:
-        stdout.print("Next:", highlight=False)
-        stdout.print(f"$ {report.command}", style="bold", highlight=False, soft_wrap=True)
+    for place, (name, whole) in enumerate(zip(names, full, strict=True), start=1):
+        if name != whole:
+            say(f"{place}: {whole}")
+    stdout.print(f"\n{report.verdict}", highlight=False, markup=False)
+    for warning in report.warnings:
+        say(f"warning: {warning}")
+    say(f"Report: {paths[2]}")
+    for number, command in enumerate(report.commands):
+        say("or:" if number else "Next:")
+        say(f"$ {command}", style="bold")

@@ -52,8 +52,12 @@ def train(
     on from its last checkpoint.
     """
     from stunet.cli.env import trainers_folder
+    from stunet.cli.preflight import preflight
+    from stunet.environment import nnunet_folder
 
     _check(pretrained_weights, continue_training=continue_training, only_validation=only_validation)
+    preflight(dataset, plans=plans, configuration=configuration, trainer=trainer, device=device, n_devices=num_gpus,
+              writes=nnunet_folder("nnUNet_results"))  # fmt: skip
     chosen_device = choose_device(device)
     os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))  # before nnU-Net is asked for the trainer
     from stunet.training import TrainRequest, check_request

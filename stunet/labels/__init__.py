@@ -20,7 +20,7 @@ from stunet.labels.manifest import (
     structures_of,
 )
 from stunet.labels.manifest_format import manifest_schema, write_manifest
-from stunet.labels.outputs import Outputs, outputs_of
+from stunet.labels.outputs import Outputs, declared_values, outputs_of
 from stunet.labels.relations import Comparison, LabelRelation, observed_values, relate_labels, structure_values
 from stunet.labels.union_mapping import UnionMapping, dump_mapping, read_mapping
 from stunet.labels.unions import LabelUnion, merge_labels
@@ -50,6 +50,7 @@ __all__ = [
     "bind_manifest",
     "canonical_name",
     "count_labels",
+    "declared_values",
     "dump_mapping",
     "group_cases",
     "list_label_systems",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerp
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, find_candidate_datasets
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from stunet.environment import find_dataset, nnunet_folder
+from stunet.environment import find_dataset, find_plans, nnunet_folder, require_plans
 from stunet.errors import DatasetError, PlansError
 from stunet.files import write_json
 from stunet.planning.rewrite import check_plans, resolve_configuration
@@ -36,48 +35,13 @@ _PLANNERS = {
 }
 
 
-def find_plans(dataset_name: str, identifier: str) -> Path:
-    """Where the plans with this identifier are or will be, for example ``…/Dataset004_X/nnUNetPlans.json``.
-
-    Raises:
-        PlansError: The identifier is no file name that nnU-Net could use, or names plans of nnU-Net v1.
-        NnUNetPathError: ``nnUNet_preprocessed`` is not set.
-    """
-    folder = nnunet_folder("nnUNet_preprocessed") / dataset_name
-    identifier = identifier.removesuffix(".json")
-    if identifier.endswith(".pkl") or (folder / f"{identifier}.pkl").is_file():
-        raise PlansError(
-            "plans of nnU-Net v1",
-            got=f"{identifier.removesuffix('.pkl')}.pkl",
-            expected="plans of nnU-Net v2, a JSON file",
-            remedy="Plan the dataset again with nnUNetv2_plan_experiment.",
-        )
-    # nnU-Net joins trainer, plans and configuration with two underscores and takes folder names apart there.
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", identifier) or "__" in identifier:
-        raise PlansError(
-            "a name that plans cannot have",
-            got=identifier,
-            expected="letters, digits, single underscores, dots and hyphens",
-            remedy="Choose another name.",
-        )
-    return folder / f"{identifier}.json"
-
-
 def load_plans(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a plans file of nnU-Net v2.
 
     Raises:
         PlansError: Missing, not JSON, of nnU-Net v1, or no plans.
     """
-    path = Path(path)
-    if not path.is_file():
-        present = sorted(p.stem for p in path.parent.glob("*Plans*.json"))
-        raise PlansError(
-            "missing plans file",
-            got=path,
-            expected=f"one of {', '.join(present)}" if present else "a plans file",
-            remedy="Name one of these with --plans." if present else "Run nnUNetv2_plan_experiment first.",
-        )
+    path = require_plans(Path(path))
     try:
         plans = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -125,8 +89,15 @@ def plan_with_nnunet(dataset_name: str, identifier: str, *, num_processes: int) 
             expected="one dataset for each id",
             remedy="Give one of them another id.",
         )
-    extract_fingerprints([dataset_id], num_processes=num_processes, clean=False)
-    plan_experiments([dataset_id], _PLANNERS[identifier])
+    workers = os.environ.get("nnUNet_n_proc_DA")
+    if workers == "0":  # good for training; but the planner takes it for its number of threads, which cannot be 0
+        os.environ["nnUNet_n_proc_DA"] = "1"
+    try:
+        extract_fingerprints([dataset_id], num_processes=num_processes, clean=False)
+        plan_experiments([dataset_id], _PLANNERS[identifier])
+    finally:
+        if workers is not None:
+            os.environ["nnUNet_n_proc_DA"] = workers
 
 
 def missing_preprocessed_cases(dataset_name: str, plans: dict[str, Any], configuration: str) -> list[str]:

@@ -10,12 +10,14 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from stunet.environment import find_dataset, find_plans, nnunet_folder, preprocessed_folder
 from stunet.errors import DatasetError, UsageError
 from stunet.labels import MANIFEST_NAME, AnnotationManifest, read_manifest
-from stunet.planning.locations import find_dataset, find_plans, load_plans, nnunet_folder
+from stunet.planning.locations import load_plans
 from stunet.planning.rewrite import resolve_configuration
 
 __all__ = ["PreprocessedCase", "PreprocessedDataset", "open_preprocessed"]
@@ -53,15 +55,7 @@ class PreprocessedDataset:
         self.plans = plans
         self.configuration = resolve_configuration(plans, configuration)
         self._base = nnunet_folder("nnUNet_preprocessed") / name
-        self._folder = self._base / self.configuration["data_identifier"]
-        if not any(self._folder.glob("*.pkl")):
-            plans_name = plans.get("plans_name", "nnUNetPlans")
-            raise DatasetError(
-                "a dataset that is not preprocessed",
-                got=f"no cases in {self._folder}",
-                expected=f"preprocessed cases of configuration {configuration}",
-                remedy=f"Run `nnUNetv2_preprocess -d {int(name[7:10])} -plans_name {plans_name} -c {configuration}`.",
-            )
+        self._folder = preprocessed_folder(name, plans, configuration)
         self.dataset_json = cast("dict[str, Any]", _read_json(self._base / "dataset.json"))
         self._dataset = infer_dataset_class(str(self._folder))(str(self._folder))
         self.cases: list[str] = sorted(self._dataset.identifiers)
@@ -81,6 +75,31 @@ class PreprocessedDataset:
             for name, value in self.dataset_json["labels"].items()
             if isinstance(value, int) and value not in (0, self.ignore_label)
         }
+
+    def check_origin(self) -> None:
+        """Check on one case that the data were preprocessed with these plans: its shape and its channels are theirs.
+
+        Raises:
+            DatasetError: They were not, or the case cannot be read.
+        """
+        if self.configuration.get("preprocessor_name") != "DefaultPreprocessor":
+            return
+        case = self.cases[0]
+        image, properties = self.load(case).image, self._dataset.load_case(case)[-1]
+        try:
+            spacing = [properties["spacing"][axis] for axis in self.plans["transpose_forward"]]
+            before = properties["shape_after_cropping_and_before_resampling"]
+        except KeyError:  # not as nnU-Net's preprocessing leaves them
+            return
+        planned = [*spacing[: len(spacing) - len(self.configuration["spacing"])], *self.configuration["spacing"]]
+        expected = (self.input_channels, *compute_new_shape(before, spacing, planned).tolist())
+        if image.shape != expected:
+            raise DatasetError(
+                "data that were preprocessed with other plans",
+                got=f"{case} of shape {tuple(image.shape)} in {self._folder}",
+                expected=f"{expected}, channels first, as {self.plans.get('plans_name')} has it",
+                remedy="Remove this folder, and run nnUNetv2_preprocess again.",
+            )
 
     def training_cases(self, fold: str) -> list[str]:
         """Cases that a fold trains on.
@@ -161,15 +180,7 @@ def open_preprocessed(dataset: str, plans: str, configuration: str) -> Preproces
         NnUNetPathError: nnU-Net's variables are not set.
     """
     name = find_dataset(dataset)
-    path = find_plans(name, plans)
-    if not path.is_file():
-        raise DatasetError(
-            "a dataset that is not planned",
-            got=f"no {path.name} in {path.parent}",
-            expected="plans and preprocessed cases",
-            remedy=f"Run `nnUNetv2_plan_and_preprocess -d {int(name[7:10])} -c {configuration}`.",
-        )
-    return PreprocessedDataset(name, load_plans(path), configuration)
+    return PreprocessedDataset(name, load_plans(find_plans(name, plans)), configuration)
 
 
 def _read_json(path: Path) -> Any:

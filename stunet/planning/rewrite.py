@@ -8,6 +8,7 @@ from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from stunet.environment import require_configuration
 from stunet.errors import PlansError, SettingsError
 from stunet.network import N_STAGES, STUNetSize, size_of, total_stride
 from stunet.network.blocks import CONV_OPS
@@ -88,13 +89,7 @@ def resolve_configuration(plans: Plans, name: str) -> dict[str, Any]:
     Raises:
         PlansError: There is no such configuration.
     """
-    if name not in plans["configurations"]:
-        raise PlansError(
-            f"unknown configuration in {plans.get('plans_name', 'the plans')}",
-            got=name,
-            expected=f"one of {', '.join(plans['configurations'])}",
-            remedy="Choose one of these with -c.",
-        )
+    require_configuration(plans, name)
     try:
         resolved: dict[str, Any] = PlansManager(deepcopy(plans)).get_configuration(name).configuration
         _ = resolved["architecture"]["arch_kwargs"]["strides"], resolved["patch_size"]

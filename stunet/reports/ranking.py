@@ -6,17 +6,24 @@ import csv
 import io
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from stunet.files import atomic_path, write_json
 from stunet.reports.pages import inline_svg, write_page
-from stunet.reports.ranking_figures import scale_lines, score_bars
+from stunet.reports.ranking_figures import scale_lines, score_bars, short_names
 from stunet.transferability import RANKING_FORMAT, CandidateScores, Ranking, TargetCases
 
 __all__ = ["RankingReport", "write_ranking"]
+
+#: Below it a mean over cases, or over pairs of them, hangs on single cases.
+_FEW_CASES = 5
+_WHAT_RESAMPLES_SAY = (
+    "Resampling shows how much the order depends on the choice of cases; it does not show which checkpoint is better "
+    "after fine-tuning."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +36,8 @@ class RankingReport:
         about: What the target is: ``dataset``, ``configuration`` and ``plans``.
         metrics: Names of the metrics, in the order asked for.
         settings: All options by name.
-        command: How to fine-tune the first candidate; empty where there is none.
+        commands: How to fine-tune the first candidate, and the one with the lowest mean rank where that is another.
         date: Of the ranking.
-        warnings: What a reader should know.
     """
 
     ranking: Ranking
@@ -39,30 +45,53 @@ class RankingReport:
     about: Mapping[str, str]
     metrics: Sequence[str]
     settings: Mapping[str, Any]
-    command: str
+    commands: Sequence[str]
     date: str
-    warnings: Sequence[str] = field(default_factory=tuple)
 
     @property
     def verdict(self) -> str:
-        """The outcome in one or two sentences."""
-        candidates = self.ranking.candidates
+        """The outcome in a few sentences: who comes first, which metrics disagree, what the cases can tell apart."""
+        ranking, candidates = self.ranking, self.ranking.candidates
         if not candidates:
             return "None of the candidates could be scored."
         first = candidates[0]
-        if first.scores.get(self.ranking.metric) is None:
-            return f"No candidate has a score by {self.ranking.metric}."
+        if first.scores.get(ranking.metric) is None:
+            return f"No candidate has a score by {ranking.metric}."
         if len(candidates) == 1:
             return f"{first.name} is the only candidate with a score."
+        return " ".join([*self._agreement(first), *self._certainty(first)])
+
+    def _agreement(self, first: CandidateScores) -> list[str]:
+        preferences: dict[str, list[str]] = {}
+        for metric, candidate in self.ranking.preferred.items():
+            preferences.setdefault(candidate.name, []).append(metric)
+        if len(preferences) <= 1:
+            return [f"{first.name} comes first by {_listed(preferences.get(first.name, [self.ranking.metric]))}."]
+        prefer = [f"{_listed(names)} prefer{'s' * (len(names) == 1)} {name}" for name, names in preferences.items()]
+        said = [f"The metrics disagree: {'; '.join(prefer)}."]
+        if (consensus := self.ranking.consensus) is not None:
+            mean = dict(zip((c.name for c in self.ranking.candidates), self.ranking.mean_ranks, strict=True))
+            beside = "" if consensus is first else f", {first.name} has {mean[first.name]:.1f}"
+            said.append(f"The lowest mean rank has {consensus.name}: {mean[consensus.name]:.1f}{beside}.")
+        return [*said, "Fine-tune those that a metric prefers for a short time, and compare."]
+
+    def _certainty(self, first: CandidateScores) -> list[str]:
+        if self.ranking.metric != "ccfv" or not first.draws:
+            return []
         if tied := self.ranking.tied:
-            names = ", ".join(candidate.name for candidate in tied)
-            return (
-                f"{first.name} comes first, but these cases cannot tell it apart from {names}: it is ahead in fewer "
-                "than 95 % of the resamples. Take more cases, or fine-tune these and compare."
+            said = (
+                f"ccfv cannot tell {first.name} from {_listed([c.name for c in tied])}: it is ahead in fewer than 95 %"
             )
-        if self.ranking.metric == "ccfv":
-            return f"{first.name} comes first, ahead of every other candidate in at least 95 % of the resamples."
-        return f"{first.name} comes first by {self.ranking.metric}."
+        else:
+            said = f"By ccfv {first.name} is ahead of every other candidate in at least 95 %"
+        return [f"{said} of the resamples of these {len(self.target.points)} cases.", _WHAT_RESAMPLES_SAY]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader should know before trusting the ranking."""
+        n = len(self.target.points)
+        few = f"Only {n} cases: scores and intervals of fewer than {_FEW_CASES} say little. Take more cases."
+        return [few] * (n < _FEW_CASES) + self.shortfalls
 
     @property
     def shortfalls(self) -> list[str]:
@@ -77,6 +106,10 @@ class RankingReport:
                     f"voxels of it, the fewest {min(few)}"
                 )
         return rows
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([*([", ".join(names[:-1])] if names[:-1] else []), names[-1]])
 
 
 def write_ranking(report: RankingReport, folder: str | os.PathLike[str]) -> list[Path]:
@@ -101,7 +134,8 @@ def _versions() -> dict[str, str]:
 def _as_json(report: RankingReport) -> dict[str, Any]:
     ranking = report.ranking
     candidates = []
-    for candidate in ranking.candidates:
+    mean_ranks = ranking.mean_ranks or [None] * len(ranking.candidates)
+    for candidate, mean_rank in zip(ranking.candidates, mean_ranks, strict=True):
         ahead = ranking.ahead(ranking.candidates[0], candidate) if candidate is not ranking.candidates[0] else None
         candidates.append(
             {
@@ -109,6 +143,7 @@ def _as_json(report: RankingReport) -> dict[str, Any]:
                 "path": candidate.path,
                 "sha256": candidate.sha256,
                 "scores": dict(candidate.scores),
+                "mean_rank": mean_rank,
                 "interval": candidate.interval,
                 "first_is_ahead": ahead,
                 "network": dict(candidate.description),
@@ -131,22 +166,29 @@ def _as_json(report: RankingReport) -> dict[str, Any]:
         "settings": dict(report.settings),
         "metric": ranking.metric,
         "verdict": report.verdict,
+        "warnings": report.warnings,
+        "preferred": {metric: candidate.name for metric, candidate in ranking.preferred.items()},
+        "consensus": None if ranking.consensus is None else ranking.consensus.name,
         "tied_with_the_first": [candidate.name for candidate in ranking.tied],
         "candidates": candidates,
         "failures": [{"name": f.name, "path": f.path, "error": f.error} for f in ranking.failures],
-        "command": report.command,
+        "command": report.commands[0] if report.commands else "",
+        "commands": list(report.commands),
     }
 
 
 def _as_csv(report: RankingReport) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["rank", "name", *report.metrics, "ccfv_low", "ccfv_high", "parameters", "path", "sha256"])
-    for place, candidate in enumerate(report.ranking.candidates, start=1):
+    writer.writerow(
+        ["rank", "name", *report.metrics, "mean_rank", "ccfv_low", "ccfv_high", "parameters", "path", "sha256"]
+    )
+    mean_ranks = report.ranking.mean_ranks or [None] * len(report.ranking.candidates)
+    for place, (candidate, mean) in enumerate(zip(report.ranking.candidates, mean_ranks, strict=True), start=1):
         scores = [candidate.scores.get(metric) for metric in report.metrics]
         low, high = candidate.interval or (None, None)
         parameters = candidate.description["parameters"]
-        writer.writerow([place, candidate.name, *scores, low, high, parameters, candidate.path, candidate.sha256])
+        writer.writerow([place, candidate.name, *scores, mean, low, high, parameters, candidate.path, candidate.sha256])
     return buffer.getvalue()
 
 
@@ -164,10 +206,11 @@ def _page(report: RankingReport) -> dict[str, Any]:
         "metric": ranking.metric,
         "date": report.date,
         "verdict": report.verdict,
-        "command": report.command,
-        "warnings": [*report.warnings, *report.shortfalls],
+        "commands": list(report.commands),
+        "warnings": report.warnings,
         "metrics": list(report.metrics),
-        "rows": [_row(report, candidate) for candidate in ranking.candidates],
+        "rows": _rows(report),
+        "has_mean_ranks": bool(ranking.mean_ranks),
         "figures": _figures(report, scored),
         "consistency": _consistency(scored, target) if scored else None,
         "null": _null(scored) if scored else None,
@@ -178,21 +221,39 @@ def _page(report: RankingReport) -> dict[str, Any]:
     }
 
 
-def _row(report: RankingReport, candidate: CandidateScores) -> dict[str, Any]:
-    first = report.ranking.candidates[0]
-    ahead = None if candidate is first else report.ranking.ahead(first, candidate)
-    interval = candidate.interval
-    return {
-        "name": candidate.name,
-        "network": candidate.description["network"],
-        "parameters": f"{candidate.description['parameters'] / 1e6:.2f} M",
-        "scores": [_number(candidate.scores.get(metric)) for metric in report.metrics],
-        "interval": "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}",
-        "ahead": "-" if ahead is None else f"{100 * ahead:.0f} %",
-        "seconds": f"{candidate.seconds:.1f}" if candidate.seconds else "kept",
-        "path": candidate.path,
-        "sha256": candidate.sha256,
-    }
+def _rows(report: RankingReport) -> list[dict[str, Any]]:
+    ranking = report.ranking
+    preferred = ranking.preferred
+    names = short_names([candidate.name for candidate in ranking.candidates], 32)
+    mean_ranks = ranking.mean_ranks or [None] * len(names)
+    rows = []
+    for place, (name, candidate, mean_rank) in enumerate(
+        zip(names, ranking.candidates, mean_ranks, strict=True), start=1
+    ):
+        first, interval = ranking.candidates[0], candidate.interval
+        ahead = None if candidate is first else ranking.ahead(first, candidate)
+        rows.append(
+            {
+                "place": place,
+                "has_ccfv": bool(candidate.ccfv),
+                "short": name,
+                "name": candidate.name,
+                "network": candidate.description["network"],
+                "parameters": f"{candidate.description['parameters'] / 1e6:.2f} M",
+                "scores": [
+                    {"text": _number(candidate.scores.get(metric)), "preferred": preferred.get(metric) is candidate}
+                    for metric in report.metrics
+                ],
+                "mean_rank": _number(mean_rank, 1),
+                "consensus": candidate is ranking.consensus,
+                "interval": "-" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}",
+                "ahead": "-" if ahead is None else f"{100 * ahead:.0f} %",
+                "seconds": f"{candidate.seconds:.1f} s" if candidate.seconds else "result kept from an earlier run",
+                "path": candidate.path,
+                "sha256": candidate.sha256,
+            }
+        )
+    return rows
 
 
 def _figures(report: RankingReport, scored: Sequence[CandidateScores]) -> list[dict[str, Any]]:
@@ -215,27 +276,25 @@ def _figures(report: RankingReport, scored: Sequence[CandidateScores]) -> list[d
     return figures
 
 
-def _consistency(scored: Sequence[CandidateScores], target: TargetCases) -> dict[str, Any]:
-    pairs = scored[0].ccfv["pairs"]
-    labels = [label for label in pairs if pairs[label]]
-    header = [f"{target.structures.get(int(label), f'label {label}')} ({pairs[label]})" for label in labels]
+def _consistency(scored: Sequence[CandidateScores], target: TargetCases) -> list[dict[str, Any]]:
+    """A row for each structure: there may be a hundred of them."""
     rows = []
-    for candidate in scored:
-        scales = candidate.ccfv["class_consistency"]
-        means = [sum(scale[label] for scale in scales) / len(scales) for label in labels]
-        rows.append({"name": candidate.name, "cells": [_number(mean) for mean in means]})
-    return {"header": header, "rows": rows}
+    for label, pairs in scored[0].ccfv["pairs"].items():
+        if pairs:
+            scales = [[scale[label] for scale in candidate.ccfv["class_consistency"]] for candidate in scored]
+            means = [_number(sum(values) / len(values)) for values in scales]
+            rows.append({"name": target.structures.get(int(label), f"label {label}"), "pairs": pairs, "cells": means})
+    return rows
 
 
 def _null(scored: Sequence[CandidateScores]) -> dict[str, Any]:
     n_scales = max(len(candidate.ccfv["null"]) for candidate in scored)
-    header = [f"scale {d}: null, noise" for d in range(n_scales)]
     rows = []
     for candidate in scored:
         found = list(zip(candidate.ccfv["null"], candidate.ccfv["noise"], strict=True))
         values = [f"{null:.3f}, {100 * noise:.0f} %" for null, noise in found]
-        rows.append({"name": candidate.name, "cells": values + ["-"] * (n_scales - len(values))})
-    return {"header": header, "rows": rows}
+        rows.append({"cells": values + ["-"] * (n_scales - len(values))})
+    return {"n_scales": n_scales, "rows": rows}
 
 
 def _structures(target: TargetCases) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -60,6 +60,7 @@ def extract_case(
     layers: Sequence[str] | None = None,
     head: SourceHead | None = None,
     source: str = "the network",
+    on_window: Callable[[int, int], Any] | None = None,
 ) -> CaseFeatures:
     """Read features of one case.
 
@@ -79,6 +80,7 @@ def extract_case(
         layers: Names of the layers to read, finest first; the decoder's stages by default.
         head: The source model's own head, for the probabilities.
         source: The checkpoint, for messages.
+        on_window: Called with the number of windows that are done, and of all.
 
     Raises:
         FeatureError: Image and points do not belong together, a layer that does not exist or does not run, or features
@@ -92,6 +94,7 @@ def extract_case(
     windows = assign_windows(everywhere, points.shape, patch_size, step_size=step_size)
     network.to(device)
     read: dict[str, Tensor] = {}
+    n_done = 0
     with _as_in_prediction(network, device), FeatureHooks(network, needed) as hooks:
         for batch in _batched(windows, batch_size):
             index = torch.from_numpy(np.concatenate([window.points for window in batch]))
@@ -100,6 +103,9 @@ def extract_case(
                 if name not in read:
                     read[name] = torch.empty(len(everywhere), values.shape[1])
                 read[name][index] = values.cpu()
+            n_done += len(batch)
+            if on_window is not None:
+                on_window(n_done, len(windows))
     for name in needed:
         _check_finite(read[name], name, points.case, source)
     n = len(points.balanced)

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.stats import rankdata
 
 from stunet.errors import STUNetError, UsageError
 from stunet.transferability.metrics import MetricSettings
@@ -50,6 +52,37 @@ class Ranking:
     candidates: tuple[CandidateScores, ...]
     failures: tuple[Failure, ...]
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Metrics by which at least one candidate has a score, the one that ranks first."""
+        names = [self.metric, *(name for candidate in self.candidates for name in candidate.scores)]
+        scored = {name for c in self.candidates for name, score in c.scores.items() if score is not None}
+        return tuple(name for name in dict.fromkeys(names) if name in scored)
+
+    @property
+    def preferred(self) -> dict[str, CandidateScores]:
+        """The candidate with the highest score, by metric; of metrics that score two candidates at least."""
+        found = {}
+        for metric in self.metrics:
+            scored = [(score, c) for c in self.candidates if (score := c.scores.get(metric)) is not None]
+            if len(scored) > 1:
+                found[metric] = max(scored, key=lambda pair: pair[0])[1]
+        return found
+
+    @property
+    def mean_ranks(self) -> tuple[float, ...]:
+        """Mean rank of each candidate over the metrics that score all of them; empty with fewer than two of these."""
+        rows = [[c.scores.get(metric) for c in self.candidates] for metric in self.metrics]
+        ranks = [rankdata([-score for score in row if score is not None]) for row in rows if None not in row]
+        return tuple(np.mean(ranks, axis=0).tolist()) if len(ranks) > 1 else ()
+
+    @property
+    def consensus(self) -> CandidateScores | None:
+        """The candidate with the lowest mean rank, the first of equal ones; None where there is no mean rank."""
+        if not (ranks := self.mean_ranks):
+            return None
+        return self.candidates[min(range(len(ranks)), key=ranks.__getitem__)]
+
     def ahead(self, better: CandidateScores, worse: CandidateScores) -> float | None:
         """Share of the resamples of the cases in which one candidate's CC-FV is above another's."""
         pairs = [(a, b) for a, b in zip(better.draws, worse.draws, strict=False) if a is not None and b is not None]
@@ -79,7 +112,7 @@ def rank_candidates(
     batch_size: int = 1,
     n_resamples: int = 1000,
     seed: int = 0,
-    on_case: Callable[[str, str], Any] | None = None,
+    on_progress: Callable[[str, str, float], Any] | None = None,
     on_candidate: Callable[[CandidateScores | Failure], Any] | None = None,
 ) -> Ranking:
     """Score each candidate; one that fails is reported and the others go on.
@@ -94,7 +127,7 @@ def rank_candidates(
         batch_size: Windows at once.
         n_resamples: Bootstrap resamples of the cases.
         seed: For the resamples.
-        on_case: Called with candidate and case when features of a case are read.
+        on_progress: See :func:`stunet.transferability.score_candidate`.
         on_candidate: Called with each result.
 
     Raises:
@@ -126,7 +159,7 @@ def rank_candidates(
                 batch_size=batch_size,
                 n_resamples=n_resamples,
                 seed=seed,
-                on_case=on_case,
+                on_progress=on_progress,
             )
             if cache is not None and kept is None:
                 cache.put(key, asdict(outcome))

@@ -75,7 +75,7 @@ def score_candidate(
     batch_size: int = 1,
     n_resamples: int = 1000,
     seed: int = 0,
-    on_case: Callable[[str, str], Any] | None = None,
+    on_progress: Callable[[str, str, float], Any] | None = None,
 ) -> CandidateScores:
     """Load a checkpoint, read its features of the target's cases, and score them.
 
@@ -89,7 +89,7 @@ def score_candidate(
         batch_size: Windows at once.
         n_resamples: Bootstrap resamples of the cases, for CC-FV.
         seed: For the resamples.
-        on_case: Called with candidate and case when features of a case are read.
+        on_progress: Called with the candidate, what is being done, and the share of its cases that has been read.
 
     Raises:
         ArchitectureError: A network that no image of the target fits.
@@ -99,19 +99,20 @@ def score_candidate(
     """
     started = time.monotonic()
     settings = settings or MetricSettings()
+
+    def report(doing: str, share: float) -> None:
+        if on_progress is not None:
+            on_progress(entry.name, doing, share)
+
+    report("loading", 0.0)
     candidate = build_candidate(entry.path, target.target)
-    cases, predictions = _read(
-        candidate,
-        target,
-        device=device,
-        batch_size=batch_size,
-        on_case=lambda case: on_case(entry.name, case) if on_case is not None else None,
-    )
+    cases, predictions = _read(candidate, target, device=device, batch_size=batch_size, report=report)
     scores: dict[str, float | None] = {}
     notes: dict[str, str] = {}
     details: CCFV | None = None
     zero_shot: dict[str, float | None] = {}
     for metric in metrics:
+        report(f"computing {metric}", 1.0)
         scores[metric] = None
         if metric == "ccfv":
             details = ccfv(
@@ -153,13 +154,18 @@ def _read(
     *,
     device: str | torch.device,
     batch_size: int,
-    on_case: Callable[[str], Any],
+    report: Callable[[str, float], None],
 ) -> tuple[list[CaseFeatures], list[PointPredictions]]:
     """Features of each case, and what the candidate's own head predicts at its points."""
     patch_size = candidate.fit_patch(target.target.patch_size)
     finest = decoder_stages(candidate.network)[0]
     cases, predictions = [], []
-    for points in target.points:
+    n_cases = len(target.points)
+    for index, points in enumerate(target.points):
+
+        def window_done(done: int, n: int, *, index: int = index, case: str = points.case) -> None:
+            report(f"case {index + 1} of {n_cases}, {case}", (index + done / n) / n_cases)
+
         case = target.load(points.case)
         features = extract_case(
             candidate.network,
@@ -170,6 +176,7 @@ def _read(
             batch_size=batch_size,
             head=candidate.head,
             source=candidate.description.path,
+            on_window=window_done,
         )
         cases.append(features if target.is_complete(points.case) else _without_background(features))
         if candidate.head is not None and features.probabilities is not None and candidate.head.layer == finest:
@@ -183,7 +190,6 @@ def _read(
                     annotated=target.annotated[points.case],
                 )
             )
-        on_case(points.case)
     return cases, predictions
 
 

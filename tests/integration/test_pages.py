@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,28 @@ def test_ranking_page(tmp_path: Path) -> None:
     assert (shown[..., :3].min(-1) < 0.5).mean() > 0.005  # ink
     colours = (np.abs(shown[..., :3] - np.array([0x0B, 0x6E, 0x8F]) / 255).max(-1) < 0.02).sum()
     assert colours > 200  # the best candidate's dots and line
+
+
+def test_a_wide_ranking_is_not_cut_off(tmp_path: Path) -> None:
+    """Nine candidates with long names and seven scores, at 1200 pixels: nothing is wider than its place."""
+    names = [f"models/STUNetTrainer_pretrain__STUNetPlans_base__3d_fullres/fold_{i}/checkpoint_final" for i in range(9)]
+    metrics = ("ccfv", "logme", "transrate", "leep", "gbc", "gbc-full", "zero-shot")
+    report = make_report(*names)
+    candidates = tuple(replace(c, scores=dict.fromkeys(metrics, -10.123)) for c in report.ranking.candidates)
+    report = replace(report, ranking=replace(report.ranking, candidates=candidates), metrics=metrics)
+    page = write_ranking(report, tmp_path)[2].read_text()
+    measure = (
+        "<script>document.title = Math.max(...[...document.querySelectorAll('.wide, html')]"
+        ".map(e => e.scrollWidth - e.clientWidth))</script></body>"
+    )
+    (tmp_path / "measured.html").write_text(
+        page.replace('http-equiv="Content-Security-Policy"', "").replace("</body>", measure)
+    )
+    flags = [flag for flag in FLAGS if not flag.startswith("--window-size")]
+    command = [str(CHROMIUM), *flags, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,1600",
+               "--dump-dom", (tmp_path / "measured.html").as_uri()]  # fmt: skip
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=400, check=True).stdout
+    assert re.search(r"<title>(-?\d+)</title>", dom).group(1) == "0"  # type: ignore[union-attr]
 
 
 def test_the_browser_would_tell(tmp_path: Path) -> None:

@@ -96,6 +96,28 @@ def test_rank_as_typed(shell: Shell, fold: Path) -> None:
     assert shell.run(line).count("kept from an earlier run") == 2
 
 
+def test_table_at_80_columns_with_long_names_and_markup(shell: Shell, fold: Path) -> None:
+    zoo = shell.root / "long.yaml"
+    long = "models/STUNetTrainer_pretrain__STUNetPlans_base__3d_fullres/fold_all/[/red] checkpoint"
+    zoo.write_text(
+        f"checkpoints:\n- {{name: '{long}_early', path: {fold}/checkpoint_epoch_0002.pth}}\n"
+        f"- {{name: '{long}_final', path: {fold}/checkpoint_final.pth}}\n"
+    )
+    output = shell.run(f"COLUMNS=80 stunet rank -d 2 --zoo {zoo} --cases 3 --points 50 --whole 200 -o long")
+    table = output[output.index("Best first") : output.index("1: models")].splitlines()
+    assert max(map(len, table)) <= 80
+    rows = {line.split()[0]: line for line in table if line.strip()[:2] in ("1 ", "2 ")}
+    assert len(rows) == 2  # a line each
+    ranking = json.loads((shell.root / "long" / "ranking.json").read_text())
+    for (place, row), candidate in zip(rows.items(), ranking["candidates"], strict=True):
+        assert f"{candidate['scores']['ccfv']:.2f}" in row
+        assert f"{candidate['mean_rank']:.1f}" in row
+        assert candidate["name"][-5:] in row
+        assert f"\n{place}: {candidate['name']}\n" in output
+    assert "warning: Only 3 cases" in output
+    assert " ".join(ranking["verdict"].split()) in " ".join(output.split())
+
+
 class _References(HTMLParser):
     """Everything that a page would fetch."""
 

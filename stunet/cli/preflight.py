@@ -1,0 +1,194 @@
+"""What ``plan``, ``labels check``, ``train``, ``finetune`` and ``rank`` check before they start to work."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from stunet.environment import (
+    did_you_mean,
+    find_dataset,
+    find_plans,
+    preprocessed_folder,
+    require_configuration,
+    require_plans,
+)
+from stunet.errors import DatasetError, LabelError, UsageError
+
+__all__ = ["preflight"]
+
+
+def preflight(
+    dataset: str,
+    *,
+    plans: str | None = None,
+    configuration: str | None = None,
+    trainer: str | None = None,
+    device: str | None = None,
+    n_devices: int = 1,
+    writes: Path | None = None,
+    seconds: float = 5.0,
+) -> str:
+    """Check all that would stop a command later, and the cheap things first: PyTorch is imported for the last ones.
+
+    Args:
+        dataset: Id or name.
+        plans: Name of the plans; they must be there where a configuration is given.
+        configuration: One that must be preprocessed with these plans.
+        trainer: Name of a trainer that must exist.
+        device: As it is typed.
+        n_devices: How many GPUs are needed.
+        writes: Folder that is written to.
+        seconds: How long to look for values in label maps that ``dataset.json`` does not declare. Where there are more
+            than fit in, some are looked at, the same ones every time; ``stunet labels check`` looks at all of them.
+
+    Returns:
+        The dataset's full name.
+
+    Raises:
+        STUNetError: What is wrong, what would be right, what to do.
+    """
+    name = find_dataset(dataset)
+    path = None if plans is None else find_plans(name, plans)
+    if path is not None and configuration is not None:
+        require_plans(path)
+    if trainer is not None:
+        _check_trainer(trainer)
+    raw, preprocessed = (Path(os.environ.get(v) or os.devnull) / name for v in ("nnUNet_raw", "nnUNet_preprocessed"))
+    # What is trained on, before what it was made from.
+    folders = (preprocessed, raw) if configuration else (raw, preprocessed)
+    folder = next((folder for folder in folders if (folder / "dataset.json").is_file()), None)
+    if folder is not None:
+        content = _read_dataset_json(folder)
+        if path is not None and path.is_file():
+            _check_plans(path, content, name, configuration)
+        _check_label_maps(folder, content, seconds)
+    disk = 10**7
+    if plans is not None and configuration is not None:
+        from stunet.planning import open_preprocessed
+
+        found = open_preprocessed(dataset, plans, configuration)
+        found.check_origin()
+        disk = _checkpoint_bytes(found.configuration, trainer) if trainer else disk
+    if device is not None:
+        _check_devices(device, n_devices)
+    if writes is not None:
+        _check_disk(writes, disk)
+    return name
+
+
+def _check_trainer(name: str) -> None:
+    """Look for the name in the files that nnU-Net would import one after the other, which takes seconds."""
+    from stunet.cli.env import trainers_folder
+
+    spec = importlib.util.find_spec("nnunetv2")
+    stock = [Path(place) / "training" / "nnUNetTrainer" for place in (spec and spec.submodule_search_locations) or []]
+    own = os.environ.get("nnUNet_extTrainer") or str(trainers_folder())
+    folders = [*stock, *(Path(folder) for folder in own.split(os.pathsep) if folder)]
+    sources = [file.read_text(encoding="utf-8", errors="ignore") for folder in folders for file in folder.rglob("*.py")]
+    if not any(re.search(rf"\b{re.escape(name)}\b", source) for source in sources):
+        known = sorted({found for source in sources for found in re.findall(r"^class (\w+)\(", source, re.MULTILINE)})
+        raise UsageError("unknown trainer", got=name,
+                         expected=f"a trainer of nnU-Net, or of {', '.join(map(str, folders[len(stock) :]))}",
+                         remedy=f"{did_you_mean(name, known)}Correct -tr.")  # fmt: skip
+
+
+def _read_dataset_json(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        return dict(content)
+    except (OSError, ValueError, TypeError) as error:
+        raise DatasetError("a dataset.json that cannot be read", got=f"{folder}: {error}", expected="a JSON object",
+                           remedy="Write it again (nnU-Net, documentation/dataset_format.md).") from error  # fmt: skip
+
+
+def _check_plans(path: Path, content: dict[str, Any], name: str, configuration: str | None) -> None:
+    try:
+        plans = json.loads(path.read_text(encoding="utf-8"))
+        n_planned, _ = len(plans["foreground_intensity_properties_per_channel"]), dict(plans["configurations"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # no plans: reading them says so
+    if configuration is not None:
+        require_configuration(plans, configuration)
+        preprocessed_folder(name, plans, configuration)
+    names = content.get("channel_names") or content.get("modality") or {}
+    if names and len(names) != n_planned:
+        raise DatasetError("plans for another number of channels",
+                           got=f"{len(names)} in dataset.json ({', '.join(map(str, names.values()))})",
+                           expected=f"{n_planned}, as {path} has",
+                           remedy="Plan and preprocess the dataset again.")  # fmt: skip
+
+
+def _check_label_maps(folder: Path, content: dict[str, Any], seconds: float) -> None:
+    from stunet.labels import count_labels, declared_values
+
+    declared = declared_values(content, str(folder / "dataset.json"))
+    if int(os.environ.get("RANK") or 0) > 0:  # the first process of a training looks for all
+        return
+    listed, ending = content.get("dataset"), str(content.get("file_ending", ""))
+    copies = folder / "gt_segmentations"
+    if copies.is_dir():
+        files = sorted(copies.glob(f"*{ending}"))
+    elif isinstance(listed, dict):
+        files = [folder / str(case.get("label")) for _, case in sorted(listed.items()) if isinstance(case, dict)]
+    else:
+        files = sorted((folder / "labelsTr").glob(f"*{ending}"))
+    files = [file for file in files if file.is_file()]
+    random.Random(0).shuffle(files)
+    stop = time.monotonic() + seconds
+    for file in files:
+        if time.monotonic() > stop:
+            return
+        if undeclared := sorted(set(count_labels(file)) - set(declared)):
+            raise LabelError(
+                "label values that dataset.json does not declare",
+                got=f"{', '.join(map(str, undeclared[:8]))} in {file}",
+                expected=f"values from 0 to {declared[-1]}",
+                remedy=f"Correct the label map, or declare them; `stunet labels check -d {int(folder.name[7:10])}` "
+                "looks at all label maps.",
+            )
+
+
+def _checkpoint_bytes(configuration: dict[str, Any], trainer: str) -> int:
+    """Two checkpoints with momentum, which nnU-Net keeps at a time; of the size in the plans or the trainer's name."""
+    import torch
+
+    from stunet.network import SIZES, build_stunet
+    from stunet.planning import is_stunet, plans_size
+
+    named = [size for name, size in SIZES.items() if f"_{name}" in trainer]
+    size = plans_size(configuration) if is_stunet(configuration) else [*named, SIZES["small"]][0]
+    with torch.device("meta"):
+        network = build_stunet(size, 1, 2, [[1] * len(configuration["patch_size"])] * 6)
+    return 2 * 2 * 4 * sum(parameter.numel() for parameter in network.parameters())
+
+
+def _check_devices(device: str, n_devices: int) -> None:
+    from stunet.cli.options import choose_device
+
+    if choose_device(device) == "cuda" and n_devices > 1:
+        import torch
+
+        if torch.cuda.device_count() < n_devices:
+            raise UsageError("fewer GPUs than asked for", got=f"{torch.cuda.device_count()} CUDA devices",
+                             expected=str(n_devices), remedy="Ask for fewer with -num_gpus.")  # fmt: skip
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    from stunet.cli.console import human_bytes
+
+    there = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    if not os.access(there, os.W_OK):
+        raise UsageError("a folder that cannot be written", got=there, expected="a folder that you may write to",
+                         remedy="Choose another one, or change its permissions.")  # fmt: skip
+    if (free := shutil.disk_usage(there).free) < needed:
+        raise UsageError("too little disk space", got=f"{human_bytes(free)} free in {there}",
+                         expected=f"{human_bytes(needed)} at least, for checkpoints and results",
+                         remedy="Free some, or choose another folder.")  # fmt: skip
