@@ -206,14 +206,15 @@ def _check_output(
     outdated = {case for case in present if changed or of.get(case) != images.get(case, of.get(case))}
     staying = sorted(outdated if request.continue_prediction or not known else outdated - set(images))
     if staying:
-        key = changed[0] if changed else ""
-        got, expected = (_show(content.get(key)) for content in (settings, known))
+        differing = changed[:3] if known else ()
+        got, expected = (
+            "; ".join(f"{key}: {_show(content.get(key))}" for key in differing) for content in (settings, known)
+        )
         raise UsageError(
             f"an output folder with predictions of other {'settings' if changed else 'images'}",
-            got=f"{output} with {staying[0]}{ending}; " + (f"{key}: {got}" if known and key else "no record of it"),
-            expected=f"{key}: {expected}, as {MANIFEST_NAME} has it" if known and key else "those that were predicted",
-            remedy="Choose another -o, or remove the old predictions"
-            + (f"; or give the same {key.replace('_', ' ') or 'images'}." if known else "."),
+            got=f"{output} with {staying[0]}{ending}; {got or 'no record of it'}",
+            expected=f"{expected}, as {MANIFEST_NAME} has it" if expected else f"those that {MANIFEST_NAME} describes",
+            remedy="Choose another -o, give what was given before, or remove the predictions that are there.",
         )
     if changed:
         return {"settings": settings, "images": images}, outdated
@@ -222,7 +223,7 @@ def _check_output(
 
 def _show(value: Any) -> str:
     text = ", ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
+    return text if len(text) < 64 else f"{text[:60]}…"  # of a digest enough to tell two apart
 
 
 def _image_digest(case: Case) -> str:
@@ -242,16 +243,13 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _remove_predictions(output: Path, cases: Iterable[str], ending: str) -> None:
+    masks = _read_manifest(output / MANIFEST_NAME).get("settings", {}).get("masks")
+    names = ("{}.npz", "{}.pkl", "statistics/{}.json", "previews/{}.png", f"{{}}{ending}")
     for case in cases:
-        shutil.rmtree(output / case / "segmentations", ignore_errors=True)
-        for name in (
-            f"{case}.npz",
-            f"{case}.pkl",
-            f"statistics/{case}.json",
-            f"previews/{case}.png",
-            f"{case}{ending}",
-        ):
-            (output / name).unlink(missing_ok=True)
+        if masks:
+            shutil.rmtree(output / case / "segmentations", ignore_errors=True)
+        for name in names:
+            (output / name.format(case)).unlink(missing_ok=True)
 
 
 def _why_nnunets_predictor(request: FolderRequest, model: Model) -> str | None:
