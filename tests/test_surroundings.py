@@ -22,6 +22,7 @@ from test_evaluate import Folders
 
 from plans import DATASET_JSON, make_plans
 from stunet.cli.main import main
+from stunet.network import STUNetSize
 
 NAMES = ("v1 [best]", "v1 [old]", r"$\frac$ [/red] :x:")
 
@@ -56,7 +57,7 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def write_target(root: Path) -> Path:
+def write_target(root: Path) -> None:
     """A preprocessed dataset to rank on, and a zoo whose checkpoints have the names above."""
     plans = make_plans()
     plans["configurations"]["3d_fullres"]["patch_size"] = [16, 16, 16]
@@ -66,24 +67,27 @@ def write_target(root: Path) -> Path:
     labels = {"background": 0, **{f"[b]{n}": n for n in range(1, int(segmentation.max()) + 1)}}
     (folder / "dataset.json").write_text(json.dumps({**DATASET_JSON, "labels": labels}))
     (folder / "nnUNetPlans.json").write_text(json.dumps(plans))
-    model = write_model(root / "run[old]", num_classes=3)
-    checkpoint = model / "fold_0" / "checkpoint_final.pth"
+    models = [
+        write_model(root / f"run[{i}]", num_classes=3, size=STUNetSize(f"d111111w{i}", (1,) * 6, i)) for i in (2, 3, 4)
+    ]
+    entries = [
+        {"name": name, "path": f"{model}/fold_0/checkpoint_final.pth"}
+        for name, model in zip(NAMES, models, strict=True)
+    ]
     (root / "bad.pth").write_bytes(b"no checkpoint")
-    entries = [{"name": name, "path": str(checkpoint)} for name in NAMES]
     (root / "zoo.yaml").write_text(json.dumps({"checkpoints": [*entries, {"name": "[/bad]", "path": "bad.pth"}]}))
-    return checkpoint
 
 
 RANK = "stunet rank -d 1 --zoo zoo.yaml --metrics ccfv --cases 2 --points 20 --whole 50 --resamples 10 -device cpu"
 
 
 def test_names_are_text_in_tables_figures_and_commands(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint = write_target(root)
+    write_target(root)
     status, out, err = run(capsys, f"{RANK} -o ranking")
     assert status == 1, err  # one could not be scored
     assert all(name in out for name in NAMES)
     assert "[/bad] could not be scored" in err
-    assert f"--from '{checkpoint}'" in out
+    assert f"--from '{root}/run[" in out
     assert (root / "ranking" / "ranking.html").read_text().count("<svg") == 2
 
 
@@ -135,8 +139,8 @@ def test_a_terminal_without_letters_costs_nothing(root: Path) -> None:
         write_case(root / "source", name, random_masks(0, ("face", "liver", "spleen")))
     command = [sys.executable, "-m", "stunet", "import", "totalsegmentator", "source", "-d", "101"]
     result = subprocess.run(
-        [*command, "--structures", "face,liver", "--exclude", "ä", "-np", "1"], env={**os.environ, "PYTHONIOENCODING": "ascii"},
-        capture_output=True, check=False,
+        [*command, "--structures", "face,liver", "--exclude", "ä", "-np", "1"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert b"1 case excluded: ?" in result.stdout + result.stderr
