@@ -24,6 +24,7 @@ __all__ = [
     "file_sha256",
     "locked",
     "move_into_place",
+    "naming_file",
     "place_files",
     "refuse_existing",
     "remove_leftovers",
@@ -60,7 +61,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path, temporary = Path(path), temporary_path(path)
     try:
-        with _naming(path):
+        with naming_file(path):
             yield temporary
             move_into_place(temporary, path)
     except BaseException:
@@ -156,7 +157,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = temporary_path(path)
     temporary.mkdir()
     try:
-        with _naming(path):
+        with naming_file(path):
             yield temporary
         folders = [temporary, *(entry for entry in temporary.rglob("*") if entry.is_dir())]
         for file in temporary.rglob("*"):
@@ -276,7 +277,7 @@ def write_json_files(contents: Mapping[Path, Any]) -> None:
     try:
         for temporary, path in files.items():
             text = json.dumps(contents[path], indent=4, sort_keys=False) + "\n"
-            with _naming(path):
+            with naming_file(path):
                 temporary.write_text(text, encoding="utf-8")
         sync_files(files)
         place_files(files.items())
@@ -287,7 +288,7 @@ def write_json_files(contents: Mapping[Path, Any]) -> None:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming_file(path: Path) -> Iterator[None]:
     """Make failures to write name the file, as the system does where it cannot be opened."""
     try:
         yield

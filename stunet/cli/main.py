@@ -91,10 +91,10 @@ _CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOO
 
 
 def _explain(error: OSError) -> CommandError:
-    full = error.errno in _FULL
+    full, file = error.errno in _FULL, error.filename2 or error.filename
     return CommandError(
         "no room on the disk" if full else "a file or folder that cannot be used",
-        got=f"{error.filename}: {error.strerror}" if error.filename else error.strerror,
+        got=f"{file}: {error.strerror}" if file else error.strerror,
         expected="room to write" if full else "a path that may be read and written",
         remedy=f"{'Make room' if full else 'Correct the path or its permissions'}, or choose another place. "
         "Finished files are whole; running the same command again does the rest.",

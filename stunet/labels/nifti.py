@@ -19,6 +19,7 @@ from isal import isal_zlib
 from nibabel.spatialimages import HeaderDataError
 
 from stunet.errors import DatasetError
+from stunet.files import naming_file
 from stunet.labels.inflating import Inflater
 
 __all__ = [
@@ -258,7 +259,7 @@ def write_volume(
     header["vox_offset"] = len(header.binaryblock) + 4
     little_endian = labels.dtype.newbyteorder("<")
     packer: Any = isal_zlib.compressobj(_COMPRESSION_LEVEL, isal_zlib.DEFLATED, _GZIP_WINDOW) if compress else None
-    with Path(path).open("wb") as file:
+    with naming_file(Path(path)), Path(path).open("wb") as file:
 
         def put(content: bytes) -> None:
             file.write(packer.compress(content) if packer else content)
