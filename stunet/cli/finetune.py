@@ -51,6 +51,7 @@ def finetune(
     from stunet.cli.plan_steps import PlanRequest, make_plans_file, print_transfer
     from stunet.files import locked
     from stunet.planning import nnunet_folder, resolve_configuration
+    from stunet.processes import end_with_children
 
     _check_options(device, fold, num_gpus)
     results = nnunet_folder("nnUNet_results")
@@ -76,6 +77,7 @@ def finetune(
     command += ["-num_gpus", str(num_gpus)] if num_gpus > 1 else []
     command += ["--c"] if continue_training else []
     command += ["--npz"] if npz else []
+    end_with_children()
     with locked(model / f".fold_{fold}.lock", "training of the same fold"):
         if not continue_training and not overwrite:
             _refuse_earlier_training(model / f"fold_{fold}")
@@ -139,9 +141,7 @@ def _preprocess(made: MadePlans, configuration: str, num_processes: int) -> None
 
 def _train(command: list[str]) -> None:
     from stunet.cli.env import trainers_folder
-    from stunet.processes import end_with_children
 
-    end_with_children()
     # Before nnU-Net is asked for the trainer; its own parser then reads the command as it was shown.
     os.environ["nnUNet_extTrainer"] = str(trainers_folder())
     _show(shlex.join(command))
