@@ -150,7 +150,8 @@ def end_with_children() -> None:
     def stop(*_: object) -> None:
         for child in multiprocessing.active_children():
             child.terminate()
-        sys.exit(128 + signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)  # at once: threads would complain of children that are gone
 
     def in_child() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -170,7 +170,7 @@ def test_children_end_with_a_training(number: int) -> None:
     process.send_signal(number)
     _, alive = psutil.wait_procs(children, timeout=30)
     assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
-    assert process.wait(30) == {signal.SIGTERM: 143, signal.SIGKILL: -9}[number]  # type: ignore[index]
+    assert process.wait(30) == -number
 
 
 def test_leftovers_of_a_killed_conversion_are_removed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
