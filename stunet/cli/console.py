@@ -31,8 +31,9 @@ LIST_VALUES = "stunet.list_values"
 _LIST_OPTION = "stunet.list_option"
 _LONGEST_WORD = 48  # that a table keeps in one line
 
-stdout = Console()
-stderr = Console(stderr=True)
+# Names of cases, structures and files are printed everywhere: [old] and :x: in them are text, not markup.
+stdout = Console(markup=False, emoji=False)
+stderr = Console(stderr=True, markup=False, emoji=False)
 
 
 class _Help:

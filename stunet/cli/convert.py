@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from stunet.cli.options import complete_weights
-from stunet.files import refuse_existing
+from stunet.files import refuse_existing, remove_leftovers
 
 if TYPE_CHECKING:
     from stunet.checkpoints import SourceWeights
@@ -42,7 +43,9 @@ def convert(
     Size, channels and outputs are read off the tensors, preparation of images off the .pkl files. No code in any file
     is run.
     """
-    refuse_existing(output)  # before gigabytes are read for nothing; checked again when it is written
+    # Before gigabytes are read for nothing; checked again when it is written.
+    refuse_existing(output)
+    remove_leftovers(output.parent, glob.escape(output.name), of_the_dead=True)
     entry, paths = find_fetched(weights)
     from stunet.checkpoints import open_weights, write_published
     from stunet.planning import describe_model, write_model_folder

@@ -66,7 +66,9 @@ def finetune(
     preflight(dataset, plans=plans, device=device, n_devices=num_gpus, writes=results)
     chosen_device = choose_device(device)
     from stunet.cli.plan_steps import PlanRequest, make_plans_file, print_transfer
+    from stunet.files import locked
     from stunet.planning import resolve_configuration
+    from stunet.processes import end_with_children
 
     made = make_plans_file(
         PlanRequest(
@@ -85,16 +87,20 @@ def finetune(
     print_transfer(made.transfer)
     resolve_configuration(made.plans, configuration)
     model = results / made.dataset_name / f"{_TRAINER}__{made.path.stem}__{configuration}"
-    _check_fold(model / f"fold_{fold}", continue_training=continue_training, overwrite=overwrite)
-    _preprocess(made, configuration, num_processes)
-    preflight(dataset, plans=made.path.stem, configuration=configuration, trainer=_TRAINER, writes=results, seconds=-1)
     command = ["nnUNetv2_train"] if seed is None else ["stunet", "train", "--seed", str(seed)]
     command += [str(int(made.dataset_name[7:10])), configuration, fold, "-tr", _TRAINER, "-p", made.path.stem]
     command += ["-device", chosen_device]
     command += ["-num_gpus", str(num_gpus)] if num_gpus > 1 else []
     command += ["--c"] if continue_training else []
     command += ["--npz"] if npz else []
-    _train(command)
+    end_with_children()
+    with locked(model / f".fold_{fold}.lock", "training of the same fold"):
+        _check_fold(model / f"fold_{fold}", continue_training=continue_training, overwrite=overwrite)
+        _preprocess(made, configuration, num_processes)
+        preflight(
+            dataset, plans=made.path.stem, configuration=configuration, trainer=_TRAINER, writes=results, seconds=-1
+        )
+        _train(command)
 
 
 def _check_fold(fold: Path, *, continue_training: bool, overwrite: bool) -> None:

@@ -26,7 +26,12 @@ class PredictionProgress:
 
     def __init__(self, *, bar: bool, notes: Console = stdout) -> None:
         self._notes = notes
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         self._progress = Progress(*columns, console=stderr, transient=True, disable=not bar)
         self._case: str | None = None
         self._task: TaskID | None = None

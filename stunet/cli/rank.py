@@ -204,7 +204,7 @@ def _show(report: RankingReport, paths: Sequence[Path], as_json: bool) -> None:
 
     ranking = report.ranking
     for failure in ranking.failures:
-        stderr.print(f"{failure.name} could not be scored: {failure.error}", markup=False, soft_wrap=True)
+        stderr.print(f"{failure.name} could not be scored: {failure.error}", soft_wrap=True)
     if as_json:
         typer.echo(paths[0].read_text(encoding="utf-8"), nl=False)
         return

@@ -60,6 +60,7 @@ def train(
               writes=nnunet_folder("nnUNet_results"))  # fmt: skip
     chosen_device = choose_device(device)
     os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))  # before nnU-Net is asked for the trainer
+    from stunet.processes import end_with_children
     from stunet.training import TrainRequest, check_request
     from stunet.training import train as run
 
@@ -83,6 +84,7 @@ def train(
     if num_gpus > 1 and "RANK" not in os.environ:
         check_request(request, num_gpus)
         _start_processes(num_gpus)
+    end_with_children()
     run(request)
 
 

@@ -71,11 +71,11 @@ class WritingJob:
     options: OutputOptions
 
 
-def write_outputs(job: WritingJob) -> Path:
+def write_outputs(job: WritingJob) -> str | None:
     """Write all files of a case, the label map last: where it stands, the others do.
 
     Returns:
-        The label map.
+        What is missing and why: a picture that cannot be drawn does not cost the labels.
 
     Raises:
         OSError: The disk is full.
@@ -89,14 +89,18 @@ def write_outputs(job: WritingJob) -> Path:
         _name_in_header(finished, job.names)
     if job.options.masks:
         _write_masks(reader, labels, job)
+    problem = None
     if job.options.statistics or job.options.preview:
         image, _ = reader.read_images([str(path) for path in job.case.files])
         if job.options.statistics:
             _write_statistics(image, labels, job)
         if job.options.preview:
-            _write_preview(image, labels, job)
+            try:
+                _write_preview(image, labels, job)
+            except Exception as error:
+                problem = f"no preview: {type(error).__name__}: {str(error)[:200]}"
     move_into_place(finished, job.output / name)
-    return job.output / name
+    return problem
 
 
 def _write(reader: Any, labels: npt.NDArray[Any], properties: Mapping[str, Any], path: Path) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "describe_outputs",
     "predict_cases",
     "raise_failures",
+    "report_written",
 ]
 
 
@@ -48,6 +49,9 @@ class Listener(Protocol):
 
     def failed(self, case: Case, problem: str) -> None:
         """A case was given up."""
+
+    def note(self, text: str) -> None:
+        """Something worth knowing."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def predict_cases(cases: Sequence[Case], prediction: Prediction, scratch: Path, 
         listener.failed(case, failures[case.name])
 
     preparing = _Preparation(cases, prediction, scratch, fail)
-    writing = _Writing(len(cases), prediction, fail, listener.finished)
+    writing = _Writing(len(cases), prediction, fail, listener)
     try:
         preparing.start_next()
         networks = _networks(prediction)
@@ -167,13 +171,13 @@ class _Writing:
         n_cases: int,
         prediction: Prediction,
         fail: Callable[[Case, BaseException], None],
-        finished: Callable[[Case], None],
+        listener: Listener,
     ) -> None:
         n_processes = min(prediction.strategy.n_writing, n_cases - 1)
         self._workers = deque(Worker(spawned=n_processes > 0) for _ in range(max(1, n_processes)))
         self._running: deque[tuple[WritingJob, Worker]] = deque()
         self._prediction = prediction
-        self._fail, self._finished = fail, finished
+        self._fail, self._listener = fail, listener
         self._overlaps = n_processes > 0
 
     def add(self, prepared: Prepared, labels: Any) -> None:
@@ -203,11 +207,9 @@ class _Writing:
     def _collect(self) -> None:
         job, worker = self._running.popleft()
         try:
-            worker.result()
+            report_written(job.case, worker.result(), self._listener)
         except Exception as error:  # the other cases can do without this one
             self._fail(job.case, error)
-        else:
-            self._finished(job.case)
         finally:
             shutil.rmtree(job.scratch, ignore_errors=True)
 
@@ -219,6 +221,13 @@ class _Writing:
     def close(self) -> None:
         for worker in self._workers:
             worker.close()
+
+
+def report_written(case: Case, problem: str | None, listener: Listener) -> None:
+    """Tell of a case that :func:`write_outputs` has written, and of what it did without."""
+    if problem is not None:
+        listener.note(f"warning: {case.name}: {problem}")
+    listener.finished(case)
 
 
 def _networks(prediction: Prediction) -> list[Callable[[torch.Tensor], torch.Tensor]]:

@@ -14,7 +14,7 @@ from stunet.files import move_into_place
 from stunet.inference.images import Case
 from stunet.inference.labels import label_type
 from stunet.inference.outputs import WritingJob, write_outputs
-from stunet.inference.pipeline import Listener, Prediction, describe
+from stunet.inference.pipeline import Listener, Prediction, describe, report_written
 from stunet.inference.preparation import save_array
 
 __all__ = ["predict_with_nnunet"]
@@ -57,12 +57,12 @@ def predict_with_nnunet(
                 save_probabilities=save_probabilities,
                 folder_with_segs_from_prev_stage=None if previous_stage is None else str(previous_stage),
             )
-            _write(case, prediction, folder, save_probabilities=save_probabilities)
+            problem = _write(case, prediction, folder, save_probabilities=save_probabilities)
         except Exception as error:  # the other cases can do without this one
             failures[case.name] = describe(error)
             listener.failed(case, failures[case.name])
         else:
-            listener.finished(case)
+            report_written(case, problem, listener)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return failures
@@ -92,7 +92,7 @@ def _predictor(prediction: Prediction) -> nnUNetPredictor:
     return predictor
 
 
-def _write(case: Case, prediction: Prediction, folder: Path, *, save_probabilities: bool) -> None:
+def _write(case: Case, prediction: Prediction, folder: Path, *, save_probabilities: bool) -> str | None:
     model = prediction.model
     labels, properties = model.plans_manager.image_reader_writer_class().read_seg(
         str(folder / f"stock{model.file_ending}")
@@ -101,7 +101,7 @@ def _write(case: Case, prediction: Prediction, folder: Path, *, save_probabiliti
     if save_probabilities:
         for ending in (".npz", ".pkl"):
             move_into_place(folder / f"stock{ending}", prediction.output / f"{case.name}{ending}")
-    write_outputs(
+    return write_outputs(
         WritingJob(
             case,
             folder / "labels.npy",
