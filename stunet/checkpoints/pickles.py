@@ -151,8 +151,8 @@ class _Dtype:
         # numpy itself takes more than a byte order: a state may declare plain bytes to be pointers.
         if type(state) is not tuple or state[2:] != (None, None, None, -1, -1, 0) or state[0] != 3:
             raise Refused("a numpy.dtype with an unknown state")
-        if state[1] != "|":
-            self.dtype = self.dtype.newbyteorder({"<": "<", ">": ">", "=": "="}[state[1]])
+        if state[1] in ("<", ">"):
+            self.dtype = np.dtype(f"{state[1]}{self.dtype.str[1:]}")
 
 
 def _array(raw: Any, dtype: Any, shape: Any, order: Any = "C") -> np.ndarray[Any, Any]:

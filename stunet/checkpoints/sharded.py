@@ -27,18 +27,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
-from stunet.checkpoints.archives import load_archive
+from stunet.checkpoints.archives import load_archive, load_tensors
 from stunet.checkpoints.tensor_index import read_index, write_index
-from stunet.errors import CheckpointError
+from stunet.errors import CheckpointError, reading
 from stunet.files import place_files, sync_files
 
 __all__ = [
@@ -213,14 +214,31 @@ def load_sharded(version: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 class _Reader(FileSystemReader):
-    """PyTorch's, which reads tensors with ``weights_only=True``, with its pickled table of contents left aside."""
+    """PyTorch's, with its pickled table of contents left aside, and pieces that the restricted reader reads."""
 
     def __init__(self, version: Path) -> None:
         super().__init__(version)
-        self._index = version / _INDEX
+        self._version = version
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return read_index(self._index)
+        return read_index(self._version / _INDEX)
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> TorchFuture[None]:
+        """Fill the tensors of a plan."""
+        for item in plan.items:
+            place = self.storage_data[item.storage_index]
+            path = self._version / place.relative_path
+            with path.open("rb") as file:
+                file.seek(place.offset)
+                data = bytearray(file.read(place.length))
+            with reading(path):
+                piece = narrow_tensor_by_index(
+                    load_tensors(io.BytesIO(data), data, path), item.storage_offsets, item.lengths
+                )
+                planner.resolve_tensor(item).detach().copy_(piece)
+        done: TorchFuture[None] = TorchFuture()
+        done.set_result(None)
+        return done
 
 
 def remove_sharded(folder: Path) -> None:

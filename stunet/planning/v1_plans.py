@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -196,6 +197,8 @@ def _statistics(plans: Mapping[str, Any], channel: int, scheme: str, source: str
         raise _unusable(
             source, "intensityproperties", f"no {', '.join(missing)}", "the statistics that CT clipping needs"
         )
+    if not all(map(math.isfinite, statistics.values())):
+        raise _unusable(source, "intensityproperties", statistics, "finite numbers")
     return statistics
 
 
