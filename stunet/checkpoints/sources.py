@@ -152,12 +152,10 @@ def _read_v1(pickles: Sequence[Path]) -> tuple[dict[str, Any], tuple[Any, ...]]:
             )
         for key in ("normalization_schemes", "use_mask_for_norm", "num_classes", "num_modalities", "transpose_forward"):
             if key in plans and key in inner and _plain(plans[key]) != _plain(inner[key]):
-                raise CheckpointError(
-                    "pickles that contradict each other",
-                    got=f"{key}: {str(plans[key])[:80]} and, in {path.name}, {str(inner[key])[:80]}",
-                    expected="pickles of one model",
-                    remedy="Give the pickles that were published with the weights.",
-                )
+                raise CheckpointError("pickles that contradict each other",
+                                      got=f"{key}: {str(plans[key])[:80]} and, in {path.name}, {str(inner[key])[:80]}",
+                                      expected="pickles of one model",
+                                      remedy="Give the pickles that were published with the weights.")  # fmt: skip
         if isinstance(content.get("init"), tuple):
             init = content["init"]
         # Only plans that were in use name each stage, so those go first whatever the order on the command line.

@@ -91,12 +91,10 @@ def read_state(path: Path) -> tuple[Mapping[str, Any], Mapping[Any, Any], Kind]:
         if content and all(isinstance(value, Tensor) for value in content.values()):
             return {}, content, "plain tensors"
     keys = ", ".join(str(key)[:40] for key in list(content)[:5]) if isinstance(content, dict) else ""
-    raise CheckpointError(
-        "a file without weights",
-        got=f"{path}: {f'a dictionary with {keys}' if keys else f'a {type(content).__name__}'}",
-        expected="'state_dict' (nnU-Net v1), 'network_weights' (nnU-Net v2), or tensors alone",
-        remedy="Give the .model file of nnU-Net v1 or a checkpoint of nnU-Net v2.",
-    )
+    raise CheckpointError("a file without weights",
+                          got=f"{path}: {f'a dictionary with {keys}' if keys else f'a {type(content).__name__}'}",
+                          expected="'state_dict' (nnU-Net v1), 'network_weights' (nnU-Net v2), or tensors alone",
+                          remedy="Give the .model file of nnU-Net v1 or a checkpoint of nnU-Net v2.")  # fmt: skip
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -176,9 +174,6 @@ def finite_float32(name: str, tensor: Tensor, path: Path) -> Tensor:
 
 def bad_tensor(path: Path, problem: str) -> CheckpointError:
     """The error for something in a file that is no weight."""
-    return CheckpointError(
-        "a file with something else than weights",
-        got=f"{path}: {problem}",
-        expected="dense tensors of fp32, fp16 or bf16, each under one name",
-        remedy="Give the weights as they were published or saved.",
-    )
+    return CheckpointError("a file with something else than weights", got=f"{path}: {problem}",
+                           expected="dense tensors of fp32, fp16 or bf16, each under one name",
+                           remedy="Give the weights as they were published or saved.")  # fmt: skip

@@ -155,12 +155,9 @@ def load_model(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise PlansError(
-            "missing model folder",
-            got=folder,
-            expected="a folder with plans.json, dataset.json and fold_0",
-            remedy="Check -m, or -d, -tr, -p and -c.",
-        )
+        raise PlansError("missing model folder", got=folder,
+                         expected="a folder with plans.json, dataset.json and fold_0",
+                         remedy="Check -m, or -d, -tr, -p and -c.")  # fmt: skip
     plans, dataset_json = (_read_json(folder / name) for name in ("plans.json", "dataset.json"))
     checkpoints = _find_checkpoints(folder, folds, checkpoint_name)
     first = next(iter(checkpoints.values()))
@@ -239,9 +236,7 @@ def _find_trainer(name: str, folder: Path) -> Any:
 
 
 def _unknown_trainer(name: str, folder: Path, reason: str) -> CheckpointError:
-    return CheckpointError(
-        "a trainer that is not installed",
-        got=f"{folder}: {name} ({reason.splitlines()[0][:200] if reason else 'not found'})",
-        expected="nnU-Net's own trainer, or one in the folder that nnUNet_extTrainer names",
-        remedy="Set nnUNet_extTrainer to the folder with this trainer.",
-    )
+    return CheckpointError("a trainer that is not installed",
+                           got=f"{folder}: {name} ({reason.splitlines()[0][:200] if reason else 'not found'})",
+                           expected="nnU-Net's own trainer, or one in the folder that nnUNet_extTrainer names",
+                           remedy="Set nnUNet_extTrainer to the folder with this trainer.")  # fmt: skip

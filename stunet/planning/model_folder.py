@@ -75,14 +75,13 @@ def describe_model(weights: SourceWeights, labels: Vocabulary | None) -> ModelDe
         source = ", ".join(path.name for path in weights.pickles)
         if "plans_per_stage" not in weights.v1_plans:  # the published plans.pkl has none
             source += " and pre-training preset"
-        with reading(source, "plans of nnU-Net v1 that cannot be used", PlansError):
-            preparation = read_v1_plans(
-                weights.v1_plans,
-                weights.v1_init,
-                input_channels=architecture.input_channels,
-                num_classes=architecture.num_classes,
-                source=source,
-            )
+        preparation = read_v1_plans(
+            weights.v1_plans,
+            weights.v1_init,
+            input_channels=architecture.input_channels,
+            num_classes=architecture.num_classes,
+            source=source,
+        )
     else:
         source, preparation = "pre-training preset", PRETRAINING
         if architecture.n_axes != 3 or architecture.input_channels != 1:
@@ -177,12 +176,9 @@ def _from_nnunet_v2(weights: SourceWeights, labels: Vocabulary | None) -> ModelD
         check_plans(plans, source=source)
     dataset_json = deepcopy(weights.init_args.get("dataset_json"))
     if not isinstance(dataset_json, dict) or not {"channel_names", "labels"} <= set(dataset_json):
-        raise PlansError(
-            "a checkpoint without a dataset description",
-            got=source,
-            expected="init_args with 'dataset_json', as nnU-Net v2 writes them",
-            remedy="Take the checkpoint as nnUNetv2_train wrote it.",
-        )
+        raise PlansError("a checkpoint without a dataset description", got=source,
+                         expected="init_args with 'dataset_json', as nnU-Net v2 writes them",
+                         remedy="Take the checkpoint as nnUNetv2_train wrote it.")  # fmt: skip
     if labels is not None:
         dataset_json["labels"] = labels.as_dataset_labels()
         dataset_json.pop("regions_class_order", None)
