@@ -23,6 +23,11 @@ traceback, and exits with status 2.
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from zipfile import BadZipFile
+
 __all__ = [
     "ArchitectureError",
     "CheckpointError",
@@ -38,6 +43,7 @@ __all__ = [
     "SettingsError",
     "TransferabilityError",
     "UsageError",
+    "reading",
 ]
 
 
@@ -120,3 +126,41 @@ class UsageError(STUNetError):
 
 class CommandError(STUNetError):
     """A command that stunet ran for the user has failed."""
+
+
+@contextmanager
+def reading(
+    source: object,
+    problem: str = "a file that is damaged",
+    kind: type[STUNetError] = CheckpointError,
+    *,
+    expected: str = "a file as it was published or saved",
+    remedy: str = "Copy or download it again.",
+) -> Iterator[None]:
+    """Turn whatever the content of a file leads to into one error that names the file.
+
+    Content of others' can have any type and value at any place. Readers check what must not be believed; everything
+    else may fail where it fails, within this block.
+
+    Args:
+        source: The file.
+        problem: What the error says it is.
+        kind: The error's class.
+        expected: What would have been right.
+        remedy: What the user can do.
+
+    Raises:
+        STUNetError: Of this kind; errors of this package pass as they are.
+    """
+    try:
+        yield
+    except STUNetError:
+        raise
+    except (
+        ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError,
+        RuntimeError, SyntaxError, TypeError, ValueError, BadZipFile, struct.error,
+    ) as error:  # fmt: skip
+        said = (str(error).strip() or "no more is known").splitlines()[0][:200]
+        raise kind(
+            problem, got=f"{source}: {type(error).__name__}: {said}", expected=expected, remedy=remedy
+        ) from error

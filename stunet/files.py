@@ -26,6 +26,7 @@ __all__ = [
     "move_into_place",
     "naming_file",
     "place_files",
+    "read_json",
     "refuse_existing",
     "remove_leftovers",
     "scratch_folder",
@@ -36,6 +37,7 @@ __all__ = [
     "write_json_files",
 ]
 
+_MAX_JSON_BYTES = 8 * 2**20
 _FICLONE = 0x40049409  # <linux/fs.h>
 
 
@@ -264,6 +266,21 @@ def locked(path: Path, doing: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A JSON object out of a file of others', of a bearable size.
+
+    Raises:
+        ValueError: It is not, or no JSON; callers wrap this in :func:`stunet.errors.reading`.
+    """
+    path = Path(path)
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError(f"{path.stat().st_size} bytes, more than {_MAX_JSON_BYTES}")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"a {type(content).__name__} instead of a JSON object")
+    return content
 
 
 def write_json(content: Any, path: str | os.PathLike[str]) -> None:

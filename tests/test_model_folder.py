@@ -77,7 +77,22 @@ def test_all_files_of_a_model(source: Path, tmp_path: Path, capsys: pytest.Captu
         "labels_from": "labels.json", "labels": {"0": "background", "1": "liver", "2": "spleen"},
         "parameters": sum(t.numel() for t in tiny_weights().values()),
     }  # fmt: skip
+    written = out / "fold_0" / "checkpoint_final.pth"
+    assert card.pop("files") == {"fold_0/checkpoint_final.pth": hashlib.sha256(written.read_bytes()).hexdigest()}
     assert {key: card[key] for key in card if key != "sources"} == expected
+
+
+def test_another_checkpoint_in_the_folder_is_refused(tmp_path: Path) -> None:
+    """One that is whole in itself: the card's checksum says that it is not the one that was converted."""
+    source = open_weights([write_v1(tmp_path, tiny_weights(), None)])
+    write_model_folder(source, describe_model(source, LABELS), tmp_path / "out")
+    path = tmp_path / "out" / "fold_0" / "checkpoint_final.pth"
+    content = read_checkpoint(path)
+    torch.save({**content, "current_epoch": 8}, tmp_path / "other.pth")
+    path.write_bytes((tmp_path / "other.pth").read_bytes())
+    for read in (read_checkpoint, lambda path: open_weights([path.parent.parent])):
+        with pytest.raises(CheckpointError, match=r"not the one that was converted[\s\S]*model_card\.json"):
+            read(path)
 
 
 @pytest.mark.parametrize(("outputs", "third"), [(105, "aorta"), (10, "IVC")])

@@ -17,7 +17,8 @@ API = {
         "Mirroring", "ModelDescription", "MomentumDtype", "NETWORK_CLASS_NAME", "PRETRAINING", "Parallel",
         "Preparation",
         "PreprocessedCase", "PreprocessedDataset", "Preset", "Recipe", "SETTINGS", "SETTINGS_KEY", "STRATEGIES",
-        "Setting", "Strategy", "apply_recipe", "check_plans", "check_settings", "describe_model", "find_dataset",
+        "Setting", "Strategy", "apply_recipe", "check_configuration", "check_plans", "check_settings", "describe_model",
+        "find_dataset",
         "find_plans", "fine_tuning_configurations", "fine_tuning_settings", "fit_strides", "has_own_architecture",
         "is_stunet", "list_presets", "list_recipes", "load_plans", "load_preset", "load_recipe", "make_plans",
         "missing_preprocessed_cases", "nnunet_folder", "open_preprocessed", "parse_settings", "plan_with_nnunet",
@@ -104,9 +105,9 @@ API = {
     ],
     "stunet.checkpoints": [
         "Architecture", "HeadPolicy", "SourceWeights", "StemPolicy", "TransferReport", "UNetArchitecture",
-        "UNetWeights", "adapt_stem", "check_weights", "from_published_key", "infer_architecture", "locate_checkpoint",
-        "open_any_weights", "open_weights", "read_checkpoint", "read_pickle", "source_outputs", "to_published_key",
-        "transfer_weights", "write_published",
+        "UNetWeights", "adapt_stem", "check_network", "check_weights", "from_published_key", "infer_architecture",
+        "locate_checkpoint", "open_any_weights", "open_weights", "read_checkpoint", "read_pickle", "source_outputs",
+        "to_published_key", "transfer_weights", "write_published",
     ],
 }  # fmt: skip
 

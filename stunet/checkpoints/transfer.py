@@ -253,12 +253,8 @@ def check_policies(stem: str, head: str = "fresh") -> None:
     """
     for name, value, policy in (("stem", stem, StemPolicy), ("head", head, HeadPolicy)):
         if value not in get_args(policy):
-            raise UsageError(
-                f"unknown policy for the {name}",
-                got=value,
-                expected=f"one of {', '.join(get_args(policy))}",
-                remedy=f"Correct {name}.",
-            )
+            raise UsageError(f"unknown policy for the {name}", got=value,
+                             expected=f"one of {', '.join(get_args(policy))}", remedy=f"Correct {name}.")  # fmt: skip
 
 
 def _check_fit(weights: SourceWeights, network: STUNet, target: Mapping[str, Tensor], outputs: Outputs) -> None:
@@ -283,9 +279,6 @@ def _check_fit(weights: SourceWeights, network: STUNet, target: Mapping[str, Ten
         )
     n_outputs = next(parameter.shape[0] for key, parameter in target.items() if key.startswith(_HEADS))
     if len(outputs.names) != n_outputs or len(set(outputs.names)) != len(outputs.names):
-        raise UsageError(
-            "names that do not fit the network's outputs",
-            got=f"{len(outputs.names)} names",
-            expected=f"{n_outputs} different names",
-            remedy="Take the labels of the dataset that the network is built for.",
-        )
+        raise UsageError("names that do not fit the network's outputs", got=f"{len(outputs.names)} names",
+                         expected=f"{n_outputs} different names",
+                         remedy="Take the labels of the dataset that the network is built for.")  # fmt: skip

@@ -64,6 +64,9 @@ def evaluate(
     tolerance: Annotated[
         float, typer.Option(help="Tolerance of the normalised surface Dice, in mm; TotalSegmentator's 3 by default.")
     ] = 3.0,
+    trust: Annotated[
+        list[str] | None, typer.Option("--trust", help="A network class of others' that may be imported. Repeatable.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     num_processes: Annotated[int, typer.Option("-np", help="Cases to score at a time.", min=1)] = 4,
 ) -> None:
@@ -107,7 +110,8 @@ def evaluate(
     if split == "train" and names.plans.get("dataset_name") == target.folder.name:
         _warn_of_training_cases(names.path, fold, folds, predicted=predictions is None)
     if predictions is None:
-        _predict(names, target, folder / "predictions", folds=folds, device=device, mirroring=not disable_tta)
+        _predict(names, target, folder / "predictions", folds=folds, device=device, mirroring=not disable_tta,
+                 trust=trust or [])  # fmt: skip
     scores, failed = _score(jobs, num_processes)
     if scores:
         _report(scores, jobs, failed, folder, relation, names, target, as_json=as_json)
@@ -149,13 +153,14 @@ def _predict(
     folds: Sequence[str] | None,
     device: str,
     mirroring: bool,
+    trust: Sequence[str],
 ) -> None:
     from stunet.cli.options import choose_device
     from stunet.cli.predict_step import predict_cases_of
 
     cases = {case: images for case, (images, _) in target.cases.items()}
     chosen = choose_device(device)
-    predict_cases_of(names.path, cases, output, folds=folds, device=chosen, mirroring=mirroring)
+    predict_cases_of(names.path, cases, output, folds=folds, device=chosen, mirroring=mirroring, trust=trust)
 
 
 def _score(jobs: Sequence[EvaluationCase], num_processes: int) -> tuple[dict[str, CaseScores], dict[str, STUNetError]]:

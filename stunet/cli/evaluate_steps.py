@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stunet.errors import DatasetError, UsageError
+from stunet.errors import DatasetError, UsageError, reading
+from stunet.files import read_json
 
 if TYPE_CHECKING:
     from stunet.datasets import RawDataset
@@ -74,18 +74,14 @@ def read_model_names(model: Path | None, predictions: Path | None) -> ModelNames
         what, option = ("model folder", "-m") if model else ("folder of segmentations", "--predictions")
         raise UsageError(f"no such {what}", got=place, expected="one that exists", remedy=f"Correct {option}.")
     path = place / "dataset.json" if place.is_dir() else place
-    try:
-        dataset_json = json.loads(path.read_text(encoding="utf-8"))
+    with reading(path, "no names of a model's structures", DatasetError,
+                 expected="a model folder with dataset.json, which has labels",
+                 remedy="Give a model folder or its dataset.json with -m; see stunet convert."):  # fmt: skip
+        dataset_json = read_json(path)
         _ = dict(dataset_json["labels"]), len(dataset_json.get("channel_names", {}))
         plans_path = path.with_name("plans.json")
-        plans = json.loads(plans_path.read_text(encoding="utf-8")) if plans_path.is_file() else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(
-            "no names of a model's structures",
-            got=f"{path}: {type(error).__name__}: {error}",
-            expected="a model folder with dataset.json, which has labels",
-            remedy="Give a model folder or its dataset.json with -m; stunet convert makes one of published weights.",
-        ) from error
+        plans = read_json(plans_path) if plans_path.is_file() else {}
+        _ = [[float(side) for side in own.get("spacing", ())] for own in plans.get("configurations", {}).values()]
     return ModelNames(place, dataset_json, plans)
 
 

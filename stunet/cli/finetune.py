@@ -50,6 +50,9 @@ def finetune(
         bool,
         typer.Option("--overwrite", help="Replace plans that differ, and an earlier training."),
     ] = False,
+    trust: Annotated[
+        list[str] | None, typer.Option("--trust", help="A network class of others' that may be imported. Repeatable.")
+    ] = None,
     num_processes: Annotated[int, typer.Option("-np", help="Processes for planning and preprocessing.", min=1)] = 8,
 ) -> None:
     """Train a STU-Net on a dataset, starting from weights of another one.
@@ -81,6 +84,7 @@ def finetune(
             name=name,
             overwrite=overwrite,
             num_processes=num_processes,
+            trust=trust or [],
         )
     )
     assert made.transfer is not None

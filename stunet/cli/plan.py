@@ -56,6 +56,9 @@ def plan(
         str | None, typer.Option(help="Name of the new plans; STUNetPlans_SIZE by default, with --from …_SIZE_ft.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace plans that differ.")] = False,
+    trust: Annotated[
+        list[str] | None, typer.Option("--trust", help="A network class of others' that may be imported. Repeatable.")
+    ] = None,
     num_processes: Annotated[int, typer.Option("-np", help="Processes for nnU-Net's fingerprint.", min=1)] = 8,
     list_settings: Annotated[
         bool,
@@ -96,6 +99,7 @@ def plan(
             name=name,
             overwrite=overwrite,
             num_processes=num_processes,
+            trust=trust or [],
         )
     )
     _report(made.plans, made.path, preset, written=made.written)

@@ -51,6 +51,7 @@ class PlanRequest:
     name: str | None = None
     overwrite: bool = False
     num_processes: int = 8
+    trust: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,9 @@ class MadePlans:
 
 def make_plans_file(request: PlanRequest) -> MadePlans:
     """Write the plans; nnU-Net's planner runs first where it has not planned the dataset yet."""
-    weights = None if request.source is None else open_weights(find_fetched([request.source])[1])
+    weights = None
+    if request.source is not None:
+        weights = open_weights(find_fetched([request.source])[1], trust=request.trust)
     size = _choose_size(request, weights)
     recipe = None if request.preset is None else load_recipe(request.preset)
     settings = {**(recipe.settings if recipe else {}), **_settings(request, size, weights)}

@@ -64,6 +64,9 @@ def predict(
     not_on_device: Annotated[
         bool, typer.Option("--not_on_device", help="Add up logits in the machine's memory, not the device's.")
     ] = False,
+    trust: Annotated[
+        list[str] | None, typer.Option("--trust", help="A network class of others' that may be imported. Repeatable.")
+    ] = None,
     disable_progress_bar: Annotated[
         bool, typer.Option("--disable_progress_bar", "--disable-progress-bar", help="For logs.")
     ] = False,
@@ -97,6 +100,7 @@ def predict(
         n_parts=n_parts,
         save_probabilities=save_probabilities,
         previous_stage=previous_stage,
+        trust=trust or [],
     )
     with PredictionProgress(bar=not disable_progress_bar) as progress:
         predict_folder(request, progress)

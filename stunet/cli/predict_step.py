@@ -16,6 +16,7 @@ def predict_cases_of(
     folds: Sequence[str] | None = None,
     device: str = "cpu",
     mirroring: bool = True,
+    trust: Sequence[str] = (),
 ) -> None:
     """Predict cases as ``stunet predict`` does, wherever their images lie. Progress goes to standard error.
 
@@ -26,6 +27,7 @@ def predict_cases_of(
         folds: Folds whose networks are averaged; all that are there by default.
         device: ``cpu``, ``cuda`` or ``mps``.
         mirroring: Whether mirrored images are predicted too, where the model allows that.
+        trust: Classes that the model's plans may name beyond the known ones.
 
     Raises:
         CheckpointError: No checkpoint, or one that does not fit the plans.
@@ -45,6 +47,7 @@ def predict_cases_of(
         folds=folds,
         device=torch.device(device),
         mirroring=mirroring,
+        trust=trust,
     )
     with PredictionProgress(bar=stderr.is_terminal, notes=stderr) as progress:
         predict_folder(request, progress)

@@ -50,6 +50,9 @@ def rank(
     n_resamples: Annotated[int, typer.Option("--resamples", help="Bootstrap resamples of the cases.", min=10)] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of cases, points and resamples.", min=0)] = 0,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results.")] = Path("ranking"),
+    trust: Annotated[
+        list[str] | None, typer.Option("--trust", help="A network class of others' that may be imported. Repeatable.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print ranking.json instead of a table.")] = False,
 ) -> None:
     """Rank checkpoints by how well they will transfer to a dataset, without fine-tuning any of them.
@@ -79,7 +82,7 @@ def rank(
     cache = ResultCache(output / "results")
     prepared, ranking = _rank(target, cases, entries, cache, metrics=names, settings=settings, device=chosen_device,
                               per_class=per_class, n_whole=n_whole, batch_size=batch_size, n_resamples=n_resamples,
-                              seed=seed)  # fmt: skip
+                              seed=seed, trust=trust or [])  # fmt: skip
     for path in cache.outdated:
         stderr.print(f"Computed again, as another version of this package wrote it: {path}", soft_wrap=True)
     report = RankingReport(
@@ -139,6 +142,7 @@ def _rank(
         input_channels=dataset.input_channels,
         patch_size=configuration["patch_size"],
         strides=fit_strides(configuration["architecture"]["arch_kwargs"]["strides"]),
+        trust=options.pop("trust"),
     )
     columns = (BarColumn(20), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:

@@ -56,6 +56,7 @@ class FolderRequest:
         n_parts: Into how many parts they are divided.
         save_probabilities: Whether nnU-Net's files with probabilities are written; its own predictor does it.
         previous_stage: Predictions of a cascade's first stage.
+        trust: Classes that the model's plans may name beyond the known ones.
     """
 
     images: Path | Sequence[Case]
@@ -77,6 +78,7 @@ class FolderRequest:
     n_parts: int = 1
     save_probabilities: bool = False
     previous_stage: Path | None = None
+    trust: Sequence[str] = ()
 
 
 class FolderListener(Listener, Protocol):
@@ -102,7 +104,7 @@ def predict_folder(request: FolderRequest, listener: FolderListener) -> None:
         LabelError: A structure that the model does not know.
         CommandError: Cases failed; the others are predicted.
     """
-    model = load_model(request.model, request.folds, request.checkpoint_name)
+    model = load_model(request.model, request.folds, request.checkpoint_name, trust=request.trust)
     names = label_names(model.dataset_json, request.structures)
     listener.note(f"Model {model.folder}, {_plural(len(model.checkpoints), 'fold')} ({', '.join(model.checkpoints)})")
     volumes = model.plans_manager.image_reader_writer_class.__name__ in VOLUME_READERS

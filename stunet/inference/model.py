@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,11 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
-from stunet.checkpoints import check_weights, read_checkpoint
-from stunet.errors import CheckpointError, PlansError
+from stunet.checkpoints import check_network, check_weights, read_checkpoint
+from stunet.errors import CheckpointError, PlansError, reading
+from stunet.files import read_json
+from stunet.inference.label_names import label_names
+from stunet.planning import check_configuration
 
 __all__ = ["Model", "load_model"]
 
@@ -36,6 +39,7 @@ class Model:
         trainer_name: The trainer that says how the network is built.
         mirroring_axes: Axes that prediction may mirror; None for no mirroring.
         checkpoints: File of each fold, by its name in ``fold_NAME``.
+        trust: Classes that its plans may name beyond the known ones, see :func:`stunet.checkpoints.check_network`.
     """
 
     folder: Path
@@ -45,6 +49,7 @@ class Model:
     trainer_name: str
     mirroring_axes: tuple[int, ...] | None
     checkpoints: dict[str, Path]
+    trust: Sequence[str] = ()
 
     @property
     def plans_manager(self) -> Any:
@@ -77,25 +82,41 @@ class Model:
         return int(self.label_manager.num_segmentation_heads)
 
     def build_network(self) -> nn.Module:
-        """The network without its weights, as the trainer builds it for prediction."""
+        """The network without its weights, as the trainer builds it for prediction.
+
+        Raises:
+            CheckpointError: The plans name a class that is not trusted, or the trainer is not installed.
+            PlansError: No network can be built of the plans.
+        """
         trainer = _find_trainer(self.trainer_name, self.folder)
-        plans, configuration = self.plans_manager, self.configuration_manager
-        n_in = determine_num_input_channels(plans, configuration, self.dataset_json)
-        described: tuple[Any, ...] = (plans, configuration)
-        if "plans_manager" not in inspect.signature(trainer.build_network_architecture).parameters:
-            described = (  # as trainers before nnU-Net 2.6 want it
-                configuration.network_arch_class_name,
-                configuration.network_arch_init_kwargs,
-                configuration.network_arch_init_kwargs_req_import,
+        with reading(self.folder, "a model folder that nnU-Net cannot use", PlansError):
+            plans, configuration = self.plans_manager, self.configuration_manager
+            n_in = determine_num_input_channels(plans, configuration, self.dataset_json)
+            architecture = configuration.configuration.get("architecture")
+            check_network(architecture, source=f"{self.folder / 'plans.json'}", trust=self.trust)
+            described: tuple[Any, ...] = (plans, configuration)
+            if "plans_manager" not in inspect.signature(trainer.build_network_architecture).parameters:
+                described = (  # as trainers before nnU-Net 2.6 want it
+                    configuration.network_arch_class_name,
+                    configuration.network_arch_init_kwargs,
+                    configuration.network_arch_init_kwargs_req_import,
+                )
+            network: nn.Module = trainer.build_network_architecture(
+                *described, n_in, self.n_outputs, enable_deep_supervision=False
             )
-        network: nn.Module = trainer.build_network_architecture(
-            *described, n_in, self.n_outputs, enable_deep_supervision=False
-        )
         return network
 
     def weights(self, fold: str) -> dict[str, Tensor]:
-        """Weights of a fold, mapped from its file."""
+        """Weights of a fold, mapped from its file.
+
+        Raises:
+            CheckpointError: The file cannot be read, or its weights do not fit the network, which takes no memory yet.
+        """
         weights: dict[str, Tensor] = read_checkpoint(self.checkpoints[fold])["network_weights"]
+        with torch.device("meta"):
+            network = self.build_network()
+        with reading(self.checkpoints[fold]):
+            check_weights(weights, network.state_dict(), source=self.checkpoints[fold])
         return weights
 
     def networks(self, device: torch.device) -> list[nn.Module]:
@@ -105,16 +126,20 @@ class Model:
             CheckpointError: Weights that do not fit the network, or a trainer that is not installed.
         """
         networks = []
-        for fold, path in self.checkpoints.items():
-            network, weights = self.build_network(), self.weights(fold)
-            check_weights(weights, network.state_dict(), source=path)
+        for fold in self.checkpoints:
+            weights = self.weights(fold)
+            network = self.build_network()
             network.load_state_dict(weights)
             networks.append(network.to(device).eval())
         return networks
 
 
 def load_model(
-    folder: str | os.PathLike[str], folds: Sequence[str] | None = None, checkpoint_name: str = CHECKPOINT
+    folder: str | os.PathLike[str],
+    folds: Sequence[str] | None = None,
+    checkpoint_name: str = CHECKPOINT,
+    *,
+    trust: Sequence[str] = (),
 ) -> Model:
     """Read a folder that nnU-Net's training wrote.
 
@@ -122,6 +147,7 @@ def load_model(
         folder: With ``plans.json``, ``dataset.json`` and ``fold_*``.
         folds: Names of folds, such as ``0`` or ``all``; None for those that are there, ``all`` only without others.
         checkpoint_name: File in each fold's folder.
+        trust: Classes that the plans may name beyond the known ones.
 
     Raises:
         PlansError: Plans or dataset description are missing or cannot be used.
@@ -129,62 +155,57 @@ def load_model(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise PlansError(
-            "missing model folder",
-            got=folder,
-            expected="a folder with plans.json, dataset.json and fold_0",
-            remedy="Check -m, or -d, -tr, -p and -c.",
-        )
+        raise PlansError("missing model folder", got=folder,
+                         expected="a folder with plans.json, dataset.json and fold_0",
+                         remedy="Check -m, or -d, -tr, -p and -c.")  # fmt: skip
     plans, dataset_json = (_read_json(folder / name) for name in ("plans.json", "dataset.json"))
     checkpoints = _find_checkpoints(folder, folds, checkpoint_name)
     first = next(iter(checkpoints.values()))
     checkpoint = read_checkpoint(first)
-    arguments = checkpoint.get("init_args", {})
-    try:
+    remedy = "Copy the whole folder again from where it was trained."
+    with reading(folder, "a model folder that nnU-Net cannot use", PlansError, remedy=remedy):
         axes = checkpoint.get("inference_allowed_mirroring_axes")
         model = Model(
             folder,
             plans,
             dataset_json,
-            str(arguments["configuration"]),
+            str(checkpoint["init_args"]["configuration"]),
             str(checkpoint["trainer_name"]),
             None if axes is None else tuple(int(a) for a in axes),
             checkpoints,
+            tuple(trust),
         )
         for needed in ("channel_names", "labels", "file_ending"):
             if needed not in dataset_json and not (needed == "channel_names" and "modality" in dataset_json):
                 raise KeyError(needed)
-        _ = model.configuration_manager.patch_size, model.n_outputs
-    except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError, IndexError, ValueError) as error:
-        raise PlansError(
-            "a model folder that nnU-Net cannot use",
-            got=f"{folder}: {type(error).__name__}: {str(error)[:200]}",
-            expected="plans.json, dataset.json and checkpoint of one training",
-            remedy="Copy the whole folder again from where it was trained.",
-        ) from error
+        configuration = model.configuration_manager
+        check_configuration(plans, configuration.configuration, model.n_channels)
+        check_network(configuration.configuration["architecture"], source=str(folder / "plans.json"), trust=trust)
+        if not re.fullmatch(r"(\.\w+)+", model.file_ending) or model.n_outputs < 1:
+            raise ValueError(f"file_ending {model.file_ending[:40]}, {model.n_outputs} outputs")
+        for name, values in label_names(dataset_json).structures.items():
+            if any(not 0 < value < 2**16 for value in values):
+                raise ValueError(f"label {values} of {name[:40]}")
+        used = (model.plans_manager.image_reader_writer_class, configuration.preprocessor_class)
+        resampling = (configuration.resampling_fn_data, configuration.resampling_fn_seg,
+                      configuration.resampling_fn_probabilities)  # fmt: skip
+        for found in (*used, *(function.func for function in resampling)):
+            if not str(getattr(found, "__module__", "")).startswith("nnunetv2."):
+                raise ValueError(f"{found} is nothing that nnU-Net prepares images with")
+        if any(not 0 <= axis < len(configuration.patch_size) for axis in model.mirroring_axes or ()):
+            raise ValueError(f"mirroring along {model.mirroring_axes}")
     return model
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        present = sorted(entry.name for entry in path.parent.iterdir())
-        missing = isinstance(error, FileNotFoundError)
-        raise PlansError(
-            f"a model folder without {path.name}" if missing else "a file of the model that cannot be read",
-            got=f"{path.parent} with {', '.join(present) or 'nothing'}" if missing else f"{path}: {error}",
-            expected=f"{path.name}, as training writes it",
-            remedy=f"Copy {path.name} from where the model was trained.",
-        ) from error
-    if not isinstance(content, dict):
-        raise PlansError(
-            "a file of the model that cannot be read",
-            got=f"{path}: a {type(content).__name__}",
-            expected="a JSON object",
-            remedy=f"Copy {path.name} from where the model was trained.",
-        )
-    return content
+    if path.is_file():
+        with reading(path, "a file of the model that cannot be read", PlansError,
+                     remedy=f"Copy {path.name} from where the model was trained."):  # fmt: skip
+            return read_json(path)
+    present = ", ".join(sorted(entry.name for entry in path.parent.iterdir())) or "nothing"
+    raise PlansError(f"a model folder without {path.name}", got=f"{path.parent} with {present}",
+                     expected=f"{path.name}, as training writes it",
+                     remedy=f"Copy {path.name} from where the model was trained.")  # fmt: skip
 
 
 def _find_checkpoints(folder: Path, folds: Sequence[str] | None, name: str) -> dict[str, Path]:
@@ -215,9 +236,7 @@ def _find_trainer(name: str, folder: Path) -> Any:
 
 
 def _unknown_trainer(name: str, folder: Path, reason: str) -> CheckpointError:
-    return CheckpointError(
-        "a trainer that is not installed",
-        got=f"{folder}: {name} ({reason.splitlines()[0][:200] if reason else 'not found'})",
-        expected="nnU-Net's own trainer, or one in the folder that nnUNet_extTrainer names",
-        remedy="Set nnUNet_extTrainer to the folder with this trainer.",
-    )
+    return CheckpointError("a trainer that is not installed",
+                           got=f"{folder}: {name} ({reason.splitlines()[0][:200] if reason else 'not found'})",
+                           expected="nnU-Net's own trainer, or one in the folder that nnUNet_extTrainer names",
+                           remedy="Set nnUNet_extTrainer to the folder with this trainer.")  # fmt: skip

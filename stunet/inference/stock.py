@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from stunet.checkpoints import check_weights
 from stunet.files import move_into_place
 from stunet.inference.images import Case
 from stunet.inference.labels import label_type
@@ -76,12 +75,9 @@ def _predictor(prediction: Prediction) -> nnUNetPredictor:
         perform_everything_on_device=prediction.results_on_device,
         device=prediction.device,
     )
-    network = model.build_network()
     weights = [model.weights(fold) for fold in model.checkpoints]
-    for each, path in zip(weights, model.checkpoints.values(), strict=True):
-        check_weights(each, network.state_dict(), source=path)
     predictor.manual_initialization(
-        network,
+        model.build_network(),
         model.plans_manager,
         model.configuration_manager,
         weights,

@@ -16,6 +16,7 @@ from stunet.planning.presets import Preset, list_presets, load_preset
 from stunet.planning.recipes import Recipe, apply_recipe, list_recipes, load_recipe
 from stunet.planning.rewrite import (
     NETWORK_CLASS_NAME,
+    check_configuration,
     check_plans,
     fit_strides,
     has_own_architecture,
@@ -57,6 +58,7 @@ __all__ = [
     "Setting",
     "Strategy",
     "apply_recipe",
+    "check_configuration",
     "check_plans",
     "check_settings",
     "describe_model",

@@ -14,11 +14,12 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from stunet.checkpoints import SourceWeights
-from stunet.errors import CheckpointError, PlansError
+from stunet.checkpoints.archives import MODEL_CARD
+from stunet.errors import CheckpointError, PlansError, reading
 from stunet.files import atomic_folder, file_sha256, refuse_existing, write_json
 from stunet.labels import Vocabulary
 from stunet.network import STUNetSize
-from stunet.planning.rewrite import check_plans, resolve_configuration, rewrite_configuration
+from stunet.planning.rewrite import check_configuration, check_plans, resolve_configuration, rewrite_configuration
 from stunet.planning.v1_plans import PRETRAINING, Preparation, read_v1_plans
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 CONFIGURATION = "3d_fullres"
+_CHECKPOINT = "fold_0/checkpoint_final.pth"
 _RESAMPLING = "resample_data_or_seg_to_shape"
 
 
@@ -170,33 +172,26 @@ def configuration_for(preparation: Preparation, data_identifier: str) -> dict[st
 def _from_nnunet_v2(weights: SourceWeights, labels: Vocabulary | None) -> ModelDescription:
     plans, name = deepcopy(weights.init_args["plans"]), str(weights.init_args["configuration"])
     source = str(weights.path)
-    check_plans(plans, source=source)
+    with reading(source, "a checkpoint whose plans cannot be used", PlansError):
+        check_plans(plans, source=source)
     dataset_json = deepcopy(weights.init_args.get("dataset_json"))
     if not isinstance(dataset_json, dict) or not {"channel_names", "labels"} <= set(dataset_json):
-        raise PlansError(
-            "a checkpoint without a dataset description",
-            got=source,
-            expected="init_args with 'dataset_json', as nnU-Net v2 writes them",
-            remedy="Take the checkpoint as nnUNetv2_train wrote it.",
-        )
+        raise PlansError("a checkpoint without a dataset description", got=source,
+                         expected="init_args with 'dataset_json', as nnU-Net v2 writes them",
+                         remedy="Take the checkpoint as nnUNetv2_train wrote it.")  # fmt: skip
     if labels is not None:
         dataset_json["labels"] = labels.as_dataset_labels()
         dataset_json.pop("regions_class_order", None)
     plans.pop("continue_training", None)  # nnU-Net passes it through the plans while it trains
-    try:
+    with reading(source, "a checkpoint whose plans or dataset description nnU-Net cannot use", PlansError,
+                 remedy="Take the checkpoint as nnUNetv2_train wrote it."):  # fmt: skip
         # Of foreign plans only what the weights need: others may name networks that are not installed, or worse.
         configuration = resolve_configuration(plans, name)
         configuration.pop("inherits_from", None)
+        check_configuration(plans, configuration, len(dataset_json["channel_names"]))
         plans["configurations"] = {name: configuration}
         plans["configurations"][name] = rewrite_configuration(plans, name, size=weights.architecture.size)
         _check_heads(plans, name, dataset_json, weights)
-    except (KeyError, TypeError, AttributeError, AssertionError, RuntimeError, IndexError) as error:
-        raise PlansError(
-            "a checkpoint whose plans or dataset description nnU-Net cannot use",
-            got=f"{source}: {type(error).__name__}: {str(error)[:200]}",
-            expected="init_args as nnU-Net v2 writes them",
-            remedy="Take the checkpoint as nnUNetv2_train wrote it.",
-        ) from error
     return ModelDescription(
         plans=plans,
         configuration=name,
@@ -249,9 +244,10 @@ def write_model_folder(
         with atomic_folder(folder) as temporary:
             write_json(description.plans, temporary / "plans.json")
             write_json(description.dataset_json, temporary / "dataset.json")
-            write_json(card, temporary / "model_card.json")
             (temporary / "fold_0").mkdir()
-            torch.save(_checkpoint(weights, description), temporary / "fold_0" / "checkpoint_final.pth")
+            torch.save(_checkpoint(weights, description), temporary / _CHECKPOINT)
+            card["files"] = {_CHECKPOINT: file_sha256(temporary / _CHECKPOINT)}  # compared whenever it is read
+            write_json(card, temporary / MODEL_CARD)
     except (OSError, RuntimeError) as error:
         n_bytes = sum(tensor.nbytes for tensor in weights.tensors.values())
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from stunet.environment import require_configuration
-from stunet.errors import PlansError, SettingsError
+from stunet.errors import PlansError, SettingsError, reading
 from stunet.network import N_STAGES, STUNetSize, size_of, total_stride
 from stunet.network.blocks import CONV_OPS
 from stunet.settings import SETTINGS, SETTINGS_KEY, check_settings
 
 __all__ = [
     "NETWORK_CLASS_NAME",
+    "check_configuration",
     "check_plans",
     "fit_strides",
     "has_own_architecture",
@@ -55,6 +57,37 @@ def check_plans(plans: Any, *, source: str) -> None:
     _check_no_misplaced_settings(plans, source)
 
 
+def check_configuration(plans: Mapping[str, Any], configuration: Mapping[str, Any], n_channels: int) -> None:
+    """Check the numbers with which images are prepared for a model of others'.
+
+    Args:
+        plans: Plans of nnU-Net v2.
+        configuration: One of theirs, with all that it inherits.
+        n_channels: Images of a case.
+
+    Raises:
+        ValueError: One that would fail, or be endless; other content raises what it may. Callers wrap this in
+            :func:`stunet.errors.reading`.
+    """
+    patch, spacing = configuration["patch_size"], configuration["spacing"]
+    if len(patch) not in (2, 3) or any(type(n) is not int or n < 1 for n in patch) or math.prod(patch) > 2**28:
+        raise ValueError(f"patch_size {str(patch)[:60]}")
+    if len(spacing) not in (2, 3) or not all(0 < float(side) < math.inf for side in spacing):
+        raise ValueError(f"spacing {str(spacing)[:60]}")
+    forward, backward = plans["transpose_forward"], plans["transpose_backward"]
+    if sorted(forward) != [0, 1, 2] or [forward[axis] for axis in backward] != [0, 1, 2]:
+        raise ValueError(f"transpose_forward {str(forward)[:60]}, transpose_backward {str(backward)[:60]}")
+    schemes = configuration["normalization_schemes"]
+    if min(len(schemes), len(configuration["use_mask_for_norm"])) < n_channels:
+        raise ValueError(f"normalization_schemes {str(schemes)[:60]} for {n_channels} channels")
+    for channel, scheme in enumerate(schemes):
+        if scheme == "CTNormalization":
+            statistics = plans["foreground_intensity_properties_per_channel"][str(channel)]
+            for name in ("mean", "std", "percentile_00_5", "percentile_99_5"):
+                if not math.isfinite(statistics[name]):
+                    raise ValueError(f"intensity statistics of channel {channel}: {name} is {statistics[name]}")
+
+
 def _check_no_misplaced_settings(plans: Plans, source: str) -> None:
     """Refuse what was meant as a setting but would be passed over without a word."""
     misplaced = [key for key in plans if key.lower() == SETTINGS_KEY]
@@ -90,16 +123,11 @@ def resolve_configuration(plans: Plans, name: str) -> dict[str, Any]:
         PlansError: There is no such configuration.
     """
     require_configuration(plans, name)
-    try:
+    with reading(plans.get("plans_name", "the plans"), f"configuration {name} cannot be read", PlansError,
+                 expected="an architecture with strides and a patch_size, its own or inherited",
+                 remedy="Start from plans that nnU-Net's planners for convolutional networks wrote."):  # fmt: skip
         resolved: dict[str, Any] = PlansManager(deepcopy(plans)).get_configuration(name).configuration
-        _ = resolved["architecture"]["arch_kwargs"]["strides"], resolved["patch_size"]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise PlansError(
-            f"configuration {name} cannot be read",
-            got=f"{type(error).__name__}: {error}",
-            expected="an architecture with strides and a patch_size, its own or inherited",
-            remedy="Start from plans that nnU-Net's planners for convolutional networks wrote.",
-        ) from error
+        _ = fit_strides(resolved["architecture"]["arch_kwargs"]["strides"]), resolved["patch_size"]
     return resolved
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from stunet.errors import PlansError
+from stunet.errors import PlansError, reading
 from stunet.planning.rewrite import fit_strides
 
 __all__ = ["PRETRAINING", "Preparation", "read_v1_plans"]
@@ -89,28 +90,30 @@ def read_v1_plans(
     Raises:
         PlansError: Plans of other weights, a normalization that is unknown, or clipping without statistics.
     """
-    _check_counts(plans, input_channels, num_classes, source)
-    names = [
-        str(_channel(plans["normalization_schemes"], c, "normalization_schemes", source)) for c in range(input_channels)
-    ]
-    modalities = plans.get("modalities") or dict(enumerate(names))
-    common: dict[str, Any] = {
-        "channel_names": [str(_channel(modalities, c, "modalities", source)) for c in range(input_channels)],
-        "normalization_schemes": [_scheme(name, source) for name in names],
-        "use_mask_for_norm": [
-            bool(_channel(plans.get("use_mask_for_norm") or {}, c, "use_mask_for_norm", source, default=False))
+    with reading(source, _UNUSABLE, PlansError, remedy=_REMEDY):
+        _check_counts(plans, input_channels, num_classes, source)
+        names = [
+            str(_channel(plans["normalization_schemes"], c, "normalization_schemes", source))
             for c in range(input_channels)
-        ],
-        "intensity_properties": [_statistics(plans, c, name, source) for c, name in enumerate(names)],
-        "transpose_forward": _numbers(
-            plans.get("transpose_forward", [0, 1, 2]), int, "transpose_forward", source, at_least=0
-        ),
-        "transpose_backward": _numbers(
-            plans.get("transpose_backward", [0, 1, 2]), int, "transpose_backward", source, at_least=0
-        ),
-    }
-    _check_transposes(common["transpose_forward"], common["transpose_backward"], source)
-    return Preparation(**_stage(plans, init, source), **common)
+        ]
+        modalities = plans.get("modalities") or dict(enumerate(names))
+        common: dict[str, Any] = {
+            "channel_names": [str(_channel(modalities, c, "modalities", source)) for c in range(input_channels)],
+            "normalization_schemes": [_scheme(name, source) for name in names],
+            "use_mask_for_norm": [
+                bool(_channel(plans.get("use_mask_for_norm") or {}, c, "use_mask_for_norm", source, default=False))
+                for c in range(input_channels)
+            ],
+            "intensity_properties": [_statistics(plans, c, name, source) for c, name in enumerate(names)],
+            "transpose_forward": _numbers(
+                plans.get("transpose_forward", [0, 1, 2]), int, "transpose_forward", source, at_least=0
+            ),
+            "transpose_backward": _numbers(
+                plans.get("transpose_backward", [0, 1, 2]), int, "transpose_backward", source, at_least=0
+            ),
+        }
+        _check_transposes(common["transpose_forward"], common["transpose_backward"], source)
+        return Preparation(**_stage(plans, init, source), **common)
 
 
 def _stage(plans: Mapping[str, Any], init: Sequence[Any], source: str) -> dict[str, Any]:
@@ -121,18 +124,11 @@ def _stage(plans: Mapping[str, Any], init: Sequence[Any], source: str) -> dict[s
             name: getattr(PRETRAINING, name)
             for name in ("spacing", "patch_size", "batch_size", "median_shape", "median_spacing", "strides")
         } | {"batch_dice": dice}
-    if not isinstance(stages, Mapping):
-        raise _unusable(source, "plans_per_stage", stages, "stages by number")
-    if not all(isinstance(number, int) for number in stages):
-        raise _unusable(source, "plans_per_stage", list(stages), "stages by number")
     index = init[5] if len(init) > 5 and isinstance(init[5], int) and init[5] in stages else max(stages)
     stage = stages[index]
     needed = ("current_spacing", "patch_size", "batch_size", "pool_op_kernel_sizes")
-    missing = [key for key in needed if key not in stage] if isinstance(stage, Mapping) else list(needed)
-    if missing:
+    if missing := [key for key in needed if key not in stage]:
         raise _unusable(source, f"stage {index}", f"no {', '.join(missing)}", "a stage as nnU-Net v1 plans it")
-    if not isinstance(stage["pool_op_kernel_sizes"], list | tuple):
-        raise _unusable(source, "pool_op_kernel_sizes", stage["pool_op_kernel_sizes"], "a list of strides")
     pools = [_numbers(pool, int, "pool_op_kernel_sizes", source) for pool in stage["pool_op_kernel_sizes"]]
     spacing = _numbers(stage["current_spacing"], float, "current_spacing", source)
     patch = _numbers(stage["patch_size"], int, "patch_size", source)
@@ -183,10 +179,7 @@ def _scheme(name: str, source: str) -> str:
 def _statistics(plans: Mapping[str, Any], channel: int, scheme: str, source: str) -> dict[str, float]:
     properties = (plans.get("dataset_properties") or {}).get("intensityproperties")
     found = _channel(properties, channel, "intensityproperties", source) if properties else {}
-    try:
-        statistics = {ours: float(found[theirs]) for ours, theirs in _STATISTICS.items() if theirs in found}
-    except (TypeError, ValueError):
-        raise _unusable(source, "intensityproperties", found, "numbers by name") from None
+    statistics = {ours: float(found[theirs]) for ours, theirs in _STATISTICS.items() if theirs in found}
     missing = [
         theirs
         for ours, theirs in _STATISTICS.items()
@@ -196,6 +189,8 @@ def _statistics(plans: Mapping[str, Any], channel: int, scheme: str, source: str
         raise _unusable(
             source, "intensityproperties", f"no {', '.join(missing)}", "the statistics that CT clipping needs"
         )
+    if not all(map(math.isfinite, statistics.values())):
+        raise _unusable(source, "intensityproperties", statistics, "finite numbers")
     return statistics
 
 
@@ -216,9 +211,9 @@ def _check_transposes(forward: list[int], backward: list[int], source: str) -> N
 
 
 def _unusable(source: str, key: str, got: Any, expected: str) -> PlansError:
-    return PlansError(
-        "plans of nnU-Net v1 that cannot be used",
-        got=f"{source}: {key}: {got if isinstance(got, str) else reprlib.repr(got)}"[:300],
-        expected=expected,
-        remedy="Give the pickle that was published with the weights, or leave it out for the pre-training preset.",
-    )
+    shown = got if isinstance(got, str) else reprlib.repr(got)
+    return PlansError(_UNUSABLE, got=f"{source}: {key}: {shown}"[:300], expected=expected, remedy=_REMEDY)
+
+
+_UNUSABLE = "plans of nnU-Net v1 that cannot be used"
+_REMEDY = "Give the pickle that was published with the weights, or leave it out for the pre-training preset."

@@ -21,7 +21,7 @@ from stunet.checkpoints.sharded import (
     remove_sharded,
     remove_sharded_leftovers,
 )
-from stunet.errors import CheckpointError
+from stunet.errors import CheckpointError, reading
 from stunet.files import atomic_path, remove_leftovers
 from stunet.training.optimizer_states import load_state, named_state, numbered_state, split_state, tensors_like
 from stunet.training.sharding import ShardedTrainer
@@ -142,14 +142,7 @@ class CheckpointingTrainer(ShardedTrainer):
             self._load_pieces(path)
         else:
             self.gather_network()
-            check_weights(read_checkpoint(path)["network_weights"], self._plain_network().state_dict(), source=path)
-            with self._as_one_process():  # which has no wrapper that nnU-Net would look into
-                network, self.network = self.network, self._plain_network()
-                try:
-                    # It unpickles without restraint, which is safe now: the file passed the restricted reader.
-                    super().load_checkpoint(str(path))
-                finally:
-                    self.network = network
+            self._load_whole(read_checkpoint(path), path)
         self._continued = True
 
     def _candidates(self) -> list[Path]:
@@ -182,6 +175,25 @@ class CheckpointingTrainer(ShardedTrainer):
         self.print_to_log_file(f"Found {found}; continuing from {_name(chosen)}")
         return chosen
 
+    def _load_whole(self, checkpoint: dict[str, Any], path: Path) -> None:
+        """What the restricted reader has read; nnU-Net would read the file again, without restraint."""
+        network = self._plain_network()
+        check_weights(checkpoint["network_weights"], network.state_dict(), source=path)
+        with reading(path, "a checkpoint that a training cannot continue from"):
+            network.load_state_dict(checkpoint["network_weights"])
+            self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+            scaler: Any = self.grad_scaler
+            if scaler is not None and checkpoint["grad_scaler_state"] is not None:
+                scaler.load_state_dict(checkpoint["grad_scaler_state"])
+            self._load_progress(checkpoint)
+
+    def _load_progress(self, content: dict[str, Any]) -> None:
+        self.my_init_kwargs = content["init_args"]
+        self.current_epoch = content["current_epoch"]
+        self.logger.load_checkpoint(content["logging"])
+        self._best_ema = content["_best_ema"]
+        self.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
+
     def _load_pieces(self, version: Path) -> None:
         content, shapes = read_sharded(version)
         lacking = [key for key in _PROGRESS if key not in content]
@@ -200,11 +212,7 @@ class CheckpointingTrainer(ShardedTrainer):
         room = {_NETWORK + name: value for name, value in network.state_dict().items()}
         load_sharded(version, room | {_OPTIMIZER + name: value for name, value in state.items()})
         load_state(self.optimizer, network, content["optimizer"], state, source=version)
-        self.my_init_kwargs = content["init_args"]
-        self.current_epoch = content["current_epoch"]
-        self.logger.load_checkpoint(content["logging"])
-        self._best_ema = content["_best_ema"]
-        self.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
+        self._load_progress(content)
 
 
 def set_aside(folder: Path) -> None:

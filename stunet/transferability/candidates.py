@@ -41,11 +41,13 @@ class Target:
         input_channels: Channels of the images.
         patch_size: Voxels of a patch; two axes in a 2D configuration.
         strides: Stride of each of STU-Net's six stages for each axis, see :func:`stunet.planning.fit_strides`.
+        trust: Classes that the plans of candidates may name, see :func:`stunet.checkpoints.check_network`.
     """
 
     input_channels: int
     patch_size: Sequence[int]
     strides: Sequence[Sequence[int]]
+    trust: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +155,7 @@ def build_candidate(
         CheckpointError: As for :func:`load_candidate`.
         UsageError: An unknown policy.
     """
-    weights = open_any_weights(path)
+    weights = open_any_weights(path, target.trust)
     n_axes = weights.architecture.n_axes
     if n_axes != len(target.patch_size):
         raise CheckpointError(
@@ -211,7 +213,7 @@ def _load(weights: SourceWeights | UNetWeights, network: nn.Module, stem: StemPo
         outputs = Outputs(tuple(f"output {i}" for i in range(n_outputs)), exclusive=True)
         input_channels = transfer_weights(weights, stunet, outputs, stem=stem, head="fresh").input_channels[1]
     else:
-        _checked_kind(weights, network, type(network).__name__ == weights.architecture.name)
+        _checked_kind(weights, network, type(network).__name__ == weights.architecture.name.rpartition(".")[2])
         input_channels = _transfer_unet(weights, network, stem)
     network.eval()
     origin, architecture = source_outputs(weights), weights.architecture
