@@ -21,14 +21,17 @@ class ListOptionsCommand(TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat the name of a list option before each further value."""
+        """Repeat the name of a list option before each further value; take hyphens for underscores."""
+        known = {name for p in self.params for name in p.opts}
         names = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
         expanded: list[str] = []
         current: str | None = None
         n_values = 0
         for arg in args:
             if arg.startswith("-"):
-                name, has_value, _ = arg.partition("=")
+                name, has_value, value = arg.partition("=")
+                if name not in known and (underscored := f"--{name[2:].replace('-', '_')}") in known:
+                    name, arg = underscored, f"{underscored}{has_value}{value}"  # --disable-tta for --disable_tta
                 current, n_values = (name if name in names else None), int(bool(has_value))
             elif current is not None:
                 if n_values:

@@ -9,7 +9,7 @@ def choose_device(device: str) -> str:
     """The device to compute on.
 
     Args:
-        device: ``cpu``, ``cuda`` or ``mps``; ``auto`` takes CUDA where it is available.
+        device: ``cpu``, ``cuda`` or ``mps``; ``auto`` takes the first that is there of CUDA, MPS and the CPU.
 
     Raises:
         UsageError: Something else, or a device that PyTorch does not find.
@@ -22,7 +22,7 @@ def choose_device(device: str) -> str:
 
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
-        return "cuda" if available["cuda"] else "cpu"
+        return next(name for name in ("cuda", "mps", "cpu") if available[name])
     if not available[device]:
         raise UsageError(
             "a device that PyTorch does not find",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from stunet.checkpoints import check_weights
 from stunet.files import move_into_place
-from stunet.inference.images import Case
+from stunet.inference.images import Case, as_nifti
 from stunet.inference.labels import label_type
 from stunet.inference.outputs import WritingJob, write_outputs
 from stunet.inference.pipeline import Listener, Prediction, describe
@@ -51,18 +52,19 @@ def predict_with_nnunet(
         folder = scratch / case.name
         folder.mkdir()
         try:
+            case = as_nifti(case, prediction.model.file_ending, folder)
             predictor.predict_from_files_sequential(
                 [[str(path) for path in case.files]],
                 [str(folder / "stock")],
                 save_probabilities=save_probabilities,
                 folder_with_segs_from_prev_stage=None if previous_stage is None else str(previous_stage),
             )
-            _write(case, prediction, folder, save_probabilities=save_probabilities)
+            found = _write(case, prediction, folder, save_probabilities=save_probabilities)
         except Exception as error:  # the other cases can do without this one
             failures[case.name] = describe(error)
             listener.failed(case, failures[case.name])
         else:
-            listener.finished(case)
+            listener.finished(case, found)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return failures
@@ -92,7 +94,7 @@ def _predictor(prediction: Prediction) -> nnUNetPredictor:
     return predictor
 
 
-def _write(case: Case, prediction: Prediction, folder: Path, *, save_probabilities: bool) -> None:
+def _write(case: Case, prediction: Prediction, folder: Path, *, save_probabilities: bool) -> dict[str, dict[str, Any]]:
     model = prediction.model
     labels, properties = model.plans_manager.image_reader_writer_class().read_seg(
         str(folder / f"stock{model.file_ending}")
@@ -101,7 +103,7 @@ def _write(case: Case, prediction: Prediction, folder: Path, *, save_probabiliti
     if save_probabilities:
         for ending in (".npz", ".pkl"):
             move_into_place(folder / f"stock{ending}", prediction.output / f"{case.name}{ending}")
-    write_outputs(
+    return write_outputs(
         WritingJob(
             case,
             folder / "labels.npy",
