@@ -17,6 +17,7 @@ from stunet.cli import (
     imports,
     info,
     labels,
+    list_names,
     plan,
     predict,
     rank,
@@ -45,6 +46,7 @@ app.command("rank-eval")(rank_eval.rank_eval)
 app.command("evaluate", cls=ListOptionsCommand)(evaluate.evaluate)
 app.command("predict", cls=ListOptionsCommand, epilog=predict.EXAMPLES)(predict.predict)
 app.command("convert")(convert.convert)
+app.command("list", epilog=list_names.EXAMPLES)(list_names.list_names)
 app.add_typer(weights.app, name="weights")
 app.command("env")(env.env)
 app.command("demo")(demo.demo)

@@ -95,9 +95,8 @@ def write_outputs(job: WritingJob) -> dict[str, dict[str, Any]]:
         image, properties = reader.read_images([str(path) for path in job.case.files])
         if job.crop is not None:
             spacings = properties["spacing"], job.properties["spacing"]
-            image = resample_image(
-                image[(slice(None), *job.crop)], labels.shape, *spacings, order=1, force_separate_z=False
-            )
+            image = np.stack([channel[job.crop] for channel in image])
+            image = resample_image(image, labels.shape, *spacings, order=1, force_separate_z=False)
         if job.options.statistics:
             _write_statistics(image, labels, job)
         if job.options.preview:
