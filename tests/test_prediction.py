@@ -168,7 +168,8 @@ def test_all_files(made: Path, tmp_path: Path) -> None:
     assert listener.finished_cases == ["case_0", "case_1"]
     structures = [f"structure_{i}" for i in range(1, 8)]
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == sorted(
-        ["dataset.json", "labels.json", "plans.json", "predict_from_raw_data_args.json", "statistics.csv"]
+        ["dataset.json", "labels.json", "manifest.json", "plans.json", "predict_from_raw_data_args.json"]
+        + ["statistics.csv"]
         + [f"case_{i}{ending}" for i in (0, 1) for ending in (".nii.gz",)]
         + [f"{folder}/case_{i}.{ending}" for i in (0, 1) for folder, ending in
            (("statistics", "json"), ("previews", "png"))]

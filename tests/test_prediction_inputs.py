@@ -191,7 +191,7 @@ def shift(amount: float, only: int | None = None, along: int = 2) -> Callable[[i
         (shift(0.9, only=4), None, "mm between"),
         (shift(0.4, along=1), None, "tilted gantry"),
         (lambda i, tags: tags.update({"0020|0037": "1\\0\\0\\0\\1\\0"}) if i == 3 else None, None, "orientation"),
-        (lambda i, tags: tags.pop("0020|0032"), None, "cannot be read"),
+        (lambda i, tags: tags.pop("0020|0032"), None, "no regular volume"),
         (shift(0.1, only=4), None, None),  # as rounded positions have it
     ],
     ids=["missing", "doubled", "uneven", "tilted", "turned", "nowhere", "rounded"],
@@ -243,13 +243,7 @@ def test_voxels_at_the_models_spacing_lie_where_nnunets_preprocessing_has_them(
     grid.SetOrigin((50.0, -70.0, 30.0))
     turned = np.array([[0, 1, 0], [-1, 0, 0], [0, 0, 1]]) @ AXES
     grid.SetDirection(turned.ravel().tolist())
-    points = np.array(
-        [
-            grid.TransformContinuousIndexToPhysicalPoint(p[::-1])
-            for p in np.ndindex(*shape, 1)
-            for p in [tuple(map(float, p[:3]))]
-        ]
-    )
+    points = np.array([grid.TransformIndexToPhysicalPoint(index[::-1]) for index in np.ndindex(*shape)])
     coordinates = points.reshape(*shape, 3).astype(np.float32) + 1000  # 0 is cropped
     plans_content = json.loads((model / "plans.json").read_text())
     content = plans_content["configurations"]["3d_fullres"]
@@ -275,9 +269,7 @@ def test_voxels_at_the_models_spacing_lie_where_nnunets_preprocessing_has_them(
     written = sitk.ReadImage(str(tmp_path / "out" / "c0.nii.gz"))
     assert sorted(written.GetSize()) == sorted(resampled[0].shape)
     assert np.allclose(sorted(written.GetSpacing()), sorted((1.2, 1.3, 1.5)), rtol=0.06)
-    if "Reorient" in reader:  # the labels are written in the image's own orientation
-        written = sitk.DICOMOrient(written, "RAS" if reader.startswith("SimpleITK") else "LPS")
-    if reader == "NibabelIOWithReorient":  # RAS in NIfTI's terms is what ITK calls LPS turned about
+    if "Reorient" in reader:  # which works in RAS, and writes in the image's own orientation
         written = sitk.DICOMOrient(written, "RAS")
     here = np.array([written.TransformIndexToPhysicalPoint(p[::-1]) for p in np.ndindex(*resampled[0].shape)])
     here = here.reshape(*resampled[0].shape, 3)
@@ -314,10 +306,11 @@ def test_labels_at_the_models_spacing_are_the_largest_logits(
         inside = sitk.GetArrayFromImage(low) == value
         assert of_structure["voxels"] == inside.sum()
         assert of_structure["volume_ml"] == pytest.approx(inside.sum() * voxel, abs=1e-5)
-        assert of_structure["volume_ml"] == pytest.approx(full[f"structure_{value}"]["volume_ml"], rel=0.2, abs=0.02)
         inside &= there > -1e6  # SimpleITK has no values beyond the centres of the outermost voxels
         mean = of_structure["mean_intensity"][0]
         assert mean == pytest.approx(there[inside].mean(), abs=12)
+    volumes = [sum(s["volume_ml"] for s in of.values()) for of in (measured, full)]
+    assert volumes[0] == pytest.approx(volumes[1], rel=0.05)
     mask = sitk.ReadImage(str(tmp_path / "low" / "a" / "segmentations" / "structure_1.nii.gz"))
     assert mask.GetOrigin() == low.GetOrigin()
     regions = write_model(

@@ -27,7 +27,7 @@ def list_names(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the published models, the label systems of datasets, and the structures of each with --of."""
-    content = _everything() if of is None else {"name": of, "structures": _structures(of)}
+    content: dict[str, Any] = _everything() if of is None else {"name": of, "structures": _structures(of)}
     if as_json:
         typer.echo(json.dumps(content, indent=2))
     elif of is None:

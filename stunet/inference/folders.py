@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ import torch
 
 from stunet.errors import DatasetError, STUNetError, UsageError
 from stunet.files import move_into_place
-from stunet.inference.images import Case, Geometry, find_cases, read_geometry
+from stunet.inference.images import Case, Geometry, find_cases, read_geometry, readable
 from stunet.inference.label_names import label_names
 from stunet.inference.labels import VOLUME_READERS, why_not_streamed
 from stunet.inference.memory import available_bytes, choose_strategy
@@ -153,7 +153,9 @@ def _predict_folder(request: FolderRequest, listener: FolderListener, label_map:
         manifest = Manifest(request.output / name, prediction, listener, keep=request.continue_prediction)
         for case in cases:
             if case not in waiting and case not in manifest:  # the last one before a process was killed
-                manifest.add(case, _read_structures(request.output / f"{case.name}{model.file_ending}", prediction))
+                path = request.output / f"{case.name}{model.file_ending}"
+                with suppress(DatasetError), readable(path):
+                    manifest.add(case, _read_structures(path, prediction))
         if ready:
             failures |= _predict(ready, prediction, scratch, request, manifest, streamed=reason is None)
         manifest.close(failures)

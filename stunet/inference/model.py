@@ -21,8 +21,9 @@ from stunet.checkpoints import check_weights, open_weights, read_checkpoint
 from stunet.errors import CheckpointError, PlansError
 from stunet.labels import load_vocabulary, vocabulary_for
 from stunet.planning import describe_model, write_model_folder
-from stunet.weights import Listener, WeightsEntry, alone_with, entry_folder, fetch
+from stunet.weights import Listener, WeightsEntry, entry_folder, fetch
 from stunet.weights.cache import read_record
+from stunet.weights.fetch import alone_with
 
 __all__ = ["Model", "load_model", "published_model"]
 

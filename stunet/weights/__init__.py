@@ -2,7 +2,7 @@
 
 from stunet.weights.cache import cached_weights, entry_folder
 from stunet.weights.checks import Verified, describe_file, verify, verify_file
-from stunet.weights.fetch import Listener, alone_with, fetch
+from stunet.weights.fetch import Listener, fetch
 from stunet.weights.registry import Place, WeightsEntry, WeightsFile, find_entry, load_registry
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "Verified",
     "WeightsEntry",
     "WeightsFile",
-    "alone_with",
     "cached_weights",
     "describe_file",
     "entry_folder",
