@@ -22,6 +22,7 @@ from file_server import FileServer, Served, serve
 from prediction_models import smooth_image, write_image
 from weights import tiny_weights, v1_plans, write_v1
 
+from stunet.cli.main import main
 from stunet.files import file_sha256
 from stunet.labels import load_vocabulary
 
@@ -273,52 +274,85 @@ def block_pytorch(terminal: Terminal) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(terminal.root / "blocked"), os.environ.get("PYTHONPATH", "")])}
 
 
-def test_one_line_to_a_result(terminal: Terminal) -> None:
-    """Two at once, nothing fetched before: one downloads and converts, both predict; then again without the server."""
-    published = terminal.root / "published"
-    write_v1(published, tiny_weights(10), v1_plans(10))
-    (published / "plans.pkl").write_bytes(pickle.dumps(v1_plans(10)))
-    terminal.server.files |= {f"/{p.name}": Served(p.read_bytes()) for p in published.iterdir()}
+@pytest.fixture
+def named(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Weights whose outputs have names, an image, and this process set up as the terminal is."""
+    publish(terminal, tiny_weights(10))
     terminal.more |= {"outputs": 10, "labels": "abdomenatlas_9", "page": "https://example.org/nets"}
     terminal.register()
     write_image(terminal.root / "ct.nii.gz", smooth_image((12, 40, 44)), (3.0, 0.9, 0.9))
-    line = ("predict", "-i", "ct.nii.gz", "-m", "tiny", "-o")
-    both = [terminal.start(*line, out) for out in ("first", "second")]
-    said = ["".join(process.communicate(timeout=300)) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    for text in said:
-        assert "Weights tiny, licence: CC0-1.0 (https://example.org/nets)" in text
-        assert "Predicted ct" in text
-    assert sorted("Converting tiny" in text for text in said) == [False, True]
-    assert terminal.server.ranges("/x.model") == [None]
-    assert sorted(path.name for path in (terminal.root / "cache").iterdir()) == ["models", "weights"]
+    monkeypatch.setenv("STUNET_CACHE", str(terminal.root / "cache"))
+    monkeypatch.setenv("STUNET_REGISTRY", str(terminal.root / "registry.json"))
+    monkeypatch.chdir(terminal.root)
+    return terminal
 
-    terminal.server.files.clear()
-    terminal.type(*line, "third.nii.gz", "-device", "cpu")
-    terminal.type("convert", "tiny", "-o", "model")
-    terminal.type("predict", "-i", "ct.nii.gz", "-m", "model", "-o", "fourth")
-    results = ("first/ct.nii.gz", "second/ct.nii.gz", "third.nii.gz", "fourth/ct.nii.gz")
-    labels = [sitk.GetArrayFromImage(sitk.ReadImage(str(terminal.root / path))) for path in results]
-    assert labels[0].max() > 0
-    assert all((each == labels[0]).all() for each in labels)
-    manifest = json.loads((terminal.root / "first" / "manifest.json").read_text())
+
+def publish(terminal: Terminal, weights: dict[str, Any]) -> None:
+    folder = terminal.root / "published"
+    write_v1(folder, weights, v1_plans(10))
+    (folder / "plans.pkl").write_bytes(pickle.dumps(v1_plans(10)))
+    terminal.server.files |= {f"/{p.name}": Served(p.read_bytes()) for p in folder.iterdir()}
+
+
+def read(path: Path) -> Any:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+def test_one_line_to_a_result(
+    named: Terminal, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def type_here(line: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["stunet", *line.split()])
+        with pytest.raises(SystemExit) as end:
+            main()
+        said = "".join(capsys.readouterr())
+        assert not end.value.code, said
+        return said
+
+    said = type_here("predict -i ct.nii.gz -o first -m tiny -npp 0 -nps 0")
+    assert "Weights tiny, licence: CC0-1.0 (https://example.org/nets)" in said
+    assert f"Downloading {named.server.url}/x.model" in said
+    assert "Converting tiny" in said
+    assert sorted(path.name for path in (named.root / "cache").iterdir()) == ["models", "weights"]
+    manifest = json.loads(Path("first/manifest.json").read_text())
     assert manifest["model"]["name"] == "tiny"
     assert manifest["model"]["licence"] == "CC0-1.0"
-    assert manifest["model"]["sources"][0]["sha256"] == file_sha256(published / "x.model")
+    assert manifest["model"]["sources"][0]["sha256"] == file_sha256(named.root / "published" / "x.model")
     assert set(manifest["cases"]["ct"]["structures"]) <= set(load_vocabulary("abdomenatlas_9").labels)
 
+    named.server.files.clear()  # from here on it is offline
+    said = type_here("predict -i ct.nii.gz -o again.nii.gz -m tiny")
+    assert "CC0-1.0" in said
+    assert "Converting" not in said
+    type_here("convert tiny -o model")
+    type_here("predict -i ct.nii.gz -o converted -m model")
+    labels = read(Path("first/ct.nii.gz"))
+    assert labels.max() > 0
+    for path in ("again.nii.gz", "converted/ct.nii.gz"):
+        assert (read(Path(path)) == labels).all()
+
     # Weights that were fetched anew are converted anew; those without a licence say so.
-    write_v1(published, {key: -tensor for key, tensor in tiny_weights(10).items()}, v1_plans(10))
-    terminal.server.files |= {f"/{p.name}": Served(p.read_bytes()) for p in published.iterdir()}
-    terminal.more["licence"] = None
-    terminal.register()
-    terminal.type("weights", "fetch", "tiny", "--force")
-    said = [terminal.type(*line, "fifth")]
-    assert "Converting tiny" in said[0]
-    assert "licence: not stated; ask those who published them" in said[0]
-    fifth = json.loads((terminal.root / "fifth" / "manifest.json").read_text())
-    assert fifth["model"]["sources"][0]["sha256"] == file_sha256(published / "x.model")
-    assert fifth["model"]["licence"] is None
+    publish(named, {key: tensor * 1.5 for key, tensor in tiny_weights(10).items()})
+    named.more["licence"] = None
+    named.register()
+    type_here("weights fetch tiny --force")
+    said = type_here("predict -i ct.nii.gz -o new -m tiny")
+    assert "Converting tiny" in said
+    assert "licence: not stated; ask those who published them" in said
+    model = json.loads(Path("new/manifest.json").read_text())["model"]
+    assert model["sources"][0]["sha256"] == file_sha256(named.root / "published" / "x.model")
+    assert model["licence"] is None
+
+
+def test_two_that_need_the_same_weights(named: Terminal) -> None:
+    """One downloads and converts them, and both predict."""
+    both = [named.start("predict", "-i", "ct.nii.gz", "-m", "tiny", "-o", out) for out in ("first", "second")]
+    said = ["".join(process.communicate(timeout=900)) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert all("Predicted ct" in text for text in said)
+    assert sorted("Converting tiny" in text for text in said) == [False, True]
+    assert named.server.ranges("/x.model") == [None]
+    assert (read(named.root / "first" / "ct.nii.gz") == read(named.root / "second" / "ct.nii.gz")).all()
 
 
 def test_names_that_are_neither_weights_nor_folders(terminal: Terminal) -> None:
