@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from stunet.errors import UsageError
+from filelock import FileLock, Timeout
+
+from stunet.errors import CommandError, UsageError
 
 __all__ = [
     "atomic_folder",
     "atomic_path",
     "clone_or_copy",
     "file_sha256",
+    "locked",
     "move_into_place",
+    "naming_file",
     "place_files",
     "refuse_existing",
     "remove_leftovers",
+    "scratch_folder",
     "start_sync",
     "sync_files",
+    "temporary_path",
     "write_json",
     "write_json_files",
 ]
 
 _FICLONE = 0x40049409  # <linux/fs.h>
+
+
+def temporary_path(path: str | os.PathLike[str]) -> Path:
+    """Where this process writes a file or folder until it is finished: beside it, on the same file system."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
 @contextmanager
@@ -45,11 +59,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     Yields:
         The path to write to, on the same file system.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path, temporary = Path(path), temporary_path(path)
     try:
-        yield temporary
-        move_into_place(temporary, path)
+        with naming_file(path):
+            yield temporary
+            move_into_place(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -140,10 +154,11 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     temporary.mkdir()
     try:
-        yield temporary
+        with naming_file(path):
+            yield temporary
         folders = [temporary, *(entry for entry in temporary.rglob("*") if entry.is_dir())]
         for file in temporary.rglob("*"):
             if file.is_file():
@@ -173,22 +188,82 @@ def refuse_existing(path: str | os.PathLike[str]) -> None:
         )
 
 
-def remove_leftovers(folder: str | os.PathLike[str], name: str) -> list[Path]:
-    """Remove what :func:`atomic_path` left behind in ``folder`` when its process was killed.
-
-    Only call this where no other process can be writing: a live temporary file looks the same.
+def remove_leftovers(folder: str | os.PathLike[str], name: str, *, of_the_dead: bool = False) -> list[Path]:
+    """Remove the unfinished files and folders that killed processes left in ``folder``; see :func:`temporary_path`.
 
     Args:
         folder: The folder to clean, not searched recursively.
         name: Name of the finished files, may be a glob pattern such as ``checkpoint_*.pth``.
+        of_the_dead: Whether only those of processes of this machine that no longer run are removed. Needed wherever
+            another process may be writing: a live temporary file looks the same.
 
     Returns:
-        The files that were removed.
+        What was removed.
     """
-    leftovers = sorted(Path(folder).glob(f".{name}.*.tmp"))
+    here = f".{glob.escape(socket.gethostname())}" if of_the_dead else ""
+    leftovers = sorted(Path(folder).glob(f".{name}{here}.*.tmp"))
+    if of_the_dead:
+        leftovers = [path for path in leftovers if not _is_running(path.name.split(".")[-2])]
     for leftover in leftovers:
-        leftover.unlink(missing_ok=True)
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
     return leftovers
+
+
+def _is_running(pid: str) -> bool:
+    if not pid.isdecimal():
+        return True
+    if int(pid) == os.getpid():  # left by an earlier process that had this one's id
+        return False
+    if os.name == "nt":  # where signal 0 is no question
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # of another user, or on a system that does not say
+        return True
+    return True
+
+
+@contextmanager
+def scratch_folder(output: Path) -> Iterator[Path]:
+    """A folder for unfinished files within ``output``, which is made; those of killed processes are removed."""
+    output.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output, "scratch", of_the_dead=True)
+    folder = temporary_path(output / "scratch")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path, doing: str) -> Iterator[None]:
+    """Hold a lock for the length of the block; the system releases it when the process ends, however it ends.
+
+    Args:
+        path: The lock file, which stays: whoever removed it could remove one that another process holds by now.
+        doing: What only one process may do at a time, for the error.
+
+    Raises:
+        CommandError: Another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise CommandError(
+            f"another {doing}", got=f"{path} is locked", expected="one at a time", remedy="Wait until it has ended."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_json(content: Any, path: str | os.PathLike[str]) -> None:
@@ -198,16 +273,28 @@ def write_json(content: Any, path: str | os.PathLike[str]) -> None:
 
 def write_json_files(contents: Mapping[Path, Any]) -> None:
     """:func:`write_json` for several files in one folder, which waits for the disk once: they appear in this order."""
-    files = {path.with_name(f".{path.name}.{os.getpid()}.tmp"): path for path in contents}
+    files = {temporary_path(path): path for path in contents}
     try:
         for temporary, path in files.items():
             text = json.dumps(contents[path], indent=4, sort_keys=False) + "\n"
-            temporary.write_text(text, encoding="utf-8")
+            with naming_file(path):
+                temporary.write_text(text, encoding="utf-8")
         sync_files(files)
         place_files(files.items())
     except BaseException:
         for temporary in files:
             temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Make failures to write name the file, as the system does where it cannot be opened."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
         raise
 
 

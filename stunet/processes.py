@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -13,7 +16,7 @@ from typing import Any, TypeVar
 
 from stunet.errors import CommandError, STUNetError
 
-__all__ = ["Worker", "run_jobs", "worthwhile_processes"]
+__all__ = ["Worker", "end_with_children", "run_jobs", "worthwhile_processes"]
 
 _MOST_PROCESSES = 8  # by default: each needs memory, and what they read comes from one disk
 
@@ -134,6 +137,29 @@ def worthwhile_processes(size: float, *, share: float) -> int:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, _MOST_PROCESSES, int(size // share)))
+
+
+def end_with_children() -> None:
+    """From now on, end this process's children with it; for its main thread to call, before it starts any.
+
+    nnU-Net's augmentation runs in processes that would outlive a training that is told to end (SIGTERM). On Linux they
+    end with it however it ends, SIGKILL included.
+    """
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+    def stop(*_: object) -> None:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        sys.exit(128 + signal.SIGTERM)
+
+    def in_child() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if prctl is not None:
+            prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+    signal.signal(signal.SIGTERM, stop)
+    if hasattr(os, "register_at_fork"):  # not on Windows
+        os.register_at_fork(after_in_child=in_child)
 
 
 def _call(function: Callable[[Job], Result], job: Job) -> Result | STUNetError:

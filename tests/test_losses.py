@@ -14,7 +14,7 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import Tensor, nn
 
-from stunet.losses import PartialDiceCELoss, label_members, partial_dice_ce_loss
+from stunet.losses import PartialDiceCELoss, WholeBatch, label_members, partial_dice_ce_loss
 
 
 def stock_loss(*, batch_dice: bool, ignore_label: int | None) -> nn.Module:
@@ -254,3 +254,15 @@ def test_labels_that_their_case_does_not_annotate() -> None:
 def test_members_of_labels() -> None:
     got = label_members(3, {4: (2, 1), 3: [1, 2]}).int().tolist()
     assert got == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 1], [0, 1, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.float32])
+@pytest.mark.parametrize("batch_dice", [False, True])
+def test_labels_of_any_type(dtype: torch.dtype, batch_dice: bool) -> None:
+    expected = partial_dice_ce_loss(LOGITS, TARGET, batch_dice=batch_dice)
+    assert torch.equal(partial_dice_ce_loss(LOGITS, TARGET.to(dtype), batch_dice=batch_dice), expected)
+    loss, whole = PartialDiceCELoss(LOGITS.shape[1], batch_dice=batch_dice), WholeBatch()
+    with loss.counted_in(whole):
+        loss(LOGITS, TARGET.to(dtype))
+    with loss.as_part_of(whole):
+        torch.testing.assert_close(loss(LOGITS, TARGET.to(dtype)), expected)

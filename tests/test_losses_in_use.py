@@ -118,6 +118,12 @@ def test_memory_is_the_gradient_and_little_more(threads: Callable[[int], None]) 
         ({"target": torch.full((2, 2, 2), 5)}, "label values that no output stands for"),
         ({"target": torch.full((2, 2, 2), -1)}, "label values that no output stands for"),
         ({"target": torch.full((2, 2, 2), math.nan)}, "label values that no output stands for"),
+        (
+            {"target": torch.full((2, 2, 2), 1.5)},
+            r"label values that no output stands for[\s\S]*1\.5[\s\S]*whole numbers",
+        ),
+        ({"logits": torch.zeros(0, 4, 2, 2), "target": torch.zeros(0, 2, 2), "annotated": None}, "an empty batch"),
+        ({"logits": torch.zeros(2, 4, 0, 2), "target": torch.zeros(2, 0, 2)}, "an empty batch"),
         ({"annotated": torch.ones(2, 4, dtype=torch.bool)}, "annotation that does not fit"),
         ({"annotated": torch.ones(1, 5, dtype=torch.bool)}, "annotation that does not fit"),
         ({"annotated": torch.ones(2, 5)}, "annotation that does not fit"),

@@ -154,11 +154,11 @@ def test_masks_of_any_type(tmp_path: Path, dtype: str) -> None:
 
 
 def test_scaled_masks_count_by_their_scaled_value(tmp_path: Path) -> None:
-    stored = np.arange(np.prod(SHAPE), dtype=np.uint8).reshape(SHAPE) % 5
+    stored = np.arange(np.prod(SHAPE), dtype=np.uint8).reshape(SHAPE) % 2
     image = nib.Nifti1Image(stored, AFFINE)
     nib.save(image, tmp_path / "ct.nii.gz")
     content = bytearray(gzip.decompress((tmp_path / "ct.nii.gz").read_bytes()))
-    content[112:120] = np.array([-0.5, 1.0], "<f4").tobytes()  # slope and intercept: stored 0 is inside alone
+    content[112:120] = np.array([-1.0, 1.0], "<f4").tobytes()  # slope and intercept: stored 0 is inside alone
     (tmp_path / "mask.nii.gz").write_bytes(gzip.compress(bytes(content)))
     assert np.array_equal(nib.load(tmp_path / "mask.nii.gz").get_fdata() > 0.5, stored == 0)
     with open_volume(tmp_path / "ct.nii.gz") as ct:
@@ -169,8 +169,52 @@ def test_scaled_masks_count_by_their_scaled_value(tmp_path: Path) -> None:
 
 def test_a_label_map_is_no_mask(tmp_path: Path) -> None:
     save(np.arange(np.prod(SHAPE), dtype=np.int16).reshape(SHAPE) % 4, tmp_path / "mask.nii.gz")
-    with open_volume(tmp_path / "mask.nii.gz") as ct, pytest.raises(DatasetError, match="values from 1 to 3"):
+    with open_volume(tmp_path / "mask.nii.gz") as ct, pytest.raises(DatasetError, match="values 1, 2, 3"):
         merge_masks([(1, tmp_path / "mask.nii.gz")], ct, 4)
+
+
+def test_scaling_that_gives_0_and_1(tmp_path: Path) -> None:
+    """nibabel stores a mask of floats in 8 or 16 bits with a slope, by which its values are not quite 0 and 1."""
+    inside = np.random.default_rng(0).random(SHAPE) < 0.1
+    save(np.zeros(SHAPE, np.int16), tmp_path / "ct.nii.gz")
+    for dtype in (np.uint8, np.int16):
+        image = nib.Nifti1Image(inside.astype(np.float64), AFFINE)
+        image.set_data_dtype(dtype)
+        nib.save(image, tmp_path / "mask.nii.gz")
+        assert set(np.unique(nib.load(tmp_path / "mask.nii.gz").get_fdata())) != {0, 1}
+        with open_volume(tmp_path / "ct.nii.gz") as ct:
+            merged = merge_masks([(1, tmp_path / "mask.nii.gz")], ct, 255)
+        assert np.array_equal(merged.labels.reshape(SHAPE, order="F"), inside)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "slope", "values", "expected"),
+    [
+        ("f4", (1, 0), (0.3, 0.5), "values 0.3, 0.5"),
+        ("f4", (1, 0), (1, np.nan), "nan"),
+        ("f4", (1, 0), (0.99999,), "values 0.99999"),
+        ("i2", (1, 0), (-1,), "values -1"),
+        ("u1", (1, 0), (1, 255), "values 1, 255"),
+        ("u1", (1, 0), (7,), "values 7"),
+        ("u1", (1, 1), (1,), "values 1, 2"),  # scl_inter fills the volume
+        ("u1", (1, 1), (0,), "1 everywhere, by slope 1 and intercept 1"),
+        ("u1", (0.5, 0), (1,), "values 0.5"),
+    ],
+)
+def test_other_values_are_no_masks(
+    tmp_path: Path, dtype: str, slope: tuple[float, float], values: tuple[float, ...], expected: str
+) -> None:
+    volume = np.zeros(SHAPE, dtype)
+    volume.ravel()[: len(values)] = values
+    save(volume, tmp_path / "ct.nii.gz")
+    content = bytearray(gzip.decompress((tmp_path / "ct.nii.gz").read_bytes()))
+    content[112:120] = np.array(slope, "<f4").tobytes()
+    (tmp_path / "mask.nii.gz").write_bytes(gzip.compress(bytes(content)))
+    with (
+        open_volume(tmp_path / "ct.nii.gz") as ct,
+        pytest.raises(DatasetError, match=f"0 and 1, or 0 and 255[\\s\\S]*mask.nii.gz: .*{expected}"),
+    ):
+        merge_masks([(1, tmp_path / "mask.nii.gz")], ct, 255)
 
 
 @pytest.mark.parametrize("name", ["a.nii.gz", "a.nrrd", "a.mha"])
@@ -227,7 +271,7 @@ def test_painting_equals_a_plain_loop(tmp_path: Path, shape: tuple[int, ...], on
 def test_a_label_map_with_ones_first_is_no_mask(tmp_path: Path) -> None:
     volume = np.zeros(LARGE, np.uint8)
     volume[0, 0, 0], volume[-1, -1, -1] = 1, 2  # in different chunks
-    with pytest.raises(DatasetError, match="values from 1 to 2"):
+    with pytest.raises(DatasetError, match="values 1, 2"):
         merged_with([volume], tmp_path)
 
 

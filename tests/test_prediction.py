@@ -240,7 +240,7 @@ def test_chosen_structures_have_the_labels_of_the_full_prediction(made: Path, tm
 
 def test_finished_cases_are_kept(made: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    out.mkdir()
+    predict(made / "images", out, made / "model", folds=["0"], part_id=0, n_parts=2)
     (out / "case_0.nii.gz").write_bytes(b"finished")
     listener = predict(made / "images", out, made / "model", folds=["0"], continue_prediction=True)
     assert listener.plan == (1, 1)

@@ -211,7 +211,7 @@ def test_an_output_folder_that_cannot_be_made(model: Path, tmp_path: Path, capsy
     write_image(tmp_path / "images" / "a_0000.nii.gz", IMAGE)
     (tmp_path / "file").touch()
     args = ("-i", tmp_path / "images", "-o", tmp_path / "file" / "out", "-m", model)
-    check_refused(capsys, args, ("output folder that cannot be written", "-o"), tmp_path / "none")
+    check_refused(capsys, args, ("cannot be used", f"{tmp_path / 'file' / 'out'}: Not a directory"), tmp_path / "none")
 
 
 def test_channels_on_different_grids(tmp_path: Path) -> None:
@@ -276,3 +276,99 @@ def test_a_spacing_without_a_unit_is_taken_as_mm(
     patch_header(path, xyzt_units=0)
     assert predict("-i", tmp_path / "images", "-o", tmp_path / "out", "-m", model) == 0
     assert "1 case without a unit" in capsys.readouterr().out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_continuing_with_anything_else_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No file is changed then, so that ``labels.json`` says what is in the label maps."""
+    images, out = tmp_path / "images", tmp_path / "out"
+    write_image(images / "a_0000.nii.gz", IMAGE)
+    usual = ("-i", images, "-o", out, "--structures", "structure_1")
+    assert predict(*usual, "-m", model) == 0
+    before = contents(out)
+    other = write_model(tmp_path / "other", num_classes=3, folds=("1", "0"))  # its fold 0 has other weights
+    shutil.copytree(other / "fold_1", shutil.copytree(model, tmp_path / "both") / "fold_1")
+    capsys.readouterr()
+    for changed, *expected in (
+        (("-m", model, "--structures", "structure_2"), "structures: structure_2", "structures: structure_1, as"),
+        (("-m", other, "-f", "0"), "fold_0: "),
+        (("-m", tmp_path / "both"), "fold_1: ", "fold_1: none"),
+        (("-m", model, "-step_size", "0.3"), "step_size: 0.3", "step_size: 0.5"),
+        (("-m", model, "--disable_tta"), "mirroring: False", "mirroring: True"),
+        (("-m", model, "--masks"), "masks: True"),
+        (("-m", model, "--names-in-header"), "names_in_header: True"),
+    ):
+        assert predict(*usual, *changed, "--continue") == 2
+        message = capsys.readouterr().err
+        for part in ("predictions of other settings", "out with a.nii.gz", *expected, "as manifest.json has it", "-o"):
+            assert part in message, changed
+        assert contents(out) == before, changed
+    write_image(images / "a_0000.nii.gz", IMAGE[::-1])
+    assert predict(*usual, "-m", model, "--continue") == 2
+    assert "predictions of other images" in capsys.readouterr().err
+    write_image(images / "a_0000.nii.gz", IMAGE)
+    write_image(images / "b_0000.nii.gz", IMAGE)
+    assert predict(*usual, "-m", shutil.copytree(model, tmp_path / "moved"), "--continue") == 0  # the same model
+    assert "Cases to predict: 1, 1 are finished already" in capsys.readouterr().out
+    assert sorted(json.loads((out / "manifest.json").read_text())["images"]) == ["a", "b"]
+    (out / "manifest.json").unlink()
+    for arguments in (("--continue",), ()):
+        assert predict(*usual, "-m", model, *arguments) == 2
+        assert "no record of it" in capsys.readouterr().err
+
+
+def test_predicting_again_leaves_nothing_of_before(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    for name in "ab":
+        write_image(images / f"{name}_0000.nii.gz", IMAGE)
+    usual = ("-i", images, "-o", out, "-m", model)
+    assert predict(*usual, "--masks", "--structures", "structure_1") == 0
+    truncate(images / "b_0000.nii.gz")
+    assert predict(*usual, "--masks", "--structures", "structure_2") == 2  # b fails now
+    assert [path.name for path in out.glob("*.nii.gz")] == ["a.nii.gz"]
+    assert [path.name for path in out.glob("*/segmentations/*")] == ["structure_2.nii.gz"]
+    assert set(np.unique(sitk.GetArrayFromImage(sitk.ReadImage(str(out / "a.nii.gz"))))) == {0, 2}
+    write_image(images / "b_0000.nii.gz", IMAGE)
+    assert predict(*usual, "--masks", "--structures", "structure_2", "--continue") == 0
+    assert "1 are finished already" in capsys.readouterr().out
+    (images / "b_0000.nii.gz").unlink()
+    before = contents(out)
+    assert predict(*usual) == 2  # b would stay, without structure_1
+    assert "predictions of other settings" in capsys.readouterr().err
+    assert contents(out) == before
+
+
+def test_images_are_not_replaced(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a_0000", "a_0000_0000"):  # the second case's prediction would be called as the first one's image
+        write_image(tmp_path / f"{name}.nii.gz", IMAGE)
+    before = contents(tmp_path)
+    assert predict("-i", tmp_path, "-o", tmp_path, "-m", model) == 2
+    assert "no image is replaced" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_names_are_no_formulas_and_a_failed_picture_costs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = {"background": 0, "$\\frac$": 1, "[/red]": 2}
+    model = write_model(tmp_path / "model", num_classes=3, labels=labels)
+    write_image(tmp_path / "images" / "$_$[old]_0000.nii.gz", IMAGE)
+    args = ("-i", tmp_path / "images", "-m", model, "--preview", "--names-in-header")
+    assert predict(*args, "-o", tmp_path / "out") == 0
+    assert "Predicted $_$[old]" in capsys.readouterr().out
+    assert (tmp_path / "out" / "previews" / "$_$[old].png").read_bytes().startswith(b"\x89PNG")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("no font")
+
+    monkeypatch.setattr("stunet.inference.preview.draw_preview", fail)
+    assert predict(*args, "-o", tmp_path / "again") == 0
+    assert "no preview: ValueError: no font" in capsys.readouterr().out
+    assert (tmp_path / "again" / "$_$[old].nii.gz").is_file()

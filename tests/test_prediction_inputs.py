@@ -220,6 +220,9 @@ def test_a_file_as_output(model: Path, expected: Any, tmp_path: Path, capsys: py
     other = tmp_path / "other.nii.gz"
     assert "2 images" in refused(capsys, "-i", tmp_path / "two", "-o", other, "-m", model)
     assert "a folder" in refused(capsys, "-i", tmp_path / "ct.nii.gz", "-o", other, "-m", model, "--masks")
+    for itself in (tmp_path / "ct.nii.gz", tmp_path):
+        assert "impossible" in refused(capsys, "-i", tmp_path / "ct.nii.gz", "-o", itself, "-m", model)
+    assert np.array_equal(read(tmp_path / "ct.nii.gz"), IMAGE)
     assert "a folder" in refused(capsys, "-i", tmp_path / "ct.nii.gz", "-o", tmp_path / "x.nii", "-m", model)
     assert not list(tmp_path.glob("other*"))
     assert not list(tmp_path.glob(".scratch*"))
@@ -330,7 +333,7 @@ def test_the_manifest(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert manifest["versions"] == {name: version(name) for name in ("stunet", "nnunetv2", "torch")}
     checkpoint = model / "fold_0" / "checkpoint_final.pth"
     assert manifest["model"]["folder"] == str(model)
-    assert manifest["model"]["checkpoints"]["0"]["sha256"] == file_sha256(checkpoint)
+    assert manifest["settings"]["fold_0"] == file_sha256(checkpoint)
     assert manifest["model"]["licence"] is None
     assert manifest["started"] <= manifest["finished"]
     assert manifest["seconds"] > 0

@@ -293,6 +293,24 @@ def test_two_imports_at_once(source: Path, folder: Path) -> None:
     assert len(errors) == 3
 
 
+def test_the_next_import_begins_when_nothing_is_left_to_remove(
+    source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, seen = shutil.rmtree, []
+
+    def intrude(path: Path, *args: Any, **kwargs: Any) -> None:
+        seen.append(path.name)
+        with pytest.raises(CommandError, match="another import"):
+            run(source, folder)
+        usual(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", intrude)
+    run(source, folder)
+    assert seen == [".import"]
+    assert not (folder / ".import").exists()
+    assert run(source, folder).reused == 3
+
+
 def test_ids_and_names(tmp_path: Path) -> None:
     assert dataset_folder(7, "A_b", raw=tmp_path) == tmp_path / "Dataset007_A_b"
     (tmp_path / "Dataset007_Other").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -160,8 +161,8 @@ def test_a_full_disk_and_then_room(raw: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (250, 250))
         try:
             run(raw, sources=sources)
-        except DatasetError as error:
-            os._exit(7 if "could not be written" in str(error) and "run the same command" in str(error) else 1)
+        except OSError as error:
+            os._exit(7 if error.errno == errno.EFBIG and str(raw) in str(error.filename) else 1)
         except BaseException:
             os._exit(1)
         os._exit(0)

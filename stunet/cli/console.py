@@ -10,8 +10,9 @@ from typer.core import TyperCommand
 
 __all__ = ["ListOptionsCommand", "human_bytes", "human_count", "print_error", "stderr", "stdout"]
 
-stdout = Console()
-stderr = Console(stderr=True)
+# Names of cases, structures and files are printed everywhere: [old] and :x: in them are text, not markup.
+stdout = Console(markup=False, emoji=False)
+stderr = Console(stderr=True, markup=False, emoji=False)
 
 
 class ListOptionsCommand(TyperCommand):

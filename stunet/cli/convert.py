@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -75,7 +76,7 @@ def _choose_labels(source: SourceWeights, file: Path | None, entry: WeightsEntry
 
 def _check_output(output: Path, to: str) -> None:
     from stunet.errors import UsageError
-    from stunet.files import refuse_existing
+    from stunet.files import refuse_existing, remove_leftovers
 
     if to not in ("nnunet", "published"):
         raise UsageError(
@@ -83,6 +84,7 @@ def _check_output(output: Path, to: str) -> None:
         )
     # Before gigabytes are read for nothing; checked again when it is written.
     refuse_existing(output)
+    remove_leftovers(output.parent, glob.escape(output.name), of_the_dead=True)
 
 
 def _report(source: SourceWeights, description: ModelDescription, card: dict[str, Any], output: Path) -> None:

@@ -49,6 +49,7 @@ def finetune(
     be typed by itself, and is shown.
     """
     from stunet.cli.plan_steps import PlanRequest, make_plans_file, print_transfer
+    from stunet.files import locked
     from stunet.planning import nnunet_folder, resolve_configuration
 
     _check_options(device, fold, num_gpus)
@@ -70,15 +71,16 @@ def finetune(
     print_transfer(made.transfer)
     resolve_configuration(made.plans, configuration)
     model = results / made.dataset_name / f"{_TRAINER}__{made.path.stem}__{configuration}"
-    if not continue_training and not overwrite:
-        _refuse_earlier_training(model / f"fold_{fold}")
-    _preprocess(made, configuration, num_processes)
     command = ["nnUNetv2_train", str(int(made.dataset_name[7:10])), configuration, fold, "-tr", _TRAINER]
     command += ["-p", made.path.stem, "-device", device]
     command += ["-num_gpus", str(num_gpus)] if num_gpus > 1 else []
     command += ["--c"] if continue_training else []
     command += ["--npz"] if npz else []
-    _train(command)
+    with locked(model / f".fold_{fold}.lock", "training of the same fold"):
+        if not continue_training and not overwrite:
+            _refuse_earlier_training(model / f"fold_{fold}")
+        _preprocess(made, configuration, num_processes)
+        _train(command)
 
 
 def _check_options(device: str, fold: str, num_gpus: int) -> None:
@@ -137,7 +139,9 @@ def _preprocess(made: MadePlans, configuration: str, num_processes: int) -> None
 
 def _train(command: list[str]) -> None:
     from stunet.cli.env import trainers_folder
+    from stunet.processes import end_with_children
 
+    end_with_children()
     # Before nnU-Net is asked for the trainer; its own parser then reads the command as it was shown.
     os.environ["nnUNet_extTrainer"] = str(trainers_folder())
     _show(shlex.join(command))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import sys
 from typing import Annotated
 
@@ -26,7 +28,7 @@ from stunet.cli import (
     weights,
 )
 from stunet.cli.console import ListOptionsCommand, print_error
-from stunet.errors import STUNetError
+from stunet.errors import CommandError, STUNetError
 
 __all__ = ["app", "main"]
 
@@ -71,8 +73,31 @@ def _options(
 
 def main() -> None:
     """Run the command line. Our own errors are printed without a traceback, with exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without a letter must not cost what was computed
     try:
         app()
     except STUNetError as error:
         print_error(error)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in (*_FULL, *_CLOSED):
+            raise
+        print_error(_explain(error))
+        sys.exit(2)
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO}
+
+
+def _explain(error: OSError) -> CommandError:
+    full, file = error.errno in _FULL, error.filename2 or error.filename
+    return CommandError(
+        "no room on the disk" if full else "a file or folder that cannot be used",
+        got=f"{file}: {error.strerror}" if file else error.strerror,
+        expected="room to write" if full else "a path that may be read and written",
+        remedy=f"{'Make room' if full else 'Correct the path or its permissions'}, or choose another place. "
+        "Finished files are whole; running the same command again does the rest.",
+    )

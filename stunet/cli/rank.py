@@ -131,7 +131,7 @@ def _rank(
         patch_size=configuration["patch_size"],
         strides=fit_strides(configuration["architecture"]["arch_kwargs"]["strides"]),
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
         bar = progress.add_task("Reading cases", total=len(cases) * (1 + len(entries)))
         prepared = prepare_target(
@@ -194,7 +194,7 @@ def _show(report: RankingReport, paths: Sequence[Path], as_json: bool) -> None:
     from stunet.cli.console import stderr, stdout
 
     for failure in report.ranking.failures:
-        stderr.print(f"[bold]{failure.name}[/bold] could not be scored: {failure.error}", soft_wrap=True)
+        stderr.print(f"{failure.name} could not be scored: {failure.error}", soft_wrap=True)
     if as_json:
         typer.echo(paths[0].read_text(encoding="utf-8"), nl=False)
         return

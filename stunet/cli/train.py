@@ -55,6 +55,7 @@ def train(
     _check(fold, pretrained_weights, continue_training=continue_training, only_validation=only_validation)
     choose_device(device)
     os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))  # before nnU-Net is asked for the trainer
+    from stunet.processes import end_with_children
     from stunet.training import TrainRequest, check_request
     from stunet.training import train as run
 
@@ -78,6 +79,7 @@ def train(
     if num_gpus > 1 and "RANK" not in os.environ:
         check_request(request, num_gpus)
         _start_processes(num_gpus)
+    end_with_children()
     run(request)
 
 

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from stunet.errors import DatasetError, UsageError
+from stunet.files import locked, remove_leftovers, write_json
 
-from stunet.errors import CommandError, DatasetError, UsageError
-from stunet.files import remove_leftovers, write_json
-
-__all__ = ["ENDING", "REPORT_NAME", "ImportState", "claim_folder", "dataset_folder", "explaining_full_disks"]
+__all__ = ["ENDING", "REPORT_NAME", "ImportState", "claim_folder", "dataset_folder"]
 
 REPORT_NAME = "import_report.json"
 """Name of the file that says what an import has found; beside ``dataset.json``."""
@@ -24,7 +22,7 @@ REPORT_NAME = "import_report.json"
 ENDING = ".nii.gz"
 """File ending of imported images and label maps."""
 
-_STATE = ".import"
+_STATE, _LOCK = ".import", ".import.lock"
 _SETTINGS = "settings.json"
 _RECORD_ENDING = ".case.json"
 
@@ -137,26 +135,17 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], *, ending: str = END
     """Make a folder ours for one import, new or continued, for the length of the block.
 
     ``dataset.json`` is removed at the start, since cases may change; the block writes it as its last act. What is kept
-    for continuing disappears when the block ends without an error.
+    for continuing disappears when the block ends without an error. The lock file stays.
 
     Raises:
         DatasetError: The folder holds something else, or an import with other settings.
         CommandError: Another import is at work there.
     """
-    _check_ours(folder, settings)
+    _check_ours(folder, settings)  # before anything is written there
     state = folder / _STATE
-    state.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(state / "lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise CommandError(
-            "another import into the same dataset",
-            got=f"{folder} is locked",
-            expected="one import at a time",
-            remedy="Wait until it has ended.",
-        ) from None
-    try:
+    with locked(folder / _LOCK, "import into the same dataset"):
+        _check_ours(folder, settings)  # another import may have ended in between
+        state.mkdir(exist_ok=True)
         for sub in ("imagesTr", "labelsTr", "imagesTs", "labelsTs", _STATE, "."):
             remove_leftovers(folder / sub, "*")
         if not (state / _SETTINGS).exists():
@@ -166,34 +155,14 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], *, ending: str = END
         yield ImportState(folder, ending)
         # First, so that a kill from here on makes the next run take all records from the report.
         (state / _SETTINGS).unlink()
-    finally:
-        lock.release()
-    shutil.rmtree(state)
-
-
-@contextmanager
-def explaining_full_disks() -> Iterator[None]:
-    """Turn failures to write into an error of ours.
-
-    Raises:
-        DatasetError: No room or no permission.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise DatasetError(
-            "the dataset could not be written",
-            got=error,
-            expected="room and permission to write",
-            remedy="Mend that and run the same command again: it continues.",
-        ) from error
+        shutil.rmtree(state)
 
 
 def _check_ours(folder: Path, settings: Mapping[str, Any]) -> None:
     known = _known_settings(folder, settings)
     if known == settings or not folder.exists():
         return
-    others = [entry for entry in folder.iterdir() if entry.name != _STATE]
+    others = [entry for entry in folder.iterdir() if entry.name not in (_STATE, _LOCK)]
     if known is None and not others:
         return
     detail = "no import of this kind"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stunet.datasets.import_results import list_some, mention_failures, write_results
-from stunet.datasets.import_state import ENDING, ImportState, claim_folder, explaining_full_disks
+from stunet.datasets.import_state import ENDING, ImportState, claim_folder
 from stunet.datasets.side_files import carry_new_files
 from stunet.datasets.totalsegmentator import SourceCase
 from stunet.errors import DatasetError, STUNetError
@@ -150,15 +150,14 @@ def _import_all(
         size = sum(job.ct.stat().st_size for job in jobs if job.ct.exists())
         num_processes = worthwhile_processes(size, share=_BYTES_PER_START)
     records, reused = {}, 0
-    with explaining_full_disks():
-        for job, result in _place_each(run_jobs(stage_case, jobs, num_processes=num_processes)):
-            if isinstance(result, STUNetError):
-                failed[job.name] = result
-                on_case(job.name, len(job.masks), False)
-                continue
-            records[job.name] = result.record
-            reused += result.reused
-            on_case(job.name, len(job.masks), result.reused)
+    for job, result in _place_each(run_jobs(stage_case, jobs, num_processes=num_processes)):
+        if isinstance(result, STUNetError):
+            failed[job.name] = result
+            on_case(job.name, len(job.masks), False)
+            continue
+        records[job.name] = result.record
+        reused += result.reused
+        on_case(job.name, len(job.masks), result.reused)
     return dict(sorted(records.items())), dict(sorted(failed.items())), reused
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stunet.datasets.import_results import list_some, mention_failures, write_results
-from stunet.datasets.import_state import ImportState, claim_folder, explaining_full_disks
+from stunet.datasets.import_state import ImportState, claim_folder
 from stunet.datasets.side_files import carry_new_files
 from stunet.datasets.union_checks import check_sources
 from stunet.datasets.union_sources import UnionSource, annotated_in_union, sampling_weights, source_lookup
@@ -105,7 +105,7 @@ def import_union(
     if not allow_unannotated:
         _check_annotated(union, [structures for structures, _ in annotated.values()], {})
     ending = sources[0].dataset.dataset_json["file_ending"]
-    with explaining_full_disks(), claim_folder(folder, settings, ending=ending) as state:
+    with claim_folder(folder, settings, ending=ending) as state:
         left_out = sorted(s.cases[c] for s in sources for c in s.cases if not annotated[s.name, c][0])
         jobs = _jobs(sources, union, annotated, state)
         records, failed, reused = _run(jobs, num_processes, on_case)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,19 +16,22 @@ import numpy as np
 import torch
 
 from stunet.errors import DatasetError, STUNetError, UsageError
-from stunet.files import move_into_place
+from stunet.files import file_sha256, move_into_place, scratch_folder, write_json
 from stunet.inference.images import Case, Geometry, find_cases, read_geometry, readable
-from stunet.inference.label_names import label_names
+from stunet.inference.label_names import LabelNames, label_names
 from stunet.inference.labels import VOLUME_READERS, why_not_streamed
 from stunet.inference.memory import available_bytes, choose_strategy
 from stunet.inference.model import CHECKPOINT, Model, load_model
 from stunet.inference.outputs import OutputOptions
 from stunet.inference.pipeline import Listener, Manifest, Prediction, describe_outputs, predict_cases, raise_failures
-from stunet.inference.scratch import scratch_folder
 from stunet.inference.statistics import collect_statistics, find_structures
 from stunet.inference.stock import predict_with_nnunet
+from stunet.labels.mask_cases import fingerprint
 
-__all__ = ["FolderListener", "FolderRequest", "predict_folder"]
+__all__ = ["MANIFEST_NAME", "FolderListener", "FolderRequest", "predict_folder"]
+
+MANIFEST_NAME = "manifest.json"
+"""Beside the predictions: under ``settings`` and ``images`` what they were made with and of."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +89,6 @@ class FolderRequest:
 class FolderListener(Listener, Protocol):
     """What is told of the progress, and of what was decided."""
 
-    def note(self, text: str) -> None:
-        """Something worth knowing."""
-
     def planned(self, n_cases: int, n_finished: int) -> None:
         """So many cases will be predicted; so many were before."""
 
@@ -98,7 +101,9 @@ def predict_folder(request: FolderRequest, listener: FolderListener) -> None:
         listener: Told of the progress.
 
     Raises:
-        UsageError: An argument that cannot be, or a memory budget that is too small.
+        UsageError: An argument that cannot be, a memory budget that is too small, or an output folder with files that
+            were made with other settings and would stay.
+        OSError: No room or no permission to write.
         PlansError: A model folder that cannot be used.
         CheckpointError: Weights that are missing, or do not fit.
         LabelError: A structure that the model does not know.
@@ -108,7 +113,7 @@ def predict_folder(request: FolderRequest, listener: FolderListener) -> None:
     if not output.name.endswith((".nii.gz", ".nii")) or output.is_dir():
         _predict_folder(request, listener)
         return
-    with _explained(output), scratch_folder(output.parent) as scratch:
+    with scratch_folder(output.parent) as scratch:
         _predict_folder(replace(request, output=scratch / "output"), listener, label_map=output)
 
 
@@ -124,6 +129,7 @@ def _predict_folder(request: FolderRequest, listener: FolderListener, label_map:
     if label_map is not None:
         _check_label_map(label_map, found, request, model)
     cases = found[request.part_id :: request.n_parts]
+    manifest, outdated = _check_output(request, model, names, found)
     waiting = [case for case in cases if not _is_done(case, request, model)]
     listener.planned(len(waiting), len(cases) - len(waiting))
     failures: dict[str, str] = {}
@@ -147,18 +153,21 @@ def _predict_folder(request: FolderRequest, listener: FolderListener, label_map:
         listener.note(f"Predicted by nnU-Net's own predictor, which holds all logits, since {reason}.")
     elif ready:
         prediction = _with_strategy(prediction, request, [geometries[case.name] for case in ready], listener)
-    with _explained(request.output), scratch_folder(request.output) as scratch:
+    with scratch_folder(request.output) as scratch:
+        _remove_predictions(request.output, outdated, model.file_ending)
+        write_json(manifest, request.output / MANIFEST_NAME)
         describe_outputs(prediction, scratch, _arguments(request))
-        name = "manifest.json" if request.n_parts == 1 else f"manifest.{request.part_id}.json"  # each its own
-        manifest = Manifest(request.output / name, prediction, listener, keep=request.continue_prediction)
+        name = MANIFEST_NAME if request.n_parts == 1 else f"manifest.{request.part_id}.json"  # each its own
+        forget = outdated | {case.name for case in waiting}
+        noted = Manifest(request.output / name, prediction, listener, forget=forget)
         for case in cases:
-            if case not in waiting and case not in manifest:  # the last one before a process was killed
+            if case not in waiting and case not in noted:  # the last one before a process was killed
                 path = request.output / f"{case.name}{model.file_ending}"
                 with suppress(DatasetError), readable(path):
-                    manifest.add(case, _read_structures(path, prediction))
+                    noted.add(case, _read_structures(path, prediction))
         if ready:
-            failures |= _predict(ready, prediction, scratch, request, manifest, streamed=reason is None)
-        manifest.close(failures)
+            failures |= _predict(ready, prediction, scratch, request, noted, streamed=reason is None)
+        noted.close(failures)
         if request.options.statistics and (request.output / "statistics").is_dir():
             collect_statistics(request.output / "statistics", scratch / "statistics.csv")
             move_into_place(scratch / "statistics.csv", request.output / "statistics.csv")
@@ -180,6 +189,8 @@ def _check_label_map(path: Path, cases: Sequence[Case], request: FolderRequest, 
     problem = None
     if len(cases) != 1:
         problem = f"{len(cases)} images"
+    elif path.resolve() in {file.resolve() for file in cases[0].files}:
+        problem = "no other file than the image"
     elif not path.name.endswith(model.file_ending):
         problem = f"a model that writes {model.file_ending}"
     elif others or request.save_probabilities or request.continue_prediction or request.n_parts > 1:
@@ -209,17 +220,94 @@ def _predict(
     )
 
 
-@contextmanager
-def _explained(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
+def _settings(request: FolderRequest, model: Model, names: LabelNames) -> dict[str, Any]:
+    """All that changes the files of a case, as JSON has it; the model by its content, so that it may be moved."""
+
+    def digest(content: Mapping[str, Any]) -> str:
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    settings = {
+        "plans": digest(model.plans),
+        "dataset": digest(model.dataset_json),
+        "configuration": model.configuration,
+        "trainer": model.trainer_name,
+        **{f"fold_{fold}": file_sha256(path) for fold, path in model.checkpoints.items()},
+        "structures": list(names.structures),
+        "mirroring": request.mirroring,
+        "step_size": request.step_size,
+        "lowres": request.lowres,
+        "previous_stage": None if request.previous_stage is None else str(request.previous_stage.resolve()),
+        **asdict(request.options),
+    }
+    return dict(json.loads(json.dumps(settings)))
+
+
+def _check_output(
+    request: FolderRequest, model: Model, names: LabelNames, cases: Sequence[Case]
+) -> tuple[dict[str, Any], set[str]]:
+    """The new manifest, and the cases whose predictions it will not describe; they are to be predicted again.
+
+    Raises:
+        UsageError: The folder has predictions that the manifest would not describe and that would stay.
+    """
+    output, ending = request.output, model.file_ending
+    inputs = {file.resolve() for case in cases for file in (*case.files, *case.slices)}
+    for case in cases:
+        if (output / f"{case.name}{ending}").resolve() in inputs:
+            raise _impossible("-o", output / f"{case.name}{ending}, an image", "a folder where no image is replaced")
+    files = output.glob(f"*{ending}") if output.is_dir() else ()
+    present = {file.name.removesuffix(ending) for file in files if file.name[0] != "." and file.resolve() not in inputs}
+    settings, images = _settings(request, model, names), {case.name: _image_digest(case) for case in cases}
+    manifest = _read_manifest(output / MANIFEST_NAME)
+    known, of = manifest.get("settings", {}), manifest.get("images", {})
+    changed = sorted(key for key in {*settings, *known} if settings.get(key) != known.get(key))
+    outdated = {case for case in present if changed or of.get(case) != images.get(case, of.get(case))}
+    staying = sorted(outdated if request.continue_prediction or not known else outdated - set(images))
+    if staying:
+        differing = changed[:3] if known else ()
+        got, expected = (
+            "; ".join(f"{key}: {_show(content.get(key))}" for key in differing) for content in (settings, known)
+        )
         raise UsageError(
-            "an output folder that cannot be written",
-            got=f"{output}: {error}",
-            expected="a folder that may be written, on a disk with room",
-            remedy="Make room or choose another one with -o. Nothing half-written was left; --continue goes on.",
-        ) from error
+            f"an output folder with predictions of other {'settings' if changed else 'images'}",
+            got=f"{output} with {staying[0]}{ending}; {got or 'no record of it'}",
+            expected=f"{expected}, as {MANIFEST_NAME} has it" if expected else f"those that {MANIFEST_NAME} describes",
+            remedy="Choose another -o, give what was given before, or remove the predictions that are there.",
+        )
+    if changed:
+        return {"settings": settings, "images": images}, outdated
+    return {**manifest, "images": {**of, **images}}, outdated
+
+
+def _show(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
+    return text if len(text) < 64 else f"{text[:60]}…"  # of a digest enough to tell two apart
+
+
+def _image_digest(case: Case) -> str:
+    try:
+        return fingerprint([*case.files, *sorted(case.slices)])
+    except DatasetError:  # which reading it will say, and that stops no other case
+        return ""
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        _ = {**content["settings"], **content["images"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    return dict(content)
+
+
+def _remove_predictions(output: Path, cases: Iterable[str], ending: str) -> None:
+    masks = _read_manifest(output / MANIFEST_NAME).get("settings", {}).get("masks")
+    names = ("{}.npz", "{}.pkl", "statistics/{}.json", "previews/{}.png", f"{{}}{ending}")
+    for case in cases:
+        if masks:
+            shutil.rmtree(output / case / "segmentations", ignore_errors=True)
+        for name in names:
+            (output / name.format(case)).unlink(missing_ok=True)
 
 
 def _why_nnunets_predictor(request: FolderRequest, model: Model) -> str | None:

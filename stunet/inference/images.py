@@ -18,9 +18,9 @@ import SimpleITK as sitk
 from nibabel.openers import ImageOpener
 
 from stunet.errors import DatasetError, STUNetError, UsageError
-from stunet.labels.nifti import open_volume
+from stunet.labels.nifti import check_finite, open_volume
 
-__all__ = ["Case", "Geometry", "as_nifti", "check_voxels", "find_cases", "not_numbers", "read_geometry", "readable"]
+__all__ = ["Case", "Geometry", "as_nifti", "check_voxels", "find_cases", "read_geometry", "readable"]
 
 _NIFTI = (".nii", ".nii.gz")
 #: Formats of volumes that SimpleITK reads, so that a model of one of them can take any.
@@ -223,23 +223,8 @@ def check_voxels(path: Path) -> None:
     """
     if not path.name.endswith(_NIFTI) or len(_nifti_shape(_nifti_header(path))) != 3:
         return
-    n_bad = 0
     with open_volume(path) as volume:
-        for _, values in volume.chunks():
-            if values.dtype.kind == "f":
-                n_bad += values.size - int(np.isfinite(values).sum())
-    if n_bad:
-        raise not_numbers(path, n_bad)
-
-
-def not_numbers(source: object, n_bad: int) -> DatasetError:
-    """The error for voxels that are NaN or infinite."""
-    return DatasetError(
-        "an image with voxels that are no numbers",
-        got=f"{source}: {n_bad} voxels are NaN or infinite",
-        expected="finite intensities; one NaN makes all logits around it NaN",
-        remedy="Replace them, for example by the intensity of air.",
-    )
+        check_finite(volume)
 
 
 def _describe(geometry: Geometry) -> str:

@@ -73,11 +73,12 @@ class WritingJob:
     crop: tuple[slice, ...] | None = None
 
 
-def write_outputs(job: WritingJob) -> dict[str, dict[str, Any]]:
+def write_outputs(job: WritingJob) -> tuple[dict[str, dict[str, Any]], str | None]:
     """Write all files of a case, the label map last: where it stands, the others do.
 
     Returns:
-        Voxels and volume of each structure that was found.
+        Voxels and volume of each structure that was found; and what is missing and why: a picture that cannot be drawn
+        does not cost the labels.
 
     Raises:
         OSError: The disk is full.
@@ -91,6 +92,7 @@ def write_outputs(job: WritingJob) -> dict[str, dict[str, Any]]:
         _name_in_header(finished, job.names)
     if job.options.masks:
         _write_masks(reader, labels, job)
+    problem = None
     if job.options.statistics or job.options.preview:
         image, properties = reader.read_images([str(path) for path in job.case.files])
         if job.crop is not None:
@@ -100,9 +102,12 @@ def write_outputs(job: WritingJob) -> dict[str, dict[str, Any]]:
         if job.options.statistics:
             _write_statistics(image, labels, job)
         if job.options.preview:
-            _write_preview(image, labels, job)
+            try:
+                _write_preview(image, labels, job)
+            except Exception as error:
+                problem = f"no preview: {type(error).__name__}: {str(error)[:200]}"
     move_into_place(finished, job.output / name)
-    return find_structures(labels, job.names, job.properties["spacing"] if len(labels) > 1 else None)
+    return find_structures(labels, job.names, job.properties["spacing"] if len(labels) > 1 else None), problem
 
 
 def coarse_grid(

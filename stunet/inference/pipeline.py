@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from stunet.errors import CommandError, STUNetError
-from stunet.files import file_sha256, move_into_place, write_json
+from stunet.files import move_into_place, write_json
 from stunet.inference.images import Case
 from stunet.inference.label_names import LabelNames
 from stunet.inference.labels import predict_labels
@@ -39,6 +39,7 @@ __all__ = [
     "describe_outputs",
     "predict_cases",
     "raise_failures",
+    "report_written",
 ]
 
 
@@ -53,6 +54,9 @@ class Listener(Protocol):
 
     def failed(self, case: Case, problem: str) -> None:
         """A case was given up."""
+
+    def note(self, text: str) -> None:
+        """Something worth knowing."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def predict_cases(cases: Sequence[Case], prediction: Prediction, scratch: Path, 
         listener.failed(case, failures[case.name])
 
     preparing = _Preparation(cases, prediction, scratch, fail)
-    writing = _Writing(len(cases), prediction, fail, listener.finished)
+    writing = _Writing(len(cases), prediction, fail, listener)
     try:
         preparing.start_next()
         networks = _networks(prediction)
@@ -174,13 +178,13 @@ class _Writing:
         n_cases: int,
         prediction: Prediction,
         fail: Callable[[Case, BaseException], None],
-        finished: Callable[[Case, dict[str, dict[str, Any]]], None],
+        listener: Listener,
     ) -> None:
         n_processes = min(prediction.strategy.n_writing, n_cases - 1)
         self._workers = deque(Worker(spawned=n_processes > 0) for _ in range(max(1, n_processes)))
         self._running: deque[tuple[WritingJob, Worker]] = deque()
         self._prediction = prediction
-        self._fail, self._finished = fail, finished
+        self._fail, self._listener = fail, listener
         self._overlaps = n_processes > 0
 
     def add(self, prepared: Prepared, labels: Any) -> None:
@@ -214,11 +218,9 @@ class _Writing:
     def _collect(self) -> None:
         job, worker = self._running.popleft()
         try:
-            found = worker.result()
+            report_written(job.case, worker.result(), self._listener)
         except Exception as error:  # the other cases can do without this one
             self._fail(job.case, error)
-        else:
-            self._finished(job.case, found)
         finally:
             shutil.rmtree(job.scratch, ignore_errors=True)
 
@@ -230,6 +232,14 @@ class _Writing:
     def close(self) -> None:
         for worker in self._workers:
             worker.close()
+
+
+def report_written(case: Case, written: tuple[dict[str, dict[str, Any]], str | None], listener: Listener) -> None:
+    """Tell of a case that :func:`write_outputs` has written, and of what it did without."""
+    found, problem = written
+    if problem is not None:
+        listener.note(f"warning: {case.name}: {problem}")
+    listener.finished(case, found)
 
 
 def _networks(prediction: Prediction) -> list[Callable[[torch.Tensor], torch.Tensor]]:
@@ -302,10 +312,10 @@ class Manifest(Listener):
         path: The file. What it says beside ``cases`` and what is set here is kept.
         prediction: How cases are predicted.
         listener: Told of the progress in turn.
-        keep: Whether cases that it has are kept too.
+        forget: Names of cases whose predictions are replaced.
     """
 
-    def __init__(self, path: Path, prediction: Prediction, listener: Listener, *, keep: bool) -> None:
+    def __init__(self, path: Path, prediction: Prediction, listener: Listener, *, forget: set[str]) -> None:
         self._path, self._listener, self._clock = path, listener, time.monotonic()
         model = prediction.model
         before, card = _read_json(path), _read_json(model.folder / "model_card.json")
@@ -317,21 +327,22 @@ class Manifest(Listener):
                 "folder": str(model.folder.resolve()),
                 "licence": card.get("licence"),
                 "sources": card.get("sources", []),
-                "checkpoints": {
-                    fold: {"file": file.name, "sha256": file_sha256(file)} for fold, file in model.checkpoints.items()
-                },
             },
             "device": str(prediction.device),
             "started": _now(),
             "finished": None,
             "seconds": None,
-            "cases": before.get("cases", {}) if keep else {},
+            "cases": {name: case for name, case in before.get("cases", {}).items() if name not in forget},
             "failures": {},
         }
         self._write()
 
     def __contains__(self, case: Case) -> bool:
         return case.name in self._content["cases"]
+
+    def note(self, text: str) -> None:
+        """Pass it on."""
+        self._listener.note(text)
 
     def window(self, case: Case, n_windows: int) -> None:
         """Pass it on."""

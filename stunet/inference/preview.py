@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,6 +21,7 @@ _TITLES = ("first axis", "second axis", "third axis")
 _MAX_IN_LEGEND = 60
 
 
+@mpl.rc_context({"text.parse_math": False})  # a $ in a name is a dollar
 def draw_preview(
     image: npt.NDArray[Any],
     labels: npt.NDArray[Any],

@@ -15,7 +15,7 @@ from stunet.files import move_into_place
 from stunet.inference.images import Case, as_nifti
 from stunet.inference.labels import label_type
 from stunet.inference.outputs import WritingJob, write_outputs
-from stunet.inference.pipeline import Listener, Prediction, describe
+from stunet.inference.pipeline import Listener, Prediction, describe, report_written
 from stunet.inference.preparation import save_array
 
 __all__ = ["predict_with_nnunet"]
@@ -59,12 +59,12 @@ def predict_with_nnunet(
                 save_probabilities=save_probabilities,
                 folder_with_segs_from_prev_stage=None if previous_stage is None else str(previous_stage),
             )
-            found = _write(case, prediction, folder, save_probabilities=save_probabilities)
+            written = _write(case, prediction, folder, save_probabilities=save_probabilities)
         except Exception as error:  # the other cases can do without this one
             failures[case.name] = describe(error)
             listener.failed(case, failures[case.name])
         else:
-            listener.finished(case, found)
+            report_written(case, written, listener)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return failures
@@ -94,7 +94,9 @@ def _predictor(prediction: Prediction) -> nnUNetPredictor:
     return predictor
 
 
-def _write(case: Case, prediction: Prediction, folder: Path, *, save_probabilities: bool) -> dict[str, dict[str, Any]]:
+def _write(
+    case: Case, prediction: Prediction, folder: Path, *, save_probabilities: bool
+) -> tuple[dict[str, dict[str, Any]], str | None]:
     model = prediction.model
     labels, properties = model.plans_manager.image_reader_writer_class().read_seg(
         str(folder / f"stock{model.file_ending}")

@@ -5,6 +5,7 @@ Nothing here imports torch or nnU-Net, which each process would load anew.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections import Counter
@@ -119,7 +120,7 @@ def _relabel_other(case: LabelCase) -> None:
         sitk.WriteImage(result, str(staging), useCompression=True)
     except RuntimeError as error:
         staging.unlink(missing_ok=True)
-        raise OSError(f"{staging}: {str(error).strip().splitlines()[-1]}") from error
+        raise OSError(errno.EIO, str(error).strip().splitlines()[-1], str(staging)) from error
     move_into_place(staging, case.label)
 
 

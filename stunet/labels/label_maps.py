@@ -42,8 +42,8 @@ class MergedMasks:
 def merge_masks(masks: Sequence[tuple[int, Path]], reference: VolumeReader, n_labels: int) -> MergedMasks:
     """Merge one mask per structure into one label map; later masks are painted over earlier ones.
 
-    Masks are decoded chunk by chunk into the label map, which is all that is held in memory. A voxel is inside where
-    the mask's value, scaled as its header says, is above 0.5.
+    Masks are decoded chunk by chunk into the label map, which is all that is held in memory. Their values, scaled as
+    their headers say, are 0 outside and 1 inside, or 0 and 255.
 
     Args:
         masks: Label value and file of each mask, in the order in which they are painted.
@@ -51,7 +51,7 @@ def merge_masks(masks: Sequence[tuple[int, Path]], reference: VolumeReader, n_la
         n_labels: The highest label value of the dataset, which decides the type: uint8 up to 255, else uint16.
 
     Raises:
-        DatasetError: A mask that cannot be read, lies on another grid, or has several values.
+        DatasetError: A mask that cannot be read, lies on another grid, or has other values.
     """
     n_voxels = math.prod(reference.shape)
     # A few voxels more, so that the last chunk can be painted word by word too.
@@ -79,18 +79,19 @@ def merge_masks(masks: Sequence[tuple[int, Path]], reference: VolumeReader, n_la
 def _paint(mask: VolumeReader, value: int, labels: npt.NDArray[Any]) -> tuple[int, Counter[int]]:
     """Paint a mask: voxels inside it, and how many of them had each other value before."""
     n_inside, lost = 0, Counter[int]()
-    found: set[int] = set()
+    found: set[float] = set()
     for start, chunk in mask.chunks():
-        highest = chunk.max()
-        if highest <= 0:  # most of most masks
+        if mask.scaling is not None:
+            chunk = chunk.round(4)  # slope and intercept have 32 bits: 255 times 1/255 is not quite 1
+        lowest, highest = chunk.min(), chunk.max()
+        if lowest == highest == 0:  # most of most masks
             continue
         if highest == 1 and chunk.dtype == labels.dtype == np.uint8:
             found.add(1)
             n, covered = _paint_words(chunk, value, labels[start : start + chunk.size + -chunk.size % _WORD])
         else:
-            inside = np.flatnonzero(chunk > 0.5 if chunk.dtype.kind == "f" else chunk > 0)
-            if chunk.dtype.kind != "f":
-                found.update((int(chunk[inside].min()), int(highest)))
+            inside = np.flatnonzero(chunk)
+            found.update(np.unique(chunk[inside]).tolist() if lowest != highest else [highest.item()])
             part = labels[start : start + chunk.size]
             n, covered = inside.size, part[inside]
             part[inside] = value
@@ -98,14 +99,20 @@ def _paint(mask: VolumeReader, value: int, labels: npt.NDArray[Any]) -> tuple[in
         covered = covered[covered != 0]
         if covered.size:
             lost.update({v: n for v, n in enumerate(np.bincount(covered).tolist()) if n})
-    if len(found) > 1:
-        raise DatasetError(
-            "a mask with several values",
-            got=f"{mask.path}: values from {min(found)} to {max(found)}",
-            expected="one value inside the structure and 0 outside",
-            remedy="Give each structure a mask of its own; this looks like a label map.",
-        )
+        if found not in ({1}, {255}):
+            raise _no_mask(mask, f"values {', '.join(f'{v:g}' for v in sorted(found)[:5])}{', …' * (len(found) > 5)}")
+    if n_inside == math.prod(mask.shape) and mask.scaling is not None:
+        raise _no_mask(mask, f"1 everywhere, by slope {mask.scaling[0]:g} and intercept {mask.scaling[1]:g}")
     return n_inside, lost
+
+
+def _no_mask(mask: VolumeReader, got: str) -> DatasetError:
+    return DatasetError(
+        "a mask with other values than 0 and 1, or 0 and 255",
+        got=f"{mask.path}: {got}",
+        expected="0 outside the structure and 1 (or 255) inside, scl_slope and scl_inter of the header applied",
+        remedy="Write the mask again: of probabilities what is above 0.5, of a label map one mask for each structure.",
+    )
 
 
 def _paint_words(

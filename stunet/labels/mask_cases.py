@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from stunet.errors import DatasetError
-from stunet.files import clone_or_copy, file_sha256, place_files, start_sync, sync_files
+from stunet.files import clone_or_copy, file_sha256, place_files, start_sync, sync_files, temporary_path
 from stunet.labels.label_maps import merge_masks
-from stunet.labels.nifti import open_volume, write_volume
+from stunet.labels.nifti import check_finite, open_volume, write_volume
 
 __all__ = [
     "ImportedCase",
@@ -112,12 +112,11 @@ def stage_case(case: MaskCase) -> ImportedCase | StagedCase:
     record = finished_record(case.record, case.image, case.label)
     if record is not None and record["source"] == source and record["split"] == case.split:
         return ImportedCase(True, record)
-    image, label = (path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in (case.image, case.label))
+    image, label = map(temporary_path, (case.image, case.label))
     try:
         with open_volume(case.ct) as ct:
             _stage_image(case, image)
-            for _ in ct.chunks():  # a truncated image would show only when it is preprocessed
-                pass
+            check_finite(ct)  # to its end: a truncated image would show only when it is preprocessed
             merged = merge_masks([(value, path) for value, _, path in case.masks], ct, case.n_labels)
             write_volume(merged.labels, ct, label)
     except BaseException:
@@ -157,7 +156,7 @@ def place_cases(cases: Sequence[tuple[MaskCase, StagedCase]]) -> list[ImportedCa
 
 def _write_record(record: dict[str, Any], path: Path) -> None:
     # Not synced: where the machine fails, a case without its record is imported again.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     temporary.write_text(json.dumps(record), encoding="utf-8")
     os.replace(temporary, path)
 

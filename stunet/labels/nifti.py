@@ -19,9 +19,18 @@ from isal import isal_zlib
 from nibabel.spatialimages import HeaderDataError
 
 from stunet.errors import DatasetError
+from stunet.files import naming_file
 from stunet.labels.inflating import Inflater
 
-__all__ = ["CHUNK_VOXELS", "VolumeReader", "check_same_grid", "open_volume", "write_volume"]
+__all__ = [
+    "CHUNK_VOXELS",
+    "VolumeReader",
+    "check_finite",
+    "check_same_grid",
+    "not_numbers",
+    "open_volume",
+    "write_volume",
+]
 
 #: Voxels decoded at a time; with the temporary arrays over them about as much as a processor's cache holds.
 CHUNK_VOXELS = 2**18
@@ -75,6 +84,7 @@ class VolumeReader:
         header: Its header, as nibabel understands it.
         shape: ``(X, Y, Z)``, without trailing axes of length 1.
         affine: Voxel indices to mm, ``(4, 4)``; one array for all files with equal headers.
+        scaling: Slope and intercept of the values; None where they are as stored.
         payload: Equal for small files of equal content; None where this was not found out.
     """
 
@@ -83,6 +93,7 @@ class VolumeReader:
         self.header = layout.header
         self.shape = layout.shape
         self.affine = layout.affine
+        self.scaling = layout.scaling
         self.payload = stream.payload
         self._layout = layout
         self._stream = stream
@@ -98,7 +109,7 @@ class VolumeReader:
         Raises:
             DatasetError: The file is truncated, or its checksum wrong.
         """
-        dtype, scaling = self._layout.dtype, self._layout.scaling
+        dtype, scaling = self._layout.dtype, self.scaling
         n_voxels = math.prod(self.shape)
         with _explained(self.path):
             while self._skip > 0 and (skipped := self._stream.read(min(self._skip, CHUNK_VOXELS))):
@@ -175,6 +186,27 @@ def _explained(path: Path) -> Iterator[None]:
         ) from error
 
 
+def check_finite(volume: VolumeReader) -> None:
+    """Read a volume to its end, and check that its values are numbers.
+
+    Raises:
+        DatasetError: The file is truncated or damaged, or has voxels that are NaN or infinite.
+    """
+    n_bad = sum(v.size - int(np.isfinite(v).sum()) for _, v in volume.chunks() if v.dtype.kind == "f")
+    if n_bad:
+        raise not_numbers(volume.path, n_bad)
+
+
+def not_numbers(source: object, n_bad: int) -> DatasetError:
+    """The error for voxels that are NaN or infinite."""
+    return DatasetError(
+        "an image with voxels that are no numbers",
+        got=f"{source}: {n_bad} voxels are NaN or infinite",
+        expected="finite intensities; one NaN makes all logits around it NaN",
+        remedy="Replace them, for example by the intensity of air.",
+    )
+
+
 def check_same_grid(volume: VolumeReader, reference: VolumeReader) -> None:
     """Check that two volumes have the same voxels, to a twentieth of a voxel's side at each corner.
 
@@ -227,7 +259,7 @@ def write_volume(
     header["vox_offset"] = len(header.binaryblock) + 4
     little_endian = labels.dtype.newbyteorder("<")
     packer: Any = isal_zlib.compressobj(_COMPRESSION_LEVEL, isal_zlib.DEFLATED, _GZIP_WINDOW) if compress else None
-    with Path(path).open("wb") as file:
+    with naming_file(Path(path)), Path(path).open("wb") as file:
 
         def put(content: bytes) -> None:
             file.write(packer.compress(content) if packer else content)

@@ -33,28 +33,37 @@ def check_target(logits: Tensor, target: Tensor, members: Tensor, ignore_label: 
             expected=f"({logits.shape[0]}, [1,] {', '.join(map(str, logits.shape[2:]))})",
             remedy="Give label values, not one-hot maps; with deep supervision, one target for each output.",
         )
-    check_labels(target, members, ignore_label)
-    return target
+    return check_labels(target, members, ignore_label)
 
 
-def check_labels(target: Tensor, members: Tensor, ignore_label: int | None) -> None:
-    """Refuse label values that no output stands for.
+def check_labels(target: Tensor, members: Tensor, ignore_label: int | None) -> Tensor:
+    """Refuse label values that no output stands for, and return the target in a type that PyTorch computes with.
 
     Raises:
-        LossError: There are some.
+        LossError: There are some, or there are no voxels.
     """
+    if not target.numel():
+        raise LossError(
+            "an empty batch", got=tuple(target.shape), expected="a voxel at least", remedy="Leave empty batches out."
+        )
+    if target.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which it can hardly do more with than store
+        target = target.long()
     n_labels = len(members)
     # Negated, so that NaN is found as well.
     wrong = ~((target >= 0) & (target < n_labels))
     if ignore_label is not None:
         wrong &= target != ignore_label
+    if target.is_floating_point():
+        wrong |= target != target.floor()
     if bool(wrong.any()):
         raise LossError(
             "label values that no output stands for",
             got=", ".join(f"{value:g}" for value in sorted(set(target[wrong].tolist()))[:5]),
-            expected=f"0 to {n_labels - 1}" + ("" if ignore_label is None else f", or {ignore_label} to ignore"),
+            expected=f"whole numbers from 0 to {n_labels - 1}"
+            + ("" if ignore_label is None else f", or {ignore_label} to ignore"),
             remedy="Check the dataset with `nnUNetv2_plan_and_preprocess --verify_dataset_integrity`.",
         )
+    return target
 
 
 def check_annotated(annotated: Tensor, batch_size: int, n_labels: int) -> Tensor:

@@ -195,8 +195,8 @@ def partial_dice_ce_loss(
         The loss, a scalar.
 
     Raises:
-        LossError: Shapes that do not fit together, label values beyond the labels, a case that annotates labels with a
-            common output, or ``ddp`` without a process group.
+        LossError: An empty batch, shapes that do not fit together, values that are no labels, a case that annotates
+            labels with a common output, or ``ddp`` without a process group.
     """
     if members is None:
         members = label_members(logits.shape[1] if logits.ndim > 1 else 0)
@@ -232,7 +232,7 @@ def _count(logits: Tensor, target: Tensor, annotated: Tensor | None, members: Te
     annotated = _complete(annotated, len(target), members)
     partitions = [partition_outputs(members, row, case) for case, row in enumerate(annotated)]
     if not settings.batch_dice:
-        check_labels(target, members, settings.ignore_label)
+        target = check_labels(target, members, settings.ignore_label)
         flat = target.flatten(1)
         counts = [count_voxels(row, p, settings.ignore_label) for row, p in zip(flat, partitions, strict=True)]
         return count_of(torch.stack(counts).sum(), annotated.to(target.device))

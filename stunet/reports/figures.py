@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib import colormaps
@@ -16,11 +19,29 @@ from matplotlib.patches import Patch
 
 from stunet.files import atomic_path
 
-__all__ = ["side_by_side"]
+__all__ = ["drawing", "side_by_side"]
 
 Array = npt.NDArray[Any]
+Arguments = ParamSpec("Arguments")
+Drawn = TypeVar("Drawn")
 
 
+def drawing(draw: Callable[Arguments, Drawn]) -> Callable[Arguments, Drawn | None]:
+    """Decorate what draws or saves a figure: a ``$`` in a name is a dollar, and a failure costs the picture alone."""
+
+    @wraps(draw)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Drawn | None:
+        try:
+            with mpl.rc_context({"text.parse_math": False}):
+                return draw(*args, **kwargs)
+        except Exception as error:  # whatever it is, the results beside the picture are whole
+            warnings.warn(f"no picture: {type(error).__name__}: {str(error)[:200]}", stacklevel=2)
+            return None
+
+    return call
+
+
+@drawing
 def side_by_side(
     cases: Sequence[tuple[str, Array, Array, Array]],
     labels: Mapping[str, int],

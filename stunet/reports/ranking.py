@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stunet.files import atomic_path, write_json
+from stunet.reports.figures import drawing
 from stunet.reports.pages import inline_svg, write_page
 from stunet.reports.ranking_figures import scale_lines, score_bars
 from stunet.transferability import RANKING_FORMAT, CandidateScores, Ranking, TargetCases
@@ -168,7 +169,7 @@ def _page(report: RankingReport) -> dict[str, Any]:
         "warnings": [*report.warnings, *report.shortfalls],
         "metrics": list(report.metrics),
         "rows": [_row(report, candidate) for candidate in ranking.candidates],
-        "figures": _figures(report, scored),
+        "figures": _figures(report, scored) or [],
         "consistency": _consistency(scored, target) if scored else None,
         "null": _null(scored) if scored else None,
         "debiased": debiased,
@@ -195,6 +196,7 @@ def _row(report: RankingReport, candidate: CandidateScores) -> dict[str, Any]:
     }
 
 
+@drawing
 def _figures(report: RankingReport, scored: Sequence[CandidateScores]) -> list[dict[str, Any]]:
     metric = report.ranking.metric
     shown = [(c, c.scores[metric]) for c in report.ranking.candidates if c.scores.get(metric) is not None]

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from stunet.evaluation import METRICS, EvaluationResults
 from stunet.files import atomic_path
+from stunet.reports.figures import drawing
 
 __all__ = ["draw_scores"]
 
@@ -20,6 +21,7 @@ _ROW = 0.26  # inches
 _MOST_CASES_FOR_OPAQUE_DOTS = 20
 
 
+@drawing
 def draw_scores(results: EvaluationResults, path: str | os.PathLike[str], *, title: str = "") -> None:
     """Draw the scores of each structure: a dot for each case, and a bar at the mean.
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import SimpleITK as sitk
 import torch
@@ -104,13 +106,32 @@ def test_an_earlier_training_is_not_overwritten(shell: Shell, source: Path, fine
     assert "Traceback" not in output
 
 
-def test_a_killed_fine_tuning_resumes(shell: Shell, source: Path, fine_tuned: tuple[Path, str]) -> None:
+def test_a_terminated_fine_tuning_resumes(shell: Shell, source: Path, fine_tuned: tuple[Path, str]) -> None:
+    """Nobody else trains in its fold meanwhile, and SIGTERM leaves no process behind."""
     settings = TINY.replace("num_epochs=2", "num_epochs=4") + " save_every=1 warmup_epochs=1 initial_lr=0.004"
     command = (
         f"stunet finetune -d 2 -f 1 --from {source} --strategy warmup --name P_killed -device cpu -np 1 "
         f"--set {settings}"
     )
-    shell.run_and_kill(command, lambda log: "Epoch 2" in log)
+    process, log = shell.start(f"exec {command} > terminated.log 2>&1"), shell.root / "terminated.log"
+    deadline = time.monotonic() + 300
+    while "Epoch 2" not in (log.read_text() if log.exists() else ""):
+        assert process.poll() is None, log.read_text()[-6000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    training = psutil.Process(process.pid)
+    training.suspend()
+    children = training.children(recursive=True)
+    assert children
+    second = shell.start(command)
+    output, _ = second.communicate(timeout=300)
+    assert second.returncode == 2, output
+    assert "another training of the same fold" in output
+    assert "Traceback" not in output
+    training.terminate()
+    training.resume()
+    _, alive = psutil.wait_procs([training, *children], timeout=60)
+    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
     model = shell.model(TARGET, "STUNetTrainer__P_killed__3d_fullres")
     epoch = read_checkpoint(model / "fold_1" / "checkpoint_latest.pth")["current_epoch"]
     output = shell.run(f"{command} --c")

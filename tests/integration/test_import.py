@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import Shell
-from masks import AFFINE, random_masks, save, write_case, write_meta
+from masks import AFFINE, SHAPE, random_masks, save, write_case, write_meta
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 
 from stunet.cli.main import main
@@ -83,14 +83,22 @@ def test_bad_cases_exclusion_and_taken_ids(here: Here, tmp_path: Path) -> None:
     for i, name in enumerate(("s0001", "s0002", "s0864")):
         write_case(source, name, random_masks(i, ("face", "liver")), i)
     (source / "s0864" / "ct.nii.gz").write_bytes(b"corrupt")
+    for name, file, value in (("s0003", "ct.nii.gz", np.nan), ("s0004", "segmentations/liver.nii.gz", 0.5)):
+        write_case(source, name, random_masks(1, ("face", "liver")))
+        save(np.full(SHAPE, value, np.float32), source / name / file)
     line = f"stunet import totalsegmentator {source} --structures face,liver -np 1"
-    status, output = here.run(f"{line} -d 101")
+    status, output = here.run(f"{line} -d 101 --exclude s0003,s0004,s0864")
     assert status == 0
-    assert "1 case excluded: s0864" in output
+    assert "s0864" in output
     assert "masks/s" in output
     status, output = here.run(f"{line} -d 102 --exclude none")
     assert status == 2
-    assert "s0864/ct.nii.gz" in output
+    for part in (
+        "s0864/ct.nii.gz",
+        "s0003/ct.nii.gz: 693 voxels are NaN",
+        "s0004/segmentations/liver.nii.gz: values 0.5",
+    ):
+        assert part in output
     assert "the dataset is complete without them" in output
     assert "Traceback" not in output
     for folder in (DATASET, "Dataset102_TotalSegmentator"):
