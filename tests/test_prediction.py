@@ -46,7 +46,7 @@ class Recorder:
         self.windows[case.name] = self.windows.get(case.name, 0) + 1
         assert self.windows[case.name] <= n_windows
 
-    def finished(self, case: Case) -> None:
+    def finished(self, case: Case, found: dict[str, Any]) -> None:
         self.finished_cases.append(case.name)
 
     def failed(self, case: Case, problem: str) -> None:

@@ -50,7 +50,7 @@ API = {
         "Model", "OutputOptions", "Prediction", "PreparationJob", "Prepared", "Strategy", "WindowGrid",
         "available_bytes", "axis_maps", "choose_strategy", "find_cases", "label_names", "load_model",
         "mirror_and_predict", "parse_memory", "predict_cases", "predict_folder", "predict_labels", "predict_planes",
-        "prepare", "read_geometry", "stock_bytes", "window_grid",
+        "prepare", "published_model", "read_geometry", "stock_bytes", "window_grid",
     ],
     "stunet.training": [
         "AccumulatingTrainer",

@@ -20,6 +20,7 @@ from stunet.cli import (
     imports,
     info,
     labels,
+    list_names,
     plan,
     predict,
     rank,
@@ -68,7 +69,14 @@ _add(
     "stunet evaluate -d 4 -m MODEL_FOLDER --label-map btcv",
     "stunet evaluate -d 4 --predictions PREDICTIONS --cases case_01,case_07",
 )
-_add("predict", predict.predict, "stunet predict -i IMAGES -o PREDICTIONS -m MODEL_FOLDER --preview")
+_add(
+    "predict",
+    predict.predict,
+    "stunet predict -i CT.nii.gz -o CT_labels.nii.gz -m small_ep4k",
+    "stunet predict -i DICOM_FOLDER -o OUT -m small_ep4k --preview",
+    "stunet predict -i IMAGES -o OUT -d 4 -f 0 --continue",
+)
+_add("list", list_names.list_names, "stunet list", "stunet list --of small_ep4k", "stunet list --of btcv --json")
 _add("convert", convert.convert, "stunet convert small_ep4k -o MODEL_FOLDER")
 _add("env", env.env, 'eval "$(stunet env)"')
 _add("demo", demo.demo, "stunet demo", "stunet demo --data nnUNet_raw/Dataset004_Hippocampus")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,68 +16,98 @@ if TYPE_CHECKING:
 
 __all__ = ["predict"]
 
+_model, _result, _resources = (
+    partial(typer.Option, rich_help_panel=panel) for panel in ("Model", "Result", "Speed and memory")
+)
+
+
+def _complete_model(incomplete: str) -> list[str]:
+    from stunet.weights import load_registry
+
+    parent, _, start = incomplete.rpartition(os.sep)
+    folders = [path for path in Path(parent or ".").glob(f"{start}*") if path.is_dir()]
+    return [name for name in load_registry() if name.startswith(incomplete)] + [f"{path}{os.sep}" for path in folders]
+
 
 def predict(
-    images: Annotated[Path, typer.Option("-i", "--input", help="Folder with images CASE_0000.nii.gz, …")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the predictions.")],
-    model: Annotated[Path | None, typer.Option("-m", "--model", help="Model folder; or -d, -tr, -p and -c.")] = None,
-    dataset: Annotated[str | None, typer.Option("-d", "--dataset", help="Dataset id or name.")] = None,
-    trainer: Annotated[str, typer.Option("-tr", "--trainer", help="Trainer of the model.")] = "nnUNetTrainer",
-    plans: Annotated[str, typer.Option("-p", "--plans", help="Plans of the model.")] = "nnUNetPlans",
-    configuration: Annotated[str, typer.Option("-c", "--configuration", help="Configuration.")] = "3d_fullres",
+    images: Annotated[
+        Path, typer.Option("-i", "--input", metavar="PATH", help="An image, a folder of images, or a DICOM folder.")
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="PATH", help="Folder; for one image also a .nii.gz file.")
+    ],
+    series: Annotated[
+        str | None, typer.Option(metavar="UID", help="DICOM series to take, where the folder has several.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        _model(
+            "-m",
+            "--model",
+            metavar="MODEL",
+            autocompletion=_complete_model,
+            help="Folder, or a name that `stunet list` shows.",
+        ),
+    ] = None,
+    dataset: Annotated[str | None, _model("-d", "--dataset", metavar="NAME", help="Or a dataset's id or name.")] = None,
+    trainer: Annotated[str, _model("-tr", "--trainer", metavar="NAME", help="Trainer.")] = "nnUNetTrainer",
+    plans: Annotated[str, _model("-p", "--plans", metavar="NAME", help="Plans.")] = "nnUNetPlans",
+    configuration: Annotated[
+        str, _model("-c", "--configuration", metavar="NAME", help="Configuration.")
+    ] = "3d_fullres",
     folds: Annotated[
-        list[str] | None, typer.Option("-f", "--folds", help="Folds to average; those that are there. Takes several.")
+        list[str] | None, _model("-f", "--folds", metavar="FOLD...", help="Folds to average; all by default.")
     ] = None,
-    checkpoint: Annotated[str, typer.Option("-chk", "--checkpoint", help="File name.")] = "checkpoint_final.pth",
-    step_size: Annotated[
-        float, typer.Option("-step_size", "--step-size", help="Distance of windows, as a fraction of the patch.")
-    ] = 0.5,
-    disable_tta: Annotated[
-        bool, typer.Option("--disable_tta", "--disable-tta", help="No mirroring, even where the model allows it.")
-    ] = False,
-    structures: Annotated[
-        str | None, typer.Option(help="Keep these alone, liver,spleen for example; labels are as in the full result.")
-    ] = None,
-    memory: Annotated[str | None, typer.Option(help="What all processes may take together, for example 8GB.")] = None,
-    masks: Annotated[
-        bool, typer.Option("--masks", help="Also one mask for each structure, CASE/segmentations/NAME.nii.gz.")
-    ] = False,
-    statistics: Annotated[
-        bool, typer.Option("--statistics", help="Also volume and mean intensity of each structure.")
-    ] = False,
-    names_in_header: Annotated[
-        bool, typer.Option("--names-in-header", help="Also write the names into the NIfTI header.")
-    ] = False,
-    preview: Annotated[bool, typer.Option("--preview", help="Also a picture of each case.")] = False,
-    continue_prediction: Annotated[
-        bool, typer.Option("--c", "--continue", "--continue_prediction", help="Keep cases that are predicted already.")
-    ] = False,
-    save_probabilities: Annotated[
-        bool, typer.Option("--save_probabilities", "--save-probabilities", help="nnU-Net's .npz, by its own predictor.")
-    ] = False,
+    checkpoint: Annotated[
+        str, _model("-chk", "--checkpoint", metavar="FILE", help="File in each fold.")
+    ] = "checkpoint_final.pth",
     previous_stage: Annotated[
-        Path | None, typer.Option("-prev_stage_predictions", help="Of a cascade's first stage.")
+        Path | None,
+        typer.Option("-prev_stage_predictions", metavar="PATH", help="For cascades: the first stage's results."),
     ] = None,
-    n_preparing: Annotated[int, typer.Option("-npp", help="Processes that read and preprocess.", min=0)] = 1,
-    n_writing: Annotated[int, typer.Option("-nps", help="Processes that write.", min=0)] = 1,
-    n_parts: Annotated[int, typer.Option("-num_parts", help="Commands that share the cases.", min=1)] = 1,
-    part_id: Annotated[int, typer.Option("-part_id", help="Which of them this is, from 0.", min=0)] = 0,
+    structures: Annotated[
+        str | None, _result(metavar="NAMES", help="Only these: liver,spleen. Label values stay.")
+    ] = None,
+    lowres: Annotated[bool, _result("--lowres", help="Write at the model's spacing, not the image's.")] = False,
+    masks: Annotated[bool, _result("--masks", help="Also a mask of each structure.")] = False,
+    statistics: Annotated[bool, _result("--statistics", help="Also volumes and mean intensities.")] = False,
+    preview: Annotated[bool, _result("--preview", help="Also a picture of each case.")] = False,
+    names_in_header: Annotated[bool, _result("--names-in-header", help="Write names into the NIfTI header.")] = False,
+    save_probabilities: Annotated[
+        bool, _result("--save_probabilities", help="Also nnU-Net's .npz, by its own predictor.")
+    ] = False,
+    continue_prediction: Annotated[
+        bool, _result("--continue", "--c", help="Keep cases that are predicted already.")
+    ] = False,
+    continue_as_nnunet: Annotated[bool, _result("--continue_prediction", hidden=True)] = False,
     device: Device = "auto",
-    not_on_device: Annotated[
-        bool, typer.Option("--not_on_device", help="Add up logits in the machine's memory, not the device's.")
-    ] = False,
+    memory: Annotated[str | None, _resources(metavar="SIZE", help="Limit for all processes, such as 8GB.")] = None,
+    step_size: Annotated[
+        float, _resources("-step_size", "--step_size", metavar="X", help="Distance of windows, in patches.")
+    ] = 0.5,
+    disable_tta: Annotated[bool, _resources("--disable_tta", help="No mirroring.")] = False,
+    n_preparing: Annotated[int, _resources("-npp", metavar="N", help="Processes that preprocess.", min=0)] = 1,
+    n_writing: Annotated[int, _resources("-nps", metavar="N", help="Processes that write.", min=0)] = 1,
+    n_parts: Annotated[int, _resources("-num_parts", metavar="N", help="Commands that share the cases.", min=1)] = 1,
+    part_id: Annotated[int, _resources("-part_id", metavar="N", help="Which one this is, from 0.", min=0)] = 0,
+    not_on_device: Annotated[bool, _resources("--not_on_device", help="Add up logits in main memory.")] = False,
     trust: Annotated[
-        list[str] | None, typer.Option("--trust", help="A network class of others' that may be imported. Repeatable.")
+        list[str] | None, _model("--trust", help="A network class of others that may be imported. Repeatable.")
     ] = None,
-    disable_progress_bar: Annotated[
-        bool, typer.Option("--disable_progress_bar", "--disable-progress-bar", help="For logs.")
-    ] = False,
+    disable_progress_bar: Annotated[bool, _resources("--disable_progress_bar", help="For logs.")] = False,
 ) -> None:
-    """Predict as nnUNetv2_predict does, with the same labels, in memory that hardly grows with classes or image.
+    """Predict as nnUNetv2_predict does, with the same labels, in memory that hardly grows with structures or image.
 
-    Logits exist only for as many planes as the sliding window is thick. The options are nnUNetv2_predict's where it has
-    them. Models with regions, cascades and --save_probabilities go to nnU-Net's own predictor.
+    OUT/CASE.nii.gz holds the labels, OUT/labels.json their names, and OUT/manifest.json the model, the versions and the
+    structures that were found. The options are nnUNetv2_predict's where it has them. Models with regions, cascades and
+    --save_probabilities go to nnU-Net's own predictor.
     """
+    from stunet.errors import UsageError
+
+    if not images.exists():  # before PyTorch is imported, which takes seconds
+        raise UsageError("missing input", got=images, expected="an image, or a folder", remedy="Correct -i.")
+    folder = _model_folder(model, dataset, trainer, plans, configuration)
+
     from stunet.cli.prediction_progress import PredictionProgress
     from stunet.inference import FolderRequest, OutputOptions, parse_memory, predict_folder
 
@@ -83,7 +115,7 @@ def predict(
     request = FolderRequest(
         images=images,
         output=output,
-        model=_model_folder(model, dataset, trainer, plans, configuration),
+        model=folder,
         folds=folds,
         checkpoint_name=checkpoint,
         step_size=step_size,
@@ -93,34 +125,55 @@ def predict(
         structures=None if structures is None else [name.strip() for name in structures.split(",") if name.strip()],
         budget=budget,
         options=OutputOptions(masks=masks, statistics=statistics, names_in_header=names_in_header, preview=preview),
-        continue_prediction=continue_prediction,
+        continue_prediction=continue_prediction or continue_as_nnunet,
         n_preparing=n_preparing,
         n_writing=n_writing,
         part_id=part_id,
         n_parts=n_parts,
         save_probabilities=save_probabilities,
         previous_stage=previous_stage,
+        series=series,
+        lowres=lowres,
         trust=trust or [],
     )
     with PredictionProgress(bar=not disable_progress_bar) as progress:
         predict_folder(request, progress)
 
 
-def _model_folder(model: Path | None, dataset: str | None, trainer: str, plans: str, configuration: str) -> Path:
+def _model_folder(model: str | None, dataset: str | None, trainer: str, plans: str, configuration: str) -> Path:
     from stunet.errors import UsageError
-    from stunet.planning import find_dataset, nnunet_folder
 
     if (model is None) == (dataset is None):
         raise UsageError(
             "no model" if model is None else "two models",
             got="neither -m nor -d" if model is None else f"-m {model} and -d {dataset}",
-            expected="-m MODEL_FOLDER, or -d with -tr, -p and -c",
-            remedy="Give one of them.",
+            expected="-m MODEL, or -d with -tr, -p and -c",
+            remedy="Give one of them; `stunet list` shows the published models.",
         )
-    if model is not None:
-        return model
-    assert dataset is not None
-    return nnunet_folder("nnUNet_results") / find_dataset(dataset) / f"{trainer}__{plans}__{configuration}"
+    if dataset is not None:
+        from stunet.planning import find_dataset, nnunet_folder
+
+        return nnunet_folder("nnUNet_results") / find_dataset(dataset) / f"{trainer}__{plans}__{configuration}"
+    assert model is not None
+    return Path(model) if Path(model).exists() or os.sep in model else _published_model(model)
+
+
+def _published_model(name: str) -> Path:
+    from stunet.cli.console import stdout
+    from stunet.cli.transfers import ProgressListener
+    from stunet.weights import find_entry
+
+    entry = find_entry(name)
+    licence = entry.licence or "not stated; ask those who published them"
+    stdout.print(
+        f"Weights {name}, licence: {licence}{f' ({entry.page})' if entry.page else ''}",
+        soft_wrap=True, highlight=False, markup=False,
+    )  # fmt: skip
+
+    from stunet.inference import published_model
+
+    with ProgressListener() as listener:
+        return published_model(entry, listener)
 
 
 def _device(name: str) -> torch.device:

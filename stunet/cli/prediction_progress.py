@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,8 @@ class PredictionProgress:
         """So many cases will be predicted; so many were before."""
         finished = f", {n_finished} are finished already" if n_finished else ""
         self.note(f"Cases to predict: {n_cases}{finished}")
+        if n_cases:
+            self._task = self._progress.add_task("reading and preprocessing", total=None)
 
     def window(self, case: Case, n_windows: int) -> None:
         """One window of a case, of so many, was predicted."""
@@ -60,9 +63,9 @@ class PredictionProgress:
             self._case, self._task = case.name, self._progress.add_task(case.name, total=n_windows)
         self._progress.advance(self._task)
 
-    def finished(self, case: Case) -> None:
+    def finished(self, case: Case, found: Mapping[str, object]) -> None:
         """All files of a case are written."""
-        self.note(f"Predicted {case.name}")
+        self.note(f"Predicted {case.name}: {len(found)} structure{'' if len(found) == 1 else 's'} found")
 
     def failed(self, case: Case, problem: str) -> None:
         """A case was given up."""

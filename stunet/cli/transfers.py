@@ -1,4 +1,4 @@
-"""Progress of downloads on the terminal."""
+"""Progress of downloads, and of what is done with them, on the terminal."""
 
 from __future__ import annotations
 
@@ -47,12 +47,21 @@ class ProgressListener(Listener):
     def begin(self, file: str, url: str) -> None:
         """Name the file and where it is from."""
         self.note(f"Downloading {url}")
+        if self._task is not None:
+            self._progress.remove_task(self._task)
         self._task = self._progress.add_task(file, total=None)
 
     def progress(self, done: int, total: int | None) -> None:
         """Move the bar."""
         if self._task is not None:
             self._progress.update(self._task, completed=done, total=total)
+
+    def work(self, text: str) -> None:
+        """Show that something is being done whose end is not known."""
+        self.note(text)
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(text, total=None)
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""

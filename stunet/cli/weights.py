@@ -14,7 +14,7 @@ from stunet.cli.options import complete_weights
 if TYPE_CHECKING:
     from stunet.weights import Verified, WeightsEntry, WeightsFile
 
-__all__ = ["app"]
+__all__ = ["app", "weights_row"]
 
 app = typer.Typer(cls=Group, help="List, fetch and verify published STU-Net weights.", no_args_is_help=True)
 
@@ -26,7 +26,7 @@ def list_weights(
     """Show the published weights that are known, and which of them are in the cache."""
     from stunet.weights import load_registry
 
-    rows = [_row(entry) for entry in load_registry().values()]
+    rows = [weights_row(entry) for entry in load_registry().values()]
     if as_json:
         typer.echo(json.dumps({"weights": rows}, indent=2))
     else:
@@ -142,7 +142,8 @@ def _report_unknown(path: Path) -> None:
     _print_line(f"      {words}; {'published as ' + ', '.join(same) if same else 'its checksum is in no registry'}")
 
 
-def _row(entry: WeightsEntry) -> dict[str, Any]:
+def weights_row(entry: WeightsEntry) -> dict[str, Any]:
+    """What is known of published weights, and what of them is in the cache."""
     from dataclasses import asdict
 
     from stunet.weights import entry_folder

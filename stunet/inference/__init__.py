@@ -5,7 +5,7 @@ from stunet.inference.images import Case, Geometry, find_cases, read_geometry
 from stunet.inference.label_names import LabelNames, label_names
 from stunet.inference.labels import predict_labels
 from stunet.inference.memory import Strategy, available_bytes, choose_strategy, parse_memory, stock_bytes
-from stunet.inference.model import Model, load_model
+from stunet.inference.model import Model, load_model, published_model
 from stunet.inference.outputs import OutputOptions
 from stunet.inference.pipeline import Listener, Prediction, predict_cases
 from stunet.inference.preparation import PreparationJob, Prepared, prepare
@@ -41,6 +41,7 @@ __all__ = [
     "predict_labels",
     "predict_planes",
     "prepare",
+    "published_model",
     "read_geometry",
     "stock_bytes",
     "window_grid",

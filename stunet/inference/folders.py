@@ -7,22 +7,24 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from stunet.errors import DatasetError, STUNetError, UsageError
 from stunet.files import file_sha256, move_into_place, scratch_folder, write_json
-from stunet.inference.images import Case, Geometry, find_cases, read_geometry
+from stunet.inference.images import Case, Geometry, find_cases, read_geometry, readable
 from stunet.inference.label_names import LabelNames, label_names
 from stunet.inference.labels import VOLUME_READERS, why_not_streamed
 from stunet.inference.memory import available_bytes, choose_strategy
 from stunet.inference.model import CHECKPOINT, Model, load_model
 from stunet.inference.outputs import OutputOptions
-from stunet.inference.pipeline import Listener, Prediction, describe_outputs, predict_cases, raise_failures
-from stunet.inference.statistics import collect_statistics
+from stunet.inference.pipeline import Listener, Manifest, Prediction, describe_outputs, predict_cases, raise_failures
+from stunet.inference.statistics import collect_statistics, find_structures
 from stunet.inference.stock import predict_with_nnunet
 from stunet.labels.mask_cases import fingerprint
 
@@ -37,8 +39,9 @@ class FolderRequest:
     """What is asked of :func:`predict_folder`; where ``nnUNetv2_predict`` has the option too, it means the same.
 
     Attributes:
-        images: Folder with the images, ``CASE_0000.nii.gz`` and so on; or the cases themselves, wherever they lie.
-        output: Folder for the predictions; made where it is missing.
+        images: What :func:`stunet.inference.find_cases` takes; or the cases themselves, wherever they lie.
+        output: Folder for the predictions, made where it is missing; or of a single case the label map, a name that
+            ends in ``.nii.gz`` or ``.nii``.
         model: Model folder.
         folds: Names of folds; None for those that are there.
         checkpoint_name: File in each fold's folder.
@@ -57,6 +60,8 @@ class FolderRequest:
         save_probabilities: Whether nnU-Net's files with probabilities are written; its own predictor does it.
         previous_stage: Predictions of a cascade's first stage.
         trust: Classes that the model's plans may name beyond the known ones.
+        series: SeriesInstanceUID, where the input is a folder with several DICOM series.
+        lowres: Whether labels are written on the network's grid instead of the image's.
     """
 
     images: Path | Sequence[Case]
@@ -79,6 +84,8 @@ class FolderRequest:
     save_probabilities: bool = False
     previous_stage: Path | None = None
     trust: Sequence[str] = ()
+    series: str | None = None
+    lowres: bool = False
 
 
 class FolderListener(Listener, Protocol):
@@ -89,7 +96,7 @@ class FolderListener(Listener, Protocol):
 
 
 def predict_folder(request: FolderRequest, listener: FolderListener) -> None:
-    """Predict the images of a folder.
+    """Predict the images of a folder, or a single one.
 
     Args:
         request: What is asked.
@@ -104,12 +111,25 @@ def predict_folder(request: FolderRequest, listener: FolderListener) -> None:
         LabelError: A structure that the model does not know.
         CommandError: Cases failed; the others are predicted.
     """
+    output = request.output
+    if not output.name.endswith((".nii.gz", ".nii")) or output.is_dir():
+        _predict_folder(request, listener)
+        return
+    with scratch_folder(output.parent) as scratch:
+        _predict_folder(replace(request, output=scratch / "output"), listener, label_map=output)
+
+
+def _predict_folder(request: FolderRequest, listener: FolderListener, label_map: Path | None = None) -> None:
     model = load_model(request.model, request.folds, request.checkpoint_name, trust=request.trust)
     names = label_names(model.dataset_json, request.structures)
     listener.note(f"Model {model.folder}, {_plural(len(model.checkpoints), 'fold')} ({', '.join(model.checkpoints)})")
     volumes = model.plans_manager.image_reader_writer_class.__name__ in VOLUME_READERS
     _check(request, model, volumes=volumes)
-    found = find_cases(request.images, model.file_ending) if isinstance(request.images, Path) else request.images
+    found = request.images
+    if isinstance(found, Path):
+        found = find_cases(found, model.file_ending, model.n_channels if volumes else 1, request.series)
+    if label_map is not None:
+        _check_label_map(label_map, found, request, model)
     cases = found[request.part_id :: request.n_parts]
     manifest, outdated = _check_output(request, model, names, found)
     waiting = [case for case in cases if not _is_done(case, request, model)]
@@ -125,9 +145,12 @@ def predict_folder(request: FolderRequest, listener: FolderListener) -> None:
         results_on_device=request.results_on_device,
         step_size=request.step_size,
         mirroring=request.mirroring,
+        lowres=request.lowres,
         options=request.options,
     )
     reason = _why_nnunets_predictor(request, model)
+    if reason is not None and request.lowres:
+        raise _impossible("--lowres", model.folder, f"a model that is predicted plane by plane, but {reason}")
     if reason is not None:
         listener.note(f"Predicted by nnU-Net's own predictor, which holds all logits, since {reason}.")
     elif ready:
@@ -136,12 +159,46 @@ def predict_folder(request: FolderRequest, listener: FolderListener) -> None:
         _remove_predictions(request.output, outdated, model.file_ending)
         write_json(manifest, request.output / MANIFEST_NAME)
         describe_outputs(prediction, scratch, _arguments(request))
+        name = MANIFEST_NAME if request.n_parts == 1 else f"manifest.{request.part_id}.json"  # each its own
+        forget = outdated | {case.name for case in waiting}
+        noted = Manifest(request.output / name, prediction, listener, forget=forget)
+        for case in cases:
+            if case not in waiting and case not in noted:  # the last one before a process was killed
+                path = request.output / f"{case.name}{model.file_ending}"
+                with suppress(DatasetError), readable(path):
+                    noted.add(case, _read_structures(path, prediction))
         if ready:
-            failures |= _predict(ready, prediction, scratch, request, listener, streamed=reason is None)
+            failures |= _predict(ready, prediction, scratch, request, noted, streamed=reason is None)
+        noted.close(failures)
         if request.options.statistics and (request.output / "statistics").is_dir():
             collect_statistics(request.output / "statistics", scratch / "statistics.csv")
             move_into_place(scratch / "statistics.csv", request.output / "statistics.csv")
     raise_failures(failures, len(waiting))
+    if label_map is not None:
+        stem = label_map.name.removesuffix(model.file_ending)
+        move_into_place(request.output / "manifest.json", label_map.with_name(f"{stem}.manifest.json"))
+        move_into_place(request.output / f"{cases[0].name}{model.file_ending}", label_map)
+
+
+def _read_structures(path: Path, prediction: Prediction) -> dict[str, dict[str, Any]]:
+    labels, properties = prediction.model.plans_manager.image_reader_writer_class().read_seg(str(path))
+    spacing = properties["spacing"] if len(labels[0]) > 1 else None
+    return find_structures(labels[0].astype(np.uint16), prediction.names, spacing)
+
+
+def _check_label_map(path: Path, cases: Sequence[Case], request: FolderRequest, model: Model) -> None:
+    others = [name for name, wanted in vars(request.options).items() if wanted and name != "names_in_header"]
+    problem = None
+    if len(cases) != 1:
+        problem = f"{len(cases)} images"
+    elif path.resolve() in {file.resolve() for file in cases[0].files}:
+        problem = "no other file than the image"
+    elif not path.name.endswith(model.file_ending):
+        problem = f"a model that writes {model.file_ending}"
+    elif others or request.save_probabilities or request.continue_prediction or request.n_parts > 1:
+        problem = "options that write more than a label map, or share or continue a prediction"
+    if problem is not None:
+        raise _impossible("-o", path, f"a folder, as there are {problem}")
 
 
 def _predict(
@@ -149,7 +206,7 @@ def _predict(
     prediction: Prediction,
     scratch: Path,
     request: FolderRequest,
-    listener: FolderListener,
+    listener: Listener,
     *,
     streamed: bool,
 ) -> dict[str, str]:
@@ -180,6 +237,7 @@ def _settings(request: FolderRequest, model: Model, names: LabelNames) -> dict[s
         "structures": list(names.structures),
         "mirroring": request.mirroring,
         "step_size": request.step_size,
+        "lowres": request.lowres,
         "previous_stage": None if request.previous_stage is None else str(request.previous_stage.resolve()),
         **asdict(request.options),
     }
@@ -195,7 +253,7 @@ def _check_output(
         UsageError: The folder has predictions that the manifest would not describe and that would stay.
     """
     output, ending = request.output, model.file_ending
-    inputs = {file.resolve() for case in cases for file in case.files}
+    inputs = {file.resolve() for case in cases for file in (*case.files, *case.slices)}
     for case in cases:
         if (output / f"{case.name}{ending}").resolve() in inputs:
             raise _impossible("-o", output / f"{case.name}{ending}, an image", "a folder where no image is replaced")
@@ -230,7 +288,7 @@ def _show(value: Any) -> str:
 
 def _image_digest(case: Case) -> str:
     try:
-        return fingerprint(list(case.files))
+        return fingerprint([*case.files, *sorted(case.slices)])
     except DatasetError:  # which reading it will say, and that stops no other case
         return ""
 

@@ -1,39 +1,47 @@
-"""Cases of an input folder, and what their files' headers say, before any image is read."""
+"""Cases of an input, what their files' headers say before any image is read, and images of other formats as NIfTI."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+import numpy.typing as npt
 import SimpleITK as sitk
 from nibabel.openers import ImageOpener
 
-from stunet.errors import DatasetError, UsageError
+from stunet.errors import DatasetError, STUNetError, UsageError
 from stunet.labels.nifti import check_finite, open_volume
 
-__all__ = ["Case", "Geometry", "check_voxels", "find_cases", "read_geometry"]
+__all__ = ["Case", "Geometry", "as_nifti", "check_voxels", "find_cases", "read_geometry", "readable"]
 
 _NIFTI = (".nii", ".nii.gz")
+#: Formats of volumes that SimpleITK reads, so that a model of one of them can take any.
+_VOLUMES = (*_NIFTI, ".mha", ".mhd", ".nrrd")
+#: How far a DICOM slice may lie from its place on a regular grid, as a fraction of the distance of slices.
+_SLICE_TOLERANCE = 0.25
 
 
 @dataclass(frozen=True)
 class Case:
-    """One case of the input folder.
+    """One case of the input.
 
     Attributes:
         name: What its prediction is called, without ending.
         files: One image for each channel, in order.
+        slices: Files of a DICOM series in place of ``files``, in any order.
     """
 
     name: str
     files: tuple[Path, ...]
+    slices: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,35 +66,114 @@ class Geometry:
         return math.prod(self.shape)
 
 
-def find_cases(folder: str | os.PathLike[str], file_ending: str) -> list[Case]:
-    """Find the cases of a folder: ``NAME_0000.nii.gz``, ``NAME_0001.nii.gz``, … as nnU-Net names them.
+def find_cases(
+    images: str | os.PathLike[str], file_ending: str, n_channels: int = 1, series: str | None = None
+) -> list[Case]:
+    """Find the cases of an input.
 
     Args:
-        folder: The input folder.
-        file_ending: As in ``dataset.json``.
+        images: A folder with ``NAME_0000.nii.gz``, ``NAME_0001.nii.gz``, … as nnU-Net names the channels of cases; a
+            folder of images with other names, one for each case, where there is one channel; one such image; or the
+            folder of a DICOM series.
+        file_ending: As in ``dataset.json``. Models of NIfTI, MetaImage or NRRD files take all three formats.
+        n_channels: Files of a case.
+        series: SeriesInstanceUID of the DICOM series to take.
 
     Raises:
-        UsageError: No such folder, or no such files in it.
+        UsageError: No such input, no images in it, two of one name, or more than one DICOM series.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    images = Path(images).resolve()
+    if not images.exists():
+        raise UsageError("missing input", got=images, expected="an image, or a folder", remedy="Correct -i.")
+    endings = (file_ending, *_VOLUMES) if file_ending in _VOLUMES else (file_ending,)
+    pattern = re.compile(rf"(.+?)(_\d{{4}})?({'|'.join(map(re.escape, endings))})")
+    entries = [images] if images.is_file() else sorted(p for p in images.iterdir() if p.is_file())
+    files = [path for path in entries if not path.name.startswith(".")]
+    named = [(path, match) for path in files if (match := pattern.fullmatch(path.name))]
+    if not named and images.is_dir() and file_ending in _VOLUMES:
+        found = _find_series(images)
+        if found:
+            return [Case(images.name, (), _choose_series(found, series, images))]
+    if not named:
+        shown = ", ".join(path.name for path in files[:3]) + (", …" if len(files) > 3 else "")
         raise UsageError(
-            "missing input folder", got=folder, expected="a folder with images", remedy="Correct -i, or create it."
+            "an input without images for this model",
+            got=f"{images}: {f'{len(files)} files ({shown})' if files else 'no files'}",
+            expected=f"CASE_0000{file_ending} for each case, one file for each channel; or files or folders that end "
+            f"with {', '.join(dict.fromkeys(endings))}, or of a DICOM series its folder",
+            remedy=f"Correct -i, or convert the images to {file_ending}.",
         )
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    cases: dict[str, list[Path]] = {}
-    for path in files:
-        if match := re.fullmatch(rf"(.+)_\d{{4}}{re.escape(file_ending)}", path.name):
-            cases.setdefault(match[1], []).append(path)
-    if not cases:
-        found = ", ".join(path.name for path in files[:3]) + (", …" if len(files) > 3 else "")
+    if series is not None:
         raise UsageError(
-            "an input folder without images for this model",
-            got=f"{folder}: {f'{len(files)} files ({found})' if files else 'no files'}",
-            expected=f"CASE_0000{file_ending} for each case, one file for each channel",
-            remedy=f"Convert the images to {file_ending}, and number their channels from 0000.",
+            "--series without a DICOM series",
+            got=images,
+            expected="a folder of DICOM files",
+            remedy="Leave --series out.",
+        )
+    cases: dict[str, list[Path]] = {}
+    if any(match[2] == "_0000" for _, match in named):
+        for path, match in named:
+            if match[2]:
+                cases.setdefault(match[1], []).append(path)
+        return [Case(name, tuple(paths)) for name, paths in sorted(cases.items())]
+    if n_channels > 1:
+        raise UsageError(
+            "images without the numbers of their channels",
+            got=f"{images}: {named[0][0].name}",
+            expected=f"CASE_0000{file_ending} to CASE_{n_channels - 1:04d}{file_ending} for each case",
+            remedy=f"Name the files of the {n_channels} channels so, and give their folder with -i.",
+        )
+    for path, match in named:
+        cases.setdefault(match[1] + (match[2] or ""), []).append(path)
+    twice = next((paths for paths in cases.values() if len(paths) > 1), None)
+    if twice:
+        raise UsageError(
+            "two images of one name",
+            got=" and ".join(path.name for path in twice),
+            expected="one file for each case",
+            remedy="Remove one of them, or rename it.",
         )
     return [Case(name, tuple(paths)) for name, paths in sorted(cases.items())]
+
+
+def _find_series(folder: Path) -> dict[str, tuple[tuple[Path, ...], str]]:
+    """Files and description of each DICOM series of images, by its SeriesInstanceUID."""
+    reader: Any = sitk.ImageSeriesReader
+    process: Any = sitk.ProcessObject
+    warns = process.GetGlobalWarningDisplay()
+    process.SetGlobalWarningDisplay(False)  # ITK warns of folders without DICOM files
+    found = {}
+    try:
+        for uid in reader.GetGDCMSeriesIDs(str(folder)):
+            files = tuple(Path(path) for path in reader.GetGDCMSeriesFileNames(str(folder), uid))
+            try:
+                header = _header_of_slice(files[0])
+            except RuntimeError:  # reports and contours have no image
+                continue
+            key = "0008|103e"
+            found[uid] = (files, header.GetMetaData(key).strip() if header.HasMetaDataKey(key) else "")
+    finally:
+        process.SetGlobalWarningDisplay(warns)
+    return found
+
+
+def _choose_series(
+    found: dict[str, tuple[tuple[Path, ...], str]], wanted: str | None, folder: Path
+) -> tuple[Path, ...]:
+    if wanted is None and len(found) == 1:
+        return next(iter(found.values()))[0]
+    if wanted in found:
+        return found[wanted][0]
+    listed = "".join(
+        f"\n    {uid}  {len(files)} slice{'' if len(files) == 1 else 's'}  {text}".rstrip()
+        for uid, (files, text) in found.items()
+    )
+    raise UsageError(
+        "several DICOM series in one folder" if wanted is None else "a DICOM series that is not in the folder",
+        got=f"{folder}{'' if wanted is None else f', --series {wanted}'}; it has{listed}",
+        expected="one series",
+        remedy=f"Choose one of them: --series {max(found, key=lambda uid: len(found[uid][0]))}",
+    )
 
 
 def read_geometry(case: Case, n_channels: int) -> Geometry:
@@ -100,7 +187,12 @@ def read_geometry(case: Case, n_channels: int) -> Geometry:
         DatasetError: Another number of channels, a file that is no image, more or fewer axes than three (or two),
             impossible spacings, or channels of different size.
     """
-    numbers = [int(path.name[len(case.name) + 1 :][:4]) for path in case.files]
+    if case.slices:
+        order, spacing, _ = _slice_grid(case.slices)
+        columns, rows = _header_of_slice(case.slices[0]).GetSize()[:2]
+        return Geometry((len(order), rows, columns), spacing, 4)
+    matches = [re.fullmatch(rf"{re.escape(case.name)}_(\d{{4}})\..+", path.name) for path in case.files]
+    numbers = [int(match[1]) if match else channel for channel, match in enumerate(matches)]
     if numbers != list(range(n_channels)):
         raise DatasetError(
             "a case with other channels than the model's",
@@ -142,21 +234,12 @@ def _describe(geometry: Geometry) -> str:
 
 def _read_header(path: Path) -> Geometry:
     has_unit = True
-    try:
+    with readable(path):
         if path.name.endswith(_NIFTI):
             has_unit = _check_nifti(path)
         reader: Any = sitk.ImageFileReader()  # type: ignore[no-untyped-call]
         reader.SetFileName(str(path))
         reader.ReadImageInformation()
-    except DatasetError:
-        raise
-    except Exception as error:  # readers raise whatever they like for files that are none
-        raise DatasetError(
-            "an image that cannot be read",
-            got=f"{path}: {_last_line(error)}",
-            expected="a whole image file",
-            remedy="Get the file again from where it came from, or leave its case out.",
-        ) from error
     size, spacing = reader.GetSize(), reader.GetSpacing()
     if len(size) not in (2, 3):
         raise _wrong_axes(path, size)
@@ -217,6 +300,114 @@ def _wrong_axes(path: Path, size: Sequence[int]) -> DatasetError:
     )
 
 
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:200] if lines else type(error).__name__
+@contextmanager
+def readable(source: object) -> Iterator[None]:
+    """Say which image it was where reading fails: readers raise whatever they like for files that are none.
+
+    Raises:
+        DatasetError: Reading failed.
+    """
+    try:
+        yield
+    except STUNetError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise DatasetError(
+            "an image that cannot be read",
+            got=f"{source}: {(lines or [type(error).__name__])[-1][:200]}",
+            expected="whole image files, on one grid",
+            remedy="Get them again from where they came from, or leave the case out.",
+        ) from error
+
+
+def as_nifti(case: Case, file_ending: str, folder: Path) -> Case:
+    """The case with images that nnU-Net's readers take: its own, or uncompressed NIfTI files made of them.
+
+    Args:
+        case: The case.
+        file_ending: That the model's reader takes.
+        folder: For the new files.
+
+    Raises:
+        DatasetError: Files that cannot be read.
+    """
+    if not case.slices and all(path.name.endswith((file_ending, *_NIFTI)) for path in case.files):
+        return case
+    files = []
+    for channel, path in enumerate(case.files or case.slices[:1]):
+        with readable(path):
+            image = _read_series(case.slices) if case.slices else sitk.ReadImage(str(path))
+            files.append(folder / f"image_{channel:04d}.nii")
+            sitk.WriteImage(image, str(files[-1]))
+    return Case(case.name, tuple(files))
+
+
+def _read_series(slices: Sequence[Path]) -> Any:
+    order, spacing, direction = _slice_grid(slices)
+    reader: Any = sitk.ImageSeriesReader()  # type: ignore[no-untyped-call]
+    reader.SetFileNames([str(slices[i]) for i in order])
+    reader.SetOutputPixelType(sitk.sitkFloat32)  # else the first slice's, which may hold no fractions
+    image: Any = reader.Execute()
+    image.SetSpacing(spacing[::-1])
+    image.SetDirection(direction.T.ravel().tolist())
+    return image
+
+
+def _header_of_slice(path: Path) -> Any:
+    reader: Any = sitk.ImageFileReader()  # type: ignore[no-untyped-call]
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    return reader
+
+
+def _slice_grid(slices: Sequence[Path]) -> tuple[list[int], tuple[float, float, float], npt.NDArray[np.float64]]:
+    """Order of the slices, spacing ``(Z, Y, X)``, and directions of the axes X, Y and Z, one in each row.
+
+    Raises:
+        DatasetError: The slices make no regular grid: some are missing, doubled, tilted or of another kind.
+    """
+    folder, headers = slices[0].parent, []
+    for path in slices:
+        with readable(path):
+            reader = _header_of_slice(path)
+            position, axes = (
+                [float(v) for v in reader.GetMetaData(tag).split("\\")] for tag in ("0020|0032", "0020|0037")
+            )
+            headers.append((reader.GetSize(), reader.GetSpacing()[:2], axes, position))
+    for path, (size, spacing, axes, _) in zip(slices, headers, strict=True):
+        (wanted, same_spacing, same_axes), first = headers[0][:3], slices[0].name
+        if size != wanted or not np.allclose((*spacing, *axes), (*same_spacing, *same_axes), atol=1e-3):
+            raise _irregular(folder, f"{path.name} and {first} differ in size, spacing of pixels or orientation")
+    if len(slices) < 2 or headers[0][0][2:] not in ((), (1,)):
+        raise _irregular(folder, "one file alone, which holds one slice or all of them")
+    row, column = np.array(headers[0][2]).reshape(2, 3)
+    normal = np.cross(row, column)
+    positions = np.array([position for *_, position in headers])
+    order = np.argsort(positions @ normal, kind="stable")
+    positions = positions[order]
+    gaps = np.diff(positions @ normal)
+    distance = float(gaps.mean())
+    off = np.linalg.norm(positions - positions[0] - np.outer(np.arange(len(slices)) * distance, normal), axis=1)
+    if distance <= 0 or off.max() > _SLICE_TOLERANCE * distance:
+        widest = int(gaps.argmax())
+        before, after = (slices[order[i]].name for i in (widest, widest + 1))
+        usual = float(np.median(gaps))
+        got = f"slices {usual:g} mm apart, but {gaps[widest]:g} mm between {before} and {after}"
+        if np.allclose(gaps, usual, atol=_SLICE_TOLERANCE * abs(usual)):
+            got = f"slices that are shifted sideways, by {off.max():g} mm in all, as with a tilted gantry"
+        elif gaps.min() < 0.01 * usual or usual <= 0:
+            got = f"several slices at one place, such as {slices[order[int(gaps.argmin())]].name}"
+        raise _irregular(folder, got)
+    x, y = headers[0][1]
+    return [int(i) for i in order], (distance, float(y), float(x)), np.stack([row, column, normal])
+
+
+def _irregular(folder: Path, got: str) -> DatasetError:
+    return DatasetError(
+        "a DICOM series that is no regular volume",
+        got=f"{folder}: {got}",
+        expected="parallel slices of one size at equal distances, each in a file",
+        remedy="Add missing slices, or make a NIfTI file of the right ones, for example with dcm2niix.",
+    )

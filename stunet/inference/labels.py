@@ -63,6 +63,7 @@ def predict_labels(
     axis: int = 0,
     device: torch.device,
     results_device: torch.device | None = None,
+    lowres: bool = False,
     on_window: Callable[[int], None] = lambda n_windows: None,
 ) -> npt.NDArray[Any]:
     """Predict a prepared image.
@@ -81,10 +82,11 @@ def predict_labels(
         axis: The axis along which logits are held a window's thickness at a time.
         device: Where the networks are.
         results_device: Where logits are added up; by default there too.
+        lowres: Whether the labels stay on the network's grid, which covers what preprocessing has not cropped.
         on_window: Called after each window with the number of all.
 
     Returns:
-        Labels on the original grid, axes in the order of the image's reader.
+        Labels on the original grid, or the network's, axes in the order of the image's reader.
     """
     padded, uncropped = pad_nd_image(
         image, tuple(configuration.patch_size), "constant", {"constant_values": 0}, return_slicer=True
@@ -104,13 +106,14 @@ def predict_labels(
     spacing = [properties["spacing"][i] for i in plans.transpose_forward]
     maps = axis_maps(
         image.shape[1:],
-        properties["shape_after_cropping_and_before_resampling"],
+        image.shape[1:] if lowres else properties["shape_after_cropping_and_before_resampling"],
         spacing_of_network(configuration, spacing),
         spacing,
         **resampling_options(configuration),
     )
-    labels: npt.NDArray[Any] = np.zeros(properties["shape_before_cropping"], label_type(label_manager))
-    inside = labels[tuple(slice(*limits) for limits in properties["bbox_used_for_cropping"])]
+    shape = image.shape[1:] if lowres else properties["shape_before_cropping"]
+    labels: npt.NDArray[Any] = np.zeros(shape, label_type(label_manager))
+    inside = labels if lowres else labels[tuple(slice(*limits) for limits in properties["bbox_used_for_cropping"])]
     others = [i for i in range(3) if i != axis]
     resampler = LabelResampler((maps[axis], maps[others[0]], maps[others[1]]), labels.dtype)
     in_order = np.moveaxis(inside, axis, 0)

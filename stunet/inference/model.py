@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,17 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
-from stunet.checkpoints import check_network, check_weights, read_checkpoint
+from stunet.checkpoints import check_network, check_weights, open_weights, read_checkpoint
 from stunet.errors import CheckpointError, PlansError, reading
 from stunet.files import read_json
 from stunet.inference.label_names import label_names
-from stunet.planning import check_configuration
+from stunet.labels import load_vocabulary, vocabulary_for
+from stunet.planning import check_configuration, describe_model, write_model_folder
+from stunet.weights import Listener, WeightsEntry, entry_folder, fetch
+from stunet.weights.cache import read_record
+from stunet.weights.fetch import alone_with
 
-__all__ = ["Model", "load_model"]
+__all__ = ["Model", "load_model", "published_model"]
 
 CHECKPOINT = "checkpoint_final.pth"
 
@@ -132,6 +137,42 @@ class Model:
             network.load_state_dict(weights)
             networks.append(network.to(device).eval())
         return networks
+
+
+def published_model(entry: WeightsEntry, listener: Listener) -> Path:
+    """The model folder of published weights in the cache; fetched and converted there where that was not done.
+
+    Args:
+        entry: The weights.
+        listener: Told of progress.
+
+    Raises:
+        CheckpointError: A file is not the published one.
+        DownloadError: A download failed, can only be had by hand, or the cache cannot be written to.
+        LabelError: Weights whose outputs nobody has named.
+    """
+    models = entry_folder(entry.name).parents[1] / "models"
+    folder = models / entry.name
+    with alone_with(models / ".locks" / entry.name, listener):
+        if not _is_made_of(folder, entry):
+            weights = open_weights([fetch(entry, listener=listener)])
+            listener.work(f"Converting {entry.name} into {folder}")
+            labels = load_vocabulary(entry.labels) if entry.labels else vocabulary_for(entry.outputs)
+            description = describe_model(weights, labels)
+            shutil.rmtree(folder, ignore_errors=True)
+            write_model_folder(weights, description, folder, licence=entry.licence)
+    return folder
+
+
+def _is_made_of(folder: Path, entry: WeightsEntry) -> bool:
+    """Whether a model folder was converted from the weights that are in the cache and in the registry now."""
+    try:
+        card = read_json(folder / "model_card.json")
+    except (OSError, ValueError):
+        return False
+    record = read_record(entry_folder(entry.name) / entry.weights_file.file)
+    known = {entry.weights_file.sha256, record.sha256 if record else None} - {None}
+    return known <= {card["sources"][0]["sha256"]}
 
 
 def load_model(

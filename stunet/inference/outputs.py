@@ -18,11 +18,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from stunet.datasets import plane_names
 from stunet.files import move_into_place
+from stunet.inference.image_resampling import resample_image
 from stunet.inference.images import Case
 from stunet.inference.label_names import LabelNames, name_extension
-from stunet.inference.statistics import measure
+from stunet.inference.statistics import find_structures, measure
 
-__all__ = ["OutputOptions", "WritingJob", "write_outputs"]
+__all__ = ["OutputOptions", "WritingJob", "coarse_grid", "write_outputs"]
 
 _NIFTI = (".nii.gz", ".nii")
 
@@ -58,6 +59,7 @@ class WritingJob:
         output: Folder of the predictions.
         scratch: Folder on the same file system.
         options: What is written.
+        crop: The part of the image that the labels' grid covers, where that is not the image's own grid.
     """
 
     case: Case
@@ -69,13 +71,15 @@ class WritingJob:
     output: Path
     scratch: Path
     options: OutputOptions
+    crop: tuple[slice, ...] | None = None
 
 
-def write_outputs(job: WritingJob) -> str | None:
+def write_outputs(job: WritingJob) -> tuple[dict[str, dict[str, Any]], str | None]:
     """Write all files of a case, the label map last: where it stands, the others do.
 
     Returns:
-        What is missing and why: a picture that cannot be drawn does not cost the labels.
+        Voxels and volume of each structure that was found; and what is missing and why: a picture that cannot be drawn
+        does not cost the labels.
 
     Raises:
         OSError: The disk is full.
@@ -91,7 +95,11 @@ def write_outputs(job: WritingJob) -> str | None:
         _write_masks(reader, labels, job)
     problem = None
     if job.options.statistics or job.options.preview:
-        image, _ = reader.read_images([str(path) for path in job.case.files])
+        image, properties = reader.read_images([str(path) for path in job.case.files])
+        if job.crop is not None:
+            spacings = properties["spacing"], job.properties["spacing"]
+            image = np.stack([channel[job.crop] for channel in image])
+            image = resample_image(image, labels.shape, *spacings, order=1, force_separate_z=False)
         if job.options.statistics:
             _write_statistics(image, labels, job)
         if job.options.preview:
@@ -100,7 +108,45 @@ def write_outputs(job: WritingJob) -> str | None:
             except Exception as error:
                 problem = f"no preview: {type(error).__name__}: {str(error)[:200]}"
     move_into_place(finished, job.output / name)
-    return problem
+    return find_structures(labels, job.names, job.properties["spacing"] if len(labels) > 1 else None), problem
+
+
+def coarse_grid(
+    properties: Mapping[str, Any], shape: Sequence[int], transpose_backward: Sequence[int]
+) -> tuple[dict[str, Any], tuple[slice, ...]]:
+    """What a reader would note of an image on the network's grid, which begins and ends where the cropped image does.
+
+    Args:
+        properties: What nnU-Net's reader and preprocessing noted of the image.
+        shape: Voxels of the network's grid, axes in the order of the reader.
+        transpose_backward: From the network's axes to the reader's.
+
+    Returns:
+        The properties, for the reader's ``write_seg``; and the part of the image that was not cropped.
+    """
+    crop = tuple(slice(*properties["bbox_used_for_cropping"][i]) for i in transpose_backward)
+    ratio = np.array([(part.stop - part.start) / n for part, n in zip(crop, shape, strict=True)])
+    offset = np.array([part.start for part in crop]) + ratio / 2 - 0.5  # of the first voxel's centre, in voxels
+    coarse = {**properties, "spacing": [float(s * r) for s, r in zip(properties["spacing"], ratio, strict=True)]}
+    if "sitk_stuff" in properties:
+        old = properties["sitk_stuff"]
+        n_axes = len(old["spacing"])
+        spacing, (scale, shift) = np.array(old["spacing"]), (values[::-1][:n_axes] for values in (ratio, offset))
+        origin = np.array(old["origin"]) + np.reshape(old["direction"], (n_axes, n_axes)) @ (spacing * shift)
+        coarse["sitk_stuff"] = {**old, "spacing": (spacing * scale).tolist(), "origin": origin.tolist()}
+    else:
+        old, to_old = properties["nibabel_stuff"], np.diag([*ratio[::-1], 1.0])
+        to_old[:3, 3] = offset[::-1]
+        if "reoriented_affine" not in old:
+            coarse["nibabel_stuff"] = {"original_affine": old["original_affine"] @ to_old}
+        else:
+            affine = old["reoriented_affine"] @ to_old
+            axes = nib.orientations.ornt_transform(
+                nib.orientations.axcodes2ornt("RAS"), nib.orientations.io_orientation(old["original_affine"])
+            )
+            back = affine @ nib.orientations.inv_ornt_aff(axes, tuple(shape[::-1]))
+            coarse["nibabel_stuff"] = {"original_affine": back, "reoriented_affine": affine}
+    return coarse, crop
 
 
 def _write(reader: Any, labels: npt.NDArray[Any], properties: Mapping[str, Any], path: Path) -> None:

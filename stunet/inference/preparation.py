@@ -17,7 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from stunet.errors import DatasetError
 from stunet.inference.image_resampling import resample_image
-from stunet.inference.images import Case, Geometry, check_voxels
+from stunet.inference.images import Case, Geometry, as_nifti, check_voxels, readable
 from stunet.labels.nifti import not_numbers
 
 __all__ = ["PreparationJob", "Prepared", "network_grid", "prepare", "save_array", "spacing_of_network"]
@@ -49,7 +49,7 @@ class Prepared:
     """A case on the network's grid.
 
     Attributes:
-        case: The case.
+        case: The case; its files are in the scratch folder where they had to be converted.
         image: File with the image, ``(C, X, Y, Z)``.
         properties: What nnU-Net notes of the original grid.
     """
@@ -93,7 +93,9 @@ def prepare(job: PreparationJob) -> Prepared:
     """
     plans = PlansManager(job.plans)
     configuration = _LeanConfiguration(plans.get_configuration(job.configuration).configuration)
-    read = [_read(job.case, plans)]
+    job.scratch.mkdir(exist_ok=True)
+    case = as_nifti(job.case, job.dataset_json["file_ending"], job.scratch)
+    read = [_read(case, plans)]
     properties = read[0][1]
     preprocessor = configuration.preprocessor_class(verbose=False)
     try:
@@ -108,10 +110,9 @@ def prepare(job: PreparationJob) -> Prepared:
             expected="an image with voxels that are not zero",
             remedy="Look at the image, or leave its case out.",
         ) from error
-    job.scratch.mkdir(exist_ok=True)
     path = job.scratch / "image.npy"
     save_array(path, np.asarray(image, dtype=np.float32))
-    return Prepared(job.case, path, properties)
+    return Prepared(case, path, properties)
 
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:
@@ -131,16 +132,8 @@ def save_array(path: Path, array: npt.NDArray[Any]) -> None:
 def _read(case: Case, plans: Any) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
     for path in case.files:
         check_voxels(path)
-    try:
+    with readable(", ".join(map(str, case.files))):
         image, properties = plans.image_reader_writer_class().read_images([str(path) for path in case.files])
-    except Exception as error:  # readers raise whatever they like
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise DatasetError(
-            "an image that cannot be read",
-            got=f"{', '.join(map(str, case.files))}: {(lines or [type(error).__name__])[-1][:200]}",
-            expected="whole image files on one grid",
-            remedy="Get them again from where they came from, or leave the case out.",
-        ) from error
     n_bad = sum(int(plane.size - np.isfinite(plane).sum()) for channel in image for plane in channel)
     if n_bad:
         raise not_numbers(case.name, n_bad)

@@ -15,9 +15,29 @@ import numpy.typing as npt
 from stunet.errors import DatasetError
 from stunet.inference.label_names import LabelNames
 
-__all__ = ["collect_statistics", "measure"]
+__all__ = ["collect_statistics", "find_structures", "measure"]
 
 _MM3_PER_ML = 1000.0
+
+
+def find_structures(
+    labels: npt.NDArray[Any], names: LabelNames, spacing: Sequence[float] | None
+) -> dict[str, dict[str, Any]]:
+    """Voxels and volume of the structures that a case has.
+
+    Args:
+        labels: ``(Z, Y, X)``.
+        names: The structures.
+        spacing: mm between voxels along ``(Z, Y, X)``; None where the image is no volume.
+    """
+    counts = sum(np.bincount(plane.reshape(-1), minlength=np.iinfo(labels.dtype).max + 1) for plane in labels)
+    voxel = None if spacing is None else math.prod(float(s) for s in spacing) / _MM3_PER_ML
+    found = {}
+    for name, values in names.structures.items():
+        if n := int(np.asarray(counts)[list(values)].sum()):
+            volume = None if voxel is None else round(n * voxel, 6)
+            found[name] = {"labels": list(values), "voxels": n, "volume_ml": volume}
+    return found
 
 
 def measure(

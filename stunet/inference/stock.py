@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from stunet.files import move_into_place
-from stunet.inference.images import Case
+from stunet.inference.images import Case, as_nifti
 from stunet.inference.labels import label_type
 from stunet.inference.outputs import WritingJob, write_outputs
 from stunet.inference.pipeline import Listener, Prediction, describe, report_written
@@ -50,18 +51,19 @@ def predict_with_nnunet(
         folder = scratch / case.name
         folder.mkdir()
         try:
+            case = as_nifti(case, prediction.model.file_ending, folder)
             predictor.predict_from_files_sequential(
                 [[str(path) for path in case.files]],
                 [str(folder / "stock")],
                 save_probabilities=save_probabilities,
                 folder_with_segs_from_prev_stage=None if previous_stage is None else str(previous_stage),
             )
-            problem = _write(case, prediction, folder, save_probabilities=save_probabilities)
+            written = _write(case, prediction, folder, save_probabilities=save_probabilities)
         except Exception as error:  # the other cases can do without this one
             failures[case.name] = describe(error)
             listener.failed(case, failures[case.name])
         else:
-            report_written(case, problem, listener)
+            report_written(case, written, listener)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     return failures
@@ -88,7 +90,9 @@ def _predictor(prediction: Prediction) -> nnUNetPredictor:
     return predictor
 
 
-def _write(case: Case, prediction: Prediction, folder: Path, *, save_probabilities: bool) -> str | None:
+def _write(
+    case: Case, prediction: Prediction, folder: Path, *, save_probabilities: bool
+) -> tuple[dict[str, dict[str, Any]], str | None]:
     model = prediction.model
     labels, properties = model.plans_manager.image_reader_writer_class().read_seg(
         str(folder / f"stock{model.file_ending}")

@@ -19,7 +19,7 @@ from stunet.weights.hub import HubFile, locate
 from stunet.weights.parts import remove_part
 from stunet.weights.registry import WeightsEntry, WeightsFile
 
-__all__ = ["Listener", "fetch"]
+__all__ = ["Listener", "alone_with", "fetch"]
 
 
 class Listener:
@@ -33,6 +33,9 @@ class Listener:
 
     def note(self, text: str) -> None:
         """Something that a person may want to know."""
+
+    def work(self, text: str) -> None:
+        """Something begins that takes a while and says nothing of its progress."""
 
 
 @dataclass(frozen=True)
@@ -79,24 +82,16 @@ def fetch(
     listener = listener or Listener()
     sources = _choose_sources(entry, urls, hub)
     by_hand = []
-    try:
-        with _alone_in(folder, listener):
-            for file in (*entry.pickles, entry.weights_file):  # the small ones first: what fails shall fail early
-                source, is_there = sources[file.file], (folder / file.file).is_file()
-                if is_there and (source is None or not force):
-                    verify_present(entry, file, folder)
-                    listener.note(f"{file.file} is there already, and fine")
-                elif source is None:
-                    by_hand.append(file)
-                else:
-                    _fetch_file(entry, file, source, folder, attempts, listener)
-    except OSError as error:
-        raise DownloadError(
-            "a folder that cannot be written to",
-            got=f"{folder}: {error.strerror or error}",
-            expected="a folder with room for the weights",
-            remedy="Choose another one with --to or STUNET_CACHE, or make room.",
-        ) from error
+    with alone_with(part_path(folder, "lock"), listener):
+        for file in (*entry.pickles, entry.weights_file):  # the small ones first: what fails shall fail early
+            source, is_there = sources[file.file], (folder / file.file).is_file()
+            if is_there and (source is None or not force):
+                verify_present(entry, file, folder)
+                listener.note(f"{file.file} is there already, and fine")
+            elif source is None:
+                by_hand.append(file)
+            else:
+                _fetch_file(entry, file, source, folder, attempts, listener)
     if by_hand:
         raise _by_hand_error(entry, by_hand, folder)
     return folder / entry.weights_file.file
@@ -126,18 +121,32 @@ def _choose_sources(entry: WeightsEntry, urls: Sequence[str], hub: str | None) -
 
 
 @contextmanager
-def _alone_in(folder: Path, listener: Listener) -> Iterator[None]:
-    """Hold a lock that the system takes back when this process ends, however it ends."""
-    lock_path = part_path(folder, "lock")
-    lock_path.parent.mkdir(parents=True, exist_ok=True)
+def alone_with(lock_path: Path, listener: Listener) -> Iterator[None]:
+    """Hold a lock that the system takes back when this process ends, however it ends, and explain a full disk.
+
+    Args:
+        lock_path: The lock, in a folder of its own.
+        listener: Told where another process has it.
+
+    Raises:
+        DownloadError: The folder, or what the block writes, cannot be written.
+    """
     lock = FileLock(lock_path)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        listener.note(f"Another process fetches into {folder}: waiting for it")
-        lock.acquire()
-    try:
+        lock_path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            listener.note(f"Another process works in {lock_path.parents[1]}: waiting for it")
+            lock.acquire()
         yield
+    except OSError as error:
+        raise DownloadError(
+            "a folder that cannot be written to",
+            got=f"{lock_path.parents[1]}: {error.strerror or error}",
+            expected="a folder with room for the weights",
+            remedy="Choose another one with --to or STUNET_CACHE, or make room.",
+        ) from error
     finally:
         lock.release()
 
@@ -168,7 +177,7 @@ def _fetch_file(
         raise DownloadError(error.problem, got=error.got, expected=error.expected, remedy=remedy) from error
     stated = {checksum: "Hugging Face" for checksum in (found.sha256, got.stated_sha256) if checksum}
     checksums = {**stated, **({file.sha256: "the registry"} if file.sha256 else {})}
-    listener.note(f"Checking {file.file}")
+    listener.work(f"Checking {file.file}")
     try:
         checked = check_file(
             part,

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -131,11 +132,14 @@ def find_entry(name: str) -> WeightsEntry:
     """
     known = load_registry()
     if name not in known:
+        close = get_close_matches(name, known, 3)
         raise UsageError(
             "unknown weights",
             got=name,
             expected=f"one of {', '.join(known)}",
-            remedy="`stunet weights list` shows them; STUNET_REGISTRY adds some of your own.",
+            remedy=f"Did you mean {' or '.join(close)}?"
+            if close
+            else "`stunet list` shows them; STUNET_REGISTRY adds some of your own.",
         )
     return known[name]
 

@@ -11,16 +11,20 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import SimpleITK as sitk
 from commands import SCRIPTS
 from file_server import FileServer, Served, serve
+from prediction_models import smooth_image, write_image
 from weights import tiny_weights, v1_plans, write_v1
 
+from stunet.cli.main import main
 from stunet.files import file_sha256
+from stunet.labels import load_vocabulary
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -31,6 +35,7 @@ class Terminal:
 
     root: Path
     server: FileServer
+    more: dict[str, Any] = field(default_factory=dict)  # of the registry's entry
 
     @property
     def folder(self) -> Path:
@@ -39,7 +44,7 @@ class Terminal:
     def register(self, **weights_file: Any) -> None:
         files = [{"file": f, "url": f"{self.server.url}/{f}"} for f in ("x.model.pkl", "plans.pkl")]
         files.append({"file": "x.model", "url": f"{self.server.url}/x.model", **weights_file})
-        entry = {"name": "tiny", "size": "d111111w2", "outputs": 3, "licence": "CC0-1.0", "files": files}
+        entry = {"name": "tiny", "size": "d111111w2", "outputs": 3, "licence": "CC0-1.0", "files": files, **self.more}
         (self.root / "registry.json").write_text(json.dumps({"version": 1, "weights": [entry]}))
 
     def start(self, *args: str, command: str = str(SCRIPTS / "stunet"), **environment: str) -> subprocess.Popen[str]:
@@ -260,3 +265,128 @@ def test_without_the_library_of_hugging_face(terminal: Terminal) -> None:
     path = os.pathsep.join([str(terminal.root / "blocked"), os.environ.get("PYTHONPATH", "")])
     said = terminal.type("weights", "fetch", "tiny", "--hf", "me/nets", status=2, PYTHONPATH=path)
     assert "pip install 'stunet[hub]'" in said
+
+
+def block_pytorch(terminal: Terminal) -> dict[str, str]:
+    """The environment of a machine where importing PyTorch fails."""
+    (terminal.root / "blocked").mkdir(exist_ok=True)
+    (terminal.root / "blocked" / "torch.py").write_text("raise ImportError('PyTorch was imported')")
+    return {"PYTHONPATH": os.pathsep.join([str(terminal.root / "blocked"), os.environ.get("PYTHONPATH", "")])}
+
+
+@pytest.fixture
+def named(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Weights whose outputs have names, an image, and this process set up as the terminal is."""
+    publish(terminal, tiny_weights(10))
+    terminal.more |= {"outputs": 10, "labels": "abdomenatlas_9", "page": "https://example.org/nets"}
+    terminal.register()
+    write_image(terminal.root / "ct.nii.gz", smooth_image((12, 40, 44)), (3.0, 0.9, 0.9))
+    monkeypatch.setenv("STUNET_CACHE", str(terminal.root / "cache"))
+    monkeypatch.setenv("STUNET_REGISTRY", str(terminal.root / "registry.json"))
+    monkeypatch.chdir(terminal.root)
+    return terminal
+
+
+def publish(terminal: Terminal, weights: dict[str, Any]) -> None:
+    folder = terminal.root / "published"
+    write_v1(folder, weights, v1_plans(10))
+    (folder / "plans.pkl").write_bytes(pickle.dumps(v1_plans(10)))
+    terminal.server.files |= {f"/{p.name}": Served(p.read_bytes()) for p in folder.iterdir()}
+
+
+def read(path: Path) -> Any:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+def test_one_line_to_a_result(
+    named: Terminal, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def type_here(line: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["stunet", *line.split()])
+        with pytest.raises(SystemExit) as end:
+            main()
+        said = "".join(capsys.readouterr())
+        assert not end.value.code, said
+        return said
+
+    said = type_here("predict -i ct.nii.gz -o first -m tiny -npp 0 -nps 0")
+    assert "Weights tiny, licence: CC0-1.0 (https://example.org/nets)" in said
+    assert f"Downloading {named.server.url}/x.model" in said
+    assert "Converting tiny" in said
+    assert sorted(path.name for path in (named.root / "cache").iterdir()) == ["models", "weights"]
+    manifest = json.loads(Path("first/manifest.json").read_text())
+    assert manifest["model"]["name"] == "tiny"
+    assert manifest["model"]["licence"] == "CC0-1.0"
+    assert manifest["model"]["sources"][0]["sha256"] == file_sha256(named.root / "published" / "x.model")
+    assert set(manifest["cases"]["ct"]["structures"]) <= set(load_vocabulary("abdomenatlas_9").labels)
+
+    named.server.files.clear()  # from here on it is offline
+    said = type_here("predict -i ct.nii.gz -o again.nii.gz -m tiny")
+    assert "CC0-1.0" in said
+    assert "Converting" not in said
+    type_here("convert tiny -o model")
+    type_here("predict -i ct.nii.gz -o converted -m model")
+    labels = read(Path("first/ct.nii.gz"))
+    assert labels.max() > 0
+    for path in ("again.nii.gz", "converted/ct.nii.gz"):
+        assert (read(Path(path)) == labels).all()
+
+    # Weights that were fetched anew are converted anew; those without a licence say so.
+    publish(named, {key: tensor * 1.5 for key, tensor in tiny_weights(10).items()})
+    named.more["licence"] = None
+    named.register()
+    type_here("weights fetch tiny --force")
+    said = type_here("predict -i ct.nii.gz -o new -m tiny")
+    assert "Converting tiny" in said
+    assert "licence: not stated; ask those who published them" in said
+    model = json.loads(Path("new/manifest.json").read_text())["model"]
+    assert model["sources"][0]["sha256"] == file_sha256(named.root / "published" / "x.model")
+    assert model["licence"] is None
+
+
+def test_two_that_need_the_same_weights(named: Terminal) -> None:
+    """One downloads and converts them, and both predict."""
+    both = [named.start("predict", "-i", "ct.nii.gz", "-m", "tiny", "-o", out) for out in ("first", "second")]
+    said = ["".join(process.communicate(timeout=900)) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert all("Predicted ct" in text for text in said)
+    assert sorted("Converting tiny" in text for text in said) == [False, True]
+    assert named.server.ranges("/x.model") == [None]
+    assert (read(named.root / "first" / "ct.nii.gz") == read(named.root / "second" / "ct.nii.gz")).all()
+
+
+def test_names_that_are_neither_weights_nor_folders(terminal: Terminal) -> None:
+    """Said before PyTorch is imported."""
+    write_image(terminal.root / "ct.nii.gz", smooth_image((4, 4, 4)))
+    without = block_pytorch(terminal)
+    said = terminal.type("predict", "-i", "ct.nii.gz", "-o", "out", "-m", "smal_ep4k", status=2, **without)
+    assert "Did you mean small_ep4k" in said
+    assert "missing input" in terminal.type("predict", "-i", "no", "-o", "out", "-m", "tiny", status=2, **without)
+    assert "no model" in terminal.type("predict", "-i", "ct.nii.gz", "-o", "out", status=2, **without)
+
+
+def test_list_needs_no_pytorch(terminal: Terminal) -> None:
+    without = {**block_pytorch(terminal), "COLUMNS": "80"}
+    said = terminal.type("list", **without)
+    assert max(map(len, said.splitlines())) <= 80
+    for name in ("tiny", "small_ep4k", "abdomenatlas_huge_ep2k", "btcv", "totalsegmentator_v2"):
+        assert f" {name} " in said  # whole
+    assert "CC0-1.0" in said
+    content = json.loads(terminal.type("list", "--json", **without))
+    assert {"name": "btcv", "structures": 13} in content["label_systems"]
+    assert next(m for m in content["models"] if m["name"] == "small_ep4k")["licence"] == "Apache-2.0"
+    order = load_vocabulary("totalsegmentator_104").labels
+    said = terminal.type("list", "--of", "small_ep4k", **without)
+    assert all(f"{i} {name}" in said for i, name in enumerate(order) if i)
+    assert max(map(len, said.splitlines())) <= 80
+    of_btcv = json.loads(terminal.type("list", "--of", "btcv", "--json", **without))["structures"]
+    assert {"labels": [2], "name": "right kidney"} in of_btcv
+    (terminal.root / "mine").mkdir()
+    labels = {"background": 0, "whole": [1, 2], "part": 2, "ignore": 3}
+    (terminal.root / "mine" / "dataset.json").write_text(json.dumps({"labels": labels}))
+    mine = json.loads(terminal.type("list", "--of", "mine", "--json", **without))["structures"]
+    assert mine == [{"labels": [1, 2], "name": "whole"}, {"labels": [2], "name": "part"}]
+    assert "Did you mean btcv" in terminal.type("list", "--of", "btvc", status=2, **without)
+    assert "not named" in terminal.type("list", "--of", "tiny", status=2, **without)
+    (terminal.root / "mine" / "dataset.json").write_text("[]")
+    assert "dataset.json" in terminal.type("list", "--of", "mine", status=2, **without)
