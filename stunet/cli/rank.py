@@ -219,7 +219,7 @@ def _show(report: RankingReport, paths: Sequence[Path], as_json: bool) -> None:
     mean_ranks = ranking.mean_ranks
     has_interval = "ccfv" in report.metrics
     heads = [name.replace("transrate", "trans-\nrate").replace("zero-shot", "zero-\nshot") for name in report.metrics]
-    heads += ["mean\nrank"] * bool(mean_ranks) + ["95 % of\nresamples"] * has_interval
+    heads += ["mean\nrank"] * bool(mean_ranks) + ["ccfv, 95 %\nof resamples"] * has_interval
     rows = []
     for place, candidate in enumerate(ranking.candidates):
         scores = [(candidate.scores.get(m), ranking.preferred.get(m) is candidate) for m in report.metrics]
