@@ -18,8 +18,7 @@ __all__ = ["check_weights", "describe_mismatch", "read_checkpoint"]
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint that nnU-Net v2 wrote, admitting tensors and plain values alone.
 
-    Tensors are mapped from the file, not loaded: reading a checkpoint of many gigabytes costs next to nothing until
-    its tensors are used.
+    Tensors are mapped from the file, not loaded; the file is read once, for its checksums.
 
     Args:
         path: A ``checkpoint_*.pth``.
