@@ -127,9 +127,10 @@ def tell_story(workspace: Workspace, *, network: Sequence[str], epochs: int, dev
 
 def _pretrain(workspace: Workspace, network: Sequence[str], epochs: int, device: str, seed: int) -> None:
     workspace.print_exports()
-    stdout.print(f"\nMaking {_N_SOURCE} cases to pre-train on …", highlight=False)
     source, structures = workspace.root / "phantoms", workspace.root / "structures.json"
-    write_phantom_masks(source, n_training=_N_SOURCE, n_test=0, seed=seed)
+    stdout.print(f"\nMaking {_N_SOURCE} cases to pre-train on …", highlight=False)
+    with stdout.status("making cases"):
+        write_phantom_masks(source, n_training=_N_SOURCE, n_test=0, seed=seed)
     write_json([name for name in PHANTOM_LABELS if name != "background"], structures)
     workspace.run(
         "stunet", "import", "totalsegmentator", source, "-d", "1", "--name", _SOURCE[11:], "--task", structures,
@@ -151,9 +152,10 @@ def _pick(workspace: Workspace, device: str, seed: int) -> dict[str, Any]:
     stdout.print(f"\nMaking a target dataset with {_N_FEW} cases to train on …", highlight=False)
     # Other bodies than those of the pre-training: another seed.
     n_labelled = _N_FEW + _N_VALIDATION
-    write_phantom_dataset(
-        workspace.raw(_TARGET), n_training=n_labelled, n_test=_N_UNSEEN, seed=seed + 1000, contrast="arterial"
-    )
+    with stdout.status("making cases"):
+        write_phantom_dataset(
+            workspace.raw(_TARGET), n_training=n_labelled, n_test=_N_UNSEEN, seed=seed + 1000, contrast="arterial"
+        )
     workspace.run("nnUNetv2_plan_and_preprocess", "-d", "2", "-c", _C, "-npfp", "2", "-np", "2")
     cases = [f"phantom_{case:03d}" for case in range(n_labelled)]
     split = [{"train": cases[:_N_FEW], "val": cases[_N_FEW:]}]
