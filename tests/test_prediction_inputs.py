@@ -171,6 +171,8 @@ def test_of_several_series_one_is_chosen(model: Path, tmp_path: Path, capsys: py
     assert "it has" in refused(capsys, "-i", tmp_path / "patient", *out, "--series", "1.2")
     assert type_command("-i", tmp_path / "patient", *out, "--series", UID) == 0
     assert read(tmp_path / "out" / "patient.nii.gz").shape == IMAGE.shape
+    said = refused(capsys, "-i", tmp_path / "patient", *out, "--series", f"{UID}.7", "--continue")
+    assert "other images" in said
 
 
 def shift(amount: float, only: int | None = None, along: int = 2) -> Callable[[int, dict[str, str]], None]:
@@ -220,10 +222,13 @@ def test_a_file_as_output(model: Path, expected: Any, tmp_path: Path, capsys: py
     other = tmp_path / "other.nii.gz"
     assert "2 images" in refused(capsys, "-i", tmp_path / "two", "-o", other, "-m", model)
     assert "a folder" in refused(capsys, "-i", tmp_path / "ct.nii.gz", "-o", other, "-m", model, "--masks")
-    for itself in (tmp_path / "ct.nii.gz", tmp_path):
-        assert "impossible" in refused(capsys, "-i", tmp_path / "ct.nii.gz", "-o", itself, "-m", model)
-    assert np.array_equal(read(tmp_path / "ct.nii.gz"), IMAGE)
     assert "a folder" in refused(capsys, "-i", tmp_path / "ct.nii.gz", "-o", tmp_path / "x.nii", "-m", model)
+    assert type_command("-i", tmp_path / "ct.nii.gz", "-o", out, "-m", model) == 0
+    (tmp_path / "mine.nii.gz").write_bytes(b"a reference")
+    for place, words in (("ct.nii.gz", "no image is replaced"), ("mine.nii.gz", "no prediction")):
+        before = (tmp_path / place).read_bytes()
+        assert words in refused(capsys, "-i", tmp_path / "ct.nii.gz", "-o", tmp_path / place, "-m", model)
+        assert (tmp_path / place).read_bytes() == before
     assert not list(tmp_path.glob("other*"))
     assert not list(tmp_path.glob(".scratch*"))
 
@@ -333,7 +338,7 @@ def test_the_manifest(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert manifest["versions"] == {name: version(name) for name in ("stunet", "nnunetv2", "torch")}
     checkpoint = model / "fold_0" / "checkpoint_final.pth"
     assert manifest["model"]["folder"] == str(model)
-    assert manifest["settings"]["fold_0"] == file_sha256(checkpoint)
+    assert manifest["model"]["checkpoints"]["0"]["sha256"] == file_sha256(checkpoint)
     assert manifest["model"]["licence"] is None
     assert manifest["started"] <= manifest["finished"]
     assert manifest["seconds"] > 0
@@ -367,3 +372,13 @@ def test_the_manifest(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert [
         list(json.loads((out / f"manifest.{part}.json").read_text())["cases"]) for part in (0, 1)
     ] == [["c0", "c2"], ["c1"]]  # fmt: skip
+    shared = json.loads((out / "manifest.json").read_text())
+    assert set(shared) == {"settings", "images"}
+    assert {key: again[key] for key in shared} == shared
+    capsys.readouterr()
+    for options in (["-num_parts", 2, "-part_id", 0], ["--c"]):  # the other part's predictions, or all, would stay
+        assert "lowres: True" in refused(capsys, *command, "--lowres", *options)
+    assert all((out / f"c{i}.nii.gz").exists() for i in range(3))
+    assert type_command(*command, "--c") == 0
+    assert set(json.loads((out / "manifest.json").read_text())["cases"]) == {"c0", "c1", "c2"}
+    assert not (out / "manifest.0.json").exists()

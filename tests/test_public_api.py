@@ -28,11 +28,11 @@ API = {
     "stunet.labels": [
         "AnnotationManifest", "Comparison", "Coverage", "LabelMap", "LabelRelation", "LabelUnion", "MANIFEST_NAME",
         "MapEntry", "MergedMasks", "Outputs", "SourceCoverage", "StructureCoverage", "UnionMapping", "Vocabulary",
-        "bind_manifest", "canonical_name", "count_labels", "dump_mapping", "group_cases", "list_label_systems",
-        "list_vocabularies", "load_label_system", "load_vocabulary", "manifest_schema", "match_names",
-        "measure_coverage", "merge_labels", "merge_masks", "observed_values", "outputs_of", "read_label_file",
-        "read_label_map", "read_manifest", "read_mapping", "relate_labels", "structure_values", "structures_of",
-        "suggest_label_map", "vocabulary_for", "write_manifest",
+        "bind_manifest", "canonical_name", "count_labels", "declared_values", "dump_mapping", "group_cases",
+        "list_label_systems", "list_vocabularies", "load_label_system", "load_vocabulary", "manifest_schema",
+        "match_names", "measure_coverage", "merge_labels", "merge_masks", "observed_values", "outputs_of",
+        "read_label_file", "read_label_map", "read_manifest", "read_mapping", "relate_labels", "structure_values",
+        "structures_of", "suggest_label_map", "vocabulary_for", "write_manifest",
     ],
     "stunet.losses": ["PartialDiceCELoss", "WholeBatch", "label_members", "partial_dice_ce_loss"],
     "stunet.datasets": [

@@ -57,7 +57,7 @@ def test_a_registry_of_ones_own_goes_before_ours(tmp_path: Path, monkeypatch: py
 def test_unknown_weights() -> None:
     with pytest.raises(UsageError, match="small_ep4k") as caught:
         find_entry("giant")
-    assert "stunet weights list" in caught.value.remedy
+    assert "stunet list" in caught.value.remedy
 
 
 SHA = "ab" * 32

@@ -43,8 +43,7 @@ def _everything() -> dict[str, Any]:
 
 def _structures(name: str) -> list[dict[str, Any]]:
     """Label values and name of each structure."""
-    from difflib import get_close_matches
-
+    from stunet.environment import did_you_mean
     from stunet.errors import LabelError, UsageError
     from stunet.labels import list_label_systems, list_vocabularies, load_label_system, load_vocabulary
     from stunet.weights import load_registry
@@ -64,12 +63,11 @@ def _structures(name: str) -> list[dict[str, Any]]:
         )
     known = [*models, *list_vocabularies(), *list_label_systems()]
     if name not in known:
-        close = get_close_matches(name, known, 3)
         raise UsageError(
             "unknown model or label system",
             got=name,
             expected="a name that `stunet list` shows, or a folder with dataset.json",
-            remedy=f"Did you mean {' or '.join(close)}?" if close else "Correct --of.",
+            remedy=f"{did_you_mean(name, known)}Correct --of.",
         )
     return [{"labels": list(entry.target), "name": entry.name} for entry in load_label_system(name).entries]
 
@@ -91,21 +89,16 @@ def _structures_of_folder(path: Path) -> list[dict[str, Any]]:
 
 
 def _print_everything(content: dict[str, Any]) -> None:
-    from rich import box
-    from rich.table import Table
+    from stunet.cli.console import PlainTable, stdout
 
-    from stunet.cli.console import stdout
-
-    models = Table(
-        "name", "size", "structures", "licence", "state", title="Models", box=box.SIMPLE, title_justify="left"
-    )
+    models = PlainTable("name", "size", "structures", "licence", "state", title="Models", numbers=["structures"])
     for row in content["models"]:
         licence = row["licence"] or "not stated"
         models.add_row(row["name"], row["size"], str(row["outputs"] - 1), licence, row["state"])
-    systems = Table("name", "structures", title="Label systems", box=box.SIMPLE, title_justify="left")
+    systems = PlainTable("name", "structures", title="Label systems", numbers=["structures"])
     for row in content["label_systems"]:
         systems.add_row(row["name"], str(row["structures"]))
-    stdout.print(models, systems)
+    stdout.print(models, "", systems, "", sep="\n")
     stdout.print("Structures of one: stunet list --of NAME", highlight=False)
     stdout.print("Predict with a model: stunet predict -i CT.nii.gz -o OUT -m NAME", highlight=False)
 

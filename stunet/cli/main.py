@@ -73,11 +73,11 @@ _add(
     "predict",
     predict.predict,
     "stunet predict -i CT.nii.gz -o CT_labels.nii.gz -m small_ep4k",
-    "stunet predict -i DICOM_FOLDER -o OUT -m small_ep4k --preview",
-    "stunet predict -i IMAGES -o OUT -d 4 -f 0 --continue",
+    "stunet predict -i DICOM_FOLDER -o OUT -m small_ep4k --statistics --preview",
+    "stunet predict -i IMAGES -o OUT -d 4 -f 0 --structures liver --continue",
 )
-_add("list", list_names.list_names, "stunet list", "stunet list --of small_ep4k", "stunet list --of btcv --json")
 _add("convert", convert.convert, "stunet convert small_ep4k -o MODEL_FOLDER")
+_add("list", list_names.list_names, "stunet list", "stunet list --of small_ep4k", "stunet list --of btcv --json")
 _add("env", env.env, 'eval "$(stunet env)"')
 _add("demo", demo.demo, "stunet demo", "stunet demo --data nnUNet_raw/Dataset004_Hippocampus")
 app.add_typer(weights.app, name="weights")

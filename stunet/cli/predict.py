@@ -80,6 +80,9 @@ def predict(
         bool, _result("--continue", "--c", help="Keep cases that are predicted already.")
     ] = False,
     continue_as_nnunet: Annotated[bool, _result("--continue_prediction", hidden=True)] = False,
+    trust: Annotated[
+        list[str] | None, _model("--trust", metavar="CLASS", help="A network class of others' that may be imported.")
+    ] = None,
     device: Device = "auto",
     memory: Annotated[str | None, _resources(metavar="SIZE", help="Limit for all processes, such as 8GB.")] = None,
     step_size: Annotated[
@@ -91,9 +94,6 @@ def predict(
     n_parts: Annotated[int, _resources("-num_parts", metavar="N", help="Commands that share the cases.", min=1)] = 1,
     part_id: Annotated[int, _resources("-part_id", metavar="N", help="Which one this is, from 0.", min=0)] = 0,
     not_on_device: Annotated[bool, _resources("--not_on_device", help="Add up logits in main memory.")] = False,
-    trust: Annotated[
-        list[str] | None, _model("--trust", help="A network class of others that may be imported. Repeatable.")
-    ] = None,
     disable_progress_bar: Annotated[bool, _resources("--disable_progress_bar", help="For logs.")] = False,
 ) -> None:
     """Predict as nnUNetv2_predict does, with the same labels, in memory that hardly grows with structures or image.
@@ -132,9 +132,9 @@ def predict(
         n_parts=n_parts,
         save_probabilities=save_probabilities,
         previous_stage=previous_stage,
+        trust=trust or [],
         series=series,
         lowres=lowres,
-        trust=trust or [],
     )
     with PredictionProgress(bar=not disable_progress_bar) as progress:
         predict_folder(request, progress)

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from stunet.errors import DatasetError, STUNetError, UsageError
-from stunet.files import file_sha256, move_into_place, scratch_folder, write_json
-from stunet.inference.images import Case, Geometry, find_cases, read_geometry, readable
-from stunet.inference.label_names import LabelNames, label_names
+from stunet.files import move_into_place, scratch_folder
+from stunet.inference.images import Case, Geometry, find_cases, read_geometry
+from stunet.inference.label_names import label_names
 from stunet.inference.labels import VOLUME_READERS, why_not_streamed
+from stunet.inference.manifest import MANIFEST_NAME, Manifest, check_output, remove_predictions
 from stunet.inference.memory import available_bytes, choose_strategy
 from stunet.inference.model import CHECKPOINT, Model, load_model
 from stunet.inference.outputs import OutputOptions
-from stunet.inference.pipeline import Listener, Manifest, Prediction, describe_outputs, predict_cases, raise_failures
-from stunet.inference.statistics import collect_statistics, find_structures
+from stunet.inference.pipeline import Listener, Prediction, describe_outputs, predict_cases, raise_failures
+from stunet.inference.statistics import collect_statistics
 from stunet.inference.stock import predict_with_nnunet
-from stunet.labels.mask_cases import fingerprint
 
-__all__ = ["MANIFEST_NAME", "FolderListener", "FolderRequest", "predict_folder"]
-
-MANIFEST_NAME = "manifest.json"
-"""Beside the predictions: under ``settings`` and ``images`` what they were made with and of."""
+__all__ = ["FolderListener", "FolderRequest", "predict_folder"]
 
 
 @dataclass(frozen=True)
@@ -128,15 +120,10 @@ def _predict_folder(request: FolderRequest, listener: FolderListener, label_map:
     found = request.images
     if isinstance(found, Path):
         found = find_cases(found, model.file_ending, model.n_channels if volumes else 1, request.series)
+    places = [request.output / f"{case.name}{model.file_ending}" for case in found]
+    _check_images_stay(found, places if label_map is None else [label_map])
     if label_map is not None:
         _check_label_map(label_map, found, request, model)
-    cases = found[request.part_id :: request.n_parts]
-    manifest, outdated = _check_output(request, model, names, found)
-    waiting = [case for case in cases if not _is_done(case, request, model)]
-    listener.planned(len(waiting), len(cases) - len(waiting))
-    failures: dict[str, str] = {}
-    geometries = _read_geometries(waiting, model, failures, listener) if volumes else {}
-    ready = [case for case in waiting if case.name not in failures]
     prediction = Prediction(
         model,
         names,
@@ -151,39 +138,48 @@ def _predict_folder(request: FolderRequest, listener: FolderListener, label_map:
     reason = _why_nnunets_predictor(request, model)
     if reason is not None and request.lowres:
         raise _impossible("--lowres", model.folder, f"a model that is predicted plane by plane, but {reason}")
+    cases = found[request.part_id :: request.n_parts]
+    record, outdated = check_output(
+        prediction, found, cases, previous_stage=request.previous_stage, keep=request.continue_prediction
+    )
+    waiting = [case for case in cases if not _is_done(case, request, model)]
+    listener.planned(len(waiting), len(cases) - len(waiting))
+    failures: dict[str, str] = {}
+    geometries = _read_geometries(waiting, model, failures, listener) if volumes else {}
+    ready = [case for case in waiting if case.name not in failures]
     if reason is not None:
         listener.note(f"Predicted by nnU-Net's own predictor, which holds all logits, since {reason}.")
     elif ready:
         prediction = _with_strategy(prediction, request, [geometries[case.name] for case in ready], listener)
     with scratch_folder(request.output) as scratch:
-        _remove_predictions(request.output, outdated, model.file_ending)
-        write_json(manifest, request.output / MANIFEST_NAME)
+        remove_predictions(prediction, outdated)
+        part = None if request.n_parts == 1 else request.part_id
+        manifest = Manifest(prediction, record, waiting, listener, part)
         describe_outputs(prediction, scratch, _arguments(request))
-        name = MANIFEST_NAME if request.n_parts == 1 else f"manifest.{request.part_id}.json"  # each its own
-        forget = outdated | {case.name for case in waiting}
-        noted = Manifest(request.output / name, prediction, listener, forget=forget)
         for case in cases:
-            if case not in waiting and case not in noted:  # the last one before a process was killed
-                path = request.output / f"{case.name}{model.file_ending}"
-                with suppress(DatasetError), readable(path):
-                    noted.add(case, _read_structures(path, prediction))
+            if case not in waiting:
+                manifest.keep(case)
         if ready:
-            failures |= _predict(ready, prediction, scratch, request, noted, streamed=reason is None)
-        noted.close(failures)
+            failures |= _predict(ready, prediction, scratch, request, manifest, streamed=reason is None)
+        manifest.close(failures)
         if request.options.statistics and (request.output / "statistics").is_dir():
             collect_statistics(request.output / "statistics", scratch / "statistics.csv")
             move_into_place(scratch / "statistics.csv", request.output / "statistics.csv")
     raise_failures(failures, len(waiting))
     if label_map is not None:
-        stem = label_map.name.removesuffix(model.file_ending)
-        move_into_place(request.output / "manifest.json", label_map.with_name(f"{stem}.manifest.json"))
+        move_into_place(request.output / MANIFEST_NAME, _manifest_beside(label_map, model))
         move_into_place(request.output / f"{cases[0].name}{model.file_ending}", label_map)
 
 
-def _read_structures(path: Path, prediction: Prediction) -> dict[str, dict[str, Any]]:
-    labels, properties = prediction.model.plans_manager.image_reader_writer_class().read_seg(str(path))
-    spacing = properties["spacing"] if len(labels[0]) > 1 else None
-    return find_structures(labels[0].astype(np.uint16), prediction.names, spacing)
+def _manifest_beside(label_map: Path, model: Model) -> Path:
+    return label_map.with_name(f"{label_map.name.removesuffix(model.file_ending)}.{MANIFEST_NAME}")
+
+
+def _check_images_stay(cases: Sequence[Case], outputs: Sequence[Path]) -> None:
+    images = {file.resolve() for case in cases for file in case.files}
+    for output in outputs:
+        if output.resolve() in images:
+            raise _impossible("-o", f"{output}, an image", "a place where no image is replaced")
 
 
 def _check_label_map(path: Path, cases: Sequence[Case], request: FolderRequest, model: Model) -> None:
@@ -191,10 +187,10 @@ def _check_label_map(path: Path, cases: Sequence[Case], request: FolderRequest, 
     problem = None
     if len(cases) != 1:
         problem = f"{len(cases)} images"
-    elif path.resolve() in {file.resolve() for file in cases[0].files}:
-        problem = "no other file than the image"
     elif not path.name.endswith(model.file_ending):
         problem = f"a model that writes {model.file_ending}"
+    elif path.exists() and not _manifest_beside(path, model).exists():
+        raise _impossible("-o", f"{path}, which is there and no prediction", "another name, or a prediction to replace")
     elif others or request.save_probabilities or request.continue_prediction or request.n_parts > 1:
         problem = "options that write more than a label map, or share or continue a prediction"
     if problem is not None:
@@ -220,96 +216,6 @@ def _predict(
         save_probabilities=request.save_probabilities,
         previous_stage=request.previous_stage,
     )
-
-
-def _settings(request: FolderRequest, model: Model, names: LabelNames) -> dict[str, Any]:
-    """All that changes the files of a case, as JSON has it; the model by its content, so that it may be moved."""
-
-    def digest(content: Mapping[str, Any]) -> str:
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    settings = {
-        "plans": digest(model.plans),
-        "dataset": digest(model.dataset_json),
-        "configuration": model.configuration,
-        "trainer": model.trainer_name,
-        **{f"fold_{fold}": file_sha256(path) for fold, path in model.checkpoints.items()},
-        "structures": list(names.structures),
-        "mirroring": request.mirroring,
-        "step_size": request.step_size,
-        "lowres": request.lowres,
-        "previous_stage": None if request.previous_stage is None else str(request.previous_stage.resolve()),
-        **asdict(request.options),
-    }
-    return dict(json.loads(json.dumps(settings)))
-
-
-def _check_output(
-    request: FolderRequest, model: Model, names: LabelNames, cases: Sequence[Case]
-) -> tuple[dict[str, Any], set[str]]:
-    """The new manifest, and the cases whose predictions it will not describe; they are to be predicted again.
-
-    Raises:
-        UsageError: The folder has predictions that the manifest would not describe and that would stay.
-    """
-    output, ending = request.output, model.file_ending
-    inputs = {file.resolve() for case in cases for file in (*case.files, *case.slices)}
-    for case in cases:
-        if (output / f"{case.name}{ending}").resolve() in inputs:
-            raise _impossible("-o", output / f"{case.name}{ending}, an image", "a folder where no image is replaced")
-    files = output.glob(f"*{ending}") if output.is_dir() else ()
-    present = {file.name.removesuffix(ending) for file in files if file.name[0] != "." and file.resolve() not in inputs}
-    settings, images = _settings(request, model, names), {case.name: _image_digest(case) for case in cases}
-    manifest = _read_manifest(output / MANIFEST_NAME)
-    known, of = manifest.get("settings", {}), manifest.get("images", {})
-    changed = sorted(key for key in {*settings, *known} if settings.get(key) != known.get(key))
-    outdated = {case for case in present if changed or of.get(case) != images.get(case, of.get(case))}
-    staying = sorted(outdated if request.continue_prediction or not known else outdated - set(images))
-    if staying:
-        differing = changed[:3] if known else ()
-        got, expected = (
-            "; ".join(f"{key}: {_show(content.get(key))}" for key in differing) for content in (settings, known)
-        )
-        raise UsageError(
-            f"an output folder with predictions of other {'settings' if changed else 'images'}",
-            got=f"{output} with {staying[0]}{ending}; {got or 'no record of it'}",
-            expected=f"{expected}, as {MANIFEST_NAME} has it" if expected else f"those that {MANIFEST_NAME} describes",
-            remedy="Choose another -o, give what was given before, or remove the predictions that are there.",
-        )
-    if changed:
-        return {"settings": settings, "images": images}, outdated
-    return {**manifest, "images": {**of, **images}}, outdated
-
-
-def _show(value: Any) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
-    return text if len(text) < 64 else f"{text[:60]}…"  # of a digest enough to tell two apart
-
-
-def _image_digest(case: Case) -> str:
-    try:
-        return fingerprint([*case.files, *sorted(case.slices)])
-    except DatasetError:  # which reading it will say, and that stops no other case
-        return ""
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        _ = {**content["settings"], **content["images"]}
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
-    return dict(content)
-
-
-def _remove_predictions(output: Path, cases: Iterable[str], ending: str) -> None:
-    masks = _read_manifest(output / MANIFEST_NAME).get("settings", {}).get("masks")
-    names = ("{}.npz", "{}.pkl", "statistics/{}.json", "previews/{}.png", f"{{}}{ending}")
-    for case in cases:
-        if masks:
-            shutil.rmtree(output / case / "segmentations", ignore_errors=True)
-        for name in names:
-            (output / name.format(case)).unlink(missing_ok=True)
 
 
 def _why_nnunets_predictor(request: FolderRequest, model: Model) -> str | None:

@@ -167,12 +167,12 @@ def published_model(entry: WeightsEntry, listener: Listener) -> Path:
 def _is_made_of(folder: Path, entry: WeightsEntry) -> bool:
     """Whether a model folder was converted from the weights that are in the cache and in the registry now."""
     try:
-        card = read_json(folder / "model_card.json")
-    except (OSError, ValueError):
+        source = read_json(folder / "model_card.json")["sources"][0]["sha256"]
+    except (OSError, ValueError, LookupError, TypeError):
         return False
     record = read_record(entry_folder(entry.name) / entry.weights_file.file)
     known = {entry.weights_file.sha256, record.sha256 if record else None} - {None}
-    return known <= {card["sources"][0]["sha256"]}
+    return known <= {source}
 
 
 def load_model(

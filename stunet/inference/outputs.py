@@ -9,7 +9,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -23,7 +23,7 @@ from stunet.inference.images import Case
 from stunet.inference.label_names import LabelNames, name_extension
 from stunet.inference.statistics import find_structures, measure
 
-__all__ = ["OutputOptions", "WritingJob", "coarse_grid", "write_outputs"]
+__all__ = ["OutputOptions", "WritingJob", "Written", "coarse_grid", "write_outputs"]
 
 _NIFTI = (".nii.gz", ".nii")
 
@@ -74,12 +74,23 @@ class WritingJob:
     crop: tuple[slice, ...] | None = None
 
 
-def write_outputs(job: WritingJob) -> tuple[dict[str, dict[str, Any]], str | None]:
+class Written(NamedTuple):
+    """What became of a case.
+
+    Attributes:
+        found: Voxels and volume of each structure that was found.
+        problem: What is missing and why; None where nothing is.
+    """
+
+    found: dict[str, dict[str, Any]]
+    problem: str | None
+
+
+def write_outputs(job: WritingJob) -> Written:
     """Write all files of a case, the label map last: where it stands, the others do.
 
     Returns:
-        Voxels and volume of each structure that was found; and what is missing and why: a picture that cannot be drawn
-        does not cost the labels.
+        What was found, and what is missing: a picture that cannot be drawn does not cost the labels.
 
     Raises:
         OSError: The disk is full.
@@ -108,7 +119,7 @@ def write_outputs(job: WritingJob) -> tuple[dict[str, dict[str, Any]], str | Non
             except Exception as error:
                 problem = f"no preview: {type(error).__name__}: {str(error)[:200]}"
     move_into_place(finished, job.output / name)
-    return find_structures(labels, job.names, job.properties["spacing"] if len(labels) > 1 else None), problem
+    return Written(find_structures(labels, job.names, job.properties["spacing"] if len(labels) > 1 else None), problem)
 
 
 def coarse_grid(

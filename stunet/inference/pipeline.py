@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import errno
-import json
 import shutil
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,14 +22,13 @@ from stunet.inference.label_names import LabelNames
 from stunet.inference.labels import predict_labels
 from stunet.inference.memory import Strategy
 from stunet.inference.model import Model
-from stunet.inference.outputs import OutputOptions, WritingJob, coarse_grid, write_outputs
+from stunet.inference.outputs import OutputOptions, WritingJob, Written, coarse_grid, write_outputs
 from stunet.inference.preparation import PreparationJob, Prepared, prepare, save_array
 from stunet.inference.windows import average, mirror_and_predict
 from stunet.processes import Worker
 
 __all__ = [
     "Listener",
-    "Manifest",
     "Prediction",
     "describe",
     "describe_outputs",
@@ -234,12 +229,11 @@ class _Writing:
             worker.close()
 
 
-def report_written(case: Case, written: tuple[dict[str, dict[str, Any]], str | None], listener: Listener) -> None:
+def report_written(case: Case, written: Written, listener: Listener) -> None:
     """Tell of a case that :func:`write_outputs` has written, and of what it did without."""
-    found, problem = written
-    if problem is not None:
-        listener.note(f"warning: {case.name}: {problem}")
-    listener.finished(case, found)
+    if written.problem is not None:
+        listener.note(f"warning: {case.name}: {written.problem}")
+    listener.finished(case, written.found)
 
 
 def _networks(prediction: Prediction) -> list[Callable[[torch.Tensor], torch.Tensor]]:
@@ -303,85 +297,6 @@ def describe_outputs(prediction: Prediction, scratch: Path, arguments: dict[str,
     }.items():
         write_json(content, scratch / name)
         move_into_place(scratch / name, prediction.output / name)
-
-
-class Manifest(Listener):
-    """``manifest.json``: what made the predictions of a folder and what is in them; written again after each case.
-
-    Args:
-        path: The file. What it says beside ``cases`` and what is set here is kept.
-        prediction: How cases are predicted.
-        listener: Told of the progress in turn.
-        forget: Names of cases whose predictions are replaced.
-    """
-
-    def __init__(self, path: Path, prediction: Prediction, listener: Listener, *, forget: set[str]) -> None:
-        self._path, self._listener, self._clock = path, listener, time.monotonic()
-        model = prediction.model
-        before, card = _read_json(path), _read_json(model.folder / "model_card.json")
-        self._content: dict[str, Any] = {
-            **before,
-            "versions": {name: version(name) for name in ("stunet", "nnunetv2", "torch")},
-            "model": {
-                "name": model.folder.resolve().name,
-                "folder": str(model.folder.resolve()),
-                "licence": card.get("licence"),
-                "sources": card.get("sources", []),
-            },
-            "device": str(prediction.device),
-            "started": _now(),
-            "finished": None,
-            "seconds": None,
-            "cases": {name: case for name, case in before.get("cases", {}).items() if name not in forget},
-            "failures": {},
-        }
-        self._write()
-
-    def __contains__(self, case: Case) -> bool:
-        return case.name in self._content["cases"]
-
-    def note(self, text: str) -> None:
-        """Pass it on."""
-        self._listener.note(text)
-
-    def window(self, case: Case, n_windows: int) -> None:
-        """Pass it on."""
-        self._listener.window(case, n_windows)
-
-    def failed(self, case: Case, problem: str) -> None:
-        """Pass it on; :meth:`close` takes all failures together."""
-        self._listener.failed(case, problem)
-
-    def finished(self, case: Case, found: dict[str, dict[str, Any]]) -> None:
-        """Add the structures of a case."""
-        self.add(case, found)
-        self._listener.finished(case, found)
-
-    def add(self, case: Case, found: dict[str, dict[str, Any]]) -> None:
-        """Add the structures of a case that was finished before."""
-        self._content["cases"][case.name] = {"structures": found}
-        self._write()
-
-    def close(self, failures: Mapping[str, str]) -> None:
-        """Note the end."""
-        seconds = round(time.monotonic() - self._clock, 1)
-        self._content |= {"finished": _now(), "seconds": seconds, "failures": dict(failures)}
-        self._write()
-
-    def _write(self) -> None:
-        write_json(self._content, self._path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is none."""
-    with suppress(OSError, ValueError):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
-    return {}
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def raise_failures(failures: dict[str, str], n_cases: int) -> None:

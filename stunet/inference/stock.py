@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -13,7 +12,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from stunet.files import move_into_place
 from stunet.inference.images import Case, as_nifti
 from stunet.inference.labels import label_type
-from stunet.inference.outputs import WritingJob, write_outputs
+from stunet.inference.outputs import WritingJob, Written, write_outputs
 from stunet.inference.pipeline import Listener, Prediction, describe, report_written
 from stunet.inference.preparation import save_array
 
@@ -90,9 +89,7 @@ def _predictor(prediction: Prediction) -> nnUNetPredictor:
     return predictor
 
 
-def _write(
-    case: Case, prediction: Prediction, folder: Path, *, save_probabilities: bool
-) -> tuple[dict[str, dict[str, Any]], str | None]:
+def _write(case: Case, prediction: Prediction, folder: Path, *, save_probabilities: bool) -> Written:
     model = prediction.model
     labels, properties = model.plans_manager.image_reader_writer_class().read_seg(
         str(folder / f"stock{model.file_ending}")

@@ -7,11 +7,11 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
+from stunet.environment import did_you_mean
 from stunet.errors import DownloadError, UsageError
 from stunet.labels import list_vocabularies, load_vocabulary
 from stunet.weights.addresses import check_url
@@ -132,14 +132,11 @@ def find_entry(name: str) -> WeightsEntry:
     """
     known = load_registry()
     if name not in known:
-        close = get_close_matches(name, known, 3)
         raise UsageError(
             "unknown weights",
             got=name,
             expected=f"one of {', '.join(known)}",
-            remedy=f"Did you mean {' or '.join(close)}?"
-            if close
-            else "`stunet list` shows them; STUNET_REGISTRY adds some of your own.",
+            remedy=f"{did_you_mean(name, known)}`stunet list` shows them; STUNET_REGISTRY adds some of your own.",
         )
     return known[name]
 
