@@ -62,7 +62,7 @@ def test_help_shows_flags_without_a_type_and_ends_with_examples_that_parse(
     assert max(map(len, out.splitlines())) <= 80
     shown = out.partition("Example")[2]
     lines = [line[2:] for line in COMMANDS[name].epilog.splitlines() if line.startswith("$ ")]
-    assert 1 <= len(lines) <= 2
+    assert 1 <= len(lines) <= 3
     for line in lines:
         assert f"$ {line}" in shown
         line = re.sub(r'^eval "\$\((.*)\)"$', r"\1", line)
@@ -240,6 +240,8 @@ def test_train_gives_nnunet_the_chosen_device(
     requests: list[Any] = []
     monkeypatch.setattr(stunet.training, "train", requests.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("stunet.cli.preflight.preflight", lambda *_, **__: "Dataset004_Here")
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
     assert _typed(monkeypatch, capsys, "train", "4", "3d_fullres", "0", *typed)[0] == 0
     assert [(r.device, r.continue_training) for r in requests] == [(device, goes_on)]
 

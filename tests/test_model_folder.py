@@ -167,8 +167,8 @@ def test_two_channels_without_pickle(tmp_path: Path) -> None:
         ((), ("outputs without names", "3 outputs", "--labels FILE.json")),
         (("--labels", "{source}/two.json"), ("a label list of the wrong length", "2 names", "3 names")),
         (("--labels", "{source}/none.json"), ("missing label file",)),
-        (("{source}/none.pkl",), ("missing pickle", "none.pkl")),
-        (("{source}/none.model",), ("more than one file with weights",)),
+        (("{source}/none.pkl",), ("no such weights", "none.pkl")),
+        (("{source}/none.model",), ("no such weights", "none.model")),
     ],
 )
 def test_bad_input_is_explained_and_leaves_nothing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import locale
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -60,6 +61,7 @@ def write_series(
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
     paths = []
+    encoding = locale.setlocale(locale.LC_CTYPE)
     for i, plane in enumerate(array):
         image = sitk.GetImageFromArray(plane)
         image.SetSpacing((SPACING[2], SPACING[1]))
@@ -77,6 +79,7 @@ def write_series(
         paths.append(folder / f"{(i * 5) % 14:03d}_{uid[-1]}.dcm")
         writer.SetFileName(str(paths[-1]))
         writer.Execute(image)
+    locale.setlocale(locale.LC_CTYPE, encoding)  # writing DICOM, unlike reading it, sets another one
     return paths
 
 

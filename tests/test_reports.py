@@ -104,7 +104,9 @@ def test_pictures_name_their_planes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     draw_preview(volume, labels, names, spacing, tmp_path / "p.png", title="a", planes=planes)
     assert titles == ["sagittal, plane 1", "axial, plane 2", "coronal, plane 3"]
     titles.clear()
-    side_by_side([("a", volume, labels, labels)], {"liver": 1}, tmp_path / "f.png", plane_name=planes[0])
+    side_by_side(
+        [("a", volume, {"truth": labels, "prediction": labels})], {"liver": 1}, tmp_path / "f.png", plane_name=planes[0]
+    )
     assert titles == ["a: image, sagittal", "a: truth, sagittal", "a: prediction, sagittal"]
 
 

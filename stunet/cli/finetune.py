@@ -12,7 +12,7 @@ import typer
 
 from stunet.cli.convert import find_fetched
 from stunet.cli.options import Continue, Device, FoldName, Settings, StrategyOption, choose_device, complete_weights
-from stunet.environment import nnunet_folder
+from stunet.environment import find_dataset, nnunet_folder
 from stunet.settings import parse_settings
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def finetune(
     # What needs no PyTorch is checked before it is imported.
     parse_settings(settings or [])
     results = nnunet_folder("nnUNet_results")
+    find_dataset(dataset)
     find_fetched([source])
     from stunet.cli.preflight import preflight
 

@@ -17,7 +17,7 @@ from stunet.cli.options import (
     complete_sizes,
     complete_weights,
 )
-from stunet.environment import nnunet_folder
+from stunet.environment import find_dataset, nnunet_folder
 from stunet.settings import SETTINGS, SETTINGS_KEY, parse_settings
 
 __all__ = ["plan"]
@@ -77,6 +77,7 @@ def plan(
     # What needs no PyTorch is checked before it is imported.
     choose_size(size, depth, width)
     parse_settings(settings or [])
+    find_dataset(dataset)
     if source is not None:
         find_fetched([source])
     from stunet.cli.preflight import preflight

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -102,7 +103,7 @@ def test_fetch_verify_list_convert(terminal: Terminal) -> None:
     assert "there already" in terminal.type("weights", "fetch", "tiny")
     assert terminal.type("weights", "verify").count("fine") == 3
     assert file_sha256(terminal.folder / "x.model") in terminal.type("weights", "verify", "tiny")
-    assert "│ fetched" in terminal.type("weights", "list")
+    assert re.search(r"^tiny .* fetched", terminal.type("weights", "list"), re.MULTILINE)
     listed = json.loads(terminal.type("weights", "list", "--json"))["weights"]
     assert [entry["state"] for entry in listed if entry["name"] == "tiny"] == ["fetched"]
     assert "small_ep4k" in [entry["name"] for entry in listed]
