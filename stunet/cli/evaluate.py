@@ -234,7 +234,8 @@ def _report(
         typer.echo(json.dumps({"output": str(folder), "cases": len(scores), **summary}, indent=4))
     else:
         _print_table(results, jobs[0].tolerance)
-        _print(f"Wrote {folder}: summary.json, scores.csv, scores.png")
+        written = [name for name in ("summary.json", "scores.csv", "scores.png") if (folder / name).is_file()]
+        _print(f"Wrote {folder}: {', '.join(written)}")
     for warning in results.warnings:
         _print(f"warning: {warning}", error=True)
 

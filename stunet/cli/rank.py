@@ -93,7 +93,7 @@ def rank(
         settings={"fold": fold, "cases": len(cases), "points of each structure": per_class,
                   "points of the whole volume": n_whole, "normalize": normalize, "debias": debias,
                   "resamples": n_resamples, "seed": seed, "device": chosen_device},
-        commands=_commands(ranking, target, configuration, plans),
+        commands=_commands(ranking, target, configuration, plans, fold),
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )  # fmt: skip
     _show(report, write_ranking(report, output), as_json)
@@ -187,12 +187,13 @@ def _took(outcome: Any) -> str:
     return f"{outcome.seconds:.1f} s" if outcome.seconds else "kept from an earlier run"
 
 
-def _commands(ranking: Ranking, target: PreprocessedDataset, configuration: str, plans: str) -> list[str]:
-    """How to fine-tune the first candidate, and the one that most metrics prefer, where these are STU-Nets."""
+def _commands(ranking: Ranking, target: PreprocessedDataset, configuration: str, plans: str, fold: str) -> list[str]:
+    """How to fine-tune the first candidate, and the one of the lowest mean rank, where these are STU-Nets."""
     commands = []
     for candidate in {c.name: c for c in (*ranking.candidates[:1], ranking.consensus) if c is not None}.values():
         if str(candidate.description["network"]).startswith("STU-Net"):  # another network needs its own plans
             command = ["stunet", "finetune", "-d", str(int(target.name[7:10])), "-c", configuration]
+            command += ["-f", fold] if fold != "all" else []  # whose validation cases the ranking has not seen
             command += ["--from", candidate.path, *(["-p", plans] if plans != "nnUNetPlans" else [])]
             commands.append(shlex.join(command))
     return commands
