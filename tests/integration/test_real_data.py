@@ -175,5 +175,5 @@ def test_a_truncated_checkpoint_is_explained(shell: Shell, small_model: Path) ->
     finally:
         final.write_bytes(whole)
     assert process.returncode != 0
-    assert "a checkpoint that is truncated, or not a checkpoint" in output
+    assert "a checkpoint that is truncated or damaged" in output
     assert "remedy:" in output
