@@ -92,7 +92,7 @@ def test_demo_on_data_of_ones_own(tmp_path: Path) -> None:
     before = sorted(p.name for p in data.rglob("*"))
 
     printed = _demo(tmp_path, "--data", str(data), "--epochs", "1")
-    for step in ("nnUNetv2_plan_and_preprocess", "stunet plan", "nnUNetv2_train", "nnUNetv2_predict"):
+    for step in ("nnUNetv2_plan_and_preprocess", "stunet plan", "stunet train", "nnUNetv2_predict"):
         assert f"\n$ {step} " in printed
     assert "$ export nnUNet_raw=" in printed
     assert re.search(r"epoch +0 +loss +\S+ +Dice on validation patches( \d\.\d\d){4}", printed)
@@ -102,7 +102,5 @@ def test_demo_on_data_of_ones_own(tmp_path: Path) -> None:
     out = tmp_path / "out"
     (held_out,) = (out / "predictions").glob("*.nii.gz")
     assert held_out.name in before
-    assert (
-        out / "nnUNet_results" / "Dataset001_Mine" / "STUNetTrainer_pretrain__STUNetPlans_demo__3d_fullres"
-    ).is_dir()
+    assert (out / "nnUNet_results" / "Dataset001_Mine" / "STUNetTrainer_pretrain__demo__3d_fullres").is_dir()
     assert imread(out / "demo.png").shape[1] > 500
