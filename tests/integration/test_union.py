@@ -146,7 +146,7 @@ def test_labels_check_tells_the_sources_apart(nnunet_folders: dict[str, Path], s
     assert stunet("import union -np 1 -d 700 --from 101 4")[0] == 0
     status, output = stunet("labels check -d 700 -np 1")
     assert status == 0
-    table = output[output.index("Sources") :].splitlines()
+    table = output[output.index("Structures by source") :].splitlines()
     cells = [line.split() for line in table if "Dataset" in line]
     assert cells == [[WHOLE, "1", "1", "0", "spleen"], [SIDED, "2", "2", "2"]]
     status, output = stunet("labels check -d 700 -np 1 --json")
@@ -157,7 +157,7 @@ def test_labels_check_tells_the_sources_apart(nnunet_folders: dict[str, Path], s
          "present": {"liver": 2, "kidney_left": 2}},
     ]  # fmt: skip
     status, output = stunet("labels check -d 101 -np 1")
-    assert (status, "Sources" in output) == (0, False)
+    assert (status, "Structures by source" in output) == (0, False)
 
 
 def test_errors(nnunet_folders: dict[str, Path], tmp_path: Path, stunet: Run) -> None:
