@@ -107,7 +107,7 @@ def predict_and_score(
     raw, model = workspace.raw(dataset), workspace.model(dataset, trainer, plans, configuration)
     workspace.run(
         "nnUNetv2_predict", "-i", raw / "imagesTs", "-o", predictions, "-d", str(int(dataset[7:10])),
-        "-c", configuration, "-f", "0", "-p", plans, "-tr", trainer, "-device", device, "-npp", "1", "-nps", "1",
+        "-c", configuration, "-f", "0", "-p", plans, "-tr", trainer, "-device", device, "-npp", "0", "-nps", "0",
     )  # fmt: skip
     workspace.run(
         "nnUNetv2_evaluate_folder", raw / "labelsTs", predictions,
