@@ -98,6 +98,16 @@ def _rank(process: psutil.Process) -> str | None:
     return environment.get("RANK") if "stunet" in " ".join(process.cmdline()) else None
 
 
+def test_a_seed_repeats_a_fine_tuning_without_any_variable(shell: Shell, undisturbed: dict[str, Any]) -> None:
+    source = shell.root / "undisturbed" / "checkpoint_final.pth"
+    line = f"stunet finetune -d 1 --from {source} --name STUNetPlans_again -device cpu --seed 5 -np 1 --overwrite"
+    trained = []
+    for name in ("once", "twice"):
+        shell.run(f"env -u nnUNet_n_proc_DA {line} --set {SETTINGS}")
+        trained.append(finish(shell, name, "STUNetPlans_again"))
+    _assert_same(*trained)
+
+
 def test_two_launchers_as_on_two_machines(shell: Shell, undisturbed: dict[str, Any]) -> None:
     end = f"--rdzv-backend c10d --rdzv-id 7 --rdzv-endpoint 127.0.0.1:{free_port()} --no-python {TRAIN}"
     nodes = [shell.start(f"{TORCHRUN} --nnodes 2 --nproc-per-node 1 {end}") for _ in range(2)]
