@@ -130,6 +130,9 @@ SETTINGS: dict[str, Setting] = {
     "keep_every": Setting(
         "training", None, *_COUNT, "epochs between two checkpoints that are kept, as checkpoint_epoch_0100.pth"
     ),
+    "final_validation": Setting(
+        "training", True, *_BOOL, "predict all validation cases after training; false leaves that to --val"
+    ),
     "mirroring": Setting(
         "training", "all", *_one_of(get_args(Mirroring)), "axes to mirror; no-left-right where structures come in sides"
     ),

@@ -137,7 +137,7 @@ def _pretrain(workspace: Workspace, network: Sequence[str], epochs: int, device:
         "-np", "2",
     )  # fmt: skip
     workspace.run("stunet", "labels", "check", "-d", "1", "-np", "2")
-    workspace.run("nnUNetv2_plan_and_preprocess", "-d", "1", "-c", _C, "-npfp", "2", "-np", "2")
+    workspace.run("nnUNetv2_plan_and_preprocess", "-d", "1", "-c", _C, "-npfp", "1", "-np", "1")
     settings = {
         **training_settings(epochs, batch_settings(workspace, _SOURCE, _C, device)),
         "keep_every": max(1, epochs // 3),
@@ -156,7 +156,7 @@ def _pick(workspace: Workspace, device: str, seed: int) -> dict[str, Any]:
         write_phantom_dataset(
             workspace.raw(_TARGET), n_training=n_labelled, n_test=_N_UNSEEN, seed=seed + 1000, contrast="arterial"
         )
-    workspace.run("nnUNetv2_plan_and_preprocess", "-d", "2", "-c", _C, "-npfp", "2", "-np", "2")
+    workspace.run("nnUNetv2_plan_and_preprocess", "-d", "2", "-c", _C, "-npfp", "1", "-np", "1")
     cases = [f"phantom_{case:03d}" for case in range(n_labelled)]
     split = [{"train": cases[:_N_FEW], "val": cases[_N_FEW:]}]
     write_json(split, workspace.preprocessed(_TARGET) / "splits_final.json")

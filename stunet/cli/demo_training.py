@@ -38,6 +38,7 @@ def training_settings(epochs: int, batch: Mapping[str, Any]) -> dict[str, Any]:
         "initial_lr": 0.03,
         "batch_dice": "true",
         "mirroring": "none",  # an eighth of the passes in prediction
+        "final_validation": "false",
         **batch,
     }
 
@@ -65,7 +66,7 @@ def train_on_data(
     cases = hold_out(raw, workspace.raw(dataset), n_held_out=n_held_out, seed=seed)
     stdout.print(f"Holding out {', '.join(cases)} to test on.", highlight=False)
     workspace.print_exports()
-    workspace.run("nnUNetv2_plan_and_preprocess", "-d", "1", "-c", c, "-npfp", "2", "-np", "2")
+    workspace.run("nnUNetv2_plan_and_preprocess", "-d", "1", "-c", c, "-npfp", "1", "-np", "1")
     settings = training_settings(epochs, batch_settings(workspace, dataset, c, device))
     workspace.run("stunet", "plan", "-d", "1", "-c", c, *network, "--name", _PLANS, "--set", *as_options(settings))
     train(workspace, "1", _PLANS, _TRAINER, configuration=c, device=device, seed=seed, epochs=epochs)

@@ -67,10 +67,12 @@ class BaseSTUNetTrainer(CheckpointingTrainer):
     head: HeadPolicy = "by-name"
     select_for: str | int | None = None
     keep_every: int | None = None
+    final_validation: bool = True
     momentum_dtype: MomentumDtype = "fp32"
     fused_optimizer: bool = False
 
     _selection: TransferSelection | None = None
+    _was_trained = False
 
     def __init__(
         self,
@@ -186,8 +188,16 @@ class BaseSTUNetTrainer(CheckpointingTrainer):
     def on_train_end(self) -> None:
         """Also score the final checkpoint, where the plans name a dataset to select for."""
         super().on_train_end()
+        self._was_trained = True
         if self._selection is not None:
             self._selection.score(Path(self.output_folder, "checkpoint_final.pth"), self.current_epoch)
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Predict the validation cases; after a training only where the plans do not say otherwise."""
+        if self._was_trained and not self.final_validation:
+            self.print_to_log_file("No final validation, as the plans have final_validation=false; --val runs it")
+            return
+        super().perform_actual_validation(save_probabilities)
 
     def _save_finished_epoch(self, name: str) -> Path:
         path = Path(self.output_folder, name)
