@@ -45,10 +45,7 @@ def nnunet_folder(variable: str) -> Path:
     remedy = f"Set it, for example: export {variable}=/path/to/{variable}"
     if not value:
         raise NnUNetPathError(
-            f"the environment variable {variable} is missing",
-            got="nothing",
-            expected="a folder",
-            remedy=remedy,
+            f"the environment variable {variable} is missing", got="nothing", expected="a folder", remedy=remedy
         )
     if not Path(value).is_dir():
         raise NnUNetPathError(

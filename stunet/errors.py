@@ -48,32 +48,14 @@ __all__ = [
 
 
 class STUNetError(Exception):
-    """Base class of all errors that stunet raises on purpose.
+    """Base class of all errors that stunet raises on purpose: what was got, what was expected, and the remedy."""
 
-    Args:
-        problem: One short sentence without a full stop.
-        got: What was found, short enough for one line.
-        expected: What would have been right.
-        remedy: What the user can do, as an imperative sentence.
-    """
-
-    def __init__(self, problem: str, *, got: object, expected: str, remedy: str) -> None:
-        self.problem = problem
-        self.got = str(got)
-        self.expected = expected
-        self.remedy = remedy
-        # All four as args, so that the exception survives pickling between processes.
-        super().__init__(problem, self.got, expected, remedy)
-
-    def __str__(self) -> str:
-        return f"{self.problem}\n  got:      {self.got}\n  expected: {self.expected}\n  remedy:   {self.remedy}"
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), *self.args)
-
-
-def _rebuild(cls: type[STUNetError], problem: str, got: str, expected: str, remedy: str) -> STUNetError:
-    return cls(problem, got=got, expected=expected, remedy=remedy)
+    def __init__(self, problem: str, *, got: object = None, expected: str = "", remedy: str = "") -> None:
+        message = problem
+        if got is not None:
+            message = f"{problem}\n  got:      {got}\n  expected: {expected}\n  remedy:   {remedy}"
+        self.problem, self.got, self.expected, self.remedy = problem, str(got), expected, remedy
+        super().__init__(message)
 
 
 class ArchitectureError(STUNetError, ValueError):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stunet.transferability import CaseFeatures
+from stunet.ranking import CaseFeatures
 
 __all__ = ["make_case", "make_cases", "replaced", "scaled"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from stunet.losses import partial_dice_ce_loss
+from stunet.loss import partial_dice_ce_loss
 from stunet.network import STUNet, STUNetSize, build_stunet, default_strides, shard
 
 EDGE = 64  # large enough for oneDNN's convolutions; for small tensors PyTorch copies the image to columns instead

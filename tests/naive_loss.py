@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stunet.losses import label_members
+from stunet.loss import label_members
 
 
 def counts_as(label: int, members: list[set[int]], annotated: set[int]) -> int | None:

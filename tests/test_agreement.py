@@ -13,14 +13,7 @@ from scipy import stats
 
 from stunet.cli.main import main
 from stunet.errors import TransferabilityError
-from stunet.transferability import (
-    agreement,
-    read_dice,
-    read_scores,
-    read_summaries,
-    top_regret,
-    weighted_kendall,
-)
+from stunet.ranking import agreement, read_dice, read_scores, read_summaries, top_regret, weighted_kendall
 
 SCORES = {"base": 1.0, "large": 3.0, "small": 0.5, "huge": 2.0, "other": -1.0, "last": 0.7}
 DICE = {"base": 0.80, "large": 0.86, "small": 0.79, "huge": 0.88, "other": 0.81, "last": 0.70}

@@ -12,10 +12,9 @@ from networks import UNET_PATCH, UNET_STRIDES, unet, write_unet
 from torch import nn
 from weights import STRIDES, TINY, tiny_weights, write_v1
 
-from stunet.checkpoints import adapt_stem
 from stunet.errors import ArchitectureError, CheckpointError, UsageError
 from stunet.network import STUNet, STUNetSize, build_stunet
-from stunet.transferability import (
+from stunet.ranking import (
     CandidateNetwork,
     FeatureHooks,
     Target,
@@ -24,6 +23,7 @@ from stunet.transferability import (
     extract_case,
     load_candidate,
 )
+from stunet.weights import adapt_stem
 
 PATCH = (32, 32, 32)
 OTHER = STUNetSize("d112111w3", (1, 1, 2, 1, 1, 1), 3)
@@ -217,7 +217,7 @@ def test_broken_files_raise(tmp_path: Path) -> None:
 
 def test_no_parameter_can_be_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a load leaves out is NaN, and so are the features; nothing runs on with random weights."""
-    monkeypatch.setattr("stunet.transferability.candidates.transfer_weights", _no_transfer)
+    monkeypatch.setattr("stunet.ranking.candidates.transfer_weights", _no_transfer)
     candidate = build_candidate(write_stunet(tmp_path / "x.pth"), target())
     assert isinstance(candidate.network, STUNet)
     assert all(torch.isnan(m).all() for m in features(candidate.network, torch.randn(1, 1, *PATCH)))

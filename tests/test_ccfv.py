@@ -14,7 +14,7 @@ from case_features import make_case, make_cases, replaced, scaled
 from scipy.spatial.distance import pdist
 
 from stunet.errors import TransferabilityError
-from stunet.transferability import (
+from stunet.ranking import (
     CaseFeatures,
     bootstrap_scores,
     ccfv,

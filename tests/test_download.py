@@ -51,8 +51,7 @@ def test_a_whole_file(server: FileServer, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "validator",
-    [{"etag": '"one"'}, {"etag": None, "last_modified": "Wed, 21 Oct 2015 07:28:00 GMT"}],
+    "validator", [{"etag": '"one"'}, {"etag": None, "last_modified": "Wed, 21 Oct 2015 07:28:00 GMT"}]
 )
 def test_a_cut_connection_is_gone_on_with(server: FileServer, tmp_path: Path, validator: dict[str, Any]) -> None:
     server.files["/a.model"] = Served(CONTENT, cuts=[1_000_000, 500_000], **validator)

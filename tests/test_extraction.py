@@ -17,7 +17,7 @@ from weights import STRIDES, TINY
 
 from stunet.errors import FeatureError
 from stunet.network import build_stunet
-from stunet.transferability import (
+from stunet.ranking import (
     CaseFeatures,
     CasePoints,
     assign_windows,

@@ -10,7 +10,7 @@ from weights import STRIDES, TINY
 
 from stunet.errors import FeatureError
 from stunet.network import build_stunet
-from stunet.transferability import FeatureHooks, decoder_stages, unwrap
+from stunet.ranking import FeatureHooks, decoder_stages, unwrap
 
 
 def n_hooks(network: nn.Module) -> int:

@@ -26,15 +26,15 @@ from raw_datasets import write_raw
 from safetensors.torch import save_file
 from weights import published, tiny_weights, v1_plans, write_v1
 
-from stunet.checkpoints import SourceWeights, open_any_weights, open_weights, read_checkpoint, read_pickle
-from stunet.checkpoints.sharded import load_sharded, read_sharded
 from stunet.cli.evaluate_steps import read_model_names
 from stunet.cli.main import main
 from stunet.errors import CheckpointError, STUNetError
 from stunet.inference import load_model
 from stunet.labels import Vocabulary
 from stunet.planning import describe_model
-from stunet.transferability import read_zoo
+from stunet.ranking import read_zoo
+from stunet.weights import SourceWeights, open_any_weights, open_weights, read_checkpoint, read_pickle
+from stunet.weights.sharded import load_sharded, read_sharded
 
 LABELS = Vocabulary("test", ("background", "liver", "spleen"), "test")
 SECONDS = 10  # of a core's time for one file; what hangs does so for hours

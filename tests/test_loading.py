@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from stunet.checkpoints.loading import check_weights, read_checkpoint
 from stunet.errors import CheckpointError
+from stunet.weights.loading import check_weights, read_checkpoint
 
 
 def checkpoint(**more: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import Tensor, nn
 
-from stunet.losses import PartialDiceCELoss, WholeBatch, label_members, partial_dice_ce_loss
+from stunet.loss import PartialDiceCELoss, WholeBatch, label_members, partial_dice_ce_loss
 
 
 def stock_loss(*, batch_dice: bool, ignore_label: int | None) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import distributed as dist
 from torch import multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from stunet.losses import PartialDiceCELoss, label_members
+from stunet.loss import PartialDiceCELoss, label_members
 
 SHAPES = [(4, 3, 5), (2, 3, 2)]  # of two outputs of deep supervision
 WEIGHTS = [2 / 3, 1 / 3]

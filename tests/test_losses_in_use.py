@@ -13,7 +13,7 @@ from loss_cases import assert_same, random_annotation, random_case, value_and_gr
 from torch import Tensor
 
 from stunet.errors import LossError
-from stunet.losses import PartialDiceCELoss, label_members, partial_dice_ce_loss
+from stunet.loss import PartialDiceCELoss, label_members, partial_dice_ce_loss
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])

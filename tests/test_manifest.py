@@ -10,14 +10,7 @@ import jsonschema
 import pytest
 
 from stunet.errors import LabelError
-from stunet.labels import (
-    bind_manifest,
-    group_cases,
-    manifest_schema,
-    read_manifest,
-    structures_of,
-    write_manifest,
-)
+from stunet.labels import bind_manifest, group_cases, manifest_schema, read_manifest, structures_of, write_manifest
 
 LABELS = {"background": 0, "kidney_left": 1, "kidney_right": 2, "liver": 3, "kidney": 4, "ignore": 5}
 FULL = {
@@ -119,8 +112,7 @@ def test_what_only_the_dataset_tells(content: dict[str, Any], expected: str) -> 
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["{", "", "[" * 100_000, '{"version": 1, "cases": {"a": ["liver"], "a": ["kidney"]}}', '{"version": NaN}'],
+    "text", ["{", "", "[" * 100_000, '{"version": 1, "cases": {"a": ["liver"], "a": ["kidney"]}}', '{"version": NaN}']
 )
 def test_files_that_are_no_json_or_name_a_case_twice(tmp_path: Path, text: str) -> None:
     (tmp_path / "m.json").write_text(text)

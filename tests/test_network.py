@@ -10,9 +10,9 @@ import torch
 from published_structure import PublishedStructure
 from torch import Tensor, nn
 
-from stunet.checkpoints.key_map import from_published_key
 from stunet.errors import ArchitectureError
 from stunet.network import SIZES, STUNet, STUNetSize, build_stunet
+from stunet.weights.key_map import from_published_key
 
 TINY = {"features_per_stage": [2, 4, 8, 16, 32, 32], "n_blocks_per_stage": [1, 2, 1, 1, 1, 1]}
 STRIDES = [1, 2, 2, 2, 2, (1, 1, 2)]
@@ -27,17 +27,12 @@ def tiny(n_axes: int = 3, **kwargs: Any) -> STUNet:
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"),
-    [("small", 14_596_941), ("base", 58_262_669), ("large", 440_302_605), ("huge", 1_457_326_221)],
+    ("size", "expected"), [("small", 14_596_941), ("base", 58_262_669), ("large", 440_302_605), ("huge", 1_457_326_221)]
 )
 def test_parameter_counts_are_the_published_ones(size: str, expected: int) -> None:
     with torch.device("meta"):
         network = STUNet(
-            1,
-            105,
-            features_per_stage=SIZES[size].features,
-            n_blocks_per_stage=SIZES[size].depth,
-            strides=STRIDES,
+            1, 105, features_per_stage=SIZES[size].features, n_blocks_per_stage=SIZES[size].depth, strides=STRIDES
         )
     assert sum(p.numel() for p in network.parameters()) == expected
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from plans import DATASET_JSON
 from stunet.errors import LabelError
 from stunet.labels import AnnotationManifest, bind_manifest, write_manifest
-from stunet.losses import PartialDiceCELoss, partial_dice_ce_loss
+from stunet.loss import PartialDiceCELoss, partial_dice_ce_loss
 from stunet.training import CaseAnnotations, count_voxels, mask_summary
 
 LABELS = {"background": 0, "liver": 1, "kidney_left": 2, "kidney_right": 3, "kidney": 4}

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from weights import v1_plans
 
-from stunet.checkpoints.pickles import MAX_PICKLE_BYTES, read_pickle, unpickle
 from stunet.errors import CheckpointError
+from stunet.weights.pickles import MAX_PICKLE_BYTES, read_pickle, unpickle
 
 
 def reduced(function: Any, *args: Any) -> Any:
@@ -204,7 +204,7 @@ def test_memory_bombs(name: str) -> None:
     """In a process of its own, which may take 2 GB of address space for its imports and 300 MB beyond."""
     code = (
         "import resource, sys\n"
-        "from stunet.checkpoints.pickles import unpickle\n"
+        "from stunet.weights.pickles import unpickle\n"
         "from stunet.errors import CheckpointError\n"
         "data = sys.stdin.buffer.read()\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"

@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import chisquare
 
 from stunet.errors import DatasetError, UsageError
-from stunet.transferability import CasePoints, draw_points
+from stunet.ranking import CasePoints, draw_points
 
 IGNORE = 4
 

@@ -15,7 +15,7 @@ from weights import STRIDES, TINY, tiny_weights
 
 from stunet.errors import TransferabilityError, UsageError
 from stunet.network import build_stunet
-from stunet.transferability import (
+from stunet.ranking import (
     CandidateScores,
     PointPredictions,
     Ranking,

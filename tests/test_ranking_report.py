@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from jinja2 import UndefinedError
 
+from stunet.ranking import CandidateScores, CasePoints, Failure, Ranking, Target, TargetCases
 from stunet.reports.pages import write_page
 from stunet.reports.ranking import RankingReport, write_ranking
 from stunet.reports.ranking_figures import short_names
-from stunet.transferability import CandidateScores, CasePoints, Failure, Ranking, Target, TargetCases
 
 
 def _candidate(name: str, score: float | None, *, sha: str = "0" * 64) -> CandidateScores:

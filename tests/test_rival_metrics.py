@@ -10,7 +10,7 @@ from case_features import make_cases, replaced, scaled
 from scipy.stats import entropy, multivariate_normal
 
 from stunet.errors import TransferabilityError
-from stunet.transferability import (
+from stunet.ranking import (
     METRICS,
     CaseFeatures,
     MetricSettings,

@@ -20,8 +20,10 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from stunet.checkpoints import read_checkpoint
-from stunet.checkpoints.sharded import (
+from stunet.errors import CheckpointError
+from stunet.training import BaseSTUNetTrainer, Ranks
+from stunet.weights import read_checkpoint
+from stunet.weights.sharded import (
     ShardedSave,
     find_version,
     load_sharded,
@@ -29,8 +31,6 @@ from stunet.checkpoints.sharded import (
     remove_sharded,
     remove_sharded_leftovers,
 )
-from stunet.errors import CheckpointError
-from stunet.training import BaseSTUNetTrainer, Ranks
 
 LATEST = "checkpoint_latest.pth"
 

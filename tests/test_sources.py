@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from weights import TINY, published, tiny_weights, v1_plans, write_v1
 
-from stunet.checkpoints import infer_architecture, open_weights, write_published
 from stunet.errors import CheckpointError, UsageError
 from stunet.network import SIZES, STUNetSize, build_stunet
+from stunet.weights import infer_architecture, open_weights, write_published
 
 KEY, PUBLISHED_KEY = "encoder.stages.0.0.conv1.weight", "conv_blocks_context.0.0.conv1.weight"
 INIT_ARGS = {"plans": {"configurations": {}}, "configuration": "3d_fullres", "device": torch.device("cuda", 0)}

@@ -13,13 +13,7 @@ import numpy as np
 import pytest
 from masks import AFFINE, SHAPE, STRUCTURES, naive_label_map, random_masks, save, write_case, write_meta, write_source
 
-from stunet.datasets import (
-    ImportReport,
-    choose_structures,
-    dataset_folder,
-    import_cases,
-    read_totalsegmentator,
-)
+from stunet.datasets import ImportReport, choose_structures, dataset_folder, import_cases, read_totalsegmentator
 from stunet.errors import CommandError, DatasetError, LabelError, UsageError
 from stunet.labels import load_vocabulary, read_manifest
 

@@ -13,8 +13,8 @@ from torch import nn
 from weights import tiny_weights, write_v1
 
 from plans import configuration, make_plans
-from stunet.checkpoints import SourceWeights, UNetWeights, open_any_weights, source_outputs
 from stunet.errors import CheckpointError
+from stunet.weights import SourceWeights, UNetWeights, open_any_weights, source_outputs
 
 NAMES = ["PlainConvUNet", "ResidualEncoderUNet"]
 

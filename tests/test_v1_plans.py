@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from weights import STRIDES, TINY, v1_plans, v1_stage
 
-from stunet.checkpoints import read_pickle
 from stunet.errors import PlansError
 from stunet.planning import PRETRAINING, Preparation, make_plans, read_v1_plans, resolve_configuration
+from stunet.weights import read_pickle
 
 STATISTICS = {
     "median": 60.0, "mean": 70.5, "sd": 40.25, "mn": -900.0, "mx": 2000.0, "percentile_00_5": -80.0,

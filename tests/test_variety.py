@@ -11,7 +11,7 @@ from scipy.spatial.distance import pdist
 from scipy.special import gammaln
 
 from stunet.errors import TransferabilityError
-from stunet.transferability import feature_variety, hyperspherical_energy
+from stunet.ranking import feature_variety, hyperspherical_energy
 
 
 def on_sphere(n: int, width: int, seed: int = 0) -> np.ndarray:

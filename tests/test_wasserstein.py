@@ -10,7 +10,7 @@ import pytest
 import scipy.linalg
 
 from stunet.errors import TransferabilityError
-from stunet.transferability import (
+from stunet.ranking import (
     factor_from_moments,
     gaussian_factor,
     pairwise_fidelity,

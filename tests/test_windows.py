@@ -11,7 +11,7 @@ from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
 
 from stunet.errors import FeatureError
-from stunet.transferability import assign_windows, cut_window, window_starts
+from stunet.ranking import assign_windows, cut_window, window_starts
 
 
 @pytest.mark.parametrize("step_size", [0.5, 0.3, 1.0])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stunet.errors import UsageError
-from stunet.transferability import name_checkpoints, read_zoo
+from stunet.ranking import name_checkpoints, read_zoo
 
 
 def _touch(root: Path, *paths: str) -> list[Path]:

@@ -13,9 +13,8 @@ from stunet.cli.options import complete_weights
 from stunet.files import refuse_existing, remove_leftovers
 
 if TYPE_CHECKING:
-    from stunet.checkpoints import SourceWeights
     from stunet.planning import ModelDescription
-    from stunet.weights import WeightsEntry
+    from stunet.weights import SourceWeights, WeightsEntry
 
 __all__ = ["convert", "find_fetched"]
 
@@ -47,8 +46,8 @@ def convert(
     refuse_existing(output)
     remove_leftovers(output.parent, glob.escape(output.name), of_the_dead=True)
     entry, paths = find_fetched(weights)
-    from stunet.checkpoints import open_weights, write_published
     from stunet.planning import describe_model, write_model_folder
+    from stunet.weights import open_weights, write_published
 
     source = open_weights(paths)
     if to == "published":

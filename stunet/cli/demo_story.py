@@ -202,7 +202,7 @@ def _predict(workspace: Workspace, plans: str, device: str) -> list[StructureDic
 
 def _curve(workspace: Workspace, plans: str) -> list[float]:
     """Mean Dice on validation patches, epoch by epoch, as nnU-Net's checkpoints keep it."""
-    from stunet.checkpoints import read_checkpoint
+    from stunet.weights import read_checkpoint
 
     model = workspace.model(_TARGET, _TRAINER, plans, _C)
     if plans == _PRETRAINED:

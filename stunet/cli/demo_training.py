@@ -93,14 +93,7 @@ def train(
 
 
 def predict_and_score(
-    workspace: Workspace,
-    dataset: str,
-    trainer: str,
-    plans: str,
-    *,
-    configuration: str,
-    device: str,
-    predictions: Path,
+    workspace: Workspace, dataset: str, trainer: str, plans: str, *, configuration: str, device: str, predictions: Path
 ) -> list[StructureDice]:
     """Predict a dataset's test cases with a model that was trained on it, and compare with their labels."""
     from stunet.reports import read_dice

@@ -47,8 +47,7 @@ def finetune(
         int | None, typer.Option(help="Of all random numbers; trains with `stunet train --seed`.", min=0)
     ] = None,
     overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace plans that differ, and an earlier training."),
+        bool, typer.Option("--overwrite", help="Replace plans that differ, and an earlier training.")
     ] = False,
     trust: Annotated[
         list[str] | None, typer.Option("--trust", help="A network class of others' that may be imported. Repeatable.")

@@ -108,9 +108,7 @@ def _warn(coverage: Coverage) -> None:
 
 
 @app.command(cls=Command, epilog=examples("stunet labels carry -d 4"))
-def carry(
-    dataset: Annotated[str, typer.Option("-d", "--dataset", help="Dataset id or name, in nnUNet_raw.")],
-) -> None:
+def carry(dataset: Annotated[str, typer.Option("-d", "--dataset", help="Dataset id or name, in nnUNet_raw.")]) -> None:
     """Copy annotated_labels.json and splits_final.json from nnUNet_raw to nnUNet_preprocessed, over what is there.
 
     Training reads them there. Importing and training do this by themselves while nothing differs; where the raw files

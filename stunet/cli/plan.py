@@ -9,14 +9,7 @@ import typer
 
 from stunet.cli.console import PlainTable, stdout
 from stunet.cli.convert import find_fetched
-from stunet.cli.options import (
-    Settings,
-    StrategyOption,
-    choose_size,
-    complete_presets,
-    complete_sizes,
-    complete_weights,
-)
+from stunet.cli.options import Settings, StrategyOption, choose_size, complete_presets, complete_sizes, complete_weights
 from stunet.environment import find_dataset, nnunet_folder
 from stunet.settings import SETTINGS, SETTINGS_KEY, parse_settings
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from stunet.checkpoints import SourceWeights, TransferReport, open_weights
 from stunet.cli.console import PlainTable, stdout
 from stunet.cli.convert import find_fetched
 from stunet.cli.options import choose_size
@@ -30,6 +29,7 @@ from stunet.planning import (
     rewrite_plans,
     write_plans,
 )
+from stunet.weights import SourceWeights, TransferReport, open_weights
 
 __all__ = ["MadePlans", "PlanRequest", "make_plans_file", "plans_identifier", "print_transfer"]
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from stunet.planning import PreprocessedDataset
+    from stunet.ranking import CandidateScores, Ranking, TargetCases, ZooEntry
     from stunet.reports.ranking import RankingReport
-    from stunet.transferability import CandidateScores, Ranking, TargetCases, ZooEntry
 
 __all__ = ["rank"]
 
@@ -67,8 +67,8 @@ def rank(
 
     preflight(dataset, plans=plans, configuration=configuration, device=device, writes=output)
     from stunet.planning import open_preprocessed
+    from stunet.ranking import MetricSettings, ResultCache, check_metrics
     from stunet.reports.ranking import RankingReport, write_ranking
-    from stunet.transferability import MetricSettings, ResultCache, check_metrics
 
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     check_metrics(names)
@@ -114,7 +114,7 @@ def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
 def _entries(checkpoints: Sequence[Path], zoo: Path | None) -> list[ZooEntry]:
     from stunet.cli.convert import find_fetched
     from stunet.errors import UsageError
-    from stunet.transferability import name_checkpoints, read_zoo
+    from stunet.ranking import name_checkpoints, read_zoo
 
     if bool(checkpoints) == (zoo is not None):
         raise UsageError(
@@ -135,7 +135,7 @@ def _rank(
 
     from stunet.cli.console import stderr
     from stunet.planning import fit_strides
-    from stunet.transferability import Failure, Target, prepare_target, rank_candidates
+    from stunet.ranking import Failure, Target, prepare_target, rank_candidates
 
     configuration = dataset.configuration
     network = Target(
@@ -172,14 +172,7 @@ def _rank(
         def scoring(name: str, doing: str, share: float) -> None:
             progress.update(bar, completed=0.2 + done + 0.95 * share, description=f"{doing}: {name}")
 
-        ranking = rank_candidates(
-            entries,
-            prepared,
-            cache=cache,
-            on_progress=scoring,
-            on_candidate=finished,
-            **options,
-        )
+        ranking = rank_candidates(entries, prepared, cache=cache, on_progress=scoring, on_candidate=finished, **options)
     return prepared, ranking
 
 

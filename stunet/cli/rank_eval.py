@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from stunet.transferability import Agreement, Estimate
+    from stunet.ranking import Agreement, Estimate
 
 __all__ = ["rank_eval"]
 
@@ -35,7 +35,7 @@ def rank_eval(
 
     In brackets: 95% percentile intervals over resamples of the checkpoints.
     """
-    from stunet.transferability import agreement, read_scores
+    from stunet.ranking import agreement, read_scores
 
     by_metric = read_scores(scores)
     truth = _gather_dice(dice, summary or [])
@@ -50,7 +50,7 @@ def rank_eval(
 
 def _gather_dice(dice: Path | None, summaries: list[str]) -> dict[str, float]:
     from stunet.errors import UsageError
-    from stunet.transferability import read_dice, read_summaries
+    from stunet.ranking import read_dice, read_summaries
 
     paths: dict[str, str] = {}
     for text in summaries:

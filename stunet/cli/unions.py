@@ -118,14 +118,7 @@ def _parse_weights(weights: Sequence[str], sources: Sequence[UnionSource]) -> di
 
 
 def _print_labels(merged: LabelUnion, *, error: bool) -> None:
-    table = PlainTable(
-        "value",
-        "structure",
-        "from",
-        "stands for",
-        title="Structures of the union",
-        numbers=("value",),
-    )
+    table = PlainTable("value", "structure", "from", "stands for", title="Structures of the union", numbers=("value",))
     for structure, value in merged.labels.items():
         labels = [
             source.partition("_")[0].removeprefix("Dataset").lstrip("0") + (f" ({label})" if label != structure else "")

@@ -74,9 +74,7 @@ def fetch_weights(
 
 
 @app.command(
-    "verify",
-    cls=Command,
-    epilog=examples("stunet weights verify", "stunet weights verify small_ep4k small_ep4k.model"),
+    "verify", cls=Command, epilog=examples("stunet weights verify", "stunet weights verify small_ep4k small_ep4k.model")
 )
 def verify_weights(
     what: Annotated[

@@ -190,12 +190,7 @@ def write_phantom_dataset(
 
 
 def write_phantom_masks(
-    folder: str | os.PathLike[str],
-    *,
-    n_training: int = 20,
-    n_test: int = 4,
-    seed: int = 0,
-    missing: float = 0.3,
+    folder: str | os.PathLike[str], *, n_training: int = 20, n_test: int = 4, seed: int = 0, missing: float = 0.3
 ) -> None:
     """Write phantoms in TotalSegmentator's layout, as ``stunet import totalsegmentator`` reads it.
 

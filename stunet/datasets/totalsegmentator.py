@@ -15,13 +15,7 @@ from stunet.errors import DatasetError, LabelError, UsageError
 from stunet.labels import list_vocabularies, load_vocabulary
 from stunet.labels.manifest import check_names
 
-__all__ = [
-    "KNOWN_BAD_CASES",
-    "SourceCase",
-    "TotalSegmentatorSource",
-    "choose_structures",
-    "read_totalsegmentator",
-]
+__all__ = ["KNOWN_BAD_CASES", "SourceCase", "TotalSegmentatorSource", "choose_structures", "read_totalsegmentator"]
 
 KNOWN_BAD_CASES: dict[str, tuple[str, ...]] = {"1": ("s0864",), "2": ()}
 """Cases of each version that are left out by default: in v1, s0864 has a corrupt CT."""

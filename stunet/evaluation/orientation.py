@@ -65,9 +65,7 @@ def sided_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def count_reversed(
-    volume: LabelVolume,
-    boxes: Sequence[tuple[slice, ...] | None],
-    pairs: Iterable[tuple[Sequence[int], Sequence[int]]],
+    volume: LabelVolume, boxes: Sequence[tuple[slice, ...] | None], pairs: Iterable[tuple[Sequence[int], Sequence[int]]]
 ) -> Sides:
     """Count the pairs whose left structure lies to the patient's right of its partner, by their centres of mass.
 

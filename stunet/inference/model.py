@@ -17,13 +17,21 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
-from stunet.checkpoints import check_network, check_weights, open_weights, read_checkpoint
 from stunet.errors import CheckpointError, PlansError, reading
 from stunet.files import read_json
 from stunet.inference.label_names import label_names
 from stunet.labels import load_vocabulary, vocabulary_for
 from stunet.planning import check_configuration, describe_model, write_model_folder
-from stunet.weights import Listener, WeightsEntry, entry_folder, fetch
+from stunet.weights import (
+    Listener,
+    WeightsEntry,
+    check_network,
+    check_weights,
+    entry_folder,
+    fetch,
+    open_weights,
+    read_checkpoint,
+)
 from stunet.weights.cache import read_record
 from stunet.weights.fetch import alone_with
 
@@ -44,7 +52,7 @@ class Model:
         trainer_name: The trainer that says how the network is built.
         mirroring_axes: Axes that prediction may mirror; None for no mirroring.
         checkpoints: File of each fold, by its name in ``fold_NAME``.
-        trust: Classes that its plans may name beyond the known ones, see :func:`stunet.checkpoints.check_network`.
+        trust: Classes that its plans may name beyond the known ones, see :func:`stunet.weights.check_network`.
     """
 
     folder: Path

@@ -126,11 +126,7 @@ class _Preparation:
     """Prepares cases ahead of the network, as many at a time as there are processes."""
 
     def __init__(
-        self,
-        cases: Sequence[Case],
-        prediction: Prediction,
-        scratch: Path,
-        fail: Callable[[Case, BaseException], None],
+        self, cases: Sequence[Case], prediction: Prediction, scratch: Path, fail: Callable[[Case, BaseException], None]
     ) -> None:
         self._waiting = deque(cases)
         self._running: deque[tuple[Case, Worker]] = deque()
@@ -169,11 +165,7 @@ class _Writing:
     """Writes cases behind the network."""
 
     def __init__(
-        self,
-        n_cases: int,
-        prediction: Prediction,
-        fail: Callable[[Case, BaseException], None],
-        listener: Listener,
+        self, n_cases: int, prediction: Prediction, fail: Callable[[Case, BaseException], None], listener: Listener
     ) -> None:
         n_processes = min(prediction.strategy.n_writing, n_cases - 1)
         self._workers = deque(Worker(spawned=n_processes > 0) for _ in range(max(1, n_processes)))

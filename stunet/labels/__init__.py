@@ -24,13 +24,7 @@ from stunet.labels.outputs import Outputs, declared_values, outputs_of
 from stunet.labels.relations import Comparison, LabelRelation, observed_values, relate_labels, structure_values
 from stunet.labels.union_mapping import UnionMapping, dump_mapping, read_mapping
 from stunet.labels.unions import LabelUnion, merge_labels
-from stunet.labels.vocabularies import (
-    Vocabulary,
-    list_vocabularies,
-    load_vocabulary,
-    read_label_file,
-    vocabulary_for,
-)
+from stunet.labels.vocabularies import Vocabulary, list_vocabularies, load_vocabulary, read_label_file, vocabulary_for
 
 __all__ = [
     "MANIFEST_NAME",

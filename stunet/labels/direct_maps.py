@@ -21,14 +21,7 @@ from stunet.errors import LabelError
 from stunet.labels.aliases import canonical_name, canonical_parts, match_names
 from stunet.labels.mapping_files import close_names, load_mapping_file, name_at, refuse_mapping
 
-__all__ = [
-    "LabelMap",
-    "MapEntry",
-    "list_label_systems",
-    "load_label_system",
-    "read_label_map",
-    "suggest_label_map",
-]
+__all__ = ["LabelMap", "MapEntry", "list_label_systems", "load_label_system", "read_label_map", "suggest_label_map"]
 
 _HEADER = """\
 # Which structures of the model stand for each structure of the dataset: edit, and give it back with --label-map.

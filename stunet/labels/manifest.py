@@ -15,14 +15,7 @@ import numpy.typing as npt
 from stunet.errors import LabelError
 from stunet.labels.manifest_format import FORMAT_VERSION, check_form, parse_manifest, refuse_manifest
 
-__all__ = [
-    "MANIFEST_NAME",
-    "AnnotationManifest",
-    "bind_manifest",
-    "group_cases",
-    "read_manifest",
-    "structures_of",
-]
+__all__ = ["MANIFEST_NAME", "AnnotationManifest", "bind_manifest", "group_cases", "read_manifest", "structures_of"]
 
 MANIFEST_NAME = "annotated_labels.json"
 """Name of the file, which lies beside ``dataset.json``."""

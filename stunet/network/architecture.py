@@ -246,11 +246,7 @@ class STUNet(nn.Module):
 
 
 def build_stunet(
-    size: str | STUNetSize,
-    input_channels: int,
-    num_classes: int,
-    strides: Sequence[int | Sequence[int]],
-    **kwargs: Any,
+    size: str | STUNetSize, input_channels: int, num_classes: int, strides: Sequence[int | Sequence[int]], **kwargs: Any
 ) -> STUNet:
     """Build a STU-Net of a given size with He initialisation.
 

@@ -41,13 +41,7 @@ class ResidualBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        conv_op: ConvOp,
-        input_channels: int,
-        output_channels: int,
-        *,
-        stride: tuple[int, ...],
-        project: bool,
+        self, conv_op: ConvOp, input_channels: int, output_channels: int, *, stride: tuple[int, ...], project: bool
     ) -> None:
         super().__init__()
         norm_op = NORMS[conv_op]

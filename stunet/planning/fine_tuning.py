@@ -9,11 +9,11 @@ from typing import Any, cast
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from stunet.checkpoints import HeadPolicy, SourceWeights, StemPolicy, TransferReport, transfer_weights
 from stunet.errors import PlansError
 from stunet.labels import outputs_of
 from stunet.planning.rewrite import has_own_architecture, resolve_configuration
 from stunet.settings import SETTINGS_KEY, Strategy
+from stunet.weights import HeadPolicy, SourceWeights, StemPolicy, TransferReport, transfer_weights
 
 __all__ = ["fine_tuning_configurations", "fine_tuning_settings", "preview_transfer"]
 

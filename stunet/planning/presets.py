@@ -47,10 +47,7 @@ def load_preset(name: str) -> Preset:
     file = files("stunet.plans") / f"{name}.json"
     if not name.isidentifier() or not file.is_file():
         raise ArchitectureError(
-            "unknown preset",
-            got=name,
-            expected=f"one of {', '.join(list_presets())}",
-            remedy="Choose one of these.",
+            "unknown preset", got=name, expected=f"one of {', '.join(list_presets())}", remedy="Choose one of these."
         )
     content = json.loads(file.read_text(encoding="utf-8"))
     check_settings(content["settings"], source=f"preset {name}")

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from stunet.files import atomic_path, write_json
+from stunet.ranking import RANKING_FORMAT, CandidateScores, Ranking, TargetCases
 from stunet.reports.figures import drawing
 from stunet.reports.pages import inline_svg, write_page
 from stunet.reports.ranking_figures import scale_lines, score_bars, short_names
-from stunet.transferability import RANKING_FORMAT, CandidateScores, Ranking, TargetCases
 
 __all__ = ["RankingReport", "write_ranking"]
 

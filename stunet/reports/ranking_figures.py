@@ -12,10 +12,7 @@ _BEST, _OTHERS = "#0b6e8f", "#9fb3c1"
 
 
 def score_bars(
-    names: Sequence[str],
-    scores: Sequence[float],
-    intervals: Sequence[tuple[float, float] | None],
-    label: str,
+    names: Sequence[str], scores: Sequence[float], intervals: Sequence[tuple[float, float] | None], label: str
 ) -> Figure:
     """One bar for each candidate, best on top, with its interval.
 

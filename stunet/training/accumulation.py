@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stunet.errors import SettingsError
-from stunet.losses import WholeBatch
+from stunet.loss import WholeBatch
 from stunet.training.partial_labels import PartialLabelTrainer
 
 __all__ = ["AccumulatingTrainer"]

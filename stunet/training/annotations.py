@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stunet.errors import LabelError
 from stunet.labels import AnnotationManifest
-from stunet.losses import label_members
+from stunet.loss import label_members
 
 __all__ = ["CaseAnnotations", "Counts", "count_voxels"]
 

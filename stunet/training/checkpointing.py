@@ -11,8 +11,12 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import distributed as dist
 
-from stunet.checkpoints import check_weights, read_checkpoint
-from stunet.checkpoints.sharded import (
+from stunet.errors import CheckpointError, reading
+from stunet.files import atomic_path, remove_leftovers
+from stunet.training.optimizer_states import load_state, named_state, numbered_state, split_state, tensors_like
+from stunet.training.sharding import ShardedTrainer
+from stunet.weights import check_weights, read_checkpoint
+from stunet.weights.sharded import (
     SHARDED_SUFFIX,
     ShardedSave,
     find_version,
@@ -21,10 +25,6 @@ from stunet.checkpoints.sharded import (
     remove_sharded,
     remove_sharded_leftovers,
 )
-from stunet.errors import CheckpointError, reading
-from stunet.files import atomic_path, remove_leftovers
-from stunet.training.optimizer_states import load_state, named_state, numbered_state, split_state, tensors_like
-from stunet.training.sharding import ShardedTrainer
 
 __all__ = ["CheckpointingTrainer", "set_aside"]
 
@@ -39,7 +39,7 @@ class CheckpointingTrainer(ShardedTrainer):
     """Writes checkpoints in nnU-Net's format, whole or not at all, and checks those that it reads.
 
     While the network is in pieces, ``checkpoint_latest`` and ``checkpoint_best`` are folders instead
-    (:mod:`stunet.checkpoints.sharded`), which all processes write while the training goes on. When it ends they make
+    (:mod:`stunet.weights.sharded`), which all processes write while the training goes on. When it ends they make
     place for nnU-Net's files.
     """
 

@@ -15,13 +15,13 @@ from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoi
 from torch import distributed as dist
 from torch.backends import cudnn
 
-from stunet.checkpoints.sharded import SHARDED_SUFFIX
 from stunet.errors import SettingsError, UsageError
 from stunet.planning import find_dataset, find_plans, load_plans, nnunet_folder, resolve_configuration
 from stunet.training.checkpointing import set_aside
 from stunet.training.distributed import DistributedTrainer, seed_everything
 from stunet.training.ranks import Ranks, check_agreement, check_shared_folder, process_group, share_of_batch
 from stunet.training.trainer import BaseSTUNetTrainer
+from stunet.weights.sharded import SHARDED_SUFFIX
 
 __all__ = ["TrainRequest", "check_request", "train"]
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from stunet.datasets import has_annotations, read_annotations
 from stunet.files import write_json
-from stunet.losses import PartialDiceCELoss
+from stunet.loss import PartialDiceCELoss
 from stunet.planning import Mirroring
 from stunet.training.annotations import CaseAnnotations, count_voxels
 from stunet.training.distributed import DistributedTrainer

@@ -14,7 +14,7 @@ import torch
 from stunet.errors import STUNetError
 from stunet.files import atomic_path, write_json
 from stunet.planning import PreprocessedDataset, fit_strides
-from stunet.transferability import Target, TargetCases, ZooEntry, prepare_target, score_candidate
+from stunet.ranking import Target, TargetCases, ZooEntry, prepare_target, score_candidate
 
 __all__ = ["BEST_TRANSFER", "TransferSelection"]
 

@@ -39,12 +39,7 @@ class ParameterGroup:
 
 
 def parameter_groups(
-    network: STUNet,
-    strategy: Strategy,
-    *,
-    num_epochs: int,
-    warmup_epochs: int | None = None,
-    layer_decay: float = 0.85,
+    network: STUNet, strategy: Strategy, *, num_epochs: int, warmup_epochs: int | None = None, layer_decay: float = 0.85
 ) -> list[ParameterGroup]:
     """The parameters that a strategy trains; those in no group stay as they are.
 

@@ -11,15 +11,6 @@ import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch.optim import Optimizer
 
-from stunet.checkpoints import (
-    HeadPolicy,
-    StemPolicy,
-    TransferReport,
-    check_weights,
-    open_weights,
-    read_checkpoint,
-    transfer_weights,
-)
 from stunet.errors import PlansError, SettingsError, UsageError
 from stunet.files import write_json
 from stunet.labels import outputs_of
@@ -39,6 +30,15 @@ from stunet.training.checkpointing import CheckpointingTrainer
 from stunet.training.optimizer import BF16MomentumSGD, set_kernel
 from stunet.training.selection import TransferSelection
 from stunet.training.strategies import GroupSchedule, freeze_others, parameter_groups
+from stunet.weights import (
+    HeadPolicy,
+    StemPolicy,
+    TransferReport,
+    check_weights,
+    open_weights,
+    read_checkpoint,
+    transfer_weights,
+)
 
 __all__ = ["BaseSTUNetTrainer"]
 
@@ -241,11 +241,7 @@ class BaseSTUNetTrainer(CheckpointingTrainer):
                 remedy="Leave -pretrained_weights out, or take plans without pretrained_weights.",
             )
         report = transfer_weights(
-            open_weights([path]),
-            self._plain_network(),
-            outputs_of(self.dataset_json),
-            stem=self.stem,
-            head=self.head,
+            open_weights([path]), self._plain_network(), outputs_of(self.dataset_json), stem=self.stem, head=self.head
         )
         self._check_fresh_parts(report)
         self.print_to_log_file(f"Starting from {report.source}")

@@ -73,7 +73,7 @@ def describe_file(path: Path) -> str:
     Raises:
         CheckpointError: It cannot be read safely, or holds no STU-Net.
     """
-    from stunet.checkpoints import open_weights, read_pickle  # PyTorch, which listing weights does not need
+    from stunet.weights import open_weights, read_pickle  # PyTorch, which listing weights does not need
 
     if path.suffix == ".pkl":
         read_pickle(path)
@@ -118,7 +118,7 @@ def check_file(
     Raises:
         CheckpointError: It is another file.
     """
-    from stunet.checkpoints import open_weights, read_pickle
+    from stunet.weights import open_weights, read_pickle
 
     with path.open("rb") as opened:
         start = opened.read(512).lstrip().lower()

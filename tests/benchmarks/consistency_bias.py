@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
-from stunet.transferability import CaseFeatures
-from stunet.transferability.consistency import PairDistances, class_distances, mean_distance, random_projection
+from stunet.ranking import CaseFeatures
+from stunet.ranking.consistency import PairDistances, class_distances, mean_distance, random_projection
 
 Array = NDArray[np.float64]
 KINDS = ("mean", "scale", "rotate", "mixed")

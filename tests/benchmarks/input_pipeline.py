@@ -165,9 +165,7 @@ class SampleCosts:
         sample = {
             "image": self._timed("read image", 1, lambda: torch.from_numpy(crop_and_pad_nd(image, box, 0)).float()),
             "segmentation": self._timed(
-                "read labels",
-                1,
-                lambda: torch.from_numpy(crop_and_pad_nd(labels, box, -1, cast_cropped_to=np.int16)),
+                "read labels", 1, lambda: torch.from_numpy(crop_and_pad_nd(labels, box, -1, cast_cropped_to=np.int16))
             ),
         }
         self._labels.append(len(torch.unique(sample["segmentation"])))

@@ -30,7 +30,7 @@ import torch
 from processes import peak_resident, spread
 from torch import Tensor, nn
 
-from stunet.losses import partial_dice_ce_loss
+from stunet.loss import partial_dice_ce_loss
 from stunet.network import SIZES, build_stunet, default_strides
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -25,7 +25,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from processes import peak_resident, spread
 from torch import Tensor
 
-from stunet.losses import PartialDiceCELoss
+from stunet.loss import PartialDiceCELoss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -16,9 +16,9 @@ import torch
 from commands import Shell
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from stunet.checkpoints import to_published_key
 from stunet.datasets import make_phantom
 from stunet.network import build_stunet
+from stunet.weights import to_published_key
 
 CASES = ["totalseg_strides", "anisotropic_2ch", "shallow_padded"]
 

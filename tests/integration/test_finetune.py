@@ -14,8 +14,8 @@ import SimpleITK as sitk
 import torch
 from commands import Shell
 
-from stunet.checkpoints import read_checkpoint
 from stunet.datasets import write_phantom_dataset
+from stunet.weights import read_checkpoint
 
 TINY = "num_epochs=2 num_iterations_per_epoch=2 num_val_iterations_per_epoch=1 batch_size=2"
 SOURCE, TARGET = "Dataset001_Source", "Dataset002_Target"

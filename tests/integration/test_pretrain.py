@@ -11,9 +11,9 @@ import SimpleITK as sitk
 from commands import Shell
 from test_variants import TINY
 
-from stunet.checkpoints import read_checkpoint
 from stunet.datasets import write_phantom_dataset
 from stunet.labels import write_manifest
+from stunet.weights import read_checkpoint
 
 MINI, PHANTOMS = "Dataset101_TotalSegmentator", "Dataset002_Partial"
 

@@ -11,7 +11,7 @@ import pytest
 import SimpleITK as sitk
 from commands import Shell
 
-from stunet.checkpoints import read_checkpoint
+from stunet.weights import read_checkpoint
 
 DATASET = "Dataset004_Hippocampus"
 TINY = "num_epochs=2 num_iterations_per_epoch=2 num_val_iterations_per_epoch=1 batch_size=2"

@@ -1,7 +1,0 @@
-"""Dice and cross-entropy where each case annotates only some structures."""
-
-from stunet.losses.annotation import label_members
-from stunet.losses.dice_ce import PartialDiceCELoss, partial_dice_ce_loss
-from stunet.losses.whole_batch import WholeBatch
-
-__all__ = ["PartialDiceCELoss", "WholeBatch", "label_members", "partial_dice_ce_loss"]

@@ -1,0 +1,284 @@
+"""Weights of one STU-Net into another that has other channels or other structures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from stunet.errors import CheckpointError, LabelError, UsageError
+from stunet.labels import Outputs, match_names, outputs_of, vocabulary_for
+from stunet.network import STUNet
+from stunet.network.blocks import CONV_OPS
+from stunet.settings import HeadPolicy, StemPolicy
+from stunet.weights.loading import describe_mismatch
+from stunet.weights.sources import SourceWeights
+from stunet.weights.unets import UNetWeights
+
+__all__ = ["HeadPolicy", "StemPolicy", "TransferReport", "adapt_stem", "source_outputs", "transfer_weights"]
+
+#: The two parameters whose shape depends on the input channels.
+_STEM_WEIGHTS = ("encoder.stages.0.0.conv1.weight", "encoder.stages.0.0.projection.weight")
+_STEM_BIASES = tuple(key.replace(".weight", ".bias") for key in _STEM_WEIGHTS)
+_HEADS = "decoder.seg_layers."
+
+
+@dataclass(frozen=True)
+class TransferReport:
+    """What became of every parameter.
+
+    Attributes:
+        source: File that the weights come from.
+        copied: Parameters taken as they are.
+        adapted: How each other parameter was filled from the source, by name.
+        fresh: Parameters that keep the target's own initialisation.
+        structures: For each output of the target the source's name of it, or None where its row is fresh.
+        unused_structures: Outputs of the source that no output of the target corresponds to.
+        input_channels: Channels of source and target.
+        stem: The policy for the stem.
+        head: The policy for the heads.
+        head_remark: Why no names were compared; empty where they were.
+    """
+
+    source: str
+    copied: tuple[str, ...]
+    adapted: Mapping[str, str]
+    fresh: tuple[str, ...]
+    structures: Mapping[str, str | None]
+    unused_structures: tuple[str, ...]
+    input_channels: tuple[int, int]
+    stem: StemPolicy
+    head: HeadPolicy
+    head_remark: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "source": self.source,
+            "stem": {"policy": self.stem, "source": self.input_channels[0], "target": self.input_channels[1]},
+            "head": {
+                "policy": self.head,
+                "remark": self.head_remark,
+                "structures": dict(self.structures),
+                "unused": list(self.unused_structures),
+            },
+            "copied": list(self.copied),
+            "adapted": dict(self.adapted),
+            "fresh": list(self.fresh),
+        }
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """For a table: what, how many, and which or how."""
+        renamed = [f"{t} from {s}" if s != t else t for t, s in self.structures.items() if s is not None]
+        new = [name for name, source in self.structures.items() if source is None]
+        channels = "{} to {} channels".format(*self.input_channels)
+        stem = [how for key, how in self.adapted.items() if key in _STEM_WEIGHTS]
+        return [
+            ("parameters copied", str(len(self.copied)), ""),
+            ("parameters adapted", str(len(self.adapted)), ""),
+            ("parameters fresh", str(len(self.fresh)), ", ".join(self.fresh[:4]) + (" …" if self.fresh[4:] else "")),
+            ("stem", self.stem, f"{channels}: {stem[0]}" if stem else channels),
+            ("structures copied", str(len(renamed)), _some(renamed)),
+            ("structures fresh", str(len(new)), _some(new) + (f" ({self.head_remark})" if self.head_remark else "")),
+            ("structures unused", str(len(self.unused_structures)), _some(self.unused_structures)),
+        ]
+
+
+def _some(names: tuple[str, ...] | list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def source_outputs(weights: SourceWeights | UNetWeights) -> Outputs | None:
+    """What the outputs of weights stand for: their own ``dataset.json``, or the published order of so many outputs.
+
+    Args:
+        weights: The weights.
+
+    Returns:
+        None where neither says it.
+    """
+    num_classes = weights.architecture.num_classes
+    labels = (weights.init_args.get("dataset_json") or {}).get("labels")
+    if isinstance(labels, dict) and labels:
+        outputs = outputs_of({"labels": labels})
+        return outputs if len(outputs.names) == num_classes else None
+    try:
+        return Outputs(vocabulary_for(num_classes).labels, exclusive=True)
+    except LabelError:
+        return None
+
+
+def transfer_weights(
+    weights: SourceWeights,
+    network: STUNet,
+    outputs: Outputs,
+    *,
+    stem: StemPolicy = "repeat-scaled",
+    head: HeadPolicy = "by-name",
+) -> TransferReport:
+    """Fill a network with the weights of another one, in place.
+
+    All parameters between stem and heads are copied as they are. Rows of the heads are copied at all decoder levels for
+    structures that both networks have, whatever their spelling (:func:`stunet.labels.match_names`). A row of a softmax
+    says nothing but in comparison with the others, so a network of regions, with a sigmoid each, gets the difference to
+    the background's row: the log-odds of structure against background. What is not filled keeps the network's own
+    initialisation. Nothing random is drawn, so equal networks stay equal on all ranks.
+
+    Args:
+        weights: The source.
+        network: The target; may be on the meta device, for the report alone.
+        outputs: What the target's outputs stand for.
+        stem: What to do with the stem where the input channels differ; ``random`` leaves it fresh in any case.
+        head: ``fresh`` leaves all heads as they are initialised, as nnU-Net's ``-pretrained_weights`` does.
+
+    Returns:
+        What became of each parameter.
+
+    Raises:
+        CheckpointError: Source and target differ in axes or size; nothing was changed.
+        UsageError: An unknown policy, or outputs that the network does not have.
+    """
+    check_policies(stem, head)
+    target = dict(network.state_dict(keep_vars=True))
+    _check_fit(weights, network, target, outputs)
+    origin = source_outputs(weights)
+    structures, remark = _match(origin, outputs, head)
+    copied, fresh, adapted = [], [], {}
+    with torch.no_grad():
+        for key, parameter in target.items():
+            tensor = weights.tensors[key]
+            if key.startswith(_HEADS):
+                how = _fill_head(parameter, tensor, origin, outputs, structures)
+            elif stem == "random" and key in (*_STEM_WEIGHTS, *_STEM_BIASES):
+                how = "fresh"
+            elif key in _STEM_WEIGHTS and tensor.shape != parameter.shape:
+                parameter.copy_(adapt_stem(tensor, parameter, stem))
+                how = _STEM_DESCRIPTIONS[stem]
+            else:
+                parameter.copy_(tensor)
+                how = "copied"
+            if how == "copied":
+                copied.append(key)
+            elif how == "fresh":
+                fresh.append(key)
+            else:
+                adapted[key] = how
+    used = set(structures.values())
+    return TransferReport(
+        source=str(weights.path),
+        copied=tuple(copied),
+        adapted=adapted,
+        fresh=tuple(fresh),
+        structures=structures,
+        unused_structures=tuple(name for name in origin.names if name not in used) if origin else (),
+        input_channels=(weights.architecture.input_channels, target[_STEM_WEIGHTS[0]].shape[1]),
+        stem=stem,
+        head=head,
+        head_remark=remark,
+    )
+
+
+_STEM_DESCRIPTIONS = {
+    "repeat-scaled": "channels repeated and divided",
+    "first": "leading channels copied, the others fresh",
+    "zero-new": "leading channels copied, the others 0",
+}
+
+
+def adapt_stem(weight: Tensor, fresh: Tensor, policy: StemPolicy) -> Tensor:
+    """A stem's weight for another number of input channels.
+
+    Args:
+        weight: The source's weight, ``(C_out, C_source, k, k[, k])``.
+        fresh: The target's own weight, ``(C_out, C_target, k, k[, k])``.
+        policy: ``repeat-scaled``: target channel j gets source channel ``j mod C_source``, divided by how many channels
+            get it; of more source channels than target channels those that fall together are added. Where channels
+            that share one source channel hold the same image, the stem's output is the source's. ``first``: channels
+            that both have are copied, new ones stay as in ``fresh``. ``zero-new``: new ones are 0, so that training
+            begins as if they were not there. ``random``: ``fresh`` as it is.
+
+    Returns:
+        A new tensor of the shape of ``fresh``.
+    """
+    n_source, n_target = weight.shape[1], fresh.shape[1]
+    weight = weight.to(fresh)
+    if policy == "random":
+        return fresh.detach().clone()
+    if policy == "repeat-scaled":
+        if n_target < n_source:
+            folded = torch.zeros_like(fresh)
+            return folded.index_add_(1, torch.arange(n_source, device=fresh.device) % n_target, weight)
+        index = [channel % n_source for channel in range(n_target)]
+        sharing = torch.tensor([index.count(channel) for channel in index], device=fresh.device)
+        return weight[:, index] / sharing.reshape(1, -1, *[1] * (weight.ndim - 2))
+    adapted = torch.zeros_like(fresh) if policy == "zero-new" else fresh.detach().clone()
+    shared = min(n_source, n_target)
+    adapted[:, :shared] = weight[:, :shared]
+    return adapted
+
+
+def _fill_head(
+    parameter: Tensor, tensor: Tensor, origin: Outputs | None, outputs: Outputs, structures: Mapping[str, str | None]
+) -> str:
+    """Copy rows of one head's weight or bias and say what was done."""
+    matched = {outputs.names.index(t): s for t, s in structures.items() if s is not None}
+    if origin is None or not matched:
+        return "fresh"
+    to_regions = origin.exclusive and not outputs.exclusive
+    for row, name in matched.items():
+        value = tensor[origin.names.index(name)]
+        parameter[row].copy_(value - tensor[0] if to_regions else value)
+    if origin.names == outputs.names and not to_regions:
+        return "copied"
+    return f"{len(matched)} of {len(outputs.names)} rows by name" + (", against background" if to_regions else "")
+
+
+def _match(origin: Outputs | None, outputs: Outputs, head: HeadPolicy) -> tuple[dict[str, str | None], str]:
+    none: dict[str, str | None] = dict.fromkeys(outputs.names)
+    if head == "fresh":
+        return none, "fresh heads were asked for"
+    if origin is None:
+        return none, "the source does not say what its outputs are"
+    return match_names(origin.names, outputs.names), ""
+
+
+def check_policies(stem: str, head: str = "fresh") -> None:
+    """Check the names of policies.
+
+    Raises:
+        UsageError: There is no such policy.
+    """
+    for name, value, policy in (("stem", stem, StemPolicy), ("head", head, HeadPolicy)):
+        if value not in get_args(policy):
+            raise UsageError(f"unknown policy for the {name}", got=value,
+                             expected=f"one of {', '.join(get_args(policy))}", remedy=f"Correct {name}.")  # fmt: skip
+
+
+def _check_fit(weights: SourceWeights, network: STUNet, target: Mapping[str, Tensor], outputs: Outputs) -> None:
+    n_axes = next(n for n, op in CONV_OPS.items() if op is network.conv_op)
+    if n_axes != weights.architecture.n_axes:
+        raise CheckpointError(
+            f"a {n_axes}D network from {weights.architecture.n_axes}D weights",
+            got=str(weights.path),
+            expected=f"weights of a {n_axes}D STU-Net: a kernel that was trained on {weights.architecture.n_axes} axes "
+            f"has no counterpart on {n_axes}",
+            remedy=f"Choose a {weights.architecture.n_axes}D configuration, or other weights.",
+        )
+    flexible = (*_STEM_WEIGHTS, _HEADS)
+    source = {key: tensor for key, tensor in weights.tensors.items() if not key.startswith(flexible)}
+    fixed = {key: parameter for key, parameter in target.items() if not key.startswith(flexible)}
+    if mismatch := describe_mismatch(source, fixed):
+        raise CheckpointError(
+            "weights of another size than the network",
+            got=f"{weights.path}, a STU-Net {weights.architecture.size.name}: {mismatch}",
+            expected="weights of the size that the plans have",
+            remedy="Write the plans with `stunet plan --from CHECKPOINT`, which takes the size from the weights.",
+        )
+    n_outputs = next(parameter.shape[0] for key, parameter in target.items() if key.startswith(_HEADS))
+    if len(outputs.names) != n_outputs or len(set(outputs.names)) != len(outputs.names):
+        raise UsageError("names that do not fit the network's outputs", got=f"{len(outputs.names)} names",
+                         expected=f"{n_outputs} different names",
+                         remedy="Take the labels of the dataset that the network is built for.")  # fmt: skip
