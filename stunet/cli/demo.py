@@ -26,7 +26,7 @@ def demo(
             help="small, base, large or huge; a narrow network by default, for speed.", autocompletion=complete_sizes
         ),
     ] = None,
-    epochs: Annotated[int, typer.Option(help="Epochs of 40 iterations of the first training.", min=1)] = 16,
+    epochs: Annotated[int, typer.Option(help="Epochs of 40 iterations of the first training.", min=1)] = 24,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of all that is random; the same figures on one machine.", min=0)] = 0,
 ) -> None:
