@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import re
 import shlex
+import subprocess
+import sys
 import time
+from collections import deque
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from os import environ, sep
 from pathlib import Path
-from typing import Any, cast
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any
 
-__all__ = ["DoneCommand", "Workspace", "batch_settings"]
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from stunet.cli.console import say, stdout
+from stunet.errors import CommandError, UsageError
+from stunet.files import read_json
 
 _FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-#: Patches larger than this take too long on a CPU; voxels. In the same time, more steps on small ones learn more.
-_MAX_PATCH_ON_CPU = 16 * 32 * 32
-
-
-@dataclass(frozen=True)
-class DoneCommand:
-    """A command that was run.
-
-    Attributes:
-        line: As a user would type it.
-        seconds: That it took.
-    """
-
-    line: str
-    seconds: float
+_HEARTBEAT = 15.0  # seconds between two signs of life where the terminal cannot show a bar
 
 
 @dataclass
@@ -34,45 +31,26 @@ class Workspace:
     """One output folder.
 
     Attributes:
-        root: The folder.
+        root: The folder; must not exist, or be empty.
         variables: Long arguments by the name of a shell variable, under which commands show them.
-        commands: What was run so far.
+        commands: Each command that was run so far, as a user would type it, and the seconds that it took.
     """
 
     root: Path
     variables: dict[str, str] = field(default_factory=dict)
-    commands: list[DoneCommand] = field(default_factory=list)
+    commands: list[tuple[str, float]] = field(default_factory=list)
 
-    @classmethod
-    def make(cls, root: Path) -> Workspace:
-        """Make the folders.
-
-        Raises:
-            UsageError: The folder holds something already.
-        """
-        from stunet.errors import UsageError
-
-        root = root.resolve()
-        if root.exists() and (not root.is_dir() or any(root.iterdir())):
-            raise UsageError(
-                "the output folder is in use",
-                got=root,
-                expected="a folder that does not exist, or an empty one",
-                remedy="Remove it, or choose another one with -o.",
-            )
+    def __post_init__(self) -> None:
+        self.root = self.root.resolve()
+        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+            raise UsageError(f"the output folder {self.root} is in use: remove it, or choose another one with -o")
         for folder in _FOLDERS:
-            (root / folder).mkdir(parents=True, exist_ok=True)
-        return cls(root)
+            (self.root / folder).mkdir(parents=True)
 
     @property
     def log(self) -> Path:
         """Whole output of all commands."""
         return self.root / "output.log"
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """Variables that the commands need; their training must not depend on how many processes prepare batches."""
-        return {**{name: str(self.root / name) for name in _FOLDERS}, "nnUNet_def_n_proc": "2", "nnUNet_compile": "f"}
 
     @property
     def exports(self) -> list[str]:
@@ -85,76 +63,140 @@ class Workspace:
         ]
 
     def raw(self, dataset: str) -> Path:
-        """A dataset's folder in ``nnUNet_raw``."""
+        """Return a dataset's folder in ``nnUNet_raw``."""
         return self.root / "nnUNet_raw" / dataset
 
     def preprocessed(self, dataset: str) -> Path:
-        """A dataset's folder in ``nnUNet_preprocessed``."""
+        """Return a dataset's folder in ``nnUNet_preprocessed``."""
         return self.root / "nnUNet_preprocessed" / dataset
 
     def model(self, dataset: str, trainer: str, plans: str, configuration: str) -> Path:
-        """The folder of a trained model."""
+        """Return the folder of a trained model."""
         return self.root / "nnUNet_results" / dataset / f"{trainer}__{plans}__{configuration}"
 
     def dataset_json(self, dataset: str) -> dict[str, Any]:
-        """A dataset's description."""
-        return cast("dict[str, Any]", json.loads((self.raw(dataset) / "dataset.json").read_text(encoding="utf-8")))
+        """Read a dataset's description."""
+        return read_json(self.raw(dataset) / "dataset.json")
 
     def print_exports(self) -> None:
         """Show what makes the commands that follow work in a shell of the user's."""
-        from stunet.cli.console import stdout
-
         stdout.print()
         for line in self.exports:
-            stdout.print(f"$ {line}", style="bold", highlight=False, markup=False, soft_wrap=True)
+            say(f"$ {line}", style="bold")
 
     def define(self, name: str, value: str) -> None:
         """Set a shell variable, for the commands that follow."""
-        from stunet.cli.console import stdout
-
         self.variables[name] = value
-        stdout.print(f"\n$ {name}={shlex.quote(value)}", style="bold", highlight=False, markup=False, soft_wrap=True)
+        say(f"\n$ {name}={shlex.quote(value)}", style="bold")
 
-    def run(self, *command: str | Path, epochs: int | None = None) -> None:
-        """Run a command of nnU-Net or of this package in the folder.
+    def run(self, *command: object, epochs: int | None = None) -> None:
+        """Run a console script of an installed package, such as ``nnUNetv2_train``, in a process of its own.
+
+        It is shown as a user would type it, with its epochs and progress while it runs; its whole output goes to the
+        log.
 
         Args:
-            command: Its words; paths within the folder become relative.
-            epochs: Epochs of a training.
+            command: The script's name and its arguments; paths within the folder become relative.
+            epochs: Epochs of a training, for the progress bar.
 
         Raises:
-            CommandError: It failed.
+            CommandError: There is no such script, or it ended with another status than 0.
         """
-        from stunet.cli.runner import run_command
-
-        typed = [
-            str(part.relative_to(self.root)) if isinstance(part, Path) and part.is_relative_to(self.root) else str(part)
-            for part in command
-        ]
+        typed = [str(part).removeprefix(f"{self.root}{sep}") for part in command]
         shown = shlex.join(typed)
         for name, value in self.variables.items():
             shown = shown.replace(value, f"${name}")
+        say(f"\n$ {shown}", style="bold")
         started = time.monotonic()
-        run_command(typed, environment=self.environment, folder=self.root, log=self.log, shown=shown, epochs=epochs)
-        self.commands.append(DoneCommand(shown, time.monotonic() - started))
+        kept = {name: value for name, value in environ.items() if not name.startswith("nnUNet_")}
+        kept |= {name: str(self.root / name) for name in _FOLDERS}
+        # What is trained must not depend on how many processes prepare batches.
+        kept |= {"nnUNet_def_n_proc": "2", "nnUNet_compile": "f", "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(  # noqa: S603 - a script of an installed package, no shell
+            [sys.executable, "-c", _launcher(typed[0]), *typed[1:]],
+            cwd=self.root,
+            env=kept,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            bufsize=1,
+        )
+        try:
+            last_lines = self._follow(process, started, shlex.join(typed), epochs)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        if process.wait() != 0:
+            last = "\n    ".join(last_lines)
+            status = process.returncode
+            raise CommandError(f"{typed[0]} failed with exit status {status}; see {self.log}:\n    {last}")
+        seconds = time.monotonic() - started
+        stdout.print(f"  done in {seconds:.0f} s", style="dim")
+        self.commands.append((shown, seconds))
+
+    def _follow(self, process: subprocess.Popen[str], started: float, line: str, epochs: int | None) -> deque[str]:
+        """Log what a process prints, show its progress, and return its last lines."""
+        assert process.stdout is not None
+        output, lines = process.stdout, SimpleQueue[str | None]()
+
+        def read() -> None:
+            for text in output:
+                lines.put(text)
+            lines.put(None)
+
+        Thread(target=read, daemon=True).start()
+        last_lines: deque[str] = deque(maxlen=15)
+        epoch: dict[str, str] = {}
+        said = started
+        columns = (BarColumn(24), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+        # The bar has a thread of its own: it moves, and the clock runs, while the command prints nothing.
+        bar = Progress(*columns, console=stdout, transient=True, disable=not stdout.is_terminal)
+        with bar, self.log.open("a", encoding="utf-8") as log:
+            log.write(f"\n$ {line}\n")
+            task = bar.add_task("starting", total=None)
+            while True:
+                if not stdout.is_terminal and time.monotonic() - said >= _HEARTBEAT:
+                    said = time.monotonic()
+                    stdout.print(f"  … {said - started:.0f} s", style="dim")
+                try:
+                    printed = lines.get(timeout=1.0)
+                except Empty:
+                    continue
+                if printed is None:
+                    return last_lines
+                log.write(printed)
+                text = printed.rstrip().rsplit("\r", 1)[-1]
+                if not text:
+                    continue
+                last_lines.append(text)
+                bar.update(task, description=text[: max(20, stdout.width - 40)])
+                if message := _epoch_message(text, epoch):
+                    bar.update(task, total=epochs, completed=int(epoch["Epoch"]) + 1)
+                    stdout.print(f"  {message}")
+                    said = time.monotonic()
 
 
-def batch_settings(workspace: Workspace, dataset: str, configuration_name: str, device: str) -> dict[str, Any]:
-    """A batch, and where nnU-Net's patch would take too long on a CPU a smaller one."""
-    import math
+def _launcher(script: str) -> str:
+    """Write Python code that runs a console script, wherever the environment keeps its executables."""
+    found = list(entry_points(group="console_scripts", name=script))
+    if not found:
+        raise CommandError(f"no command {script} in this Python environment: install nnunetv2 into it")
+    module, function = found[0].value.split(":")
+    # Spawned workers do not import the code given to -c again, so it needs no guard.
+    # -c puts the working folder on the path, where a folder of the package's name would be imported instead.
+    prepare = f"import sys; sys.path[:] = [p for p in sys.path if p]; sys.argv[0] = {script!r}"
+    return f"{prepare}; from {module} import {function}; sys.exit({function}())"
 
-    from stunet.network import total_stride
-    from stunet.planning import fit_strides, load_plans, resolve_configuration
 
-    plans = load_plans(workspace.preprocessed(dataset) / "nnUNetPlans.json")
-    configuration = resolve_configuration(plans, configuration_name)
-    patch = list(configuration["patch_size"])
-    if len(patch) == 2:
-        return {"batch_size": min(8, configuration["batch_size"])}
-    if device != "cpu" or math.prod(patch) <= _MAX_PATCH_ON_CPU:
-        return {"batch_size": 2}
-    step = total_stride(fit_strides(configuration["architecture"]["arch_kwargs"]["strides"]))
-    while math.prod(patch) > _MAX_PATCH_ON_CPU and any(n > s for n, s in zip(patch, step, strict=True)):
-        axis = max(range(len(patch)), key=lambda i: patch[i] / step[i])
-        patch[axis] -= step[axis]
-    return {"batch_size": 2, "patch_size": ",".join(map(str, patch))}
+def _epoch_message(line: str, epoch: dict[str, str]) -> str | None:
+    """Condense what nnU-Net prints about an epoch, which ``epoch`` collects, to one line at its end."""
+    if match := re.search(r": (Epoch|train_loss|Pseudo dice) (?!time)(.*)", line):
+        epoch[match[1]] = match[2].strip()
+        if match[1] == "Pseudo dice":
+            dice = " ".join(f"{float(score):.2f}" for score in re.findall(r"(?<![\w.])(\d\.\d+|nan)", match[2]))
+            loss = epoch["train_loss"]
+            return f"epoch {epoch['Epoch']:>3}  loss {loss:>8}  Dice on validation patches {dice}"
+    return None
