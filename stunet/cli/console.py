@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, cast
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -23,7 +24,7 @@ stdout = Console(markup=False, emoji=False, highlight=False)
 stderr = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
-def say(line: str, *, error: bool = False, style: str | None = None) -> None:
+def print_line(line: str, *, error: bool = False, style: str | None = None) -> None:
     """Print a line as it is, however long, to standard output or to standard error."""
     (stderr if error else stdout).print(line, style=style, soft_wrap=True)
 
@@ -31,7 +32,7 @@ def say(line: str, *, error: bool = False, style: str | None = None) -> None:
 def print_error(error: Any) -> None:
     """Show one of our own errors the way the command line does."""
     stderr.print("error:", style="bold red", end=" ")
-    say(str(error), error=True)
+    print_line(str(error), error=True)
 
 
 def shorten(names: Sequence[str]) -> str:
@@ -61,7 +62,18 @@ class Command(_Help, TyperCommand):
     """A command whose list options take several values at once, as nnU-Net's do: ``-c 2d 3d_fullres``.
 
     Typer wants an option's name before each value; that keeps working, and is the only way beside positional arguments.
+    The help of parameters is what the function's docstring says of them under ``Options:``, and flags have no ``--no-…``.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        text, _, described = (self.help or "").partition("\n\nOptions:\n")
+        self.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+        helps = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", described, re.MULTILINE))
+        for param in self.params:
+            param.secondary_opts = []
+            if param.name in helps:
+                cast(Any, param).help = " ".join(helps[param.name].split())
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the name of a list option before each further value; take hyphens for underscores."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from stunet.cli.console import PlainTable, human_bytes, human_count, say, stdout
+from stunet.cli.console import PlainTable, human_bytes, human_count, print_line, stdout
 from stunet.cli.options import complete_weights
 from stunet.environment import did_you_mean
 from stunet.errors import UsageError
@@ -19,27 +19,26 @@ if TYPE_CHECKING:
     from stunet.planning import ModelDescription
     from stunet.weights import SourceWeights, WeightsEntry
 
-_WEIGHTS_HELP = (
-    "A .model (with its .pkl files, in any order), .pth or .safetensors file, a model folder, or the name of weights "
-    "that `stunet weights fetch` has fetched."
-)
-
 
 def convert(
-    weights: Annotated[list[Path], Argument(help=_WEIGHTS_HELP, autocompletion=complete_weights)],
-    output: Annotated[Path, Option("-o", "--output", help="The new model folder; a file with --to published.")],
-    labels: Annotated[
-        Path | None, Option(help="JSON with the names of the outputs; known for the published weights.")
-    ] = None,
-    to: Annotated[
-        Literal["nnunet", "published"], Option(help="A model folder of nnU-Net, or a .model file as published.")
-    ] = "nnunet",
-    licence: Annotated[str | None, Option(help="Licence of the weights, for the model card.")] = None,
+    weights: Annotated[list[Path], Argument(autocompletion=complete_weights)],
+    output: Annotated[Path, Option("-o", "--output")],
+    labels: Path | None = None,
+    to: Literal["nnunet", "published"] = "nnunet",
+    licence: str | None = None,
 ) -> None:
     """Turn published STU-Net weights into a model folder that nnUNetv2_predict_from_modelfolder runs.
 
     Size, channels and outputs are read off the tensors, preparation of images off the .pkl files. No code in any file
     is run.
+
+    Options:
+        weights: A .model (with its .pkl files, in any order), .pth or .safetensors file, a model folder, or the name of
+            weights that `stunet weights fetch` has fetched.
+        output: The new model folder; a file with --to published.
+        labels: JSON with the names of the outputs; known for the published weights.
+        to: A model folder of nnU-Net, or a .model file as published.
+        licence: Licence of the weights, for the model card.
     """
     # Before gigabytes are read for nothing; checked again when it is written.
     refuse_existing(output)
@@ -52,7 +51,7 @@ def convert(
     source = open_weights(paths)
     if to == "published":
         write_published(source, output)
-        say(f"Wrote {output}: {len(source.tensors)} tensors by the published names")
+        print_line(f"Wrote {output}: {len(source.tensors)} tensors by the published names")
         return
     names: Any = None
     if labels is not None:
@@ -101,8 +100,8 @@ def _report(source: SourceWeights, description: ModelDescription, card: dict[str
     table.add_row("normalization", ", ".join(configuration["normalization_schemes"]))
     table.add_row("licence", card["licence"] or "not known; ask where the weights come from")
     stdout.print(table)
-    say(f"Wrote {output}: all {len(source.tensors)} parameters are accounted for")
+    print_line(f"Wrote {output}: all {len(source.tensors)} parameters are accounted for")
     if card["plans_from"].endswith("pre-training preset"):
-        say("No .model.pkl was given: spacing, patch and strides are those of the published weights.")
-    say("Next, with images named CASE_0000.nii.gz in IMAGES:")
-    say(f"  nnUNetv2_predict_from_modelfolder -i IMAGES -o PREDICTIONS -m {shlex.quote(str(output))} -f 0")
+        print_line("No .model.pkl was given: spacing, patch and strides are those of the published weights.")
+    print_line("Next, with images named CASE_0000.nii.gz in IMAGES:")
+    print_line(f"  nnUNetv2_predict_from_modelfolder -i IMAGES -o PREDICTIONS -m {shlex.quote(str(output))} -f 0")

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.table import Table
 from typer import Option
 
-from stunet.cli.console import say, stdout
+from stunet.cli.console import print_line, stdout
 from stunet.cli.demo_workspace import Workspace
-from stunet.cli.options import Device, Size, choose_device, choose_size
+from stunet.cli.options import Device, Positive, Size, choose_device, choose_size
 from stunet.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -33,23 +33,26 @@ _MAX_PATCH_ON_CPU = 16 * 32 * 32
 
 
 def demo(
-    output: Annotated[Path, Option("-o", "--output", help="Folder for everything; must not exist.")] = Path(
-        "stunet_demo"
-    ),
-    data: Annotated[
-        Path | None, Option(help="Train on an nnU-Net raw dataset of your own instead, and predict unseen cases.")
-    ] = None,
+    output: Annotated[Path, Option("-o", "--output")] = Path("stunet_demo"),
+    data: Path | None = None,
     size: Size = None,
-    epochs: Annotated[int, Option(help="Epochs of 40 iterations of the first training.", min=1)] = 16,
+    epochs: Positive = 16,
     device: Device = "auto",
-    seed: Annotated[int, Option(help="Seed of all that is random; the same figures on one machine.", min=0)] = 0,
+    seed: Annotated[int, Option(min=0)] = 0,
 ) -> None:
     """Pre-train a STU-Net, pick the best checkpoint for another dataset, fine-tune it and predict unseen cases.
 
     On generated phantoms: in the first dataset a third of the masks is missing, not annotated and not background; the
     second one has three labelled cases, another contrast and new structures. Fine-tuning is compared with training
     from scratch. Every step is a command of nnU-Net or of this package, printed as you would type it, and one page
-    shows the results. The network is a narrow one by default, for speed.
+    shows the results.
+
+    Options:
+        output: Folder for everything; must not exist.
+        data: Train on an nnU-Net raw dataset of your own instead, and predict unseen cases.
+        size: small, base, large or huge; a narrow network by default, for speed.
+        epochs: Epochs of 40 iterations of the first training.
+        seed: Seed of all that is random; the same figures on one machine.
     """
     started = time.monotonic()
     if size is not None:
@@ -62,7 +65,7 @@ def demo(
         _demonstrate_phantoms(commands, epochs)
     else:
         _demonstrate_own_data(commands, raw, epochs)
-    say(f"Whole output: {commands.workspace.log}")
+    print_line(f"Whole output: {commands.workspace.log}")
     stdout.print(f"Finished in {time.monotonic() - started:.0f} s.")
 
 
@@ -195,8 +198,8 @@ def _demonstrate_phantoms(commands: _Commands, epochs: int) -> None:
         seconds=time.monotonic() - started,
     )
     stdout.print(f"\n{conclusion}\n", style="bold")
-    say(f"The whole story:  {page}")
-    say(f"Ranking:          {workspace.root / 'ranking' / 'ranking.html'}")
+    print_line(f"The whole story:  {page}")
+    print_line(f"Ranking:          {workspace.root / 'ranking' / 'ranking.html'}")
 
 
 def _pretrain(commands: _Commands, epochs: int) -> None:
@@ -295,8 +298,8 @@ def _demonstrate_own_data(commands: _Commands, raw: RawDataset, epochs: int) -> 
     commands.train(dataset, plans, _PRETRAINER, epochs)
     predictions = workspace.root / "predictions"
     _print_dice({"mean Dice": commands.predict(dataset, plans, _PRETRAINER, predictions)})
-    say(f"Figure:       {_draw_cases(commands, dataset, {'prediction': predictions})}")
-    say(f"Predictions:  {predictions}")
+    print_line(f"Figure:       {_draw_cases(commands, dataset, {'prediction': predictions})}")
+    print_line(f"Predictions:  {predictions}")
 
 
 def _print_dice(columns: Mapping[str, Sequence[StructureDice]]) -> None:

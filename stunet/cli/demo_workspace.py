@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from stunet.cli.console import say, stdout
+from stunet.cli.console import print_line, stdout
 from stunet.errors import CommandError, UsageError
 from stunet.files import read_json
 
@@ -82,12 +82,12 @@ class Workspace:
         """Show what makes the commands that follow work in a shell of the user's."""
         stdout.print()
         for line in self.exports:
-            say(f"$ {line}", style="bold")
+            print_line(f"$ {line}", style="bold")
 
     def define(self, name: str, value: str) -> None:
         """Set a shell variable, for the commands that follow."""
         self.variables[name] = value
-        say(f"\n$ {name}={shlex.quote(value)}", style="bold")
+        print_line(f"\n$ {name}={shlex.quote(value)}", style="bold")
 
     def run(self, *command: object, epochs: int | None = None) -> None:
         """Run a console script of an installed package, such as ``nnUNetv2_train``, in a process of its own.
@@ -106,7 +106,7 @@ class Workspace:
         shown = shlex.join(typed)
         for name, value in self.variables.items():
             shown = shown.replace(value, f"${name}")
-        say(f"\n$ {shown}", style="bold")
+        print_line(f"\n$ {shown}", style="bold")
         started = time.monotonic()
         kept = {name: value for name, value in environ.items() if not name.startswith("nnUNet_")}
         kept |= {name: str(self.root / name) for name in _FOLDERS}

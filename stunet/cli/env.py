@@ -6,18 +6,20 @@ import os
 import shlex
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import typer
 
 _VARIABLE = "nnUNet_extTrainer"
-_HELP = "Syntax to print; bash, which zsh shares, or powershell on Windows by default."
 
 
-def env(shell: Annotated[Literal["bash", "fish", "powershell"] | None, typer.Option(help=_HELP)] = None) -> None:
+def env(shell: Literal["bash", "fish", "powershell"] | None = None) -> None:
     """Print the line that makes nnUNetv2_train find STUNetTrainer: eval "$(stunet env)".
 
     Folders that nnUNet_extTrainer already lists stay in it.
+
+    Options:
+        shell: Syntax to print; bash, which zsh shares, or powershell on Windows by default.
     """
     listed = filter(None, os.environ.get(_VARIABLE, "").split(os.pathsep))
     value = os.pathsep.join(dict.fromkeys([str(trainers_folder()), *listed]))

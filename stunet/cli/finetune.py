@@ -11,7 +11,7 @@ from typing import Annotated
 from typer import Option
 
 from stunet.cli import options
-from stunet.cli.console import say
+from stunet.cli.console import print_line
 from stunet.cli.convert import find_fetched
 from stunet.cli.env import trainers_folder
 from stunet.cli.plan import StunetPlans, plan
@@ -24,33 +24,41 @@ from stunet.processes import end_with_children
 from stunet.settings import parse_settings
 
 _TRAINER = "STUNetTrainer"
-_FROM_HELP = "Checkpoint, model folder, .model file or fetched name to start from."
 
 
 def finetune(
     dataset: options.Dataset,
-    source: Annotated[Path, Option("--from", help=_FROM_HELP, autocompletion=options.complete_weights)],
-    configuration: Annotated[str, Option("-c", "--configuration", help="A 3D configuration.")] = "3d_fullres",
-    fold: Annotated[options.FoldName, Option("-f", "--fold", help="Fold of the cross-validation, or all cases.")] = "0",
+    source: Annotated[Path, Option("--from", autocompletion=options.complete_weights)],
+    configuration: Annotated[str, Option("-c", "--configuration")] = "3d_fullres",
+    fold: Annotated[options.FoldName, Option("-f", "--fold")] = "0",
     strategy: options.StrategyOption = None,
     plans: options.Plans = "nnUNetPlans",
     settings: options.Settings = None,
-    name: Annotated[str | None, Option(help="Name of the new plans; STUNetPlans_SIZE_ft by default.")] = None,
+    name: str | None = None,
     device: options.Device = "auto",
-    num_gpus: Annotated[int, Option("-num_gpus", "--num-gpus", help="GPUs of this machine.", min=1)] = 1,
+    num_gpus: Annotated[int, Option("-num_gpus", "--num-gpus", min=1)] = 1,
     continue_training: options.Continue = False,
-    npz: options.Npz = False,
+    npz: bool = False,
     seed: options.Seed = None,
-    overwrite: Annotated[
-        bool, Option("--overwrite", help="Replace plans that differ, and an earlier training.")
-    ] = False,
+    overwrite: bool = False,
     trust: options.Trust = None,
-    num_processes: Annotated[int, Option("-np", help="Processes for planning and preprocessing.", min=1)] = 8,
+    num_processes: options.Processes = 8,
 ) -> None:
     """Train a STU-Net on a dataset, starting from weights of another one.
 
-    Writes the plans, preprocesses what is not preprocessed yet and runs nnUNetv2_train, or stunet train with a seed:
-    each step is a command that can be typed by itself, and is shown.
+    Writes the plans, preprocesses what is not preprocessed yet and runs nnUNetv2_train: each step is a command that can
+    be typed by itself, and is shown.
+
+    Options:
+        source: Checkpoint, model folder, .model file or fetched name to start from.
+        configuration: A 3D configuration.
+        fold: Fold of the cross-validation, or all cases.
+        name: Name of the new plans; STUNetPlans_SIZE_ft by default.
+        num_gpus: GPUs of this machine.
+        npz: Keep the probabilities of the final validation.
+        seed: Of all random numbers; trains with `stunet train --seed`.
+        overwrite: Replace plans that differ, and an earlier training.
+        num_processes: Processes for planning and preprocessing.
     """
     # What needs no PyTorch is checked before it is imported.
     parse_settings(settings or [])
@@ -85,7 +93,7 @@ def finetune(
         preflight(dataset, plans=plans_name, configuration=configuration, trainer=_TRAINER, writes=results, seconds=-1)
         # Before nnU-Net is asked for the trainer; its own parser then reads the command as it was shown.
         os.environ["nnUNet_extTrainer"] = str(trainers_folder())
-        say(f"\n$ {shlex.join(command)}", style="bold")
+        print_line(f"\n$ {shlex.join(command)}", style="bold")
         sys.argv = command
         if seed is not None:
             train(dataset_id, configuration, fold, trainer=_TRAINER, plans=plans_name, num_gpus=num_gpus, npz=npz,
@@ -117,5 +125,5 @@ def _preprocess(made: StunetPlans, configuration: str, num_processes: int) -> No
     if missing_preprocessed_cases(made.dataset_name, made.content, configuration):
         dataset_id, plans_name = int(made.dataset_name[7:10]), made.path.stem
         command = f"nnUNetv2_preprocess -d {dataset_id} -plans_name {plans_name} -c {configuration} -np {num_processes}"
-        say(f"\n$ {command}", style="bold")
+        print_line(f"\n$ {command}", style="bold")
         preprocess([dataset_id], plans_name, [configuration], [num_processes])

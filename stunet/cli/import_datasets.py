@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from typer import Argument, Option
+from typer import Option
 
-from stunet.cli.console import Command, Group, PlainTable, examples, print_error, say, shorten, stderr, stdout
+from stunet.cli.console import Command, Group, PlainTable, examples, print_error, print_line, shorten, stderr, stdout
+from stunet.cli.options import Processes
 from stunet.environment import find_dataset, nnunet_folder
 from stunet.errors import UsageError
 
@@ -27,17 +28,6 @@ _PREPROCESSED = "nnUNet_preprocessed"
 _MOST_OVERLAPS = 8
 
 _Id = Annotated[int, Option("-d", "--dataset-id", help="Id of the new dataset.")]
-_Name = Annotated[str, Option(help="Name of the new dataset, after the id.")]
-_AllowUnannotated = Annotated[bool, Option("--allow-unannotated", help="Keep structures that no case annotates.")]
-
-_ORDER_HELP = (
-    "Order of label values: stunet (alphabetical, as in the published STU-Net weights; default of total) or official "
-    "(that of the task's list; default of others). Where masks overlap, the later one wins."
-)
-_WEIGHTS_HELP = (
-    "How often each case of a dataset is drawn relative to others, for example 101=1 4=0.5; by default inversely to "
-    "the square root of the dataset's number of cases."
-)
 
 
 @app.command(
@@ -48,32 +38,18 @@ _WEIGHTS_HELP = (
     ),
 )
 def totalsegmentator(
-    source: Annotated[Path, Argument(help="Folder that holds the cases and meta.csv.")],
+    source: Path,
     dataset_id: _Id,
-    name: _Name = "TotalSegmentator",
-    task: Annotated[
-        str, Option(help="total, a label vocabulary of this package, or a JSON file with a list of structures.")
-    ] = "total",
-    version: Annotated[str, Option(help="Of the task total: auto, 1 (104 structures) or 2 (117).")] = "auto",
-    label_order: Annotated[str | None, Option(help=_ORDER_HELP)] = None,
-    structures: Annotated[
-        list[str] | None, Option(help="Only these, separated by commas; label values are counted anew.")
-    ] = None,
-    group: Annotated[
-        list[str] | None, Option(help="Only those of a group of total: organs, vertebrae, cardiac, muscles or ribs.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        Option(help="Cases to leave out, with commas between, or none; by default s0864 of version 1."),
-    ] = None,
-    images: Annotated[
-        Literal["copy", "link"],
-        Option(help="copy, or link: hard links, symbolic ones where the source is on another file system."),
-    ] = "copy",
-    allow_unannotated: _AllowUnannotated = False,
-    num_processes: Annotated[
-        int | None, Option("-np", help="Cases at a time; by default up to 8, as cores and images are worth it.", min=1)
-    ] = None,
+    name: str = "TotalSegmentator",
+    task: str = "total",
+    version: str = "auto",
+    label_order: str | None = None,
+    structures: list[str] | None = None,
+    group: list[str] | None = None,
+    exclude: list[str] | None = None,
+    images: Literal["copy", "link"] = "copy",
+    allow_unannotated: bool = False,
+    num_processes: Annotated[int | None, Option("-np", min=1)] = None,
 ) -> None:
     """Import a dataset in TotalSegmentator's layout: CASE/ct.nii.gz and CASE/segmentations/STRUCTURE.nii.gz.
 
@@ -82,6 +58,20 @@ def totalsegmentator(
 
     An interrupted import continues when the same command is run again. Cases that cannot be read are listed at the end;
     the dataset is complete without them, and the exit status is 2. Running again tries only those.
+
+    Options:
+        source: Folder that holds the cases and meta.csv.
+        name: Its name, after the id.
+        task: total, a label vocabulary of this package, or a JSON file with a list of structures.
+        version: Of the task total: auto, 1 (104 structures) or 2 (117).
+        label_order: Order of label values: stunet (alphabetical, as in the published STU-Net weights; default of total)
+            or official (that of the task's list; default of others). Where masks overlap, the later one wins.
+        structures: Only these, separated by commas; label values are counted anew.
+        group: Only those of a group of total: organs, vertebrae, cardiac, muscles or ribs.
+        exclude: Cases to leave out, separated by commas, or none; s0864 of version 1 by default.
+        images: copy, or link: hard links, symbolic ones where the source is on another file system.
+        allow_unannotated: Keep structures that no training case annotates.
+        num_processes: Cases at a time; by default up to 8, as cores and images are worth it.
     """
     from stunet.datasets import KNOWN_BAD_CASES, choose_structures, import_cases, read_totalsegmentator
 
@@ -95,7 +85,7 @@ def totalsegmentator(
         excluded = set(_split(exclude)) - {"none"}
         if unknown := sorted(excluded - set(found.cases) - set(found.absent)):
             raise UsageError(f"unknown case to exclude {unknown[0]}: give cases of {source}, or none, to --exclude")
-    say(f"{len(found.cases)} cases, {len(chosen)} structures" + (f" of version {told}" if told else ""))
+    print_line(f"{len(found.cases)} cases, {len(chosen)} structures" + (f" of version {told}" if told else ""))
     started, n_masks = time.monotonic(), 0
     n_cases = sum(case.name not in excluded for case in found.cases.values())
     with _case_bar("Importing", n_cases) as (progress, bar):
@@ -120,23 +110,25 @@ def totalsegmentator(
         )
     seconds = time.monotonic() - started
     n_train, n_val, n_test = (list(report.splits.values()).count(split) for split in ("train", "val", "test"))
-    say(f"Wrote {report.folder}: {n_train} cases to train, {n_val} to validate, {n_test} to test")
+    print_line(f"Wrote {report.folder}: {n_train} cases to train, {n_val} to validate, {n_test} to test")
     masks_per_second = f", {n_masks / seconds:.0f} masks/s" if n_masks else ""
-    say(f"{n_masks} masks decoded in {seconds:.1f} s{masks_per_second}; {report.reused} cases were finished before")
+    print_line(
+        f"{n_masks} masks decoded in {seconds:.1f} s{masks_per_second}; {report.reused} cases were finished before"
+    )
     _print_cases(sorted(excluded & set(found.cases)), "excluded")
     _print_cases(report.left_out, "left out, as they annotate none of these structures")
     _print_cases(report.kept, "kept from an earlier run, as the source does not have them whole any more")
     _print_cases(list(found.absent), "in meta.csv and not in the source")
     _print_cases(list(found.unlisted), "not in meta.csv, taken for training")
     if not report.has_folds:
-        say("No official split: nnU-Net makes five folds of its own.")
+        print_line("No official split: nnU-Net makes five folds of its own.")
     if report.overlaps:
         table = PlainTable("structure", "lost to", "voxels", title="Overlaps", numbers=("voxels",))
         for (loser, winner), n in list(report.overlaps.items())[:_MOST_OVERLAPS]:
             table.add_row(loser, winner, str(n))
         stdout.print(table)
         n_voxels = sum(report.overlaps.values())
-        say(f"{n_voxels} voxels in {len(report.overlaps)} pairs; all of them in import_report.json")
+        print_line(f"{n_voxels} voxels in {len(report.overlaps)} pairs; all of them in import_report.json")
     _finish(report, dataset_id)
 
 
@@ -153,17 +145,13 @@ def _split(values: list[str] | None) -> list[str]:
 )
 def union(
     dataset_id: _Id,
-    sources: Annotated[list[str], Option("--from", help="Ids or names of two or more datasets in nnUNet_raw.")],
-    name: _Name = "Union",
-    mapping: Annotated[
-        Path | None, Option(help="YAML file that says which structure each label is, as --dry-run prints it.")
-    ] = None,
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="Write nothing: print what would become of the labels, as a table and as YAML.")
-    ] = False,
-    weights: Annotated[list[str] | None, Option(help=_WEIGHTS_HELP)] = None,
-    allow_unannotated: _AllowUnannotated = False,
-    num_processes: Annotated[int, Option("-np", "--np", help="Cases at a time.", min=1)] = 8,
+    sources: Annotated[list[str], Option("--from")],
+    name: str = "Union",
+    mapping: Path | None = None,
+    dry_run: bool = False,
+    weights: list[str] | None = None,
+    allow_unannotated: bool = False,
+    num_processes: Processes = 8,
 ) -> None:
     """Make one dataset of the training cases of several, each case annotating what its source labels.
 
@@ -174,6 +162,16 @@ def union(
     Images stay where they are, so keep the source datasets. An interrupted run continues when the same command is run
     again. Cases that cannot be read are listed at the end; the dataset is complete without them, and the exit status
     is 2.
+
+    Options:
+        sources: Ids or names of two or more datasets in nnUNet_raw.
+        name: Name of the new dataset, after the id.
+        mapping: YAML file that says which structure each label is, in the form that --dry-run prints.
+        dry_run: Write nothing: print what would become of the labels, as a table and as YAML.
+        weights: How often each case of a dataset is drawn relative to others, for example 101=1 4=0.5; by default
+            inversely to the square root of the dataset's number of cases.
+        allow_unannotated: Keep structures that no case annotates.
+        num_processes: Cases at a time.
     """
     from stunet.datasets import check_sources, import_union, merge_sources, read_union_source
     from stunet.labels import dump_mapping, read_mapping
@@ -204,15 +202,15 @@ def union(
             on_case=lambda case, reused: progress.advance(bar),
         )
     n_cases = sum(map(len, report.cases.values()))
-    say(f"Wrote {report.folder}: {n_cases} cases; {report.reused} were finished before")
+    print_line(f"Wrote {report.folder}: {n_cases} cases; {report.reused} were finished before")
     own_names = {s.name: [case for case, new in s.cases.items() if new in report.cases[s.name]] for s in found}
     _print_weights(found, own_names, given, error=False)
     _print_cases(report.left_out, "left out, as they annotate none of these structures")
     _print_cases(report.kept, "kept from an earlier run, as their source cannot be read any more")
     if report.has_folds:
-        say("The first folds of the sources' splits_final.json are the only fold.")
+        print_line("The first folds of the sources' splits_final.json are the only fold.")
     else:
-        say("Not every source has a splits_final.json in nnUNet_raw: nnU-Net makes five folds of its own.")
+        print_line("Not every source has a splits_final.json in nnUNet_raw: nnU-Net makes five folds of its own.")
     _finish(report, dataset_id)
 
 
@@ -246,8 +244,8 @@ def _print_labels(merged: LabelUnion, *, error: bool) -> None:
             table.add_row(str(value), structure, ", ".join(labels), ", ".join(members))
     (stderr if error else stdout).print(table)
     for one, other in merged.doubtful:
-        say(f"warning: {one} and {other} may overlap. If they are the same, or one is part of the other, say so in a "
-            "mapping file (--mapping).", error=True)  # fmt: skip
+        remedy = "If they are the same, or one is part of the other, say so in a mapping file (--mapping)."
+        print_line(f"warning: {one} and {other} may overlap. {remedy}", error=True)
 
 
 def _print_weights(
@@ -285,18 +283,20 @@ def _case_bar(text: str, n_cases: int) -> Iterator[tuple[Progress, Any]]:
 
 def _print_cases(names: Sequence[str], what: str) -> None:
     if names:
-        say(f"{len(names)} {'case' if len(names) == 1 else 'cases'} {what}: {shorten(names)}")
+        print_line(f"{len(names)} {'case' if len(names) == 1 else 'cases'} {what}: {shorten(names)}")
 
 
 def _finish(report: ImportReport | UnionReport, dataset_id: int) -> None:
     for path in report.stale:
         again = f"stunet labels carry -d {report.folder.name}"
-        say(f"Left alone, as it differs: {path}. Preprocess again, then: {again}")
+        print_line(f"Left alone, as it differs: {path}. Preprocess again, then: {again}")
     for case, error in report.failed.items():
-        say(f"case {case}:", error=True)
+        print_line(f"case {case}:", error=True)
         print_error(error)
     if report.failed:
-        say(f"{len(report.failed)} cases could not be imported; the dataset is complete without them.", error=True)
-    say(f"Next: stunet labels check -d {dataset_id}")
+        print_line(
+            f"{len(report.failed)} cases could not be imported; the dataset is complete without them.", error=True
+        )
+    print_line(f"Next: stunet labels check -d {dataset_id}")
     if report.failed:
         raise typer.Exit(2)

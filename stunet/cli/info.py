@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Option
 
-from stunet.cli.console import PlainTable, human_bytes, human_count, say, stdout
-from stunet.cli.options import Depth, Json, Width, choose_size, complete_sizes
+from stunet.cli import options
+from stunet.cli.console import PlainTable, human_bytes, human_count, print_line, stdout
+from stunet.cli.options import choose_size
 from stunet.errors import ArchitectureError
 from stunet.settings import ActivationCheckpointing, MomentumDtype
 from stunet.sizes import SIZES
@@ -20,38 +21,46 @@ if TYPE_CHECKING:
 
 
 def info(
-    size: Annotated[
-        list[str] | None, Option(help="Sizes; all published ones by default.", autocompletion=complete_sizes)
-    ] = None,
-    patch: Annotated[str, Option(help="Voxels along each axis, for example 128,128,128.")] = "128,128,128",
-    batch: Annotated[int, Option(help="Patches in a training batch.", min=1)] = 2,
-    classes: Annotated[int, Option(help="Outputs, background included.", min=1)] = 105,
-    channels: Annotated[int, Option(help="Channels of the image.", min=1)] = 1,
-    precision: Annotated[Literal["amp", "fp32"], Option(help="amp (nnU-Net on CUDA) or fp32 (on a CPU).")] = "amp",
-    activation_checkpointing: Annotated[
-        ActivationCheckpointing, Option(help="Blocks that compute activations again.")
-    ] = "none",
-    ranks: Annotated[int, Option(help="Processes, each with a GPU, that share the batch.", min=1)] = 1,
-    parallel: Annotated[
-        Literal["none", "ddp", "fsdp"] | None, Option(help="ddp by default where there are several processes.")
-    ] = None,
-    gradient_accumulation: Annotated[int, Option(help="Micro-batches of each process's share.", min=1)] = 1,
-    momentum_dtype: Annotated[MomentumDtype, Option(help="Precision of the momentum.")] = "fp32",
-    fused_optimizer: Annotated[bool, Option("--fused-optimizer", help="The optimizer's step in one kernel.")] = False,
-    batch_dice: Annotated[
-        bool, Option("--batch-dice", help="With --gpu: the plans have batch_dice, so micro-batches take more time.")
-    ] = False,
-    gpu: Annotated[
-        str | None, Option(help="Memory of each GPU, for example 24GB: say which settings to train with.")
-    ] = None,
-    loss: Annotated[
-        Literal["stunet", "nnunet"], Option(help="That of STUNetTrainer, or of nnU-Net's own trainer.")
-    ] = "stunet",
-    depth: Depth = None,
-    width: Width = None,
-    as_json: Json = False,
+    size: Annotated[list[str] | None, Option(autocompletion=options.complete_sizes)] = None,
+    patch: str = "128,128,128",
+    batch: options.Positive = 2,
+    classes: options.Positive = 105,
+    channels: options.Positive = 1,
+    precision: Literal["amp", "fp32"] = "amp",
+    activation_checkpointing: ActivationCheckpointing = "none",
+    ranks: options.Positive = 1,
+    parallel: Literal["none", "ddp", "fsdp"] | None = None,
+    gradient_accumulation: options.Positive = 1,
+    momentum_dtype: MomentumDtype = "fp32",
+    fused_optimizer: bool = False,
+    batch_dice: bool = False,
+    gpu: str | None = None,
+    loss: Literal["stunet", "nnunet"] = "stunet",
+    depth: str | None = None,
+    width: int | None = None,
+    as_json: options.Json = False,
 ) -> None:
-    """Show parameters, multiply-accumulates and estimated memory of each size."""
+    """Show parameters, multiply-accumulates and estimated memory of each size.
+
+    Options:
+        size: Sizes; all published ones by default.
+        patch: Voxels along each axis, for example 128,128,128.
+        batch: Patches in a training batch.
+        classes: Outputs, background included.
+        channels: Channels of the image.
+        precision: amp (nnU-Net on CUDA) or fp32 (on a CPU).
+        activation_checkpointing: Blocks that compute activations again.
+        ranks: Processes, each with a GPU, that share the batch.
+        parallel: ddp by default where there are several processes.
+        gradient_accumulation: Micro-batches of each process's share of the batch.
+        momentum_dtype: Precision of the momentum.
+        fused_optimizer: The optimizer's step in one kernel.
+        batch_dice: With --gpu: the plans have batch_dice, so micro-batches take more time.
+        gpu: Memory of each GPU, for example 24GB: say which settings to train with.
+        loss: That of STUNetTrainer, or of nnU-Net's own trainer.
+        depth: Blocks of six stages, for a size of your own.
+        width: Channels of the first stage, for a size of your own.
+    """
     patch_size = _parse_patch(patch)
     if depth is None and width is None:
         sizes = [choose_size(name, None, None) for name in size or SIZES]
@@ -170,4 +179,4 @@ def _print_recommendation(size: str, found: Recommendation, gpu_bytes: int, rank
         more = "" if ranks > 1 else ", or several GPUs (--ranks)"
         text = f"does not fit, {human_bytes(needed - usable)} too little even with {typed} ({share})."
         text += f" Take a smaller patch or size{more}."
-    say(f"{size} on {human_bytes(gpu_bytes)}: {text}")
+    print_line(f"{size} on {human_bytes(gpu_bytes)}: {text}")

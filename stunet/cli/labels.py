@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.progress import Progress
 
-from stunet.cli.console import Command, Group, PlainTable, examples, print_error, say, stderr, stdout
-from stunet.cli.options import Dataset
+from stunet.cli.console import Command, Group, PlainTable, examples, print_error, print_line, stderr, stdout
+from stunet.cli.options import Dataset, Json, Processes
 from stunet.cli.preflight import preflight
 from stunet.environment import find_dataset, nnunet_folder
 
@@ -21,11 +21,7 @@ app = typer.Typer(cls=Group, help="Check and carry annotated_labels.json.", no_a
 
 
 @app.command(cls=Command, epilog=examples("stunet labels check -d 4"))
-def check(
-    dataset: Dataset,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with what each case has.")] = False,
-    num_processes: Annotated[int, typer.Option("-np", help="Cases at a time.", min=1)] = 8,
-) -> None:
+def check(dataset: Dataset, as_json: Json = False, num_processes: Processes = 8) -> None:
     """Compare what the training cases annotate (annotated_labels.json) with what their label maps hold.
 
     Of a union, a second table says what each of its datasets contributes.
@@ -33,6 +29,10 @@ def check(
     Exit status: 0 where training can go ahead, be it that a structure occurs nowhere; 1 where a structure is annotated
     nowhere, a label occurs in a case that does not annotate it, or a value is not in dataset.json; 2 where the
     label values have a gap, or a file is missing, malformed or unreadable.
+
+    Options:
+        as_json: Print JSON, with what each case has.
+        num_processes: Cases at a time.
     """
     from stunet.datasets import case_names, read_raw_dataset, sources_of_cases
     from stunet.labels import MANIFEST_NAME, measure_coverage, read_manifest
@@ -80,21 +80,23 @@ def _print_coverage(coverage: Coverage, folder: Path) -> None:
     counts = sorted((len(coverage.manifest.annotated(case)) for case in coverage.voxels), reverse=True)
     if counts and counts[-1] < n_structures:
         shown = ", ".join(map(str, counts[:12])) + (" …" if len(counts) > 12 else "")
-        say(f"Structures annotated, by case: {shown} (of {n_structures})")
+        print_line(f"Structures annotated, by case: {shown} (of {n_structures})")
     else:
-        say("Every case annotates everything.")
+        print_line("Every case annotates everything.")
 
 
 def _warn(coverage: Coverage) -> None:
     for names, what in ((coverage.never_annotated, "never annotated"), (coverage.never_present, "never present")):
         if names:
-            say(f"warning: {len(names)} {what}: {', '.join(names)}", error=True)
+            print_line(f"warning: {len(names)} {what}: {', '.join(names)}", error=True)
     for case, structures in coverage.contradictions.items():
-        say(f"warning: {case} has {', '.join(structures)} and does not annotate it", error=True)
+        print_line(f"warning: {case} has {', '.join(structures)} and does not annotate it", error=True)
     for case, values in coverage.unknown_values.items():
-        say(f"warning: {case} has values that dataset.json does not list: {', '.join(map(str, values))}", error=True)
+        print_line(
+            f"warning: {case} has values that dataset.json does not list: {', '.join(map(str, values))}", error=True
+        )
     for case, error in coverage.unreadable.items():
-        say(f"case {case}:", error=True)
+        print_line(f"case {case}:", error=True)
         print_error(error)
 
 
@@ -110,4 +112,4 @@ def carry(dataset: Dataset) -> None:
     name = find_dataset(dataset)
     folder = nnunet_folder("nnUNet_preprocessed") / name
     carry_side_files(nnunet_folder("nnUNet_raw") / name, folder, overwrite=True)
-    say(f"{folder} is up to date")
+    print_line(f"{folder} is up to date")

@@ -53,32 +53,26 @@ def _complete_settings(ctx: Context, incomplete: str) -> list[tuple[str, str]]:
     return [(f"{known}=", SETTINGS[known].help) for known in names]
 
 
+# The docstrings of the commands say what each option does.
 FoldName = Literal["0", "1", "2", "3", "4", "all"]
+DeviceName = Literal["auto", "cuda", "mps", "cpu"]
+Positive = Annotated[int, Option(min=1)]
+Processes = Annotated[int, Option("-np", "--np", min=1)]
 Dataset = Annotated[str, Option("-d", "--dataset", help="Dataset id or name.")]
 Plans = Annotated[str, Option("--plans", "-p", help="The plans to start from.")]
-Size = Annotated[
-    str | None, Option(help="A published size: small, base, large or huge.", autocompletion=complete_sizes)
-]
-Depth = Annotated[str | None, Option(help="Blocks of six stages, for a size of your own: 1,1,2,2,2,2.")]
-Width = Annotated[int | None, Option(help="Channels of the first stage, for a size of your own, such as 24.")]
-Seed = Annotated[int | None, Option(help="Of all random numbers; equal trainings on the CPU.", min=0)]
+Size = Annotated[str | None, Option(autocompletion=complete_sizes)]
+Seed = Annotated[int | None, Option(min=0)]
 Continue = Annotated[bool, Option("--c", "--continue", help="Continue a training that was interrupted.")]
-Npz = Annotated[bool, Option("--npz", help="Keep the probabilities of the final validation.")]
-Trust = Annotated[
-    list[str] | None, Option("--trust", help="A network class of others' that may be imported. Repeatable.")
-]
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
-DeviceName = Literal["auto", "cuda", "mps", "cpu"]
-Device = Annotated[
-    DeviceName, Option("-device", "--device", help="auto takes CUDA where there is a GPU, else MPS, else the CPU.")
-]
+Trust = Annotated[list[str] | None, Option(help="A network class of others' that may be imported. Repeatable.")]
+_DEVICE_HELP = "auto takes CUDA where there is a GPU, else MPS, else the CPU."
+Device = Annotated[DeviceName, Option("-device", "--device", help=_DEVICE_HELP)]
 _SETTINGS_HELP = "Training settings, several after one --set; `stunet plan --list-settings` shows them."
 Settings = Annotated[
     list[str] | None, Option("--set", metavar="NAME=VALUE ...", help=_SETTINGS_HELP, autocompletion=_complete_settings)
 ]
-StrategyOption = Annotated[
-    Strategy | None, Option("--strategy", help="With --from: what is fine-tuned, and how fast; full by default.")
-]
+_STRATEGY_HELP = "With --from: what is fine-tuned, and how fast; full by default."
+StrategyOption = Annotated[Strategy | None, Option("--strategy", help=_STRATEGY_HELP)]
 
 
 def choose_device(device: str) -> DeviceName:

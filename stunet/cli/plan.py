@@ -10,7 +10,7 @@ import typer
 from typer import Option
 
 from stunet.cli import options
-from stunet.cli.console import PlainTable, say, stdout
+from stunet.cli.console import PlainTable, print_line, stdout
 from stunet.cli.convert import find_fetched
 from stunet.cli.preflight import preflight
 from stunet.environment import find_dataset, find_plans, nnunet_folder
@@ -48,43 +48,39 @@ def _print_settings(wanted: bool) -> None:
     raise typer.Exit
 
 
-_Source = Annotated[
-    Path | None,
-    Option("--from", help="Weights to start from; they decide the size.", autocompletion=options.complete_weights),
-]
-_Preset = Annotated[
-    str | None, Option(help="Pre-training preset for nnU-Net's planning.", autocompletion=options.complete_presets)
-]
-_ListSettings = Annotated[
-    bool, Option("--list-settings", callback=_print_settings, is_eager=True, help="Show what --set takes and leave.")
-]
-
-
 def plan(
     dataset: options.Dataset,
     size: options.Size = None,
-    configurations: Annotated[
-        list[str] | None, Option("-c", "--configurations", help="Those to rewrite; all by default. Takes several.")
-    ] = None,
+    configurations: Annotated[list[str] | None, Option("-c", "--configurations")] = None,
     plans: options.Plans = "nnUNetPlans",
     settings: options.Settings = None,
-    depth: options.Depth = None,
-    width: options.Width = None,
-    source: _Source = None,
+    depth: str | None = None,
+    width: int | None = None,
+    source: Annotated[Path | None, Option("--from", autocompletion=options.complete_weights)] = None,
     strategy: options.StrategyOption = None,
-    preset: _Preset = None,
-    name: Annotated[
-        str | None, Option(help="Name of the new plans; STUNetPlans_SIZE by default, with --from …_SIZE_ft.")
-    ] = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace plans that differ.")] = False,
+    preset: Annotated[str | None, Option(autocompletion=options.complete_presets)] = None,
+    name: str | None = None,
+    overwrite: bool = False,
     trust: options.Trust = None,
-    num_processes: Annotated[int, Option("-np", help="Processes for nnU-Net's fingerprint.", min=1)] = 8,
-    list_settings: _ListSettings = False,
+    num_processes: options.Processes = 8,
+    list_settings: Annotated[bool, Option(callback=_print_settings, is_eager=True)] = False,
     next_commands: Annotated[bool, Option(hidden=True)] = True,
 ) -> StunetPlans:
     """Write plans with a STU-Net beside nnU-Net's, which they are made from; preprocessed data is used again.
 
-    The size is base by default. Where nnU-Net has not planned the dataset yet, its own planner runs first.
+    Where nnU-Net has not planned the dataset yet, its own planner runs first.
+
+    Options:
+        size: small, base, large or huge; base by default.
+        configurations: Configurations to rewrite; all by default. Takes several.
+        depth: Blocks of six stages, for example 1,1,2,2,2,2.
+        width: Channels of the first stage, for example 24.
+        source: Weights to start from, file or fetched name; they decide the size.
+        preset: A pre-training preset in place of nnU-Net's planning: totalsegmentator.
+        name: Name of the new plans; STUNetPlans_SIZE by default, with --from …_SIZE_ft.
+        overwrite: Replace plans that differ.
+        num_processes: Processes for nnU-Net's fingerprint.
+        list_settings: Show the settings that --set takes and leave.
     """
     # What needs no PyTorch is checked before it is imported.
     asked = options.choose_size(size, depth, width)
@@ -130,7 +126,7 @@ def plan(
         for row in planning.preview_transfer(weights, content, configurations, dataset_json).rows():
             transferred.add_row(*row)
     written = planning.write_plans(content, path, overwrite=overwrite)
-    say(f"{'Wrote' if written else 'Already there, unchanged:'} {path}")
+    print_line(f"{'Wrote' if written else 'Already there, unchanged:'} {path}")
     trainable = _print_configurations(content)
     if next_commands:
         _print_next(StunetPlans(dataset_name, path, content), trainable, pretraining=preset is not None)
@@ -164,7 +160,7 @@ def _print_configurations(plans: dict[str, Any]) -> dict[str, dict[str, Any]]:
     stdout.print(table)
     for line, names in settings.items():
         if line:
-            say(f"options.Settings of {', '.join(names)}: {line}")
+            print_line(f"options.Settings of {', '.join(names)}: {line}")
     return trainable
 
 
@@ -176,10 +172,10 @@ def _print_next(made: StunetPlans, trainable: dict[str, dict[str, Any]], *, pret
     if pretraining:
         trainer = f"STUNetTrainer_{size}_pretrain" if size in SIZES else "STUNetTrainer_pretrain"
     dataset_id, plans_name = int(made.dataset_name[7:10]), made.path.stem
-    say("Next:")
+    print_line("Next:")
     if not (made.path.parent / trainable[name]["data_identifier"]).is_dir():
-        say(f"  nnUNetv2_preprocess -d {dataset_id} -plans_name {plans_name} -c {name}")
+        print_line(f"  nnUNetv2_preprocess -d {dataset_id} -plans_name {plans_name} -c {name}")
     train = f"nnUNetv2_train {dataset_id} {name} 0 -p {plans_name}"
-    say(f'  eval "$(stunet env)"; {train} -tr {trainer}')
+    print_line(f'  eval "$(stunet env)"; {train} -tr {trainer}')
     if not trainable[name].get(SETTINGS_KEY):  # which nnU-Net's own trainer does not read
-        say(f"or, with nnU-Net's own trainer:\n  {train}")
+        print_line(f"or, with nnU-Net's own trainer:\n  {train}")

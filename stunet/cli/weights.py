@@ -22,8 +22,8 @@ from rich.progress import (
 from rich.text import Text
 from typer import Argument, Option
 
-from stunet.cli.console import Command, Group, PlainTable, examples, say, stderr, stdout
-from stunet.cli.options import Json, complete_weights
+from stunet.cli.console import Command, Group, PlainTable, examples, print_line, stderr, stdout
+from stunet.cli.options import Json, Positive, complete_weights
 from stunet.environment import did_you_mean
 from stunet.errors import LabelError, UsageError, reading
 from stunet.files import file_sha256, read_json
@@ -54,7 +54,7 @@ def list_weights(as_json: Annotated[bool, Option("--json", help="Print JSON, wit
     stdout.print(table, "", sep="\n")
     for text, names in described.items():
         stdout.print(f"{', '.join(names)}: {text}")
-    say("Next: stunet weights fetch NAME. Files and addresses: stunet weights list --json")
+    print_line("Next: stunet weights fetch NAME. Files and addresses: stunet weights list --json")
 
 
 def _weights_rows() -> list[dict[str, Any]]:
@@ -74,23 +74,26 @@ def _weights_rows() -> list[dict[str, Any]]:
     return rows
 
 
-_NAME_HELP = "A name that `stunet weights list` shows."
-_URL_HELP = "Another address; once for each file, whose name it ends with, else for the weights."
-_ATTEMPTS_HELP = "Connections in a row that may bring nothing new before it gives up."
-
-
 @app.command("fetch", cls=Command, epilog=examples("stunet weights fetch small_ep4k"))
 def fetch_weights(
-    name: Annotated[str, Argument(help=_NAME_HELP, autocompletion=complete_weights)],
-    url: Annotated[list[str] | None, Option(help=_URL_HELP)] = None,
-    hf: Annotated[str | None, Option(help="Hugging Face repository: OWNER/NAME or OWNER/NAME@REVISION.")] = None,
-    to: Annotated[Path | None, Option(help="Folder to put the files into; the cache by default.")] = None,
-    force: Annotated[bool, Option("--force", help="Download files again that are there already.")] = False,
-    attempts: Annotated[int, Option(help=_ATTEMPTS_HELP, min=1)] = 5,
+    name: Annotated[str, Argument(autocompletion=complete_weights)],
+    url: list[str] | None = None,
+    hf: str | None = None,
+    to: Path | None = None,
+    force: bool = False,
+    attempts: Positive = 5,
 ) -> None:
     """Download published weights and the pickles that belong to them, going on where an earlier attempt was cut.
 
     They are put into STUNET_CACHE, else into the platform's folder for caches.
+
+    Options:
+        name: A name that `stunet weights list` shows.
+        url: Another address; once for each file, whose name it ends with, else for the weights.
+        hf: Hugging Face repository: OWNER/NAME or OWNER/NAME@REVISION.
+        to: Folder to put the files into; the cache by default.
+        force: Download files again that are there already.
+        attempts: Connections in a row that may bring nothing new before it gives up.
     """
     from stunet.weights import entry_folder, fetch, find_entry
 
@@ -100,11 +103,11 @@ def fetch_weights(
             path = fetch(entry, folder=to, urls=url or [], hub=hf, force=force, attempts=attempts, listener=bar)
     except KeyboardInterrupt:
         kept = f"What has arrived is kept in {to or entry_folder(name)}"
-        say(f"Stopped. {kept}; the same command goes on from there.", error=True)
+        print_line(f"Stopped. {kept}; the same command goes on from there.", error=True)
         raise typer.Exit(130) from None
-    say(f"{entry.name}: {path}")
-    say(f"Licence: {entry.licence or 'not known; ask those who published them'}")
-    say(f"Next: stunet convert {entry.name if to is None else path} -o MODEL_FOLDER")
+    print_line(f"{entry.name}: {path}")
+    print_line(f"Licence: {entry.licence or 'not known; ask those who published them'}")
+    print_line(f"Next: stunet convert {entry.name if to is None else path} -o MODEL_FOLDER")
 
 
 class DownloadBar:
@@ -144,21 +147,19 @@ class DownloadBar:
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        say(text, error=True)
-
-
-_WHAT_HELP = "Names; or one file, after the name of what it should be."
+        print_line(text, error=True)
 
 
 @app.command(
     "verify", cls=Command, epilog=examples("stunet weights verify", "stunet weights verify small_ep4k small_ep4k.model")
 )
-def verify_weights(
-    what: Annotated[list[str] | None, Argument(help=_WHAT_HELP, autocompletion=complete_weights)] = None,
-) -> None:
+def verify_weights(what: Annotated[list[str] | None, Argument(autocompletion=complete_weights)] = None) -> None:
     """Check weights: length and SHA-256 where they are known, and always that the file opens safely as that network.
 
     Without names, all that is in the cache.
+
+    Options:
+        what: Names; or one file, after the name of what it should be.
     """
     from stunet.weights import describe_file, entry_folder, load_registry, verify, verify_file
 
@@ -174,12 +175,12 @@ def verify_weights(
     elif files:
         words, sha256 = describe_file(files[0]), file_sha256(files[0])
         same = [entry.name for entry in known.values() for file in entry.files if file.sha256 == sha256]
-        say(f"fine  {files[0]}  SHA-256 {sha256}")
-        say(f"      {words}; {'published as ' + ', '.join(same) if same else 'its checksum is in no registry'}")
+        print_line(f"fine  {files[0]}  SHA-256 {sha256}")
+        print_line(f"      {words}; {'published as ' + ', '.join(same) if same else 'its checksum is in no registry'}")
     elif not what:
         names = [n for n, e in known.items() if any((entry_folder(n) / f.file).exists() for f in e.files)]
         if not names:
-            say("Nothing has been fetched yet.")
+            print_line("Nothing has been fetched yet.")
     for name in () if files else names:
         for verified in verify(known[name]):
             _report(verified)
@@ -187,16 +188,15 @@ def verify_weights(
 
 def _report(verified: Verified) -> None:
     compared = f"as {verified.compared_with}" if verified.compared_with else "not known before"
-    say(f"fine  {verified.path}  SHA-256 {verified.sha256} ({compared})")
+    print_line(f"fine  {verified.path}  SHA-256 {verified.sha256} ({compared})")
 
 
-def list_names(
-    of: Annotated[
-        str | None, Option(metavar="NAME", help="Show the structures of a model, a label system, or a model folder.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Show the published models, the label systems of datasets, and the structures of each with --of."""
+def list_names(of: Annotated[str | None, Option(metavar="NAME")] = None, as_json: Json = False) -> None:
+    """Show the published models, the label systems of datasets, and the structures of each with --of.
+
+    Options:
+        of: Show the structures of a model, a label system, or a model folder.
+    """
     content: dict[str, Any] = _models_and_systems() if of is None else {"name": of, "structures": _structures(of)}
     if as_json:
         typer.echo(json.dumps(content, indent=2))
