@@ -62,7 +62,7 @@ class Command(_Help, TyperCommand):
     """A command whose list options take several values at once, as nnU-Net's do: ``-c 2d 3d_fullres``.
 
     Typer wants an option's name before each value; that keeps working, and is the only way beside positional arguments.
-    The help of parameters is what the function's docstring says of them under ``Options:``, and flags have no ``--no-…``.
+    What the function's docstring says of its parameters under ``Options:`` is their help. Flags have no ``--no-…``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

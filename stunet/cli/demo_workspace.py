@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import subprocess
@@ -14,7 +15,7 @@ from os import environ, sep
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -22,21 +23,35 @@ from stunet.cli.console import print_line, stdout
 from stunet.errors import CommandError, UsageError
 from stunet.files import read_json
 
+if TYPE_CHECKING:
+    from stunet.reports import StructureDice
+
 _FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+#: Patches larger than this take too long on a CPU; voxels. In the same time, more steps on small ones learn more.
+_MAX_PATCH_ON_CPU = 16 * 32 * 32
+ITERATIONS_PER_EPOCH = 40
 _HEARTBEAT = 15.0  # seconds between two signs of life where the terminal cannot show a bar
 
 
 @dataclass
 class Workspace:
-    """One output folder.
+    """One output folder, and the commands that are run in it.
 
     Attributes:
         root: The folder; must not exist, or be empty.
+        network: The options of ``stunet plan`` that choose the network.
+        device: For the networks.
+        seed: Of all trainings.
+        configuration: That both are planned and trained with.
         variables: Long arguments by the name of a shell variable, under which commands show them.
         commands: Each command that was run so far, as a user would type it, and the seconds that it took.
     """
 
     root: Path
+    network: str
+    device: str
+    seed: int
+    configuration: str = "3d_fullres"
     variables: dict[str, str] = field(default_factory=dict)
     commands: list[tuple[str, float]] = field(default_factory=list)
 
@@ -70,9 +85,9 @@ class Workspace:
         """Return a dataset's folder in ``nnUNet_preprocessed``."""
         return self.root / "nnUNet_preprocessed" / dataset
 
-    def model(self, dataset: str, trainer: str, plans: str, configuration: str) -> Path:
+    def model(self, dataset: str, trainer: str, plans: str) -> Path:
         """Return the folder of a trained model."""
-        return self.root / "nnUNet_results" / dataset / f"{trainer}__{plans}__{configuration}"
+        return self.root / "nnUNet_results" / dataset / f"{trainer}__{plans}__{self.configuration}"
 
     def dataset_json(self, dataset: str) -> dict[str, Any]:
         """Read a dataset's description."""
@@ -89,21 +104,79 @@ class Workspace:
         self.variables[name] = value
         print_line(f"\n$ {name}={shlex.quote(value)}", style="bold")
 
-    def run(self, *command: object, epochs: int | None = None) -> None:
+    def preprocess(self, dataset: str) -> None:
+        """Plan and preprocess a dataset with nnU-Net."""
+        self.run(f"nnUNetv2_plan_and_preprocess -d {int(dataset[7:10])} -c {self.configuration} -npfp 1 -np 1")
+
+    def plan(self, dataset: str, name: str, settings: str) -> None:
+        """Write plans with the network and the settings."""
+        options = f"-d {int(dataset[7:10])} -c {self.configuration} {self.network} --name {name}"
+        self.run(f"stunet plan {options} --set {settings}")
+
+    def train(self, dataset: str, plans: str, trainer: str, epochs: int) -> None:
+        """Train on fold 0, with all random numbers from the seed."""
+        options = f"-p {plans} -tr {trainer} -device {self.device} --seed {self.seed}"
+        self.run(f"stunet train {int(dataset[7:10])} {self.configuration} 0 {options}", epochs)
+
+    def predict(self, dataset: str, plans: str, trainer: str, predictions: Path) -> list[StructureDice]:
+        """Predict a dataset's test cases with a model that was trained on it, and compare with their labels."""
+        from stunet.reports import read_dice
+
+        raw = self.raw(dataset)
+        model = self.model(dataset, trainer, plans)
+        options = f"-d {int(dataset[7:10])} -c {self.configuration} -f 0 -p {plans} -tr {trainer} -device {self.device}"
+        self.run(f"nnUNetv2_predict -i {raw}/imagesTs -o {predictions} {options} -npp 0 -nps 0")
+        files = f"-djfile {model}/dataset.json -pfile {model}/plans.json"
+        self.run(f"nnUNetv2_evaluate_folder {raw}/labelsTs {predictions} {files} -np 2")
+        return read_dice(predictions / "summary.json", self.dataset_json(dataset)["labels"])
+
+    def settings(self, dataset: str, epochs: int, **more: int) -> str:
+        """Return the values of ``--set`` for a training this short, whether it starts from weights or from noise.
+
+        Where nnU-Net's patch would take too long on a CPU, a smaller one is taken.
+        """
+        from stunet.network import total_stride
+        from stunet.planning import fit_strides, load_plans, resolve_configuration
+
+        plans = load_plans(self.preprocessed(dataset) / "nnUNetPlans.json")
+        configuration = resolve_configuration(plans, self.configuration)
+        patch = list(configuration["patch_size"])
+        settings = {
+            "num_epochs": epochs,
+            "num_iterations_per_epoch": ITERATIONS_PER_EPOCH,
+            "num_val_iterations_per_epoch": 4,
+            "oversample_foreground_percent": 0.5,
+            # Higher than the default, as there are so few iterations; Dice over the batch, where more structures are.
+            "initial_lr": 0.03,
+            "batch_dice": "true",
+            "mirroring": "none",  # an eighth of the passes in prediction
+            "final_validation": "false",
+            "batch_size": min(8, configuration["batch_size"]) if len(patch) == 2 else 2,
+        }
+        if len(patch) == 3 and self.device == "cpu" and math.prod(patch) > _MAX_PATCH_ON_CPU:
+            step = total_stride(fit_strides(configuration["architecture"]["arch_kwargs"]["strides"]))
+            while math.prod(patch) > _MAX_PATCH_ON_CPU and any(n > s for n, s in zip(patch, step, strict=True)):
+                axis = max(range(3), key=lambda i: patch[i] / step[i])
+                patch[axis] -= step[axis]
+            settings["patch_size"] = ",".join(map(str, patch))
+        return " ".join(f"{key}={value}" for key, value in (settings | more).items())
+
+    def run(self, line: str, epochs: int | None = None) -> None:
         """Run a console script of an installed package, such as ``nnUNetv2_train``, in a process of its own.
 
         It is shown as a user would type it, with its epochs and progress while it runs; its whole output goes to the
         log.
 
         Args:
-            command: The script's name and its arguments; paths within the folder become relative.
+            line: The script's name and its arguments, without spaces in them; paths in the folder become relative.
             epochs: Epochs of a training, for the progress bar.
 
         Raises:
             CommandError: There is no such script, or it ended with another status than 0.
         """
-        typed = [str(part).removeprefix(f"{self.root}{sep}") for part in command]
-        shown = shlex.join(typed)
+        line = line.replace(f"{self.root}{sep}", "")
+        script, *arguments = line.split()
+        shown = line
         for name, value in self.variables.items():
             shown = shown.replace(value, f"${name}")
         print_line(f"\n$ {shown}", style="bold")
@@ -113,7 +186,7 @@ class Workspace:
         # What is trained must not depend on how many processes prepare batches.
         kept |= {"nnUNet_def_n_proc": "2", "nnUNet_compile": "f", "PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(  # noqa: S603 - a script of an installed package, no shell
-            [sys.executable, "-c", _launcher(typed[0]), *typed[1:]],
+            [sys.executable, "-c", _launcher(script), *arguments],
             cwd=self.root,
             env=kept,
             stdout=subprocess.PIPE,
@@ -124,7 +197,7 @@ class Workspace:
             bufsize=1,
         )
         try:
-            last_lines = self._follow(process, started, shlex.join(typed), epochs)
+            last_lines = self._follow(process, started, line, epochs)
         except BaseException:
             process.terminate()
             process.wait()
@@ -132,7 +205,7 @@ class Workspace:
         if process.wait() != 0:
             last = "\n    ".join(last_lines)
             status = process.returncode
-            raise CommandError(f"{typed[0]} failed with exit status {status}; see {self.log}:\n    {last}")
+            raise CommandError(f"{script} failed with exit status {status}; see {self.log}:\n    {last}")
         seconds = time.monotonic() - started
         stdout.print(f"  done in {seconds:.0f} s", style="dim")
         self.commands.append((shown, seconds))

@@ -99,7 +99,8 @@ def write_story(
     path: Path,
     *,
     conclusion: str,
-    chapters: Sequence[tuple[str, str, Sequence[tuple[str, float]]]],
+    counts: Mapping[str, int],
+    commands: Sequence[Sequence[tuple[str, float]]],
     exports: Sequence[str],
     ranking: Mapping[str, Any],
     curves: Mapping[str, Sequence[float]],
@@ -113,7 +114,8 @@ def write_story(
     Args:
         path: The page.
         conclusion: In one sentence.
-        chapters: Title, text and commands (each as it is typed, and the seconds that it took) of pre-training, picking,
+        counts: Numbers of cases and iterations that the template names.
+        commands: Each as it is typed, and the seconds that it took, of the four chapters: pre-training, picking,
             fine-tuning and prediction.
         exports: Lines that set the variables that the commands need.
         ranking: Content of ``ranking.json``.
@@ -136,18 +138,17 @@ def write_story(
         "Scores of the checkpoints.": bars,
         "Mean Dice on validation patches of the target, with the same budget.": on_target,
     }
-    shown = [[{"svg": inline_svg(figure), "caption": caption}] for caption, figure in figures.items()] + [[]]
     write_page(
         "story.html",
         path,
         title="Pre-train, pick, fine-tune",
         lead=conclusion,
         picture=inline_png(picture, "image, truth and predictions of three unseen cases"),
+        counts=counts,
+        verdict=ranking["verdict"],
         exports=exports,
-        steps=[
-            {"title": title, "text": text, "commands": commands, "figures": those}
-            for (title, text, commands), those in zip(chapters, shown, strict=True)
-        ],
+        commands=commands,
+        figures=[{"svg": inline_svg(figure), "caption": caption} for caption, figure in figures.items()],
         ranking=[
             {"name": c["name"], "scores": ["-" if v is None else f"{v:.3f}" for v in c["scores"].values()]}
             for c in candidates
