@@ -103,11 +103,6 @@ class Command(_Help, TyperCommand):
         return list(option.shell_complete(ctx, incomplete) if option else super().shell_complete(ctx, incomplete))
 
 
-def examples(*lines: str) -> str:
-    """Return the end of a command's help: lines as they are typed."""
-    return "\n\n".join(("Example:" if len(lines) == 1 else "Examples:", *(f"$ {line}" for line in lines)))
-
-
 class PlainTable(Table):
     """A table for 80 columns: no frame, texts as they are, and long ones folded instead of cut."""
 

@@ -165,11 +165,7 @@ class Workspace:
         """Run a console script of an installed package, such as ``nnUNetv2_train``, in a process of its own.
 
         It is shown as a user would type it, with its epochs and progress while it runs; its whole output goes to the
-        log.
-
-        Args:
-            line: The script's name and its arguments, without spaces in them; paths in the folder become relative.
-            epochs: Epochs of a training, for the progress bar.
+        log. Paths in the folder become relative, and have no spaces then.
 
         Raises:
             CommandError: There is no such script, or it ended with another status than 0.

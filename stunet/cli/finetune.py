@@ -14,7 +14,7 @@ from stunet.cli import options
 from stunet.cli.console import print_line
 from stunet.cli.convert import find_fetched
 from stunet.cli.env import trainers_folder
-from stunet.cli.plan import StunetPlans, plan
+from stunet.cli.plan import plan
 from stunet.cli.preflight import preflight
 from stunet.cli.train import train
 from stunet.environment import find_dataset, nnunet_folder
@@ -67,7 +67,7 @@ def finetune(
     find_fetched([source])
     preflight(dataset, plans=plans, device=device, n_devices=num_gpus, writes=results, seconds=-1)
     device = options.choose_device(device)
-    made = plan(
+    path = plan(
         dataset,
         configurations=[configuration],
         plans=plans,
@@ -80,8 +80,9 @@ def finetune(
         num_processes=num_processes,
         next_commands=False,
     )
-    plans_name, dataset_id = made.path.stem, str(int(made.dataset_name[7:10]))
-    model = results / made.dataset_name / f"{_TRAINER}__{plans_name}__{configuration}"
+    plans_name, dataset_name = path.stem, path.parent.name
+    dataset_id = str(int(dataset_name[7:10]))
+    model = results / dataset_name / f"{_TRAINER}__{plans_name}__{configuration}"
     command = ["nnUNetv2_train"] if seed is None else ["stunet", "train", "--seed", str(seed)]
     command += [dataset_id, configuration, fold, "-tr", _TRAINER, "-p", plans_name, "-device", device]
     command += ["-num_gpus", str(num_gpus)] if num_gpus > 1 else []
@@ -89,19 +90,28 @@ def finetune(
     end_with_children()
     with locked(model / f".fold_{fold}.lock", "training of the same fold"):
         _check_fold(model / f"fold_{fold}", continue_training=continue_training, overwrite=overwrite)
-        _preprocess(made, configuration, num_processes)
+        _preprocess(path, configuration, num_processes)
         preflight(dataset, plans=plans_name, configuration=configuration, trainer=_TRAINER, writes=results, seconds=-1)
         # Before nnU-Net is asked for the trainer; its own parser then reads the command as it was shown.
         os.environ["nnUNet_extTrainer"] = str(trainers_folder())
         print_line(f"\n$ {shlex.join(command)}", style="bold")
         sys.argv = command
         if seed is not None:
-            train(dataset_id, configuration, fold, trainer=_TRAINER, plans=plans_name, num_gpus=num_gpus, npz=npz,
-                  continue_training=continue_training, device=device, seed=seed)  # fmt: skip
-            return
-        from nnunetv2.run.run_training import run_training_entry
+            train(
+                dataset_id,
+                configuration,
+                fold,
+                plans=plans_name,
+                num_gpus=num_gpus,
+                npz=npz,
+                continue_training=continue_training,
+                device=device,
+                seed=seed,
+            )
+        else:
+            from nnunetv2.run.run_training import run_training_entry
 
-        run_training_entry()
+            run_training_entry()
 
 
 def _check_fold(fold: Path, *, continue_training: bool, overwrite: bool) -> None:
@@ -117,13 +127,13 @@ def _check_fold(fold: Path, *, continue_training: bool, overwrite: bool) -> None
         )
 
 
-def _preprocess(made: StunetPlans, configuration: str, num_processes: int) -> None:
+def _preprocess(plans: Path, configuration: str, num_processes: int) -> None:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess
 
-    from stunet.planning import missing_preprocessed_cases
+    from stunet.planning import load_plans, missing_preprocessed_cases
 
-    if missing_preprocessed_cases(made.dataset_name, made.content, configuration):
-        dataset_id, plans_name = int(made.dataset_name[7:10]), made.path.stem
-        command = f"nnUNetv2_preprocess -d {dataset_id} -plans_name {plans_name} -c {configuration} -np {num_processes}"
-        print_line(f"\n$ {command}", style="bold")
-        preprocess([dataset_id], plans_name, [configuration], [num_processes])
+    dataset_id = int(plans.parent.name[7:10])
+    if missing_preprocessed_cases(plans.parent.name, load_plans(plans), configuration):
+        options = f"-plans_name {plans.stem} -c {configuration} -np {num_processes}"
+        print_line(f"\n$ nnUNetv2_preprocess -d {dataset_id} {options}", style="bold")
+        preprocess([dataset_id], plans.stem, [configuration], [num_processes])

@@ -13,7 +13,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer import Option
 
-from stunet.cli.console import Command, Group, PlainTable, examples, print_error, print_line, shorten, stderr, stdout
+from stunet.cli.console import Group, PlainTable, print_error, print_line, shorten, stderr, stdout
 from stunet.cli.options import Processes
 from stunet.environment import find_dataset, nnunet_folder
 from stunet.errors import UsageError
@@ -30,13 +30,7 @@ _MOST_OVERLAPS = 8
 _Id = Annotated[int, Option("-d", "--dataset-id", help="Id of the new dataset.")]
 
 
-@app.command(
-    cls=Command,
-    epilog=examples(
-        "stunet import totalsegmentator Totalsegmentator_v2 -d 101",
-        "stunet import totalsegmentator Totalsegmentator_v2 -d 102 --group ribs",
-    ),
-)
+@app.command("totalsegmentator")
 def totalsegmentator(
     source: Path,
     dataset_id: _Id,
@@ -136,13 +130,7 @@ def _split(values: list[str] | None) -> list[str]:
     return [name.strip() for value in values or [] for name in value.split(",") if name.strip()]
 
 
-@app.command(
-    cls=Command,
-    epilog=examples(
-        "stunet import union -d 110 --from 101 4 --dry-run > mapping.yaml",
-        "stunet import union -d 110 --from 101 4 --mapping mapping.yaml",
-    ),
-)
+@app.command("union")
 def union(
     dataset_id: _Id,
     sources: Annotated[list[str], Option("--from")],

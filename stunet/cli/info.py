@@ -19,6 +19,16 @@ from stunet.sizes import SIZES
 if TYPE_CHECKING:
     from stunet.network import Recommendation
 
+#: Of the settings that the table's title names where they differ.
+_DEFAULTS = {
+    "activation_checkpointing": "none",
+    "momentum_dtype": "fp32",
+    "gradient_accumulation": 1,
+    "fused_optimizer": False,
+    "ranks": 1,
+    "parallel": "none",
+}
+
 
 def info(
     size: Annotated[list[str] | None, Option(autocompletion=options.complete_sizes)] = None,
@@ -70,13 +80,9 @@ def info(
 
     settings: dict[str, Any] = {"patch_size": patch_size, "batch_size": batch, "num_classes": classes}
     settings |= {"input_channels": channels, "precision": precision, "loss": loss, "ranks": ranks}
-    chosen = settings | {
-        "parallel": parallel or ("none" if ranks == 1 else "ddp"),
-        "activation_checkpointing": activation_checkpointing,
-        "gradient_accumulation": gradient_accumulation,
-        "momentum_dtype": momentum_dtype,
-        "fused_optimizer": fused_optimizer,
-    }
+    chosen = settings | {"activation_checkpointing": activation_checkpointing, "momentum_dtype": momentum_dtype}
+    chosen |= {"gradient_accumulation": gradient_accumulation, "fused_optimizer": fused_optimizer}
+    chosen["parallel"] = parallel or ("none" if ranks == 1 else "ddp")
     rows = [{**asdict(s), "features": s.features, **asdict(estimate(s, **chosen))} for s in sizes]
     gpu_bytes, found = 0, []
     if gpu is not None:
@@ -86,7 +92,10 @@ def info(
         found = [recommend(s, gpu_bytes, parallel=parallel, batch_dice=batch_dice, **settings) for s in sizes]
     if as_json:
         for row, one in zip(rows, found, strict=False):
-            row["recommendation"] = _as_json(one, gpu_bytes)
+            # Where nothing fits, "least" are the settings that need least memory.
+            row["recommendation"] = {"gpu_bytes": gpu_bytes, "fits": one.fits, "settings": None, "least": None}
+            row["recommendation"]["settings" if one.fits else "least"] = one.settings
+            row["recommendation"]["training_bytes"] = one.estimate.training_bytes
         content = {"settings": {**chosen, "strides": default_strides(patch_size)}, "sizes": rows}
         typer.echo(json.dumps(content, indent=2))
         return
@@ -107,39 +116,25 @@ def _parse_patch(text: str) -> list[int]:
 
 
 def _print_table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
-    said = [
-        " x ".join(map(str, settings["patch_size"])),
-        f"batch {settings['batch_size']}, {settings['num_classes']} outputs, {settings['precision']}",
-    ]
-    for key, default, text in (
-        ("activation_checkpointing", "none", "activation checkpointing {}"),
-        ("gradient_accumulation", 1, "batch in {} micro-batches"),
-        ("momentum_dtype", "fp32", "momentum in {}"),
-        ("fused_optimizer", False, "fused optimizer"),
-        ("ranks", 1, f"{settings['parallel']} over {{}} processes"),
-    ):
-        said += [text.format(settings[key])] * (settings[key] != default)
+    patch = " x ".join(map(str, settings["patch_size"]))
+    title = f"patch {patch}, batch {settings['batch_size']}, {settings['num_classes']} outputs, {settings['precision']}"
+    for name, default in _DEFAULTS.items():
+        title += f", {name} {settings[name]}" * (settings[name] != default)
     trainer = {"stunet": "STUNetTrainer", "nnunet": "nnUNetTrainer"}[settings["loss"]]
+    where = "" if settings["ranks"] == 1 else " in one process"
     caption = (
         "MACs: forward pass of one patch.\n"
-        f"Training: all tensors of a step{'' if settings['ranks'] == 1 else ' in one process'} with {trainer}'s loss "
-        "and nnU-Net's optimizer.\n"
+        f"Training: all tensors of a step{where} with {trainer}'s loss and nnU-Net's optimizer.\n"
         "Inference: all tensors of the forward pass of one patch.\n"
         "Not counted: CUDA context, workspaces, fragmentation, and the logits of a whole image."
     )
     numbers = ("parameters", "MACs", "training", "inference")
-    title = f"patch {', '.join(said)}"
     table = PlainTable("size", "blocks", "channels", *numbers, title=title, caption=caption, numbers=numbers)
     for row in rows:
-        table.add_row(
-            row["name"],
-            " ".join(map(str, row["depth"])),
-            f"{row['features'][0]} to {row['features'][-1]}",
-            f"{row['parameters'] / 1e6:.1f}M",
-            human_count(row["macs"]),
-            human_bytes(row["training_bytes"]),
-            human_bytes(row["inference_bytes"]),
-        )
+        channels = f"{row['features'][0]} to {row['features'][-1]}"
+        cells = [f"{row['parameters'] / 1e6:.1f}M", human_count(row["macs"])]
+        cells += [human_bytes(row["training_bytes"]), human_bytes(row["inference_bytes"])]
+        table.add_row(row["name"], " ".join(map(str, row["depth"])), channels, *cells)
     stdout.print(table)
 
 
@@ -155,15 +150,6 @@ def _warn_of_strides(patch_size: list[int]) -> None:
                 f"further: more operations than a patch of {n // wanted * wanted} or {-(-n // wanted) * wanted} takes."
             )
             return
-
-
-def _as_json(found: Recommendation, gpu_bytes: int) -> dict[str, Any]:
-    """``settings`` is null where nothing fits; ``least`` are then those that need least memory."""
-    settings = (
-        {"settings": found.settings, "least": None} if found.fits else {"settings": None, "least": found.settings}
-    )
-    needed = found.estimate.training_bytes
-    return {"gpu_bytes": gpu_bytes, "fits": found.fits, **settings, "training_bytes": needed}
 
 
 def _print_recommendation(size: str, found: Recommendation, gpu_bytes: int, ranks: int) -> None:

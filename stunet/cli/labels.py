@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.progress import Progress
 
-from stunet.cli.console import Command, Group, PlainTable, examples, print_error, print_line, stderr, stdout
+from stunet.cli.console import Group, PlainTable, print_error, print_line, stderr, stdout
 from stunet.cli.options import Dataset, Json, Processes
 from stunet.cli.preflight import preflight
 from stunet.environment import find_dataset, nnunet_folder
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(cls=Group, help="Check and carry annotated_labels.json.", no_args_is_help=True)
 
 
-@app.command(cls=Command, epilog=examples("stunet labels check -d 4"))
+@app.command("check")
 def check(dataset: Dataset, as_json: Json = False, num_processes: Processes = 8) -> None:
     """Compare what the training cases annotate (annotated_labels.json) with what their label maps hold.
 
@@ -100,7 +100,7 @@ def _warn(coverage: Coverage) -> None:
         print_error(error)
 
 
-@app.command(cls=Command, epilog=examples("stunet labels carry -d 4"))
+@app.command("carry")
 def carry(dataset: Dataset) -> None:
     """Copy annotated_labels.json and splits_final.json from nnUNet_raw to nnUNet_preprocessed, over what is there.
 

@@ -1,4 +1,39 @@
-"""The ``stunet`` command: its subcommands, and how errors are shown."""
+"""The ``stunet`` command: its subcommands, and how errors are shown.
+
+Their help ends with these examples::
+
+stunet plan -d 4 --size base --set num_epochs=500 patch_size=96,160,160
+stunet plan -d 4 --from small_ep4k --strategy warmup
+stunet info --size small base --patch 96,160,160 --gpu 24GB
+stunet train 4 3d_fullres 0 -p STUNetPlans_base
+stunet finetune -d 4 --from small_ep4k
+stunet finetune -d 4 --from small_ep4k --set num_epochs=100 --continue
+stunet rank -d 4 --checkpoints small_ep4k base_ep4k -o ranking
+stunet rank-eval ranking/ranking.json dice.json
+stunet evaluate -d 4 -m MODEL_FOLDER --label-map btcv
+stunet evaluate -d 4 --predictions PREDICTIONS --cases case_01,case_07
+stunet predict -i CT.nii.gz -o CT_labels.nii.gz -m small_ep4k
+stunet predict -i DICOM_FOLDER -o OUT -m small_ep4k --statistics --preview
+stunet predict -i IMAGES -o OUT -d 4 -f 0 --structures liver --continue
+stunet convert small_ep4k -o MODEL_FOLDER
+stunet list
+stunet list --of small_ep4k
+stunet list --of btcv --json
+eval "$(stunet env)"
+stunet demo
+stunet demo --data nnUNet_raw/Dataset004_Hippocampus
+stunet weights list
+stunet weights list --json
+stunet weights fetch small_ep4k
+stunet weights verify
+stunet weights verify small_ep4k small_ep4k.model
+stunet import totalsegmentator Totalsegmentator_v2 -d 101
+stunet import totalsegmentator Totalsegmentator_v2 -d 102 --group ribs
+stunet import union -d 110 --from 101 4 --dry-run > mapping.yaml
+stunet import union -d 110 --from 101 4 --mapping mapping.yaml
+stunet labels check -d 4
+stunet labels carry -d 4
+"""
 
 from __future__ import annotations
 
@@ -13,7 +48,7 @@ import typer
 
 import stunet
 from stunet.cli import import_datasets, labels, weights
-from stunet.cli.console import Command, Group, examples, print_error
+from stunet.cli.console import Command, Group, print_error
 from stunet.cli.convert import convert
 from stunet.cli.demo import demo
 from stunet.cli.env import env
@@ -38,36 +73,17 @@ app = typer.Typer(
 )
 
 
-_EXAMPLES = """
-stunet plan -d 4 --size base --set num_epochs=500 patch_size=96,160,160
-stunet plan -d 4 --from small_ep4k --strategy warmup
-stunet info --size small base --patch 96,160,160 --gpu 24GB
-stunet train 4 3d_fullres 0 -p STUNetPlans_base
-stunet finetune -d 4 --from small_ep4k
-stunet finetune -d 4 --from small_ep4k --set num_epochs=100 --continue
-stunet rank -d 4 --checkpoints small_ep4k base_ep4k -o ranking
-stunet rank-eval ranking/ranking.json dice.json
-stunet evaluate -d 4 -m MODEL_FOLDER --label-map btcv
-stunet evaluate -d 4 --predictions PREDICTIONS --cases case_01,case_07
-stunet predict -i CT.nii.gz -o CT_labels.nii.gz -m small_ep4k
-stunet predict -i DICOM_FOLDER -o OUT -m small_ep4k --statistics --preview
-stunet predict -i IMAGES -o OUT -d 4 -f 0 --structures liver --continue
-stunet convert small_ep4k -o MODEL_FOLDER
-stunet list
-stunet list --of small_ep4k
-stunet list --of btcv --json
-eval "$(stunet env)"
-stunet demo
-stunet demo --data nnUNet_raw/Dataset004_Hippocampus
-"""
 _command: Callable[..., object]
 for _command in (plan, info, train, finetune, rank, rank_eval, evaluate, predict, convert, list_names, env, demo):
-    _name = _command.__name__.removesuffix("_names").replace("_", "-")
-    _lines = [line for line in _EXAMPLES.splitlines() if re.search(rf"\bstunet {_name}(?![\w-])", line)]
-    app.command(_name, cls=Command, epilog=examples(*_lines))(_command)
+    app.command(_command.__name__.removesuffix("_names").replace("_", "-"))(_command)
 app.add_typer(weights.app, name="weights")
 app.add_typer(import_datasets.app, name="import")
 app.add_typer(labels.app, name="labels")
+for _group, _name in ((app, ""), (weights.app, "weights "), (import_datasets.app, "import "), (labels.app, "labels ")):
+    for _info in _group.registered_commands:
+        _typed = re.compile(rf"\bstunet {_name}{_info.name}(?![\w-])")
+        _lines = [f"$ {line.strip()}" for line in (__doc__ or "").splitlines() if _typed.search(line)]
+        _info.cls, _info.epilog = Command, "\n\n".join(["Examples:" if _lines[1:] else "Example:", *_lines])
 
 
 def _print_version(wanted: bool) -> None:

@@ -76,10 +76,7 @@ StrategyOption = Annotated[Strategy | None, Option("--strategy", help=_STRATEGY_
 
 
 def choose_device(device: str) -> DeviceName:
-    """Return the device to compute on.
-
-    Args:
-        device: ``cpu``, ``cuda`` or ``mps``; ``auto`` takes the first of CUDA, MPS and CPU that there is.
+    """Return the device to compute on; ``auto`` takes the first of CUDA, MPS and CPU that there is.
 
     Raises:
         UsageError: A device that PyTorch does not find.
@@ -95,12 +92,9 @@ def choose_device(device: str) -> DeviceName:
 
 
 def choose_size(name: str | None, depth: str | None, width: int | None) -> STUNetSize:
-    """Return the size that the options stand for.
+    """Return the size that ``--size``, or else ``--depth`` and ``--width``, stand for; ``base`` by default.
 
-    Args:
-        name: Value of ``--size``; ``base`` where nothing is given.
-        depth: Value of ``--depth``: six comma-separated numbers, or one for all stages; 1 by default.
-        width: Value of ``--width``; that of ``base`` by default.
+    A depth is six comma-separated numbers, or one for all stages.
 
     Raises:
         ArchitectureError: An unknown name, or an impossible depth or width.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer import Option
@@ -18,18 +17,6 @@ from stunet.errors import PlansError, UsageError
 from stunet.files import read_json
 from stunet.settings import SETTINGS, SETTINGS_KEY, parse_settings
 from stunet.sizes import SIZES
-
-if TYPE_CHECKING:
-    pass
-
-
-@dataclass(frozen=True)
-class StunetPlans:
-    """A plans file with a STU-Net: the dataset's full name, the file, and its content."""
-
-    dataset_name: str
-    path: Path
-    content: dict[str, Any]
 
 
 def _print_settings(wanted: bool) -> None:
@@ -65,7 +52,7 @@ def plan(
     num_processes: options.Processes = 8,
     list_settings: Annotated[bool, Option(callback=_print_settings, is_eager=True)] = False,
     next_commands: Annotated[bool, Option(hidden=True)] = True,
-) -> StunetPlans:
+) -> Path:
     """Write plans with a STU-Net beside nnU-Net's, which they are made from; preprocessed data is used again.
 
     Where nnU-Net has not planned the dataset yet, its own planner runs first.
@@ -129,10 +116,10 @@ def plan(
     print_line(f"{'Wrote' if written else 'Already there, unchanged:'} {path}")
     trainable = _print_configurations(content)
     if next_commands:
-        _print_next(StunetPlans(dataset_name, path, content), trainable, pretraining=preset is not None)
+        _print_next(path, trainable, pretraining=preset is not None)
     if weights is not None:
         stdout.print(transferred)
-    return StunetPlans(dataset_name, path, content)
+    return path
 
 
 def _print_configurations(plans: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -164,16 +151,16 @@ def _print_configurations(plans: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return trainable
 
 
-def _print_next(made: StunetPlans, trainable: dict[str, dict[str, Any]], *, pretraining: bool) -> None:
+def _print_next(path: Path, trainable: dict[str, dict[str, Any]], *, pretraining: bool) -> None:
     from stunet.planning import plans_size
 
     name = "3d_fullres" if "3d_fullres" in trainable else next(iter(trainable))
     size, trainer = plans_size(trainable[name]).name, "STUNetTrainer"
     if pretraining:
         trainer = f"STUNetTrainer_{size}_pretrain" if size in SIZES else "STUNetTrainer_pretrain"
-    dataset_id, plans_name = int(made.dataset_name[7:10]), made.path.stem
+    dataset_id, plans_name = int(path.parent.name[7:10]), path.stem
     print_line("Next:")
-    if not (made.path.parent / trainable[name]["data_identifier"]).is_dir():
+    if not (path.parent / trainable[name]["data_identifier"]).is_dir():
         print_line(f"  nnUNetv2_preprocess -d {dataset_id} -plans_name {plans_name} -c {name}")
     train = f"nnUNetv2_train {dataset_id} {name} 0 -p {plans_name}"
     print_line(f'  eval "$(stunet env)"; {train} -tr {trainer}')

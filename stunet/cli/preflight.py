@@ -11,17 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from stunet import environment
 from stunet.cli.console import human_bytes
 from stunet.cli.env import trainers_folder
 from stunet.cli.options import choose_device
-from stunet.environment import (
-    did_you_mean,
-    find_dataset,
-    find_plans,
-    preprocessed_folder,
-    require_configuration,
-    require_plans,
-)
 from stunet.errors import DatasetError, LabelError, UsageError, reading
 from stunet.files import read_json
 
@@ -56,10 +49,10 @@ def preflight(
     Raises:
         STUNetError: What is wrong, what would be right, what to do.
     """
-    name = find_dataset(dataset)
-    path = None if plans is None else find_plans(name, plans)
+    name = environment.find_dataset(dataset)
+    path = None if plans is None else environment.find_plans(name, plans)
     if path is not None and configuration is not None:
-        require_plans(path)
+        environment.require_plans(path)
     if trainer is not None:
         _check_trainer(trainer)
     raw, preprocessed = (Path(os.environ.get(v) or os.devnull) / name for v in ("nnUNet_raw", "nnUNet_preprocessed"))
@@ -99,7 +92,7 @@ def _check_trainer(name: str) -> None:
     if not any(re.search(rf"\b{re.escape(name)}\b", source) for source in sources):
         known = sorted({found for source in sources for found in re.findall(r"^class (\w+)\(", source, re.MULTILINE)})
         places = ", ".join(map(str, folders[len(stock) :]))
-        hint = did_you_mean(name, known)
+        hint = environment.did_you_mean(name, known)
         raise UsageError(f"unknown trainer {name}: -tr names one of nnU-Net's or of {places}. {hint}")
 
 
@@ -110,8 +103,8 @@ def _check_plans(path: Path, content: dict[str, Any], name: str, configuration: 
     except (OSError, ValueError, KeyError, TypeError):
         return  # no plans: reading them says so
     if configuration is not None:
-        require_configuration(plans, configuration)
-        preprocessed_folder(name, plans, configuration)
+        environment.require_configuration(plans, configuration)
+        environment.preprocessed_folder(name, plans, configuration)
     names = content.get("channel_names") or content.get("modality") or {}
     if names and len(names) != n_planned:
         got = f"{len(names)} in dataset.json ({', '.join(map(str, names.values()))})"

@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.text import Text
 from typer import Argument, Option
 
-from stunet.cli.console import Command, Group, PlainTable, examples, print_line, stderr, stdout
+from stunet.cli.console import Group, PlainTable, print_line, stderr, stdout
 from stunet.cli.options import Json, Positive, complete_weights
 from stunet.environment import did_you_mean
 from stunet.errors import LabelError, UsageError, reading
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 app = typer.Typer(cls=Group, help="List, fetch and verify published STU-Net weights.", no_args_is_help=True)
 
 
-@app.command("list", cls=Command, epilog=examples("stunet weights list", "stunet weights list --json"))
+@app.command("list")
 def list_weights(as_json: Annotated[bool, Option("--json", help="Print JSON, with all sources.")] = False) -> None:
     """Show the published weights that are known, and which of them are in the cache."""
     rows = _weights_rows()
@@ -74,7 +74,7 @@ def _weights_rows() -> list[dict[str, Any]]:
     return rows
 
 
-@app.command("fetch", cls=Command, epilog=examples("stunet weights fetch small_ep4k"))
+@app.command("fetch")
 def fetch_weights(
     name: Annotated[str, Argument(autocompletion=complete_weights)],
     url: list[str] | None = None,
@@ -150,9 +150,7 @@ class DownloadBar:
         print_line(text, error=True)
 
 
-@app.command(
-    "verify", cls=Command, epilog=examples("stunet weights verify", "stunet weights verify small_ep4k small_ep4k.model")
-)
+@app.command("verify")
 def verify_weights(what: Annotated[list[str] | None, Argument(autocompletion=complete_weights)] = None) -> None:
     """Check weights: length and SHA-256 where they are known, and always that the file opens safely as that network.
 

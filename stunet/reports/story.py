@@ -24,15 +24,7 @@ _LEARNED = 0.1
 
 @dataclass(frozen=True)
 class StructureDice:
-    """Scores of one structure over all cases.
-
-    Attributes:
-        name: The structure.
-        mean: Mean Dice over the cases that have it, NaN where none has.
-        lowest: Lowest Dice of a case.
-        highest: Highest Dice of a case.
-        n_cases: Number of cases with a score.
-    """
+    """Mean, lowest and highest Dice of a structure over the ``n_cases`` that have a score; NaN where none has."""
 
     name: str
     mean: float
@@ -75,13 +67,7 @@ def mean_dice(rows: Sequence[StructureDice]) -> float:
 
 
 def conclude(dice: Mapping[str, Sequence[StructureDice]], *, n_cases: int, iterations: int) -> str:
-    """Say what the figures say, whichever way they fall.
-
-    Args:
-        dice: Scores on unseen cases, ``from scratch`` and ``fine-tuned``.
-        n_cases: Labelled cases of both trainings.
-        iterations: Of both trainings.
-    """
+    """Say what the scores ``from scratch`` and ``fine-tuned`` on unseen cases say, whichever way they fall."""
     scratch, tuned = mean_dice(dice["from scratch"]), mean_dice(dice["fine-tuned"])
     gain = tuned - scratch
     verdict = "Pre-training helped" if gain >= _CLEAR else "Pre-training made no clear difference here"
@@ -149,17 +135,10 @@ def write_story(
         exports=exports,
         commands=commands,
         figures=[{"svg": inline_svg(figure), "caption": caption} for caption, figure in figures.items()],
-        ranking=[
-            {"name": c["name"], "scores": ["-" if v is None else f"{v:.3f}" for v in c["scores"].values()]}
-            for c in candidates
-        ],
-        metrics=list(candidates[0]["scores"]),
+        candidates=candidates,
         models=list(dice),
-        dice=[
-            {"name": rows[0].name, "means": [f"{row.mean:.3f}" for row in rows]}
-            for rows in zip(*dice.values(), strict=True)
-        ],
-        means=[f"{mean_dice(rows):.3f}" for rows in dice.values()],
+        structures=list(zip(*dice.values(), strict=True)),
+        means=[mean_dice(rows) for rows in dice.values()],
         total=f"{seconds / 60:.1f}",
         versions=[(name, version(name)) for name in ("stunet", "nnunetv2", "torch")],
         cores=os.cpu_count(),
