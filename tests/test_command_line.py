@@ -60,6 +60,7 @@ def test_help_shows_flags_without_a_type_and_ends_with_examples_that_parse(
     assert status == 0
     assert "bool" not in out
     assert max(map(len, out.splitlines())) <= 80
+    assert [p.name for p in COMMANDS[name].params if not p.help and not getattr(p, "hidden", False)] == []
     shown = out.partition("Example")[2]
     lines = [line[2:] for line in COMMANDS[name].epilog.splitlines() if line.startswith("$ ")]
     assert 1 <= len(lines) <= 3

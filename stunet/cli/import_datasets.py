@@ -220,16 +220,15 @@ def _parse_weights(weights: Sequence[str], sources: Sequence[UnionSource]) -> di
 
 def _print_labels(merged: LabelUnion, *, error: bool) -> None:
     table = PlainTable("value", "structure", "from", "stands for", title="Structures of the union", numbers=("value",))
+    sources: dict[str, list[str]] = {}
+    for source, names in merged.mapping.items():
+        number = source[7:10].lstrip("0")
+        for label, structure in names.items():
+            sources.setdefault(structure, []).append(number if label == structure else f"{number} ({label})")
     for structure, value in merged.labels.items():
-        labels = [
-            source.partition("_")[0].removeprefix("Dataset").lstrip("0") + (f" ({label})" if label != structure else "")
-            for source, names in merged.mapping.items()
-            for label, name in names.items()
-            if name == structure
-        ]
         members = merged.superclasses.get(structure, ())
-        if labels or members:
-            table.add_row(str(value), structure, ", ".join(labels), ", ".join(members))
+        if structure in sources or members:
+            table.add_row(str(value), structure, ", ".join(sources.get(structure, [])), ", ".join(members))
     (stderr if error else stdout).print(table)
     for one, other in merged.doubtful:
         remedy = "If they are the same, or one is part of the other, say so in a mapping file (--mapping)."

@@ -2,37 +2,37 @@
 
 Their help ends with these examples::
 
-stunet plan -d 4 --size base --set num_epochs=500 patch_size=96,160,160
-stunet plan -d 4 --from small_ep4k --strategy warmup
-stunet info --size small base --patch 96,160,160 --gpu 24GB
-stunet train 4 3d_fullres 0 -p STUNetPlans_base
-stunet finetune -d 4 --from small_ep4k
-stunet finetune -d 4 --from small_ep4k --set num_epochs=100 --continue
-stunet rank -d 4 --checkpoints small_ep4k base_ep4k -o ranking
-stunet rank-eval ranking/ranking.json dice.json
-stunet evaluate -d 4 -m MODEL_FOLDER --label-map btcv
-stunet evaluate -d 4 --predictions PREDICTIONS --cases case_01,case_07
-stunet predict -i CT.nii.gz -o CT_labels.nii.gz -m small_ep4k
-stunet predict -i DICOM_FOLDER -o OUT -m small_ep4k --statistics --preview
-stunet predict -i IMAGES -o OUT -d 4 -f 0 --structures liver --continue
-stunet convert small_ep4k -o MODEL_FOLDER
-stunet list
-stunet list --of small_ep4k
-stunet list --of btcv --json
-eval "$(stunet env)"
-stunet demo
-stunet demo --data nnUNet_raw/Dataset004_Hippocampus
-stunet weights list
-stunet weights list --json
-stunet weights fetch small_ep4k
-stunet weights verify
-stunet weights verify small_ep4k small_ep4k.model
-stunet import totalsegmentator Totalsegmentator_v2 -d 101
-stunet import totalsegmentator Totalsegmentator_v2 -d 102 --group ribs
-stunet import union -d 110 --from 101 4 --dry-run > mapping.yaml
-stunet import union -d 110 --from 101 4 --mapping mapping.yaml
-stunet labels check -d 4
-stunet labels carry -d 4
+    stunet plan -d 4 --size base --set num_epochs=500 patch_size=96,160,160
+    stunet plan -d 4 --from small_ep4k --strategy warmup
+    stunet info --size small base --patch 96,160,160 --gpu 24GB
+    stunet train 4 3d_fullres 0 -p STUNetPlans_base
+    stunet finetune -d 4 --from small_ep4k
+    stunet finetune -d 4 --from small_ep4k --set num_epochs=100 --continue
+    stunet rank -d 4 --checkpoints small_ep4k base_ep4k -o ranking
+    stunet rank-eval ranking/ranking.json dice.json
+    stunet evaluate -d 4 -m MODEL_FOLDER --label-map btcv
+    stunet evaluate -d 4 --predictions PREDICTIONS --cases case_01,case_07
+    stunet predict -i CT.nii.gz -o CT_labels.nii.gz -m small_ep4k
+    stunet predict -i DICOM_FOLDER -o OUT -m small_ep4k --statistics --preview
+    stunet predict -i IMAGES -o OUT -d 4 -f 0 --structures liver --continue
+    stunet convert small_ep4k -o MODEL_FOLDER
+    stunet list
+    stunet list --of small_ep4k
+    stunet list --of btcv --json
+    eval "$(stunet env)"
+    stunet demo
+    stunet demo --data nnUNet_raw/Dataset004_Hippocampus
+    stunet weights list
+    stunet weights list --json
+    stunet weights fetch small_ep4k
+    stunet weights verify
+    stunet weights verify small_ep4k small_ep4k.model
+    stunet import totalsegmentator Totalsegmentator_v2 -d 101
+    stunet import totalsegmentator Totalsegmentator_v2 -d 102 --group ribs
+    stunet import union -d 110 --from 101 4 --dry-run > mapping.yaml
+    stunet import union -d 110 --from 101 4 --mapping mapping.yaml
+    stunet labels check -d 4
+    stunet labels carry -d 4
 """
 
 from __future__ import annotations
@@ -71,8 +71,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
 _command: Callable[..., object]
 for _command in (plan, info, train, finetune, rank, rank_eval, evaluate, predict, convert, list_names, env, demo):
     app.command(_command.__name__.removesuffix("_names").replace("_", "-"))(_command)

@@ -107,18 +107,20 @@ def plan(
     content = planning.rewrite_plans(
         planned, size=network, plans_name=path.stem, configurations=configurations, settings=chosen | given
     )
-    transferred = PlainTable(title=f"From {source}")
+    report = None
     if weights is not None and configurations:
         dataset_json = read_json(path.parent / "dataset.json")
-        for row in planning.preview_transfer(weights, content, configurations, dataset_json).rows():
-            transferred.add_row(*row)
+        report = planning.preview_transfer(weights, content, configurations, dataset_json)
     written = planning.write_plans(content, path, overwrite=overwrite)
     print_line(f"{'Wrote' if written else 'Already there, unchanged:'} {path}")
     trainable = _print_configurations(content)
     if next_commands:
         _print_next(path, trainable, pretraining=preset is not None)
-    if weights is not None:
-        stdout.print(transferred)
+    if report is not None:
+        table = PlainTable(title=f"From {report.source}")
+        for row in report.rows():
+            table.add_row(*row)
+        stdout.print(table)
     return path
 
 

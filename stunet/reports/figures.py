@@ -14,10 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.transforms import blended_transform_factory
 
 from stunet.evaluation import METRICS, EvaluationResults
 from stunet.files import atomic_path
@@ -60,7 +58,7 @@ def side_by_side(
     Args:
         cases: Name, image, and label maps by title, the truth first; arrays of one shape ``(Z, Y, X)``.
         labels: Label value of each structure, background (0) included or not.
-        path: PNG to write, whole or not at all.
+        path: PNG to write, atomically.
         spacing: mm along ``(z, y, x)``, for the proportions of the picture.
         plane_name: What the plane is: axial, coronal or sagittal.
     """
@@ -83,7 +81,6 @@ def side_by_side(
             axis.set_axis_off()
     handles = [Patch(color=colours[value], label=name) for name, value in labels.items() if value > 0]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
-    FigureCanvasAgg(figure)
     with atomic_path(Path(path)) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
@@ -102,12 +99,11 @@ def draw_scores(results: EvaluationResults, path: str | os.PathLike[str], *, tit
     Args:
         results: The scores. Structures that no case has are drawn as empty rows; infinite distances are counted beside
             their row, since they have no place on the axis.
-        path: PNG to write, whole or not at all.
+        path: PNG to write, atomically.
         title: Title of the figure.
     """
     n = len(results.structures)
     figure = Figure(figsize=(11, _ROW * n + 1.3), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(METRICS), sharey=True, squeeze=False)[0]
     for panel, metric in zip(panels, METRICS, strict=True):
         _draw_metric(panel, results, metric)
@@ -120,7 +116,6 @@ def draw_scores(results: EvaluationResults, path: str | os.PathLike[str], *, tit
 
 
 def _draw_metric(panel: Axes, results: EvaluationResults, metric: str) -> None:
-    beside = blended_transform_factory(panel.transAxes, panel.transData)
     alpha = 0.8 if len(results.cases) <= _MOST_CASES_FOR_OPAQUE_DOTS else 0.3
     for row, (structure, values) in enumerate(zip(results.structures, results.values(metric).values(), strict=True)):
         # Spread over the row's height, in the order of cases, so that equal scores do not hide each other.
@@ -130,18 +125,9 @@ def _draw_metric(panel: Axes, results: EvaluationResults, metric: str) -> None:
         if mean is not None:
             panel.plot([mean, mean], [row - 0.38, row + 0.38], color="tab:red", linewidth=1.6, zorder=3)
         if metric == "HD95" and structure.infinite:
-            text: dict[str, Any] = {
-                "ha": "right",
-                "va": "center",
-                "fontsize": 7,
-                "color": "dimgray",
-                "transform": beside,
-            }
-            panel.text(0.99, row, f"{structure.infinite} infinite", **text)
+            text, beside = f"{structure.infinite} infinite", panel.get_yaxis_transform()
+            panel.text(0.99, row, text, transform=beside, ha="right", va="center", fontsize=7, color="dimgray")
     panel.set_title(_TITLES[metric], fontsize=9)
-    if metric == "HD95":
-        panel.set_xlim(left=0)
-    else:
-        panel.set_xlim(-0.02, 1.02)
+    panel.set_xlim(*((0, None) if metric == "HD95" else (-0.02, 1.02)))
     panel.grid(visible=True, axis="x", linewidth=0.4)
     panel.tick_params(labelsize=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,6 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from stunet.files import read_json
 from stunet.reports.pages import inline_png, inline_svg, write_page
 
 #: Differences of mean Dice below this are called none.
@@ -43,7 +43,7 @@ def read_dice(summary: str | os.PathLike[str], labels: Mapping[str, Any]) -> lis
     Returns:
         One row for each structure, in the order of the labels, without background and ignore label.
     """
-    cases = read_json(summary)["metric_per_case"]
+    cases = json.loads(Path(summary).read_text(encoding="utf-8"))["metric_per_case"]
     rows = []
     for name, value in labels.items():
         if name == "ignore" or value in (0, [0]):
