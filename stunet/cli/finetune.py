@@ -122,8 +122,8 @@ def _check_fold(fold: Path, *, continue_training: bool, overwrite: bool) -> None
         )
     if checkpoints and not continue_training and not overwrite:
         raise UsageError(
-            f"an earlier training would be overwritten: {fold} has {', '.join(checkpoints)}. Continue it with --c, "
-            "keep it by giving this one a --name, or replace it with --overwrite."
+            f"an earlier training that would be overwritten: {fold} has {', '.join(checkpoints)}; continue it with "
+            "--c, keep it by giving this one a --name, or replace it with --overwrite"
         )
 
 

@@ -78,7 +78,7 @@ def totalsegmentator(
     if exclude is not None:
         excluded = set(_split(exclude)) - {"none"}
         if unknown := sorted(excluded - set(found.cases) - set(found.absent)):
-            raise UsageError(f"unknown case to exclude {unknown[0]}: give cases of {source}, or none, to --exclude")
+            raise UsageError(f"an unknown case to exclude, {unknown[0]}: give --exclude cases of {source}, or none")
     print_line(f"{len(found.cases)} cases, {len(chosen)} structures" + (f" of version {told}" if told else ""))
     started, n_masks = time.monotonic(), 0
     n_cases = sum(case.name not in excluded for case in found.cases.values())
@@ -213,7 +213,7 @@ def _parse_weights(weights: Sequence[str], sources: Sequence[UnionSource]) -> di
             weight = -1.0
         if source not in names or names[source] in parsed or not 0 < weight < float("inf"):
             ids = ", ".join(str(s.id) for s in sources)
-            raise UsageError(f"impossible --weights {text}: give ID=NUMBER, above 0, once for an id of {ids}")
+            raise UsageError(f"an impossible sampling weight {text}: give ID=NUMBER, above 0, once for an id of {ids}")
         parsed[names[source]] = weight
     return parsed
 

@@ -82,8 +82,8 @@ def plan(
 
     weights = None if paths is None else open_weights(paths, trust=trust or [])
     if weights is not None and (size, depth, width) != (None, None, None) and asked != weights.architecture.size:
-        theirs = f"{weights.path} of size {weights.architecture.size.name}"
-        raise UsageError(f"size {asked.name} is not that of {theirs}: leave it out, the weights decide it")
+        theirs = f"{weights.architecture.size.name} of {weights.path}"
+        raise UsageError(f"a size that is not that of the weights: {asked.name} for {theirs}; leave it out")
     network = weights.architecture.size if weights else asked
     recipe = None if preset is None else planning.load_recipe(preset)
     chosen = {**recipe.settings} if recipe else {}
