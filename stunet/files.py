@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear atomically: complete, or not at all."""
 
 from __future__ import annotations
 
@@ -17,49 +17,25 @@ from filelock import FileLock, Timeout
 
 from stunet.errors import CommandError, UsageError
 
-__all__ = [
-    "atomic_folder",
-    "atomic_path",
-    "clone_or_copy",
-    "file_sha256",
-    "locked",
-    "move_into_place",
-    "naming_file",
-    "place_files",
-    "read_json",
-    "refuse_existing",
-    "remove_leftovers",
-    "scratch_folder",
-    "start_sync",
-    "sync_files",
-    "temporary_path",
-    "write_json",
-    "write_json_files",
-]
-
 _MAX_JSON_BYTES = 8 * 2**20
 _FICLONE = 0x40049409  # <linux/fs.h>
 
+AnyPath = str | os.PathLike[str]
 
-def temporary_path(path: str | os.PathLike[str]) -> Path:
-    """Where this process writes a file or folder until it is finished: beside it, on the same file system."""
+
+def temporary_path(path: AnyPath) -> Path:
+    """Return where this process writes a file or folder until it is finished: beside it, on the same file system."""
     path = Path(path)
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: AnyPath) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that takes its place when the block ends without an error.
 
     The content is on disk (fsync) before it is renamed, and so is the rename before the block is left: after a crash
     at any moment ``path`` holds either the old content or the new. An error inside the block leaves ``path`` untouched
     and removes the temporary file; a killed process leaves it behind for :func:`remove_leftovers`.
-
-    Args:
-        path: Where the finished file shall be. Its folder must exist.
-
-    Yields:
-        The path to write to, on the same file system.
     """
     path, temporary = Path(path), temporary_path(path)
     try:
@@ -71,18 +47,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
-def move_into_place(temporary: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """Give a finished file its name; its content is on disk (fsync) before, and the name is on disk after.
-
-    Args:
-        temporary: The finished file.
-        path: Where it shall be, on the same file system. A file that stands there is replaced.
-    """
+def move_into_place(temporary: AnyPath, path: AnyPath) -> None:
+    """Rename a finished file on the same file system; its content is on disk before, and its name after."""
     sync_files([temporary])
     place_files([(temporary, path)])
 
 
-def start_sync(path: str | os.PathLike[str]) -> None:
+def start_sync(path: AnyPath) -> None:
     """Make the system begin to write a file to the disk, where it can be told to, so that syncing it takes less."""
     if not hasattr(os, "posix_fadvise"):
         return
@@ -94,30 +65,22 @@ def start_sync(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-def sync_files(paths: Iterable[str | os.PathLike[str]]) -> None:
+def sync_files(paths: Iterable[AnyPath]) -> None:
     """Wait until the contents of files are on disk (fsync)."""
-    paths = list(paths)
-    for path in paths if len(paths) > 1 else ():
-        start_sync(path)
     for path in paths:
-        _fsync(Path(path), os.O_RDWR)
+        _fsync(path, os.O_RDWR)
 
 
-def place_files(files: Iterable[tuple[str | os.PathLike[str], str | os.PathLike[str]]]) -> None:
-    """Give files whose contents are on disk their names, in this order; the names are on disk when it returns.
-
-    Args:
-        files: Present and final path of each, on the same file system. Files that stand there are replaced.
-    """
-    folders: dict[Path, None] = {}
+def place_files(files: Iterable[tuple[AnyPath, AnyPath]]) -> None:
+    """Rename files whose contents are on disk, in this order; the names are on disk when it returns."""
+    files = list(files)
     for temporary, path in files:
         os.replace(temporary, path)
-        folders[Path(path).parent] = None
-    for folder in folders:
+    for folder in {Path(path).parent for _, path in files}:
         _fsync_folder(folder)
 
 
-def clone_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+def clone_or_copy(source: AnyPath, target: AnyPath) -> None:
     """Copy a file's content; where the file system can (Btrfs, XFS), the two share their blocks until one changes."""
     with suppress(ImportError, OSError):
         import fcntl  # not on Windows
@@ -128,8 +91,8 @@ def clone_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str]
     shutil.copyfile(source, target)
 
 
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file as hexadecimal digits, read in pieces."""
+def file_sha256(path: AnyPath) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while chunk := file.read(2**20):
@@ -138,59 +101,45 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_folder(path: AnyPath) -> Iterator[Path]:
     """Yield a temporary folder beside ``path`` that takes its place when the block ends without an error.
 
     All files and folders in it are on disk (fsync) before it is renamed. An error inside the block, a full disk for
-    example, removes the temporary folder with all that is in it.
-
-    Args:
-        path: Where the finished folder shall be. Folders above it are made where they are missing.
-
-    Yields:
-        An empty folder to write to, on the same file system.
+    example, removes the temporary folder with all that is in it. Folders above it are made where they are missing.
 
     Raises:
         UsageError: Something stands at ``path``, before the block or after it.
     """
-    path = Path(path)
+    path, temporary = Path(path), temporary_path(path)
     refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
-    temporary.mkdir()
+    temporary.mkdir(parents=True)
     try:
         with naming_file(path):
             yield temporary
-        folders = [temporary, *(entry for entry in temporary.rglob("*") if entry.is_dir())]
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _fsync(file, os.O_RDWR)
-        for folder in folders:
-            _fsync_folder(folder)
+        for entry in temporary.rglob("*"):
+            if entry.is_file():
+                _fsync(entry, os.O_RDWR)
+            else:
+                _fsync_folder(entry)
+        _fsync_folder(temporary)
         refuse_existing(path)  # a rename would silently replace an empty folder
-        os.replace(temporary, path)
+        place_files([(temporary, path)])
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _fsync_folder(path.parent)
 
 
-def refuse_existing(path: str | os.PathLike[str]) -> None:
-    """Check that nothing stands where an output shall be.
+def refuse_existing(path: AnyPath) -> None:
+    """Check that nothing stands where an output shall be, not even a broken link.
 
     Raises:
-        UsageError: Something does, be it a broken link.
+        UsageError: Something does.
     """
     if os.path.lexists(path):
-        raise UsageError(
-            "an output that exists",
-            got=os.fspath(path),
-            expected="a path where nothing stands",
-            remedy="Choose another one with -o, or remove it.",
-        )
+        raise UsageError(f"an output that exists: {os.fspath(path)}; choose another one with -o, or remove it")
 
 
-def remove_leftovers(folder: str | os.PathLike[str], name: str, *, of_the_dead: bool = False) -> list[Path]:
+def remove_leftovers(folder: AnyPath, name: str, *, of_the_dead: bool = False) -> list[Path]:
     """Remove the unfinished files and folders that killed processes left in ``folder``; see :func:`temporary_path`.
 
     Args:
@@ -215,24 +164,20 @@ def remove_leftovers(folder: str | os.PathLike[str], name: str, *, of_the_dead: 
 
 
 def _is_running(pid: str) -> bool:
-    if not pid.isdecimal():
-        return True
-    if int(pid) == os.getpid():  # left by an earlier process that had this one's id
+    if pid == str(os.getpid()):  # left by an earlier process that had this one's id
         return False
-    if os.name == "nt":  # where signal 0 is no question
+    if not pid.isdecimal() or os.name == "nt":  # where signal 0 is no question
         return True
     try:
         os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # of another user, or on a system that does not say
-        return True
+    except (OSError, OverflowError) as error:  # of another user, or on a system that does not say
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
 @contextmanager
 def scratch_folder(output: Path) -> Iterator[Path]:
-    """A folder for unfinished files within ``output``, which is made; those of killed processes are removed."""
+    """Yield a folder for unfinished files within ``output``, which is made; those of killed processes are removed."""
     output.mkdir(parents=True, exist_ok=True)
     remove_leftovers(output, "scratch", of_the_dead=True)
     folder = temporary_path(output / "scratch")
@@ -259,49 +204,45 @@ def locked(path: Path, doing: str) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise CommandError(
-            f"another {doing}", got=f"{path} is locked", expected="one at a time", remedy="Wait until it has ended."
-        ) from None
+        raise CommandError(f"another {doing} holds {path}: wait until it has ended") from None
     try:
         yield
     finally:
         lock.release()
 
 
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A JSON object out of a file of others', of a bearable size.
+def read_json(path: AnyPath) -> dict[str, Any]:
+    """Read a JSON object out of a file of others', of a bearable size.
 
     Raises:
         ValueError: It is not, or no JSON; callers wrap this in :func:`stunet.errors.reading`.
     """
     path = Path(path)
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise ValueError(f"{path.stat().st_size} bytes, more than {_MAX_JSON_BYTES}")
+    if (size := path.stat().st_size) > _MAX_JSON_BYTES:
+        raise ValueError(f"{size} bytes, more than {_MAX_JSON_BYTES}")
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"a {type(content).__name__} instead of a JSON object")
     return content
 
 
-def write_json(content: Any, path: str | os.PathLike[str]) -> None:
-    """Write ``content`` as JSON with nnU-Net's indentation, whole or not at all."""
+def write_json(content: Any, path: AnyPath) -> None:
+    """Write ``content`` as JSON with nnU-Net's indentation, atomically."""
     write_json_files({Path(path): content})
 
 
 def write_json_files(contents: Mapping[Path, Any]) -> None:
-    """:func:`write_json` for several files in one folder, which waits for the disk once: they appear in this order."""
+    """Write several files as :func:`write_json` does, which appear in this order, once all of them are written."""
     files = {temporary_path(path): path for path in contents}
     try:
         for temporary, path in files.items():
-            text = json.dumps(contents[path], indent=4, sort_keys=False) + "\n"
             with naming_file(path):
-                temporary.write_text(text, encoding="utf-8")
+                temporary.write_text(json.dumps(contents[path], indent=4) + "\n", encoding="utf-8")
         sync_files(files)
         place_files(files.items())
-    except BaseException:
+    finally:
         for temporary in files:
             temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
@@ -321,7 +262,7 @@ def _fsync_folder(folder: Path) -> None:
         _fsync(folder, os.O_RDONLY)
 
 
-def _fsync(path: Path, flags: int) -> None:
+def _fsync(path: AnyPath, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)

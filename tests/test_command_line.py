@@ -60,6 +60,7 @@ def test_help_shows_flags_without_a_type_and_ends_with_examples_that_parse(
     assert status == 0
     assert "bool" not in out
     assert max(map(len, out.splitlines())) <= 80
+    assert [p.name for p in COMMANDS[name].params if not p.help and not getattr(p, "hidden", False)] == []
     shown = out.partition("Example")[2]
     lines = [line[2:] for line in COMMANDS[name].epilog.splitlines() if line.startswith("$ ")]
     assert 1 <= len(lines) <= 3
@@ -137,13 +138,13 @@ WRONG = [
     ("finetune --nope", "No such option"),
     ("finetune", "Missing option"),
     ("finetune -d 1 --from x --strategy zzz", "'zzz' is not one of"),
-    ("finetune -d 1 --from x --set epochs=3", "unknown setting"),
-    ("finetune -d 9 --from x", "unknown dataset"),
+    ("finetune -d 1 --from x --set epochs=3", "num_epochs"),
+    ("finetune -d 9 --from x", "Dataset001_Here"),
     ("train 1 3d_fullres 7", "'7' is not one of"),
-    ("train 1 3d_fullres 0 --c --val", "two things to do"),
+    ("train 1 3d_fullres 0 --c --val", "--val"),
     ("plan -d 1 --size giant", "small, base, large, huge"),
-    ("plan -d 1 --set num_epochs=0", "a positive whole number"),
-    ("plan -d 1 --width 0", "impossible width"),
+    ("plan -d 1 --set num_epochs=0", "num_epochs"),
+    ("plan -d 1 --width 0", "width"),
     ("plan -d 9", "Dataset001_Here"),
     ("info --size giant", "small, base, large, huge"),
     ("info --precision fp8", "'fp8' is not one of"),
@@ -154,10 +155,10 @@ WRONG = [
     ("demo --device tpu", "'tpu' is not one of"),
     ("evaluate -d 1 --device tpu", "'tpu' is not one of"),
     ("evaluate -d 1 --split val", "'val' is not one of"),
-    ("evaluate -d 1", "neither a model nor predictions"),
-    ("labels check -d 9", "unknown dataset"),
-    ("import union -d 9 --from 7 8", "unknown dataset"),
-    ("weights fetch nope", "unknown weights"),
+    ("evaluate -d 1", "--predictions"),
+    ("labels check -d 9", "Dataset001_Here"),
+    ("import union -d 9 --from 7 8", "Dataset001_Here"),
+    ("weights fetch nope", "nope"),
     ("convert x -o {here}", "an output that exists"),
     ("convert x -o y --to onnx", "'onnx' is not one of"),
 ]

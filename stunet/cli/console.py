@@ -1,10 +1,11 @@
-"""What the subcommands share: terminal output and options in nnU-Net's style."""
+"""What the commands share: terminal output, and list options in nnU-Net's style."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from typing import Any
+import re
+from collections.abc import Collection, Sequence
+from typing import Any, cast
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -12,35 +13,38 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
-__all__ = [
-    "LIST_VALUES",
-    "Command",
-    "Group",
-    "PlainTable",
-    "examples",
-    "human_bytes",
-    "human_count",
-    "print_error",
-    "stderr",
-    "stdout",
-]
-
+#: Key of a context's ``meta``: the values of the list option that the command line ends with.
 LIST_VALUES = "stunet.list_values"
-"""Key of a context's ``meta``: the values of the list option that the command line ends with."""
 
 _LIST_OPTION = "stunet.list_option"
 _LONGEST_WORD = 48  # that a table keeps in one line
 
 # Names of cases, structures and files are printed everywhere: [old] and :x: in them are text, not markup.
-stdout = Console(markup=False, emoji=False)
-stderr = Console(stderr=True, markup=False, emoji=False)
+stdout = Console(markup=False, emoji=False, highlight=False)
+stderr = Console(stderr=True, markup=False, emoji=False, highlight=False)
+
+
+def print_line(line: str, *, error: bool = False, style: str | None = None) -> None:
+    """Print a line as it is, however long, to standard output or to standard error."""
+    (stderr if error else stdout).print(line, style=style, soft_wrap=True)
+
+
+def print_error(error: Any) -> None:
+    """Show one of our own errors the way the command line does."""
+    stderr.print("error:", style="bold red", end=" ")
+    print_line(str(error), error=True)
+
+
+def shorten(names: Sequence[str]) -> str:
+    """Join the first five names."""
+    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
 
 
 class _Help:
     """Help without the type of flags, which typer shows as ``--json <bool>``."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """All parameters, ``--help`` included."""
+        """Return all parameters, ``--help`` included."""
         params: list[Any] = super().get_params(ctx)  # type: ignore[misc] # of the class that this is mixed into
         for param in params:
             if getattr(param, "is_flag", False):
@@ -58,53 +62,55 @@ class Command(_Help, TyperCommand):
     """A command whose list options take several values at once, as nnU-Net's do: ``-c 2d 3d_fullres``.
 
     Typer wants an option's name before each value; that keeps working, and is the only way beside positional arguments.
+    What the function's docstring says of its parameters under ``Options:`` is their help. Flags have no ``--no-…``.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        text, _, described = (self.help or "").partition("\n\nOptions:\n")
+        self.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+        helps = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", described, re.MULTILINE))
+        for param in self.params:
+            param.secondary_opts = []
+            if param.name in helps:
+                cast(Any, param).help = " ".join(helps[param.name].split())
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the name of a list option before each further value; take hyphens for underscores."""
         has_arguments = any(p.param_type_name == "argument" for p in self.params)
-        options: dict[str, Any] = {
-            name: p for p in self.params if getattr(p, "multiple", False) and not has_arguments for name in p.opts
-        }
+        multiple = [p for p in self.params if getattr(p, "multiple", False) and not has_arguments]
+        options: dict[str, Any] = {name: p for p in multiple for name in p.opts}
         known = {name for p in self.params for name in p.opts}
         expanded: list[str] = []
-        current: str | None = None
-        n_values = 0
+        current, n_values = "", 0
         for arg in args:
             if arg.startswith("-"):
                 name, has_value, value = arg.partition("=")
                 if name not in known and (underscored := f"--{name[2:].replace('-', '_')}") in known:
                     name, arg = underscored, f"{underscored}{has_value}{value}"  # --disable-tta for --disable_tta
-                current, n_values = (name if name in options else None), int(bool(has_value))
-            elif current is not None:
-                if n_values:
-                    expanded.append(current)
+                current, n_values = (name if name in options else ""), int(bool(has_value))
+            elif current:
+                expanded += [current] * bool(n_values)
                 n_values += 1
             expanded.append(arg)
-        if current is not None and n_values:
+        if current and n_values:
             ctx.meta[_LIST_OPTION], ctx.meta[LIST_VALUES] = options[current], args[-n_values:]
         return super().parse_args(ctx, expanded)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
-        """Also complete further values of a list option."""
+        """Complete further values of a list option, too."""
         option = None if incomplete.startswith("-") else ctx.meta.get(_LIST_OPTION)
         return list(option.shell_complete(ctx, incomplete) if option else super().shell_complete(ctx, incomplete))
-
-
-def examples(*lines: str) -> str:
-    """The end of a command's help: lines as they are typed."""
-    return "\n\n".join(("Example:" if len(lines) == 1 else "Examples:", *(f"$ {line}" for line in lines)))
 
 
 class PlainTable(Table):
     """A table for 80 columns: no frame, texts as they are, and long ones folded instead of cut."""
 
     def __init__(self, *columns: str, title: str = "", caption: str = "", numbers: Collection[str] = ()) -> None:
-        super().__init__(
-            title=Text(title) if title else None, caption=Text(caption) if caption else None, title_justify="left",
-            caption_justify="left", box=SIMPLE_HEAD if columns else None, padding=(0, 1, 0, 0), pad_edge=False,
-            show_edge=False, show_header=bool(columns),
-        )  # fmt: skip
+        plain: dict[str, Any] = {"title_justify": "left", "caption_justify": "left", "pad_edge": False}
+        plain |= {"box": SIMPLE_HEAD if columns else None, "show_header": bool(columns), "show_edge": False}
+        plain |= {"title": Text(title) if title else None, "caption": Text(caption) if caption else None}
+        super().__init__(padding=(0, 1, 0, 0), **plain)
         for column in columns:
             self.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
 
@@ -117,20 +123,14 @@ class PlainTable(Table):
 
 
 def human_bytes(n: float) -> str:
-    """Bytes for people: ``1.5 GB``, where 1 GB is 1024^3 bytes."""
+    """Write bytes for people: ``1.5 GB``, where 1 GB is 1024^3 bytes."""
     exponent = min(int(math.log(max(n, 1), 1024)), 4)
     return f"{n / 1024**exponent:.{0 if exponent == 0 else 1}f} {('B', 'kB', 'MB', 'GB', 'TB')[exponent]}"
 
 
 def human_count(n: float) -> str:
-    """A count for people: ``14.6M``."""
+    """Write a count for people: ``14.6M``."""
     for unit, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if n >= factor:
-            return f"{n / factor:.1f}{unit}" if n < 100 * factor else f"{n / factor:.0f}{unit}"
+            return f"{n / factor:.{1 if n < 100 * factor else 0}f}{unit}"
     return f"{n:g}"
-
-
-def print_error(error: Any) -> None:
-    """Show one of our own errors the way the command line does."""
-    stderr.print("error:", style="bold red", end=" ", highlight=False)
-    stderr.print(str(error), highlight=False, markup=False, soft_wrap=True)

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
+from rich.progress import Progress
 
-from stunet.cli.console import Command, Group, PlainTable, examples, stdout
+from stunet.cli.console import Group, PlainTable, print_error, print_line, stderr, stdout
+from stunet.cli.options import Dataset, Json, Processes
+from stunet.cli.preflight import preflight
+from stunet.environment import find_dataset, nnunet_folder
 
 if TYPE_CHECKING:
     from stunet.labels import Coverage
 
-__all__ = ["app"]
-
 app = typer.Typer(cls=Group, help="Check and carry annotated_labels.json.", no_args_is_help=True)
 
 
-@app.command(cls=Command, epilog=examples("stunet labels check -d 4"))
-def check(
-    dataset: Annotated[str, typer.Option("-d", "--dataset", help="Dataset id or name, in nnUNet_raw.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with what each case has.")] = False,
-    num_processes: Annotated[int, typer.Option("-np", help="Cases at a time.", min=1)] = 8,
-) -> None:
+@app.command("check")
+def check(dataset: Dataset, as_json: Json = False, num_processes: Processes = 8) -> None:
     """Compare what the training cases annotate (annotated_labels.json) with what their label maps hold.
 
     Of a union, a second table says what each of its datasets contributes.
@@ -31,13 +29,12 @@ def check(
     Exit status: 0 where training can go ahead, be it that a structure occurs nowhere; 1 where a structure is annotated
     nowhere, a label occurs in a case that does not annotate it, or a value is not in dataset.json; 2 where the
     label values have a gap, or a file is missing, malformed or unreadable.
-    """
-    from rich.progress import Progress
 
-    from stunet.cli.console import stderr
-    from stunet.cli.preflight import preflight
+    Options:
+        as_json: Print JSON, with what each case has.
+        num_processes: Cases at a time.
+    """
     from stunet.datasets import case_names, read_raw_dataset, sources_of_cases
-    from stunet.environment import nnunet_folder
     from stunet.labels import MANIFEST_NAME, measure_coverage, read_manifest
 
     raw = read_raw_dataset(nnunet_folder("nnUNet_raw") / preflight(dataset, seconds=-1))  # all are read below
@@ -72,58 +69,47 @@ def _print_coverage(coverage: Coverage, folder: Path) -> None:
     for row in coverage.structures:
         table.add_row(str(row.value), row.name, str(row.annotated), str(row.present), str(row.voxels))
     stdout.print(table)
-    _print_sources(coverage)
-    numbers = sorted((len(coverage.manifest.annotated(case)) for case in coverage.voxels), reverse=True)
-    if numbers and (numbers[0] > numbers[-1] or numbers[0] < len(coverage.structures)):
-        shown = ", ".join(map(str, numbers[:12])) + (" …" if len(numbers) > 12 else "")
-        _print(f"Structures annotated, by case: {shown} (of {len(coverage.structures)})")
+    if coverage.sources:
+        counted = ("cases", "annotated", "present")
+        table = PlainTable("dataset", *counted, "never present", title="Structures by source", numbers=counted)
+        for source in coverage.sources:
+            numbers = (str(n) for n in (source.cases, len(source.annotated), len(source.present)))
+            table.add_row(source.name, *numbers, ", ".join(source.never_present))
+        stdout.print(table)
+    n_structures = len(coverage.structures)
+    counts = sorted((len(coverage.manifest.annotated(case)) for case in coverage.voxels), reverse=True)
+    if counts and counts[-1] < n_structures:
+        shown = ", ".join(map(str, counts[:12])) + (" …" if len(counts) > 12 else "")
+        print_line(f"Structures annotated, by case: {shown} (of {n_structures})")
     else:
-        _print("Every case annotates everything.")
-
-
-def _print_sources(coverage: Coverage) -> None:
-    if not coverage.sources:
-        return
-    columns = ("cases", "annotated", "present")
-    table = PlainTable("dataset", *columns, "never present", title="Structures by source", numbers=columns)
-    for row in coverage.sources:
-        numbers = (str(n) for n in (row.cases, len(row.annotated), len(row.present)))
-        table.add_row(row.name, *numbers, ", ".join(row.never_present))
-    stdout.print(table)
+        print_line("Every case annotates everything.")
 
 
 def _warn(coverage: Coverage) -> None:
-    from stunet.cli.console import print_error
-
     for names, what in ((coverage.never_annotated, "never annotated"), (coverage.never_present, "never present")):
         if names:
-            _print(f"warning: {len(names)} {what}: {', '.join(names)}", error=True)
+            print_line(f"warning: {len(names)} {what}: {', '.join(names)}", error=True)
     for case, structures in coverage.contradictions.items():
-        _print(f"warning: {case} has {', '.join(structures)} and does not annotate it", error=True)
+        print_line(f"warning: {case} has {', '.join(structures)} and does not annotate it", error=True)
     for case, values in coverage.unknown_values.items():
-        _print(f"warning: {case} has values that dataset.json does not list: {', '.join(map(str, values))}", error=True)
+        print_line(
+            f"warning: {case} has values that dataset.json does not list: {', '.join(map(str, values))}", error=True
+        )
     for case, error in coverage.unreadable.items():
-        _print(f"case {case}:", error=True)
+        print_line(f"case {case}:", error=True)
         print_error(error)
 
 
-@app.command(cls=Command, epilog=examples("stunet labels carry -d 4"))
-def carry(dataset: Annotated[str, typer.Option("-d", "--dataset", help="Dataset id or name, in nnUNet_raw.")]) -> None:
+@app.command("carry")
+def carry(dataset: Dataset) -> None:
     """Copy annotated_labels.json and splits_final.json from nnUNet_raw to nnUNet_preprocessed, over what is there.
 
     Training reads them there. Importing and training do this by themselves while nothing differs; where the raw files
     have changed since, check that the preprocessed data is of after the change.
     """
     from stunet.datasets import carry_side_files
-    from stunet.environment import find_dataset, nnunet_folder
 
     name = find_dataset(dataset)
     folder = nnunet_folder("nnUNet_preprocessed") / name
     carry_side_files(nnunet_folder("nnUNet_raw") / name, folder, overwrite=True)
-    _print(f"{folder} is up to date")
-
-
-def _print(line: str, *, error: bool = False) -> None:
-    from stunet.cli.console import stderr, stdout
-
-    (stderr if error else stdout).print(line, soft_wrap=True, highlight=False, markup=False)
+    print_line(f"{folder} is up to date")

@@ -1,9 +1,45 @@
-"""The ``stunet`` command: its subcommands, and how errors are shown."""
+"""The ``stunet`` command: its subcommands, and how errors are shown.
+
+Their help ends with these examples::
+
+    stunet plan -d 4 --size base --set num_epochs=500 patch_size=96,160,160
+    stunet plan -d 4 --from small_ep4k --strategy warmup
+    stunet info --size small base --patch 96,160,160 --gpu 24GB
+    stunet train 4 3d_fullres 0 -p STUNetPlans_base
+    stunet finetune -d 4 --from small_ep4k
+    stunet finetune -d 4 --from small_ep4k --set num_epochs=100 --continue
+    stunet rank -d 4 --checkpoints small_ep4k base_ep4k -o ranking
+    stunet rank-eval ranking/ranking.json dice.json
+    stunet evaluate -d 4 -m MODEL_FOLDER --label-map btcv
+    stunet evaluate -d 4 --predictions PREDICTIONS --cases case_01,case_07
+    stunet predict -i CT.nii.gz -o CT_labels.nii.gz -m small_ep4k
+    stunet predict -i DICOM_FOLDER -o OUT -m small_ep4k --statistics --preview
+    stunet predict -i IMAGES -o OUT -d 4 -f 0 --structures liver --continue
+    stunet convert small_ep4k -o MODEL_FOLDER
+    stunet list
+    stunet list --of small_ep4k
+    stunet list --of btcv --json
+    eval "$(stunet env)"
+    stunet demo
+    stunet demo --data nnUNet_raw/Dataset004_Hippocampus
+    stunet weights list
+    stunet weights list --json
+    stunet weights fetch small_ep4k
+    stunet weights verify
+    stunet weights verify small_ep4k small_ep4k.model
+    stunet import totalsegmentator Totalsegmentator_v2 -d 101
+    stunet import totalsegmentator Totalsegmentator_v2 -d 102 --group ribs
+    stunet import union -d 110 --from 101 4 --dry-run > mapping.yaml
+    stunet import union -d 110 --from 101 4 --mapping mapping.yaml
+    stunet labels check -d 4
+    stunet labels carry -d 4
+"""
 
 from __future__ import annotations
 
 import errno
 import io
+import re
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -11,27 +47,21 @@ from typing import Annotated
 import typer
 
 import stunet
-from stunet.cli import (
-    convert,
-    demo,
-    env,
-    evaluate,
-    finetune,
-    imports,
-    info,
-    labels,
-    list_names,
-    plan,
-    predict,
-    rank,
-    rank_eval,
-    train,
-    weights,
-)
-from stunet.cli.console import Command, Group, examples, print_error
-from stunet.errors import CommandError, STUNetError
-
-__all__ = ["app", "main"]
+from stunet.cli import import_datasets, labels, weights
+from stunet.cli.console import Command, Group, print_error
+from stunet.cli.convert import convert
+from stunet.cli.demo import demo
+from stunet.cli.env import env
+from stunet.cli.evaluate import evaluate
+from stunet.cli.finetune import finetune
+from stunet.cli.info import info
+from stunet.cli.plan import plan
+from stunet.cli.predict import predict
+from stunet.cli.rank import rank
+from stunet.cli.rank_eval import rank_eval
+from stunet.cli.train import train
+from stunet.cli.weights import list_names
+from stunet.errors import STUNetError
 
 app = typer.Typer(
     name="stunet",
@@ -41,48 +71,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def _add(name: str, command: Callable[..., None], *lines: str) -> None:
-    app.command(name, cls=Command, epilog=examples(*lines))(command)
-
-
-_add(
-    "plan",
-    plan.plan,
-    "stunet plan -d 4 --size base --set num_epochs=500 patch_size=96,160,160",
-    "stunet plan -d 4 --from small_ep4k --strategy warmup",
-)
-_add("info", info.info, "stunet info --size small base --patch 96,160,160 --gpu 24GB")
-_add("train", train.train, "stunet train 4 3d_fullres 0 -p STUNetPlans_base")
-_add(
-    "finetune",
-    finetune.finetune,
-    "stunet finetune -d 4 --from small_ep4k",
-    "stunet finetune -d 4 --from small_ep4k --set num_epochs=100 --continue",
-)
-_add("rank", rank.rank, "stunet rank -d 4 --checkpoints small_ep4k base_ep4k -o ranking")
-_add("rank-eval", rank_eval.rank_eval, "stunet rank-eval ranking/ranking.json dice.json")
-_add(
-    "evaluate",
-    evaluate.evaluate,
-    "stunet evaluate -d 4 -m MODEL_FOLDER --label-map btcv",
-    "stunet evaluate -d 4 --predictions PREDICTIONS --cases case_01,case_07",
-)
-_add(
-    "predict",
-    predict.predict,
-    "stunet predict -i CT.nii.gz -o CT_labels.nii.gz -m small_ep4k",
-    "stunet predict -i DICOM_FOLDER -o OUT -m small_ep4k --statistics --preview",
-    "stunet predict -i IMAGES -o OUT -d 4 -f 0 --structures liver --continue",
-)
-_add("convert", convert.convert, "stunet convert small_ep4k -o MODEL_FOLDER")
-_add("list", list_names.list_names, "stunet list", "stunet list --of small_ep4k", "stunet list --of btcv --json")
-_add("env", env.env, 'eval "$(stunet env)"')
-_add("demo", demo.demo, "stunet demo", "stunet demo --data nnUNet_raw/Dataset004_Hippocampus")
+_command: Callable[..., object]
+for _command in (plan, info, train, finetune, rank, rank_eval, evaluate, predict, convert, list_names, env, demo):
+    app.command(_command.__name__.removesuffix("_names").replace("_", "-"))(_command)
 app.add_typer(weights.app, name="weights")
-app.add_typer(imports.app, name="import")
+app.add_typer(import_datasets.app, name="import")
 app.add_typer(labels.app, name="labels")
+for _group, _name in ((app, ""), (weights.app, "weights "), (import_datasets.app, "import "), (labels.app, "labels ")):
+    for _info in _group.registered_commands:
+        _typed = re.compile(rf"\bstunet {_name}{_info.name}(?![\w-])")
+        _lines = [f"$ {line.strip()}" for line in (__doc__ or "").splitlines() if _typed.search(line)]
+        _info.cls, _info.epilog = Command, "\n\n".join(["Examples:" if _lines[1:] else "Example:", *_lines])
 
 
 def _print_version(wanted: bool) -> None:
@@ -91,13 +90,18 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+_Version = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+]
+
+
 @app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
-    ] = False,
-) -> None:
-    """Options of ``stunet`` itself."""
+def _options(version: _Version = False) -> None:
+    """Take the options of ``stunet`` itself."""
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO}
 
 
 def main() -> None:
@@ -111,22 +115,12 @@ def main() -> None:
         print_error(error)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (*_FULL, *_CLOSED):
+        if error.errno not in _FULL | _CLOSED:
             raise
-        print_error(_explain(error))
+        file = error.filename2 or error.filename
+        said, remedy = "a file or folder cannot be used", "correct the path or its permissions, or choose another place"
+        if error.errno in _FULL:
+            said, remedy = "no room on the disk", "make room, or choose another place"
+        where = f"{file}: {error.strerror}" if file else error.strerror
+        print_error(f"{said}: {where}: {remedy}; finished files are complete, and the same command does the rest")
         sys.exit(2)
-
-
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EIO}
-
-
-def _explain(error: OSError) -> CommandError:
-    full, file = error.errno in _FULL, error.filename2 or error.filename
-    return CommandError(
-        "no room on the disk" if full else "a file or folder that cannot be used",
-        got=f"{file}: {error.strerror}" if file else error.strerror,
-        expected="room to write" if full else "a path that may be read and written",
-        remedy=f"{'Make room' if full else 'Correct the path or its permissions'}, or choose another place. "
-        "Finished files are whole; running the same command again does the rest.",
-    )

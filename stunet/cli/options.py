@@ -8,55 +8,41 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Annotated, Literal
 
-import typer
+from typer import Context, Option
 
 from stunet.cli.console import LIST_VALUES
 from stunet.errors import UsageError
 from stunet.settings import SETTINGS, Strategy
 from stunet.sizes import N_STAGES, SIZES, STUNetSize, find_size, size_of
 
-__all__ = [
-    "Continue",
-    "Device",
-    "FoldName",
-    "Settings",
-    "StrategyOption",
-    "choose_device",
-    "choose_size",
-    "complete_label_systems",
-    "complete_presets",
-    "complete_sizes",
-    "complete_weights",
-]
-
 
 def complete_sizes() -> list[str]:
-    """The published sizes."""
+    """List the published sizes."""
     return list(SIZES)
 
 
 def complete_presets() -> list[str]:
-    """Pre-training presets: the files that name no size."""
+    """List the pre-training presets: the files that name no size."""
     names = (file.name.removesuffix(".json") for file in files("stunet.plans").iterdir() if file.name.endswith(".json"))
     return sorted(set(names) - set(SIZES))
 
 
 def complete_weights() -> list[tuple[str, str]]:
-    """Names of published weights."""
+    """List the published weights, each with its title."""
     from stunet.weights import load_registry
 
     return [(entry.name, entry.title or "") for entry in load_registry().values()]
 
 
 def complete_label_systems() -> list[str]:
-    """Names of published label systems."""
+    """List the published label systems."""
     from stunet.labels import list_label_systems
 
     return list_label_systems()
 
 
-def complete_settings(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
-    """Names of settings, and after ``name=`` the values of those that have few."""
+def _complete_settings(ctx: Context, incomplete: str) -> list[tuple[str, str]]:
+    """List the settings, and after ``name=`` the values of those that have few."""
     split = [word for word in ctx.meta.get(LIST_VALUES, ())[-2:] if word in SETTINGS]  # bash splits words at "="
     if split:
         return [(value, "") for value in SETTINGS[split[0]].choices]
@@ -67,35 +53,30 @@ def complete_settings(ctx: typer.Context, incomplete: str) -> list[tuple[str, st
     return [(f"{known}=", SETTINGS[known].help) for known in names]
 
 
-Device = Annotated[
-    Literal["auto", "cuda", "mps", "cpu"],
-    typer.Option("-device", "--device", help="auto takes CUDA where there is a GPU, else MPS, else the CPU."),
-]
-
+# The docstrings of the commands say what each option does.
 FoldName = Literal["0", "1", "2", "3", "4", "all"]
-
-Continue = Annotated[bool, typer.Option("--c", "--continue", help="Continue a training that was interrupted.")]
-
+DeviceName = Literal["auto", "cuda", "mps", "cpu"]
+Positive = Annotated[int, Option(min=1)]
+Processes = Annotated[int, Option("-np", "--np", min=1)]
+Dataset = Annotated[str, Option("-d", "--dataset", help="Dataset id or name.")]
+Plans = Annotated[str, Option("--plans", "-p", help="The plans to start from.")]
+Size = Annotated[str | None, Option(autocompletion=complete_sizes)]
+Seed = Annotated[int | None, Option(min=0)]
+Continue = Annotated[bool, Option("--c", "--continue", help="Continue a training that was interrupted.")]
+Json = Annotated[bool, Option("--json", help="Print JSON.")]
+Trust = Annotated[list[str] | None, Option(help="A network class of others' that may be imported. Repeatable.")]
+_DEVICE_HELP = "auto takes CUDA where there is a GPU, else MPS, else the CPU."
+Device = Annotated[DeviceName, Option("-device", "--device", help=_DEVICE_HELP)]
+_SETTINGS_HELP = "Training settings, several after one --set; `stunet plan --list-settings` shows them."
 Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="NAME=VALUE ...",
-        help="Training settings, several after one --set; `stunet plan --list-settings` shows them.",
-        autocompletion=complete_settings,
-    ),
+    list[str] | None, Option("--set", metavar="NAME=VALUE ...", help=_SETTINGS_HELP, autocompletion=_complete_settings)
 ]
-
-StrategyOption = Annotated[
-    Strategy | None, typer.Option("--strategy", help="With --from: what is fine-tuned, and how fast; full by default.")
-]
+_STRATEGY_HELP = "With --from: what is fine-tuned, and how fast; full by default."
+StrategyOption = Annotated[Strategy | None, Option("--strategy", help=_STRATEGY_HELP)]
 
 
-def choose_device(device: str) -> str:
-    """The device to compute on.
-
-    Args:
-        device: ``cpu``, ``cuda`` or ``mps``; ``auto`` takes the first of CUDA, MPS and CPU that there is.
+def choose_device(device: str) -> DeviceName:
+    """Return the device to compute on; ``auto`` takes the first of CUDA, MPS and CPU that there is.
 
     Raises:
         UsageError: A device that PyTorch does not find.
@@ -103,26 +84,17 @@ def choose_device(device: str) -> str:
     import torch
 
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    available = [name for name, there in found.items() if there]
-    if device == "auto":
-        return available[0]
-    if device not in available:
-        raise UsageError(
-            "a device that PyTorch does not find",
-            got=device,
-            expected=f"one of {', '.join(available)}",
-            remedy="Choose another one with --device, or leave it out.",
-        )
-    return device
+    available: list[DeviceName] = [name for name in ("cuda", "mps", "cpu") if found[name]]
+    for name in available:
+        if device in ("auto", name):
+            return name
+    raise UsageError(f"--device {device} is a device that PyTorch does not find: choose {' or '.join(available)}")
 
 
 def choose_size(name: str | None, depth: str | None, width: int | None) -> STUNetSize:
-    """The size that the options stand for.
+    """Return the size that ``--size``, or else ``--depth`` and ``--width``, stand for; ``base`` by default.
 
-    Args:
-        name: Value of ``--size``; ``base`` where nothing is given.
-        depth: Value of ``--depth``: six comma-separated numbers, or one for all stages; 1 by default.
-        width: Value of ``--width``; that of ``base`` by default.
+    A depth is six comma-separated numbers, or one for all stages.
 
     Raises:
         ArchitectureError: An unknown name, or an impossible depth or width.
@@ -131,13 +103,8 @@ def choose_size(name: str | None, depth: str | None, width: int | None) -> STUNe
     if depth is None and width is None:
         return find_size(name or "base")
     if name is not None:
-        typed = [f"--{option} {value}" for option, value in (("depth", depth), ("width", width)) if value is not None]
-        raise UsageError(
-            "a size with a name and another one of your own",
-            got=" ".join([f"--size {name}", *typed]),
-            expected="--size alone, or --depth and --width",
-            remedy="Leave --size out for a size of your own.",
-        )
+        own = " ".join(f"--{key} {value}" for key, value in (("depth", depth), ("width", width)) if value is not None)
+        raise UsageError(f"--size {name} {own}: give a published size, or leave --size out for a size of your own")
     try:
         blocks = [int(n) for n in (depth or "1").split(",")]
     except ValueError:

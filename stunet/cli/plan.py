@@ -6,154 +6,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
-from stunet.cli.console import PlainTable, stdout
+from stunet.cli import options
+from stunet.cli.console import PlainTable, print_line, stdout
 from stunet.cli.convert import find_fetched
-from stunet.cli.options import Settings, StrategyOption, choose_size, complete_presets, complete_sizes, complete_weights
-from stunet.environment import find_dataset, nnunet_folder
+from stunet.cli.preflight import preflight
+from stunet.environment import find_dataset, find_plans, nnunet_folder
+from stunet.errors import PlansError, UsageError
+from stunet.files import read_json
 from stunet.settings import SETTINGS, SETTINGS_KEY, parse_settings
-
-__all__ = ["plan"]
-
-
-def plan(
-    dataset: Annotated[str, typer.Option("-d", "--dataset", help="Dataset id or name.")],
-    size: Annotated[
-        str | None, typer.Option(help="small, base, large or huge; base by default.", autocompletion=complete_sizes)
-    ] = None,
-    configurations: Annotated[
-        list[str] | None,
-        typer.Option("-c", "--configurations", help="Configurations to rewrite; all by default. Takes several."),
-    ] = None,
-    plans: Annotated[str, typer.Option("--plans", "-p", help="The plans to start from.")] = "nnUNetPlans",
-    settings: Settings = None,
-    depth: Annotated[str | None, typer.Option(help="Blocks of six stages, for example 1,1,2,2,2,2.")] = None,
-    width: Annotated[int | None, typer.Option(help="Channels of the first stage, for example 24.")] = None,
-    source: Annotated[
-        Path | None,
-        typer.Option(
-            "--from",
-            help="Weights to start from, file or fetched name; they decide the size.",
-            autocompletion=complete_weights,
-        ),
-    ] = None,
-    strategy: StrategyOption = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            help="A pre-training preset in place of nnU-Net's planning: totalsegmentator.",
-            autocompletion=complete_presets,
-        ),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Name of the new plans; STUNetPlans_SIZE by default, with --from …_SIZE_ft.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace plans that differ.")] = False,
-    trust: Annotated[
-        list[str] | None, typer.Option("--trust", help="A network class of others' that may be imported. Repeatable.")
-    ] = None,
-    num_processes: Annotated[int, typer.Option("-np", help="Processes for nnU-Net's fingerprint.", min=1)] = 8,
-    list_settings: Annotated[
-        bool,
-        typer.Option(
-            "--list-settings",
-            callback=lambda wanted: _print_settings(wanted),
-            is_eager=True,
-            help="Show the settings that --set takes and leave.",
-        ),
-    ] = False,
-) -> None:
-    """Write plans with a STU-Net beside nnU-Net's, which they are made from; preprocessed data is used again.
-
-    Where nnU-Net has not planned the dataset yet, its own planner runs first.
-    """
-    # What needs no PyTorch is checked before it is imported.
-    choose_size(size, depth, width)
-    parse_settings(settings or [])
-    find_dataset(dataset)
-    if source is not None:
-        find_fetched([source])
-    from stunet.cli.preflight import preflight
-
-    preflight(dataset, plans=plans, writes=nnunet_folder("nnUNet_preprocessed"))
-    from stunet.cli.plan_steps import PlanRequest, make_plans_file, print_transfer
-
-    made = make_plans_file(
-        PlanRequest(
-            dataset=dataset,
-            size=size,
-            depth=depth,
-            width=width,
-            configurations=configurations,
-            plans=plans,
-            settings=settings or [],
-            source=source,
-            strategy=strategy,
-            preset=preset,
-            name=name,
-            overwrite=overwrite,
-            num_processes=num_processes,
-            trust=trust or [],
-        )
-    )
-    _report(made.plans, made.path, preset, written=made.written)
-    if made.transfer is not None:
-        print_transfer(made.transfer)
-
-
-def _report(plans: dict[str, Any], path: Path, preset: str | None, *, written: bool) -> None:
-    from stunet.errors import PlansError
-    from stunet.planning import is_stunet, plans_size, resolve_configuration
-
-    table = PlainTable("configuration", "network", "patch", "batch", "strides", numbers=("batch",))
-    trainable: list[str] = []
-    settings: dict[str, list[str]] = {}
-    for name in plans["configurations"]:
-        try:
-            resolved = resolve_configuration(plans, name)
-        except PlansError:  # of a kind that we leave alone
-            table.add_row(name, "no STU-Net", "", "", "")
-            continue
-        network = f"{resolved['architecture']['network_class_name'].rsplit('.')[-1]}, no STU-Net"
-        if is_stunet(resolved):
-            network = f"STU-Net {plans_size(resolved).name}"
-            trainable.append(name)
-            line = " ".join(f"{key}={value}" for key, value in resolved.get(SETTINGS_KEY, {}).items())
-            settings.setdefault(line, []).append(name)
-        strides = resolved["architecture"]["arch_kwargs"]["strides"]
-        table.add_row(
-            name,
-            network,
-            "x".join(map(str, resolved["patch_size"])),
-            str(resolved["batch_size"]),
-            " ".join("".join(map(str, stride)) for stride in strides),
-        )
-    stdout.print(f"{'Wrote' if written else 'Already there, unchanged:'} {path}", soft_wrap=True, highlight=False)
-    stdout.print(table)
-    for line, names in settings.items():
-        if line:
-            stdout.print(f"Settings of {', '.join(names)}: {line}", soft_wrap=True, highlight=False)
-    for line in _next_commands(plans, path, "3d_fullres" if "3d_fullres" in trainable else trainable[0], preset):
-        stdout.print(line, soft_wrap=True, highlight=False, markup=False)
-
-
-def _next_commands(plans: dict[str, Any], path: Path, configuration: str, preset: str | None) -> list[str]:
-    from stunet.planning import plans_size, resolve_configuration
-    from stunet.sizes import SIZES
-
-    trainer = "STUNetTrainer"
-    if preset is not None:
-        size = plans_size(resolve_configuration(plans, configuration)).name
-        trainer = f"STUNetTrainer_{size}_pretrain" if size in SIZES else "STUNetTrainer_pretrain"
-    dataset_id, plans_name = int(plans["dataset_name"][7:10]), plans["plans_name"]
-    lines = ["Next:"]
-    if not (path.parent / resolve_configuration(plans, configuration)["data_identifier"]).is_dir():
-        lines.append(f"  nnUNetv2_preprocess -d {dataset_id} -plans_name {plans_name} -c {configuration}")
-    train = f"nnUNetv2_train {dataset_id} {configuration} 0 -p {plans_name}"
-    lines.append(f'  eval "$(stunet env)"; {train} -tr {trainer}')
-    if not resolve_configuration(plans, configuration).get(SETTINGS_KEY):  # which nnU-Net's own trainer does not read
-        lines.append(f"or, with nnU-Net's own trainer:\n  {train}")
-    return lines
+from stunet.sizes import SIZES
 
 
 def _print_settings(wanted: bool) -> None:
@@ -167,7 +30,141 @@ def _print_settings(wanted: bool) -> None:
                 values = f": {', '.join(setting.choices)}" if setting.choices[2:] else ""
                 default = "" if setting.default is None else f"{setting.default}".lower()
                 table.add_row(name, default, setting.help + values)
-        stdout.print(table)
-        stdout.print()
+        stdout.print(table, "", sep="\n")
     stdout.print("Type them as --set num_epochs=500 patch_size=96,160,160; booleans are true or false.")
     raise typer.Exit
+
+
+def plan(
+    dataset: options.Dataset,
+    size: options.Size = None,
+    configurations: Annotated[list[str] | None, Option("-c", "--configurations")] = None,
+    plans: options.Plans = "nnUNetPlans",
+    settings: options.Settings = None,
+    depth: str | None = None,
+    width: int | None = None,
+    source: Annotated[Path | None, Option("--from", autocompletion=options.complete_weights)] = None,
+    strategy: options.StrategyOption = None,
+    preset: Annotated[str | None, Option(autocompletion=options.complete_presets)] = None,
+    name: str | None = None,
+    overwrite: bool = False,
+    trust: options.Trust = None,
+    num_processes: options.Processes = 8,
+    list_settings: Annotated[bool, Option(callback=_print_settings, is_eager=True)] = False,
+    next_commands: Annotated[bool, Option(hidden=True)] = True,
+) -> Path:
+    """Write plans with a STU-Net beside nnU-Net's, which they are made from; preprocessed data is used again.
+
+    Where nnU-Net has not planned the dataset yet, its own planner runs first.
+
+    Options:
+        size: small, base, large or huge; base by default.
+        configurations: Configurations to rewrite; all by default. Takes several.
+        depth: Blocks of six stages, for example 1,1,2,2,2,2.
+        width: Channels of the first stage, for example 24.
+        source: Weights to start from, file or fetched name; they decide the size.
+        preset: A pre-training preset in place of nnU-Net's planning: totalsegmentator.
+        name: Name of the new plans; STUNetPlans_SIZE by default, with --from …_SIZE_ft.
+        overwrite: Replace plans that differ.
+        num_processes: Processes for nnU-Net's fingerprint.
+        list_settings: Show the settings that --set takes and leave.
+    """
+    # What needs no PyTorch is checked before it is imported.
+    asked = options.choose_size(size, depth, width)
+    given = parse_settings(settings or [])
+    dataset_name = find_dataset(dataset)
+    paths = None if source is None else find_fetched([source])[1]
+    if strategy is not None and source is None:
+        raise UsageError(f"--strategy {strategy} without weights to start from: give them with --from, or leave it out")
+    preflight(dataset, plans=plans, writes=nnunet_folder("nnUNet_preprocessed"))
+    from stunet import planning
+    from stunet.weights import open_weights
+
+    weights = None if paths is None else open_weights(paths, trust=trust or [])
+    if weights is not None and (size, depth, width) != (None, None, None) and asked != weights.architecture.size:
+        theirs = f"{weights.architecture.size.name} of {weights.path}"
+        raise UsageError(f"a size that is not that of the weights: {asked.name} for {theirs}; leave it out")
+    network = weights.architecture.size if weights else asked
+    recipe = None if preset is None else planning.load_recipe(preset)
+    chosen = {**recipe.settings} if recipe else {}
+    if network.name in planning.list_presets():
+        chosen |= planning.load_preset(network.name).settings
+    if weights is not None:
+        chosen |= planning.fine_tuning_settings(weights, strategy or given.get("fine_tune", "full"))
+        given |= {"fine_tune": strategy} if strategy else {}
+    parts = ["STUNetPlans", network.name, preset, "ft" if weights else None, strategy if strategy != "full" else None]
+    path = find_plans(dataset_name, name or "_".join(part for part in parts if part))
+    nnunets = find_plans(dataset_name, plans)
+    if path == nnunets:
+        raise UsageError(f"--name {name} is that of the plans they are made from: give another name than {plans}")
+    if not nnunets.is_file():
+        planning.plan_with_nnunet(dataset_name, plans, num_processes=num_processes)
+    planned = planning.load_plans(nnunets)
+    if recipe is not None:
+        planned = planning.apply_recipe(planned, recipe)
+    if weights is not None:
+        configurations = configurations or planning.fine_tuning_configurations(planned, weights)
+    content = planning.rewrite_plans(
+        planned, size=network, plans_name=path.stem, configurations=configurations, settings=chosen | given
+    )
+    report = None
+    if weights is not None and configurations:
+        dataset_json = read_json(path.parent / "dataset.json")
+        report = planning.preview_transfer(weights, content, configurations, dataset_json)
+    written = planning.write_plans(content, path, overwrite=overwrite)
+    print_line(f"{'Wrote' if written else 'Already there, unchanged:'} {path}")
+    trainable = _print_configurations(content)
+    if next_commands:
+        _print_next(path, trainable, pretraining=preset is not None)
+    if report is not None:
+        table = PlainTable(title=f"From {report.source}")
+        for row in report.rows():
+            table.add_row(*row)
+        stdout.print(table)
+    return path
+
+
+def _print_configurations(plans: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Show all configurations and their settings, and return those with a STU-Net."""
+    from stunet.planning import is_stunet, plans_size, resolve_configuration
+
+    table = PlainTable("configuration", "network", "patch", "batch", "strides", numbers=("batch",))
+    trainable: dict[str, dict[str, Any]] = {}
+    settings: dict[str, list[str]] = {}
+    for name in plans["configurations"]:
+        try:
+            resolved = resolve_configuration(plans, name)
+        except PlansError:  # of a kind that we leave alone
+            table.add_row(name, "no STU-Net", "", "", "")
+            continue
+        network = f"{resolved['architecture']['network_class_name'].rsplit('.')[-1]}, no STU-Net"
+        if is_stunet(resolved):
+            network = f"STU-Net {plans_size(resolved).name}"
+            trainable[name] = resolved
+            line = " ".join(f"{key}={value}" for key, value in resolved.get(SETTINGS_KEY, {}).items())
+            settings.setdefault(line, []).append(name)
+        patch = "x".join(map(str, resolved["patch_size"]))
+        strides = ("".join(map(str, stride)) for stride in resolved["architecture"]["arch_kwargs"]["strides"])
+        table.add_row(name, network, patch, str(resolved["batch_size"]), " ".join(strides))
+    stdout.print(table)
+    for line, names in settings.items():
+        if line:
+            print_line(f"options.Settings of {', '.join(names)}: {line}")
+    return trainable
+
+
+def _print_next(path: Path, trainable: dict[str, dict[str, Any]], *, pretraining: bool) -> None:
+    from stunet.planning import plans_size
+
+    name = "3d_fullres" if "3d_fullres" in trainable else next(iter(trainable))
+    size, trainer = plans_size(trainable[name]).name, "STUNetTrainer"
+    if pretraining:
+        trainer = f"STUNetTrainer_{size}_pretrain" if size in SIZES else "STUNetTrainer_pretrain"
+    dataset_id, plans_name = int(path.parent.name[7:10]), path.stem
+    print_line("Next:")
+    if not (path.parent / trainable[name]["data_identifier"]).is_dir():
+        print_line(f"  nnUNetv2_preprocess -d {dataset_id} -plans_name {plans_name} -c {name}")
+    train = f"nnUNetv2_train {dataset_id} {name} 0 -p {plans_name}"
+    print_line(f'  eval "$(stunet env)"; {train} -tr {trainer}')
+    if not trainable[name].get(SETTINGS_KEY):  # which nnU-Net's own trainer does not read
+        print_line(f"or, with nnU-Net's own trainer:\n  {train}")

@@ -160,7 +160,7 @@ def _model_folder(model: str | None, dataset: str | None, trainer: str, plans: s
 
 def _published_model(name: str) -> Path:
     from stunet.cli.console import stdout
-    from stunet.cli.transfers import ProgressListener
+    from stunet.cli.weights import DownloadBar
     from stunet.weights import find_entry
 
     entry = find_entry(name)
@@ -172,8 +172,8 @@ def _published_model(name: str) -> Path:
 
     from stunet.inference import published_model
 
-    with ProgressListener() as listener:
-        return published_model(entry, listener)
+    with DownloadBar() as bar:
+        return published_model(entry, bar)
 
 
 def _device(name: str) -> torch.device:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import random
 import re
@@ -12,17 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stunet.environment import (
-    did_you_mean,
-    find_dataset,
-    find_plans,
-    preprocessed_folder,
-    require_configuration,
-    require_plans,
-)
-from stunet.errors import DatasetError, LabelError, UsageError
-
-__all__ = ["preflight"]
+from stunet import environment
+from stunet.cli.console import human_bytes
+from stunet.cli.env import trainers_folder
+from stunet.cli.options import choose_device
+from stunet.errors import DatasetError, LabelError, UsageError, reading
+from stunet.files import read_json
 
 
 def preflight(
@@ -55,10 +49,10 @@ def preflight(
     Raises:
         STUNetError: What is wrong, what would be right, what to do.
     """
-    name = find_dataset(dataset)
-    path = None if plans is None else find_plans(name, plans)
+    name = environment.find_dataset(dataset)
+    path = None if plans is None else environment.find_plans(name, plans)
     if path is not None and configuration is not None:
-        require_plans(path)
+        environment.require_plans(path)
     if trainer is not None:
         _check_trainer(trainer)
     raw, preprocessed = (Path(os.environ.get(v) or os.devnull) / name for v in ("nnUNet_raw", "nnUNet_preprocessed"))
@@ -66,7 +60,8 @@ def preflight(
     folders = (preprocessed, raw) if configuration else (raw, preprocessed)
     folder = next((folder for folder in folders if (folder / "dataset.json").is_file()), None)
     if folder is not None:
-        content = _read_dataset_json(folder)
+        with reading(folder / "dataset.json", "a dataset.json that cannot be read", DatasetError):
+            content = read_json(folder / "dataset.json")
         if path is not None and path.is_file():
             _check_plans(path, content, name, configuration)
         _check_label_maps(folder, content, seconds)
@@ -77,8 +72,11 @@ def preflight(
         found = open_preprocessed(dataset, plans, configuration)
         found.check_origin()
         disk = _checkpoint_bytes(found.configuration, trainer) if trainer else disk
-    if device is not None:
-        _check_devices(device, n_devices)
+    if device is not None and choose_device(device) == "cuda" and n_devices > 1:
+        import torch
+
+        if (there := torch.cuda.device_count()) < n_devices:
+            raise UsageError(f"-num_gpus {n_devices}, but there are {there} CUDA devices: ask for fewer")
     if writes is not None:
         _check_disk(writes, disk)
     return name
@@ -86,8 +84,6 @@ def preflight(
 
 def _check_trainer(name: str) -> None:
     """Look for the name in the files that nnU-Net would import one after the other, which takes seconds."""
-    from stunet.cli.env import trainers_folder
-
     spec = importlib.util.find_spec("nnunetv2")
     stock = [Path(place) / "training" / "nnUNetTrainer" for place in (spec and spec.submodule_search_locations) or []]
     own = os.environ.get("nnUNet_extTrainer") or str(trainers_folder())
@@ -95,35 +91,26 @@ def _check_trainer(name: str) -> None:
     sources = [file.read_text(encoding="utf-8", errors="ignore") for folder in folders for file in folder.rglob("*.py")]
     if not any(re.search(rf"\b{re.escape(name)}\b", source) for source in sources):
         known = sorted({found for source in sources for found in re.findall(r"^class (\w+)\(", source, re.MULTILINE)})
-        raise UsageError("unknown trainer", got=name,
-                         expected=f"a trainer of nnU-Net, or of {', '.join(map(str, folders[len(stock) :]))}",
-                         remedy=f"{did_you_mean(name, known)}Correct -tr.")  # fmt: skip
-
-
-def _read_dataset_json(folder: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-        return dict(content)
-    except (OSError, ValueError, TypeError) as error:
-        raise DatasetError("a dataset.json that cannot be read", got=f"{folder}: {error}", expected="a JSON object",
-                           remedy="Write it again (nnU-Net, documentation/dataset_format.md).") from error  # fmt: skip
+        places = ", ".join(map(str, folders[len(stock) :]))
+        hint = environment.did_you_mean(name, known)
+        raise UsageError(f"unknown trainer {name}: -tr names one of nnU-Net's or of {places}. {hint}")
 
 
 def _check_plans(path: Path, content: dict[str, Any], name: str, configuration: str | None) -> None:
     try:
-        plans = json.loads(path.read_text(encoding="utf-8"))
+        plans = read_json(path)
         n_planned, _ = len(plans["foreground_intensity_properties_per_channel"]), dict(plans["configurations"])
     except (OSError, ValueError, KeyError, TypeError):
         return  # no plans: reading them says so
     if configuration is not None:
-        require_configuration(plans, configuration)
-        preprocessed_folder(name, plans, configuration)
+        environment.require_configuration(plans, configuration)
+        environment.preprocessed_folder(name, plans, configuration)
     names = content.get("channel_names") or content.get("modality") or {}
     if names and len(names) != n_planned:
-        raise DatasetError("plans for another number of channels",
-                           got=f"{len(names)} in dataset.json ({', '.join(map(str, names.values()))})",
-                           expected=f"{n_planned}, as {path} has",
-                           remedy="Plan and preprocess the dataset again.")  # fmt: skip
+        got = f"{len(names)} in dataset.json ({', '.join(map(str, names.values()))})"
+        raise DatasetError(
+            f"another number of channels: {got}, but {n_planned} in {path}: plan and preprocess the dataset again"
+        )
 
 
 def _check_label_maps(folder: Path, content: dict[str, Any], seconds: float) -> None:
@@ -134,12 +121,10 @@ def _check_label_maps(folder: Path, content: dict[str, Any], seconds: float) -> 
         return
     listed, ending = content.get("dataset"), str(content.get("file_ending", ""))
     copies = folder / "gt_segmentations"
-    if copies.is_dir():
-        files = sorted(copies.glob(f"*{ending}"))
-    elif isinstance(listed, dict):
+    if isinstance(listed, dict) and not copies.is_dir():
         files = [folder / str(case.get("label")) for _, case in sorted(listed.items()) if isinstance(case, dict)]
     else:
-        files = sorted((folder / "labelsTr").glob(f"*{ending}"))
+        files = sorted((copies if copies.is_dir() else folder / "labelsTr").glob(f"*{ending}"))
     files = [file for file in files if file.is_file()]
     random.Random(0).shuffle(files)
     stop = time.monotonic() + seconds
@@ -148,11 +133,8 @@ def _check_label_maps(folder: Path, content: dict[str, Any], seconds: float) -> 
             return
         if undeclared := sorted(set(count_labels(file)) - set(declared)):
             raise LabelError(
-                "label values that dataset.json does not declare",
-                got=f"{', '.join(map(str, undeclared[:8]))} in {file}",
-                expected=f"values from 0 to {declared[-1]}",
-                remedy=f"Correct the label map, or declare them; `stunet labels check -d {int(folder.name[7:10])}` "
-                "looks at all label maps.",
+                f"dataset.json does not declare {', '.join(map(str, undeclared[:8]))} in {file}, only 0 to "
+                f"{declared[-1]}: correct it, or declare them (see stunet labels check -d {int(folder.name[7:10])})"
             )
 
 
@@ -170,25 +152,10 @@ def _checkpoint_bytes(configuration: dict[str, Any], trainer: str) -> int:
     return 2 * 2 * 4 * sum(parameter.numel() for parameter in network.parameters())
 
 
-def _check_devices(device: str, n_devices: int) -> None:
-    from stunet.cli.options import choose_device
-
-    if choose_device(device) == "cuda" and n_devices > 1:
-        import torch
-
-        if torch.cuda.device_count() < n_devices:
-            raise UsageError("fewer GPUs than asked for", got=f"{torch.cuda.device_count()} CUDA devices",
-                             expected=str(n_devices), remedy="Ask for fewer with -num_gpus.")  # fmt: skip
-
-
 def _check_disk(folder: Path, needed: int) -> None:
-    from stunet.cli.console import human_bytes
-
     there = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     if not os.access(there, os.W_OK):
-        raise UsageError("a folder that cannot be written", got=there, expected="a folder that you may write to",
-                         remedy="Choose another one, or change its permissions.")  # fmt: skip
+        raise UsageError(f"{there} cannot be written: choose another folder, or change its permissions")
     if (free := shutil.disk_usage(there).free) < needed:
-        raise UsageError("too little disk space", got=f"{human_bytes(free)} free in {there}",
-                         expected=f"{human_bytes(needed)} at least, for checkpoints and results",
-                         remedy="Free some, or choose another folder.")  # fmt: skip
+        need = f"{human_bytes(needed)} at least for checkpoints and results"
+        raise UsageError(f"too little disk space: {human_bytes(free)} free in {there}, {need}: free some")

@@ -1,196 +1,249 @@
-"""``stunet weights``: published weights listed, fetched and verified."""
+"""``stunet weights`` and ``stunet list``: published weights listed, fetched and verified, and label systems."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.columns import Columns
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.text import Text
+from typer import Argument, Option
 
-from stunet.cli.console import Command, Group, examples
-from stunet.cli.options import complete_weights
+from stunet.cli.console import Group, PlainTable, print_line, stderr, stdout
+from stunet.cli.options import Json, Positive, complete_weights
+from stunet.environment import did_you_mean
+from stunet.errors import LabelError, UsageError, reading
+from stunet.files import file_sha256, read_json
 
 if TYPE_CHECKING:
-    from stunet.weights import Verified, WeightsEntry, WeightsFile
-
-__all__ = ["app", "weights_row"]
+    from stunet.weights import Verified
 
 app = typer.Typer(cls=Group, help="List, fetch and verify published STU-Net weights.", no_args_is_help=True)
 
 
-@app.command("list", cls=Command, epilog=examples("stunet weights list", "stunet weights list --json"))
-def list_weights(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all sources.")] = False,
-) -> None:
+@app.command("list")
+def list_weights(as_json: Annotated[bool, Option("--json", help="Print JSON, with all sources.")] = False) -> None:
     """Show the published weights that are known, and which of them are in the cache."""
-    from stunet.weights import load_registry
-
-    rows = [weights_row(entry) for entry in load_registry().values()]
+    rows = _weights_rows()
     if as_json:
         typer.echo(json.dumps({"weights": rows}, indent=2))
-    else:
-        _print_table(rows)
-
-
-@app.command("fetch", cls=Command, epilog=examples("stunet weights fetch small_ep4k"))
-def fetch_weights(
-    name: Annotated[
-        str, typer.Argument(help="A name that `stunet weights list` shows.", autocompletion=complete_weights)
-    ],
-    url: Annotated[
-        list[str] | None,
-        typer.Option(help="Another address; once for each file, whose name it ends with, else for the weights."),
-    ] = None,
-    hf: Annotated[str | None, typer.Option(help="Hugging Face repository: OWNER/NAME or OWNER/NAME@REVISION.")] = None,
-    to: Annotated[Path | None, typer.Option(help="Folder to put the files into; the cache by default.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Download files again that are there already.")] = False,
-    attempts: Annotated[
-        int, typer.Option(help="Connections in a row that may bring nothing new before it gives up.", min=1)
-    ] = 5,
-) -> None:
-    """Download published weights and the pickles that belong to them, going on where an earlier attempt was cut.
-
-    They are put into STUNET_CACHE, else into the platform's folder for caches.
-    """
-    from stunet.cli.console import stderr
-    from stunet.cli.transfers import ProgressListener
-    from stunet.weights import entry_folder, fetch, find_entry
-
-    entry = find_entry(name)
-    try:
-        with ProgressListener() as listener:
-            path = fetch(entry, folder=to, urls=url or [], hub=hf, force=force, attempts=attempts, listener=listener)
-    except KeyboardInterrupt:
-        folder = entry_folder(name) if to is None else to
-        stderr.print(
-            f"Stopped. What has arrived is kept in {folder}; the same command goes on from there.",
-            soft_wrap=True, highlight=False, markup=False,
-        )  # fmt: skip
-        raise typer.Exit(130) from None
-    _print_line(f"{entry.name}: {path}")
-    _print_line(f"Licence: {entry.licence or 'not known; ask those who published them'}")
-    _print_line(f"Next: stunet convert {entry.name if to is None else path} -o MODEL_FOLDER")
-
-
-@app.command(
-    "verify", cls=Command, epilog=examples("stunet weights verify", "stunet weights verify small_ep4k small_ep4k.model")
-)
-def verify_weights(
-    what: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Names; or one file, after the name of what it should be.", autocompletion=complete_weights
-        ),
-    ] = None,
-) -> None:
-    """Check weights: length and SHA-256 where they are known, and always that the file opens safely as that network.
-
-    Without names, all that is in the cache.
-    """
-    from stunet.weights import entry_folder, load_registry, verify, verify_file
-
-    known = load_registry()
-    names = [word for word in what or [] if word in known]
-    files = [Path(word) for word in what or [] if word not in known]
-    _check_words(names, files, known)
-    if files:
-        if names:
-            _report(verify_file(files[0], known[names[0]]))
-        else:
-            _report_unknown(files[0])
         return
-    if not names:
-        names = [
-            name for name, entry in known.items() if any((entry_folder(name) / f.file).exists() for f in entry.files)
-        ]
-        if not names:
-            _print_line("Nothing has been fetched yet.")
-    for name in names:
-        for verified in verify(known[name]):
-            _report(verified)
-
-
-def _check_words(names: list[str], files: list[Path], known: dict[str, WeightsEntry]) -> None:
-    from stunet.errors import UsageError
-
-    absent = [str(file) for file in files if not file.exists()]
-    if absent or len(files) > 1 or (files and len(names) > 1):
-        raise UsageError(
-            "neither weights nor a file" if absent else "more than one file, or more than one name for a file",
-            got=absent[0] if absent else " ".join([*names, *map(str, files)]),
-            expected=f"names ({', '.join(known)}), or one name and one file",
-            remedy="`stunet weights list` shows the names.",
-        )
-
-
-def _report(verified: Verified) -> None:
-    compared = f"as {verified.compared_with}" if verified.compared_with else "not known before"
-    _print_line(f"fine  {verified.path}  SHA-256 {verified.sha256} ({compared})")
-
-
-def _report_unknown(path: Path) -> None:
-    from stunet.files import file_sha256
-    from stunet.weights import describe_file, load_registry
-
-    words = describe_file(path)
-    sha256 = file_sha256(path)
-    same = [entry.name for entry in load_registry().values() for file in entry.files if file.sha256 == sha256]
-    _print_line(f"fine  {path}  SHA-256 {sha256}")
-    _print_line(f"      {words}; {'published as ' + ', '.join(same) if same else 'its checksum is in no registry'}")
-
-
-def weights_row(entry: WeightsEntry) -> dict[str, Any]:
-    """What is known of published weights, and what of them is in the cache."""
-    from dataclasses import asdict
-
-    from stunet.weights import entry_folder
-    from stunet.weights.addresses import clean_url
-    from stunet.weights.cache import missing_files
-
-    folder = entry_folder(entry.name)
-    row = asdict(entry)
-    for file in row["files"]:
-        file["url"] = None if file["url"] is None else clean_url(file["url"])  # without a password
-    missing = missing_files(entry, folder)
-    state = "fetched" if not missing else "incomplete" if len(missing) < len(entry.files) else "not fetched"
-    return {**row, "download": _how(entry.weights_file), "state": state, "folder": str(folder)}
-
-
-def _how(file: WeightsFile) -> str:
-    if file.url or file.hub:
-        return "automatic"
-    return "by hand"
-
-
-def _print_table(rows: list[dict[str, Any]]) -> None:
-    from stunet.cli.console import PlainTable, stdout
-
     numbers = ("outputs", "size")
     table = PlainTable("name", "network", *numbers, "download", "state", numbers=numbers)
     described: dict[str, list[str]] = {}
     for row in rows:
         weights = next(file for file in row["files"] if not file["file"].endswith(".pkl"))
-        table.add_row(
-            row["name"], row["size"], str(row["outputs"]), _size_words(weights), row["download"], row["state"]
-        )
+        exact, about = weights["bytes"], weights["approximate_bytes"]
+        length = decimal(exact) if exact else f"~ {decimal(about)}" if about else "not known"
+        table.add_row(row["name"], row["size"], str(row["outputs"]), length, row["download"], row["state"])
         text = f"{row['title'] or 'training data not known'}; licence: {row['licence'] or 'not known'}"
         described.setdefault(text, []).append(row["name"])
-    stdout.print(table)
-    stdout.print()
+    stdout.print(table, "", sep="\n")
     for text, names in described.items():
-        stdout.print(f"{', '.join(names)}: {text}", highlight=False, markup=False)
-    _print_line("Next: stunet weights fetch NAME. Files and addresses: stunet weights list --json")
+        stdout.print(f"{', '.join(names)}: {text}")
+    print_line("Next: stunet weights fetch NAME. Files and addresses: stunet weights list --json")
 
 
-def _size_words(file: dict[str, Any]) -> str:
-    from rich.filesize import decimal
+def _weights_rows() -> list[dict[str, Any]]:
+    """Describe all published weights, and what of them is in the cache."""
+    from stunet.weights import entry_folder, load_registry
+    from stunet.weights.addresses import clean_url
 
-    exact, about = file["bytes"], file["approximate_bytes"]
-    return decimal(exact) if exact else f"~ {decimal(about)}" if about else "not known"
+    rows = []
+    for entry in load_registry().values():
+        row, folder, main = asdict(entry), entry_folder(entry.name), entry.weights_file
+        for file in row["files"]:
+            file["url"] = None if file["url"] is None else clean_url(file["url"])  # without a password
+        present = [(folder / file.file).is_file() for file in entry.files]
+        row["download"] = "automatic" if main.url or main.hub else "by hand"
+        row["state"] = "fetched" if all(present) else "incomplete" if any(present) else "not fetched"
+        rows.append({**row, "folder": str(folder)})
+    return rows
 
 
-def _print_line(line: str) -> None:
-    from stunet.cli.console import stdout
+@app.command("fetch")
+def fetch_weights(
+    name: Annotated[str, Argument(autocompletion=complete_weights)],
+    url: list[str] | None = None,
+    hf: str | None = None,
+    to: Path | None = None,
+    force: bool = False,
+    attempts: Positive = 5,
+) -> None:
+    """Download published weights and the pickles that belong to them, going on where an earlier attempt was cut.
 
-    stdout.print(line, soft_wrap=True, highlight=False, markup=False)
+    They are put into STUNET_CACHE, else into the platform's folder for caches.
+
+    Options:
+        name: A name that `stunet weights list` shows.
+        url: Another address; once for each file, whose name it ends with, else for the weights.
+        hf: Hugging Face repository: OWNER/NAME or OWNER/NAME@REVISION.
+        to: Folder to put the files into; the cache by default.
+        force: Download files again that are there already.
+        attempts: Connections in a row that may bring nothing new before it gives up.
+    """
+    from stunet.weights import entry_folder, fetch, find_entry
+
+    entry = find_entry(name)
+    try:
+        with DownloadBar() as bar:
+            path = fetch(entry, folder=to, urls=url or [], hub=hf, force=force, attempts=attempts, listener=bar)
+    except KeyboardInterrupt:
+        kept = f"What has arrived is kept in {to or entry_folder(name)}"
+        print_line(f"Stopped. {kept}; the same command goes on from there.", error=True)
+        raise typer.Exit(130) from None
+    print_line(f"{entry.name}: {path}")
+    print_line(f"Licence: {entry.licence or 'not known; ask those who published them'}")
+    print_line(f"Next: stunet convert {entry.name if to is None else path} -o MODEL_FOLDER")
+
+
+class DownloadBar:
+    """Shows on standard error what a fetch does, with a bar where that is a terminal."""
+
+    def __init__(self) -> None:
+        text = TextColumn("{task.description}", markup=False)
+        columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=stderr, disable=not stderr.is_terminal)
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Any:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def begin(self, file: str, url: str) -> None:
+        """Name the file and where it is from."""
+        self._start(file, f"Downloading {url}")
+
+    def work(self, text: str) -> None:
+        """Show that something is being done whose end is not known."""
+        self._start(text, text)
+
+    def _start(self, task: str, line: str) -> None:
+        self.note(line)
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(task, total=None)
+
+    def progress(self, done: int, total: int | None) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=done, total=total)
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        print_line(text, error=True)
+
+
+@app.command("verify")
+def verify_weights(what: Annotated[list[str] | None, Argument(autocompletion=complete_weights)] = None) -> None:
+    """Check weights: length and SHA-256 where they are known, and always that the file opens safely as that network.
+
+    Without names, all that is in the cache.
+
+    Options:
+        what: Names; or one file, after the name of what it should be.
+    """
+    from stunet.weights import describe_file, entry_folder, load_registry, verify, verify_file
+
+    known = load_registry()
+    names = [word for word in what or [] if word in known]
+    files = [Path(word) for word in what or [] if word not in known]
+    if absent := [file for file in files if not file.exists()]:
+        raise UsageError(f"{absent[0]} is neither weights nor a file: give names ({', '.join(known)}) or a file")
+    if len(files) > 1 or (files and len(names) > 1):
+        raise UsageError(f"{' '.join(what or [])}: give names, or one name and one file (see stunet weights list)")
+    if files and names:
+        _report(verify_file(files[0], known[names[0]]))
+    elif files:
+        words, sha256 = describe_file(files[0]), file_sha256(files[0])
+        same = [entry.name for entry in known.values() for file in entry.files if file.sha256 == sha256]
+        print_line(f"fine  {files[0]}  SHA-256 {sha256}")
+        print_line(f"      {words}; {'published as ' + ', '.join(same) if same else 'its checksum is in no registry'}")
+    elif not what:
+        names = [n for n, e in known.items() if any((entry_folder(n) / f.file).exists() for f in e.files)]
+        if not names:
+            print_line("Nothing has been fetched yet.")
+    for name in () if files else names:
+        for verified in verify(known[name]):
+            _report(verified)
+
+
+def _report(verified: Verified) -> None:
+    compared = f"as {verified.compared_with}" if verified.compared_with else "not known before"
+    print_line(f"fine  {verified.path}  SHA-256 {verified.sha256} ({compared})")
+
+
+def list_names(of: Annotated[str | None, Option(metavar="NAME")] = None, as_json: Json = False) -> None:
+    """Show the published models, the label systems of datasets, and the structures of each with --of.
+
+    Options:
+        of: Show the structures of a model, a label system, or a model folder.
+    """
+    content: dict[str, Any] = _models_and_systems() if of is None else {"name": of, "structures": _structures(of)}
+    if as_json:
+        typer.echo(json.dumps(content, indent=2))
+    elif of is not None:
+        lines = [f"{','.join(map(str, row['labels'])):>3} {row['name']}" for row in content["structures"]]
+        stdout.print(Text(f"{of}: {len(lines)} structures"))
+        stdout.print(Columns([Text(line) for line in lines], column_first=True, equal=True))
+    else:
+        models = PlainTable("name", "size", "structures", "licence", "state", title="Models", numbers=["structures"])
+        for row in content["models"]:
+            licence = row["licence"] or "not stated"
+            models.add_row(row["name"], row["size"], str(row["outputs"] - 1), licence, row["state"])
+        systems = PlainTable("name", "structures", title="Label systems", numbers=["structures"])
+        for row in content["label_systems"]:
+            systems.add_row(row["name"], str(row["structures"]))
+        stdout.print(models, "", systems, "", sep="\n")
+        stdout.print("Structures of one: stunet list --of NAME")
+        stdout.print("Predict with a model: stunet predict -i CT.nii.gz -o OUT -m NAME")
+
+
+def _models_and_systems() -> dict[str, Any]:
+    from stunet.labels import list_label_systems, list_vocabularies, load_label_system, load_vocabulary
+
+    systems = {name: len(load_label_system(name).entries) for name in list_label_systems()}
+    systems |= {name: len(load_vocabulary(name).labels) - 1 for name in list_vocabularies()}
+    listed = [{"name": name, "structures": n} for name, n in sorted(systems.items())]
+    return {"models": _weights_rows(), "label_systems": listed}
+
+
+def _structures(name: str) -> list[dict[str, Any]]:
+    """List label values and name of each structure."""
+    from stunet.labels import list_label_systems, list_vocabularies, load_label_system, load_vocabulary
+    from stunet.weights import load_registry
+
+    models = load_registry()
+    order = models[name].labels if name in models else name
+    if (path := Path(name) / "dataset.json").is_file():
+        with reading(path, "a dataset description that cannot be read", LabelError):
+            labels = read_json(path)["labels"].items()
+            values = {name: [int(v) for v in (value if isinstance(value, list) else [value])] for name, value in labels}
+        return [{"labels": v, "name": name} for name, v in values.items() if v != [0] and name != "ignore"]
+    if order in list_vocabularies():
+        return [{"labels": [i], "name": each} for i, each in enumerate(load_vocabulary(order).labels) if i]
+    if name in models:
+        raise LabelError(
+            f"the {models[name].outputs - 1} structures of {name} are not named in the registry: name them with "
+            f"stunet convert {name} --labels FILE.json -o MODEL_FOLDER"
+        )
+    if name not in list_label_systems():
+        hint = did_you_mean(name, [*models, *list_vocabularies(), *list_label_systems()])
+        raise UsageError(f"unknown model or label system {name}. {hint}`stunet list` shows those that there are.")
+    return [{"labels": list(entry.target), "name": entry.name} for entry in load_label_system(name).entries]

@@ -1,4 +1,4 @@
-"""Figures of segmentations."""
+"""Figures of segmentations and of scores."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from stunet.evaluation import METRICS, EvaluationResults
 from stunet.files import atomic_path
-
-__all__ = ["drawing", "side_by_side"]
 
 Array = npt.NDArray[Any]
 Arguments = ParamSpec("Arguments")
 Drawn = TypeVar("Drawn")
+
+_TITLES = {"Dice": "Dice", "NSD": "normalised surface Dice", "HD95": "95th percentile Hausdorff distance (mm)"}
+_ROW = 0.26  # inches
+_MOST_CASES_FOR_OPAQUE_DOTS = 20
 
 
 def drawing(draw: Callable[Arguments, Drawn]) -> Callable[Arguments, Drawn | None]:
@@ -55,7 +58,7 @@ def side_by_side(
     Args:
         cases: Name, image, and label maps by title, the truth first; arrays of one shape ``(Z, Y, X)``.
         labels: Label value of each structure, background (0) included or not.
-        path: PNG to write, whole or not at all.
+        path: PNG to write, atomically.
         spacing: mm along ``(z, y, x)``, for the proportions of the picture.
         plane_name: What the plane is: axial, coronal or sagittal.
     """
@@ -78,7 +81,6 @@ def side_by_side(
             axis.set_axis_off()
     handles = [Patch(color=colours[value], label=name) for name, value in labels.items() if value > 0]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
-    FigureCanvasAgg(figure)
     with atomic_path(Path(path)) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
@@ -88,3 +90,44 @@ def _colour(labels: Array, colours: Mapping[int, tuple[float, ...]]) -> npt.NDAr
     for value, colour in colours.items():
         rgba[labels == value] = (*colour[:3], 0.6)
     return rgba
+
+
+@drawing
+def draw_scores(results: EvaluationResults, path: str | os.PathLike[str], *, title: str = "") -> None:
+    """Draw the scores of each structure: a dot for each case, and a bar at the mean.
+
+    Args:
+        results: The scores. Structures that no case has are drawn as empty rows; infinite distances are counted beside
+            their row, since they have no place on the axis.
+        path: PNG to write, atomically.
+        title: Title of the figure.
+    """
+    n = len(results.structures)
+    figure = Figure(figsize=(11, _ROW * n + 1.3), layout="constrained")
+    panels = figure.subplots(1, len(METRICS), sharey=True, squeeze=False)[0]
+    for panel, metric in zip(panels, METRICS, strict=True):
+        _draw_metric(panel, results, metric)
+    panels[0].set_yticks(range(n), [structure.comparison.name for structure in results.structures])
+    panels[0].set_ylim(n - 0.5, -0.5)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    with atomic_path(Path(path)) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def _draw_metric(panel: Axes, results: EvaluationResults, metric: str) -> None:
+    alpha = 0.8 if len(results.cases) <= _MOST_CASES_FOR_OPAQUE_DOTS else 0.3
+    for row, (structure, values) in enumerate(zip(results.structures, results.values(metric).values(), strict=True)):
+        # Spread over the row's height, in the order of cases, so that equal scores do not hide each other.
+        heights = row + np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else [float(row)] * len(values)
+        panel.scatter(values, heights, s=9, color="tab:blue", alpha=alpha, linewidths=0, zorder=2)
+        mean = structure.mean[metric]
+        if mean is not None:
+            panel.plot([mean, mean], [row - 0.38, row + 0.38], color="tab:red", linewidth=1.6, zorder=3)
+        if metric == "HD95" and structure.infinite:
+            text, beside = f"{structure.infinite} infinite", panel.get_yaxis_transform()
+            panel.text(0.99, row, text, transform=beside, ha="right", va="center", fontsize=7, color="dimgray")
+    panel.set_title(_TITLES[metric], fontsize=9)
+    panel.set_xlim(*((0, None) if metric == "HD95" else (-0.02, 1.02)))
+    panel.grid(visible=True, axis="x", linewidth=0.4)
+    panel.tick_params(labelsize=8)

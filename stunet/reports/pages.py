@@ -16,11 +16,9 @@ from stunet.files import atomic_path
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["inline_png", "inline_svg", "write_page"]
-
 
 def write_page(template: str, path: str | os.PathLike[str], **content: Any) -> None:
-    """Fill a template and write the page, whole or not at all. All text is escaped.
+    """Fill a template and write the page, atomically. All text is escaped.
 
     Args:
         template: Its file name.
@@ -34,7 +32,7 @@ def write_page(template: str, path: str | os.PathLike[str], **content: Any) -> N
 
 
 def inline_svg(figure: Figure) -> Markup:
-    """A figure as ``<svg>``, letters as shapes so that it looks the same everywhere; equal figures give equal text."""
+    """Return a figure as ``<svg>``, letters as shapes to look the same everywhere; equal figures give equal text."""
     import matplotlib as mpl
 
     buffer = io.StringIO()
@@ -46,6 +44,6 @@ def inline_svg(figure: Figure) -> Markup:
 
 
 def inline_png(path: str | os.PathLike[str], alternative: str) -> Markup:
-    """A picture as ``<img>`` that holds its data."""
+    """Return a picture as ``<img>`` that holds its data."""
     data = base64.b64encode(Path(path).read_bytes()).decode("ascii")
     return Markup('<img alt="{}" src="data:image/png;base64,{}">').format(alternative, data)

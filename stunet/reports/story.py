@@ -1,7 +1,9 @@
-"""The demo's story as one page."""
+"""Dice from nnU-Net's ``summary.json``, and the demo's story as one page."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from stunet.reports.dice import StructureDice, mean_dice
 from stunet.reports.pages import inline_png, inline_svg, write_page
-from stunet.reports.ranking_figures import score_bars
-
-__all__ = ["Story", "StoryStep", "conclude", "write_story"]
 
 #: Differences of mean Dice below this are called none.
 _CLEAR = 0.05
@@ -25,55 +23,51 @@ _LEARNED = 0.1
 
 
 @dataclass(frozen=True)
-class StoryStep:
-    """One chapter.
+class StructureDice:
+    """Mean, lowest and highest Dice of a structure over the ``n_cases`` that have a score; NaN where none has."""
 
-    Attributes:
-        title: What was done.
-        text: Why, and what came of it.
-        commands: Each as it is typed, and the seconds that it took.
+    name: str
+    mean: float
+    lowest: float
+    highest: float
+    n_cases: int
+
+
+def read_dice(summary: str | os.PathLike[str], labels: Mapping[str, Any]) -> list[StructureDice]:
+    """Read the Dice of each structure.
+
+    Args:
+        summary: nnU-Net's ``summary.json``.
+        labels: ``labels`` of ``dataset.json``: a value, or a list of values for a region, by name.
+
+    Returns:
+        One row for each structure, in the order of the labels, without background and ignore label.
     """
+    cases = json.loads(Path(summary).read_text(encoding="utf-8"))["metric_per_case"]
+    rows = []
+    for name, value in labels.items():
+        if name == "ignore" or value in (0, [0]):
+            continue
+        keys = [str(value)] if isinstance(value, int) else [str(tuple(value)), *map(str, value[:1])]
+        scores = []
+        for case in cases:
+            # A region of one value counts as a region only where others have several.
+            score = next((case["metrics"][key]["Dice"] for key in keys if key in case["metrics"]), None)
+            scores += [score] if score is not None and not math.isnan(score) else []
+        mean = sum(scores) / len(scores) if scores else math.nan
+        lowest, highest = min(scores, default=math.nan), max(scores, default=math.nan)
+        rows.append(StructureDice(name, mean, lowest, highest, len(scores)))
+    return rows
 
-    title: str
-    text: str
-    commands: Sequence[tuple[str, float]]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Story:
-    """All that the page shows.
-
-    Attributes:
-        conclusion: In one sentence.
-        steps: The chapters: pre-training, picking, fine-tuning, prediction.
-        exports: Lines that set the variables that the commands need.
-        ranking: Content of ``ranking.json``.
-        curves: Dice on validation patches by epoch, of each model on the target.
-        pretraining: The same of the pre-training.
-        dice: Scores of each model on unseen cases.
-        picture: PNG with images, truth and predictions.
-        seconds: That all of it took.
-    """
-
-    conclusion: str
-    steps: Sequence[StoryStep]
-    exports: Sequence[str]
-    ranking: Mapping[str, Any]
-    curves: Mapping[str, Sequence[float]]
-    pretraining: Sequence[float]
-    dice: Mapping[str, Sequence[StructureDice]]
-    picture: Path
-    seconds: float
+def mean_dice(rows: Sequence[StructureDice]) -> float:
+    """Return the mean over the structures that have a score, NaN where none has."""
+    means = [row.mean for row in rows if not math.isnan(row.mean)]
+    return sum(means) / len(means) if means else math.nan
 
 
 def conclude(dice: Mapping[str, Sequence[StructureDice]], *, n_cases: int, iterations: int) -> str:
-    """What the figures say, whichever way they fall.
-
-    Args:
-        dice: Scores on unseen cases, ``from scratch`` and ``fine-tuned``.
-        n_cases: Labelled cases of both trainings.
-        iterations: Of both trainings.
-    """
+    """Say what the scores ``from scratch`` and ``fine-tuned`` on unseen cases say, whichever way they fall."""
     scratch, tuned = mean_dice(dice["from scratch"]), mean_dice(dice["fine-tuned"])
     gain = tuned - scratch
     verdict = "Pre-training helped" if gain >= _CLEAR else "Pre-training made no clear difference here"
@@ -87,59 +81,72 @@ def conclude(dice: Mapping[str, Sequence[StructureDice]], *, n_cases: int, itera
     )
 
 
-def write_story(story: Story, path: Path) -> Path:
-    """Write the page, whole or not at all, and return where it is."""
-    candidates = story.ranking["candidates"]
-    ranking = score_bars(
-        [candidate["name"] for candidate in candidates],
-        [candidate["scores"]["logme"] for candidate in candidates],
-        [None] * len(candidates),  # the intervals in ranking.json are those of CC-FV
-        "LogME, higher is better",
-    )
-    pretraining = dice_curves({"pre-training": story.pretraining}, "epoch of pre-training")
-    figures = [
-        [{"svg": inline_svg(pretraining), "caption": "Mean Dice on validation patches during pre-training."}],
-        [{"svg": inline_svg(ranking), "caption": "Scores of the checkpoints."}],
-        [
-            {
-                "svg": inline_svg(dice_curves(story.curves, "epoch on the target")),
-                "caption": "Mean Dice on validation patches of the target, with the same budget.",
-            }
-        ],
-        [],
-    ]
-    means = {name: mean_dice(rows) for name, rows in story.dice.items()}
+def write_story(
+    path: Path,
+    *,
+    conclusion: str,
+    counts: Mapping[str, int],
+    commands: Sequence[Sequence[tuple[str, float]]],
+    exports: Sequence[str],
+    ranking: Mapping[str, Any],
+    curves: Mapping[str, Sequence[float]],
+    pretraining: Sequence[float],
+    dice: Mapping[str, Sequence[StructureDice]],
+    picture: Path,
+    seconds: float,
+) -> None:
+    """Write the page, atomically.
+
+    Args:
+        path: The page.
+        conclusion: In one sentence.
+        counts: Numbers of cases and iterations that the template names.
+        commands: Each as it is typed, and the seconds that it took, of the four chapters: pre-training, picking,
+            fine-tuning and prediction.
+        exports: Lines that set the variables that the commands need.
+        ranking: Content of ``ranking.json``.
+        curves: Dice on validation patches by epoch, of each model on the target.
+        pretraining: The same of the pre-training.
+        dice: Scores of each model on unseen cases.
+        picture: PNG with images, truth and predictions.
+        seconds: That all of it took.
+    """
+    from stunet.reports.ranking_figures import score_bars
+
+    candidates = ranking["candidates"]
+    names, logme = [c["name"] for c in candidates], [c["scores"]["logme"] for c in candidates]
+    # Without intervals: those in ranking.json are of CC-FV.
+    bars = score_bars(names, logme, [None] * len(candidates), "LogME, higher is better")
+    on_source = _dice_curves({"pre-training": pretraining}, "epoch of pre-training")
+    on_target = _dice_curves(curves, "epoch on the target")
+    figures = {
+        "Mean Dice on validation patches during pre-training.": on_source,
+        "Scores of the checkpoints.": bars,
+        "Mean Dice on validation patches of the target, with the same budget.": on_target,
+    }
     write_page(
         "story.html",
         path,
         title="Pre-train, pick, fine-tune",
-        lead=story.conclusion,
-        picture=inline_png(story.picture, "image, truth and predictions of three unseen cases"),
-        exports=story.exports,
-        steps=[
-            {"title": step.title, "text": step.text, "commands": step.commands, "figures": shown}
-            for step, shown in zip(story.steps, figures, strict=True)
-        ],
-        ranking=[
-            {"name": c["name"], "scores": ["-" if v is None else f"{v:.3f}" for v in c["scores"].values()]}
-            for c in candidates
-        ],
-        metrics=list(candidates[0]["scores"]),
-        models=list(story.dice),
-        dice=[
-            {"name": rows[0].name, "means": [f"{row.mean:.3f}" for row in rows]}
-            for rows in zip(*story.dice.values(), strict=True)
-        ],
-        means=[f"{value:.3f}" for value in means.values()],
-        total=f"{story.seconds / 60:.1f}",
+        lead=conclusion,
+        picture=inline_png(picture, "image, truth and predictions of three unseen cases"),
+        counts=counts,
+        verdict=ranking["verdict"],
+        exports=exports,
+        commands=commands,
+        figures=[{"svg": inline_svg(figure), "caption": caption} for caption, figure in figures.items()],
+        candidates=candidates,
+        models=list(dice),
+        structures=list(zip(*dice.values(), strict=True)),
+        means=[mean_dice(rows) for rows in dice.values()],
+        total=f"{seconds / 60:.1f}",
         versions=[(name, version(name)) for name in ("stunet", "nnunetv2", "torch")],
         cores=os.cpu_count(),
     )
-    return path
 
 
-def dice_curves(curves: Mapping[str, Sequence[float]], label: str) -> Figure:
-    """Dice by epoch, one line for each training."""
+def _dice_curves(curves: Mapping[str, Sequence[float]], label: str) -> Figure:
+    """Draw Dice by epoch, one line for each training."""
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     axes = figure.subplots()
     for (name, values), colour in zip(curves.items(), ("#0b6e8f", "#b7791f"), strict=False):

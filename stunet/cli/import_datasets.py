@@ -1,0 +1,289 @@
+"""``stunet import``: TotalSegmentator's layout, or several nnU-Net raw datasets, as one nnU-Net raw dataset."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typer import Option
+
+from stunet.cli.console import Group, PlainTable, print_error, print_line, shorten, stderr, stdout
+from stunet.cli.options import Processes
+from stunet.environment import find_dataset, nnunet_folder
+from stunet.errors import UsageError
+
+if TYPE_CHECKING:
+    from stunet.datasets import ImportReport, UnionReport, UnionSource
+    from stunet.labels import LabelUnion
+
+app = typer.Typer(cls=Group, help="Turn other layouts into nnU-Net raw datasets.", no_args_is_help=True)
+
+_PREPROCESSED = "nnUNet_preprocessed"
+_MOST_OVERLAPS = 8
+
+_Id = Annotated[int, Option("-d", "--dataset-id", help="Id of the new dataset.")]
+
+
+@app.command("totalsegmentator")
+def totalsegmentator(
+    source: Path,
+    dataset_id: _Id,
+    name: str = "TotalSegmentator",
+    task: str = "total",
+    version: str = "auto",
+    label_order: str | None = None,
+    structures: list[str] | None = None,
+    group: list[str] | None = None,
+    exclude: list[str] | None = None,
+    images: Literal["copy", "link"] = "copy",
+    allow_unannotated: bool = False,
+    num_processes: Annotated[int | None, Option("-np", min=1)] = None,
+) -> None:
+    """Import a dataset in TotalSegmentator's layout: CASE/ct.nii.gz and CASE/segmentations/STRUCTURE.nii.gz.
+
+    A missing mask file means not annotated, a blank mask annotated and absent; annotated_labels.json keeps which is
+    which. The split of meta.csv becomes splits_final.json, its test cases go to imagesTs and labelsTs.
+
+    An interrupted import continues when the same command is run again. Cases that cannot be read are listed at the end;
+    the dataset is complete without them, and the exit status is 2. Running again tries only those.
+
+    Options:
+        source: Folder that holds the cases and meta.csv.
+        name: Its name, after the id.
+        task: total, a label vocabulary of this package, or a JSON file with a list of structures.
+        version: Of the task total: auto, 1 (104 structures) or 2 (117).
+        label_order: Order of label values: stunet (alphabetical, as in the published STU-Net weights; default of total)
+            or official (that of the task's list; default of others). Where masks overlap, the later one wins.
+        structures: Only these, separated by commas; label values are counted anew.
+        group: Only those of a group of total: organs, vertebrae, cardiac, muscles or ribs.
+        exclude: Cases to leave out, separated by commas, or none; s0864 of version 1 by default.
+        images: copy, or link: hard links, symbolic ones where the source is on another file system.
+        allow_unannotated: Keep structures that no training case annotates.
+        num_processes: Cases at a time; by default up to 8, as cores and images are worth it.
+    """
+    from stunet.datasets import KNOWN_BAD_CASES, choose_structures, import_cases, read_totalsegmentator
+
+    folder = _new_dataset(dataset_id, name)
+    found = read_totalsegmentator(source)
+    told, chosen = choose_structures(
+        found, task=task, version=version, label_order=label_order, structures=_split(structures), groups=_split(group)
+    )
+    excluded = set(KNOWN_BAD_CASES.get(told, ())) & set(found.cases)
+    if exclude is not None:
+        excluded = set(_split(exclude)) - {"none"}
+        if unknown := sorted(excluded - set(found.cases) - set(found.absent)):
+            raise UsageError(f"an unknown case to exclude, {unknown[0]}: give --exclude cases of {source}, or none")
+    print_line(f"{len(found.cases)} cases, {len(chosen)} structures" + (f" of version {told}" if told else ""))
+    started, n_masks = time.monotonic(), 0
+    n_cases = sum(case.name not in excluded for case in found.cases.values())
+    with _case_bar("Importing", n_cases) as (progress, bar):
+
+        def on_case(case: str, n_decoded: int, reused: bool) -> None:
+            nonlocal n_masks
+            n_masks += 0 if reused else n_decoded
+            rate = n_masks / max(time.monotonic() - started, 1e-9)
+            progress.update(bar, advance=1, rate=f"{rate:.0f} masks/s")
+
+        report = import_cases(
+            list(found.cases.values()),
+            chosen,
+            folder,
+            details={"task": task if task == "total" else Path(task).name, "version": told},
+            excluded=excluded,
+            link_images=images == "link",
+            preprocessed=os.environ.get(_PREPROCESSED) or None,
+            allow_unannotated=allow_unannotated,
+            num_processes=num_processes,
+            on_case=on_case,
+        )
+    seconds = time.monotonic() - started
+    n_train, n_val, n_test = (list(report.splits.values()).count(split) for split in ("train", "val", "test"))
+    print_line(f"Wrote {report.folder}: {n_train} cases to train, {n_val} to validate, {n_test} to test")
+    masks_per_second = f", {n_masks / seconds:.0f} masks/s" if n_masks else ""
+    print_line(
+        f"{n_masks} masks decoded in {seconds:.1f} s{masks_per_second}; {report.reused} cases were finished before"
+    )
+    _print_cases(sorted(excluded & set(found.cases)), "excluded")
+    _print_cases(report.left_out, "left out, as they annotate none of these structures")
+    _print_cases(report.kept, "kept from an earlier run, as the source does not have them whole any more")
+    _print_cases(list(found.absent), "in meta.csv and not in the source")
+    _print_cases(list(found.unlisted), "not in meta.csv, taken for training")
+    if not report.has_folds:
+        print_line("No official split: nnU-Net makes five folds of its own.")
+    if report.overlaps:
+        table = PlainTable("structure", "lost to", "voxels", title="Overlaps", numbers=("voxels",))
+        for (loser, winner), n in list(report.overlaps.items())[:_MOST_OVERLAPS]:
+            table.add_row(loser, winner, str(n))
+        stdout.print(table)
+        n_voxels = sum(report.overlaps.values())
+        print_line(f"{n_voxels} voxels in {len(report.overlaps)} pairs; all of them in import_report.json")
+    _finish(report, dataset_id)
+
+
+def _split(values: list[str] | None) -> list[str]:
+    return [name.strip() for value in values or [] for name in value.split(",") if name.strip()]
+
+
+@app.command("union")
+def union(
+    dataset_id: _Id,
+    sources: Annotated[list[str], Option("--from")],
+    name: str = "Union",
+    mapping: Path | None = None,
+    dry_run: bool = False,
+    weights: list[str] | None = None,
+    allow_unannotated: bool = False,
+    num_processes: Processes = 8,
+) -> None:
+    """Make one dataset of the training cases of several, each case annotating what its source labels.
+
+    Structures are merged by name. A label such as kidney becomes a superclass where another dataset has kidney_left and
+    kidney_right: it is listed after the others, and stands for both. Look at what would happen with --dry-run; its YAML
+    goes to standard output, may be edited, and is given back with --mapping.
+
+    Images stay where they are, so keep the source datasets. An interrupted run continues when the same command is run
+    again. Cases that cannot be read are listed at the end; the dataset is complete without them, and the exit status
+    is 2.
+
+    Options:
+        sources: Ids or names of two or more datasets in nnUNet_raw.
+        name: Name of the new dataset, after the id.
+        mapping: YAML file that says which structure each label is, in the form that --dry-run prints.
+        dry_run: Write nothing: print what would become of the labels, as a table and as YAML.
+        weights: How often each case of a dataset is drawn relative to others, for example 101=1 4=0.5; by default
+            inversely to the square root of the dataset's number of cases.
+        allow_unannotated: Keep structures that no case annotates.
+        num_processes: Cases at a time.
+    """
+    from stunet.datasets import check_sources, import_union, merge_sources, read_union_source
+    from stunet.labels import dump_mapping, read_mapping
+
+    overrides = read_mapping(mapping) if mapping is not None else None
+    folder = _new_dataset(dataset_id, name)
+    raw = nnunet_folder("nnUNet_raw")
+    names = [find_dataset(source) for source in sources]
+    once = {each: read_union_source(raw / each, name=each) for each in dict.fromkeys(names)}
+    found = [once[each] for each in names]
+    check_sources(found)
+    given = _parse_weights(weights or [], found)
+    merged = merge_sources(found, overrides)
+    _print_labels(merged, error=dry_run)
+    if dry_run:
+        _print_weights(found, {s.name: list(s.cases) for s in found}, given, error=True)
+        typer.echo(dump_mapping(merged.mapping, merged.superclasses), nl=False)
+        return
+    with _case_bar("Label maps", sum(len(source.cases) for source in found)) as (progress, bar):
+        report = import_union(
+            found,
+            merged,
+            folder,
+            weights=given,
+            allow_unannotated=allow_unannotated,
+            preprocessed=os.environ.get(_PREPROCESSED) or None,
+            num_processes=num_processes,
+            on_case=lambda case, reused: progress.advance(bar),
+        )
+    n_cases = sum(map(len, report.cases.values()))
+    print_line(f"Wrote {report.folder}: {n_cases} cases; {report.reused} were finished before")
+    own_names = {s.name: [case for case, new in s.cases.items() if new in report.cases[s.name]] for s in found}
+    _print_weights(found, own_names, given, error=False)
+    _print_cases(report.left_out, "left out, as they annotate none of these structures")
+    _print_cases(report.kept, "kept from an earlier run, as their source cannot be read any more")
+    if report.has_folds:
+        print_line("The first folds of the sources' splits_final.json are the only fold.")
+    else:
+        print_line("Not every source has a splits_final.json in nnUNet_raw: nnU-Net makes five folds of its own.")
+    _finish(report, dataset_id)
+
+
+def _parse_weights(weights: Sequence[str], sources: Sequence[UnionSource]) -> dict[str, float]:
+    names = {alias: s.name for s in sources for alias in (s.name, str(s.id), f"{s.id:03d}")}
+    parsed: dict[str, float] = {}
+    for text in weights:
+        source, _, number = text.partition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = -1.0
+        if source not in names or names[source] in parsed or not 0 < weight < float("inf"):
+            ids = ", ".join(str(s.id) for s in sources)
+            raise UsageError(f"an impossible sampling weight {text}: give ID=NUMBER, above 0, once for an id of {ids}")
+        parsed[names[source]] = weight
+    return parsed
+
+
+def _print_labels(merged: LabelUnion, *, error: bool) -> None:
+    table = PlainTable("value", "structure", "from", "stands for", title="Structures of the union", numbers=("value",))
+    sources: dict[str, list[str]] = {}
+    for source, names in merged.mapping.items():
+        number = source[7:10].lstrip("0")
+        for label, structure in names.items():
+            sources.setdefault(structure, []).append(number if label == structure else f"{number} ({label})")
+    for structure, value in merged.labels.items():
+        members = merged.superclasses.get(structure, ())
+        if structure in sources or members:
+            table.add_row(str(value), structure, ", ".join(sources.get(structure, [])), ", ".join(members))
+    (stderr if error else stdout).print(table)
+    for one, other in merged.doubtful:
+        remedy = "If they are the same, or one is part of the other, say so in a mapping file (--mapping)."
+        print_line(f"warning: {one} and {other} may overlap. {remedy}", error=True)
+
+
+def _print_weights(
+    sources: Sequence[UnionSource], cases: Mapping[str, Sequence[str]], given: Mapping[str, float], *, error: bool
+) -> None:
+    from stunet.datasets import sampling_weights
+
+    totals = {s.name: sum(sampling_weights(s, cases[s.name], given).values()) for s in sources}
+    numbers = ("cases", "weight of a case", "share of training")
+    table = PlainTable("dataset", *numbers, title="Sources", numbers=numbers)
+    for source, total in totals.items():
+        n = len(cases[source])
+        table.add_row(source, str(n), f"{total / n:.4g}" if n else "", f"{total / sum(totals.values()):.1%}")
+    (stderr if error else stdout).print(table)
+
+
+def _new_dataset(dataset_id: int, name: str) -> Path:
+    """Return the folder of a dataset to be made, or to be continued."""
+    from stunet.datasets import dataset_folder
+
+    others = [Path(v) for v in map(os.environ.get, (_PREPROCESSED, "nnUNet_results")) if v]
+    return dataset_folder(dataset_id, name, raw=nnunet_folder("nnUNet_raw"), others=others)
+
+
+@contextmanager
+def _case_bar(text: str, n_cases: int) -> Iterator[tuple[Progress, Any]]:
+    rate = TextColumn("{task.fields[rate]}")
+    with Progress(
+        TextColumn(text), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(), console=stdout
+    ) as progress:
+        bar = progress.add_task("", total=n_cases, rate="")
+        yield progress, bar
+        progress.update(bar, completed=n_cases)
+
+
+def _print_cases(names: Sequence[str], what: str) -> None:
+    if names:
+        print_line(f"{len(names)} {'case' if len(names) == 1 else 'cases'} {what}: {shorten(names)}")
+
+
+def _finish(report: ImportReport | UnionReport, dataset_id: int) -> None:
+    for path in report.stale:
+        again = f"stunet labels carry -d {report.folder.name}"
+        print_line(f"Left alone, as it differs: {path}. Preprocess again, then: {again}")
+    for case, error in report.failed.items():
+        print_line(f"case {case}:", error=True)
+        print_error(error)
+    if report.failed:
+        print_line(
+            f"{len(report.failed)} cases could not be imported; the dataset is complete without them.", error=True
+        )
+    print_line(f"Next: stunet labels check -d {dataset_id}")
+    if report.failed:
+        raise typer.Exit(2)
