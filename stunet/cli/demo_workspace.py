@@ -278,7 +278,7 @@ class Workspace:
                 bars.update(tasks[index], description=text[: max(20, stdout.width - 40)])
                 if message := _epoch_message(text, epoch[index]):
                     bars.update(tasks[index], total=epochs, completed=int(epoch[index]["Epoch"]) + 1)
-                    stdout.print(f"  {marks[index]}{message}")
+                    print_line(f"  {marks[index]}{message}")
                     said = time.monotonic()
         return last_lines
 

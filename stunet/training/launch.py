@@ -111,8 +111,10 @@ def _together(ranks: Ranks, request: TrainRequest) -> Iterator[None]:
 
 def _use_device(ranks: Ranks, device: str) -> None:
     if device != "cuda":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // ranks.local_size))
+        # torchrun sets OMP_NUM_THREADS to 1 by itself; of one process it is what the user wants.
+        if ranks.local_size > 1 or "OMP_NUM_THREADS" not in os.environ:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // ranks.local_size))
         return
     _check_devices(ranks.local_rank)
     torch.cuda.set_device(ranks.local_rank)
