@@ -139,7 +139,8 @@ class Workspace:
         raw, model = self.raw(dataset), partial(self.model, dataset, trainer)
         options = f"-d {int(dataset[7:10])} -c {self.configuration} -f 0 -tr {trainer} -device {self.device}"
         options += f" -npp 0 -nps 0 -i {raw}/imagesTs"
-        self.run(*(f"nnUNetv2_predict {options} -o {folder} -p {plans}" for plans, folder in folders.items()))
+        for plans, folder in folders.items():  # not at once, as nnU-Net gives each as many threads as there are cores
+            self.run(f"nnUNetv2_predict {options} -o {folder} -p {plans}")
         commands = (
             f"nnUNetv2_evaluate_folder {raw}/labelsTs {folder} -np 1 "
             f"-djfile {model(plans)}/dataset.json -pfile {model(plans)}/plans.json"
