@@ -145,7 +145,7 @@ def remove_leftovers(folder: AnyPath, name: str, *, of_the_dead: bool = False) -
     Args:
         folder: The folder to clean, not searched recursively.
         name: Name of the finished files, may be a glob pattern such as ``checkpoint_*.pth``.
-        of_the_dead: Whether only those of processes of this machine that no longer run are removed. Needed wherever
+        of_the_dead: Whether only those of processes that no longer run on this machine are removed. Needed wherever
             another process may be writing: a live temporary file looks the same.
 
     Returns:

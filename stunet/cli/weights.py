@@ -83,7 +83,7 @@ def fetch_weights(
     force: bool = False,
     attempts: Positive = 5,
 ) -> None:
-    """Download published weights and the pickles that belong to them, going on where an earlier attempt was cut.
+    """Download published weights and the pickles that belong to them, resuming an attempt that was cut.
 
     They are put into STUNET_CACHE, else into the platform's folder for caches.
 
@@ -103,7 +103,7 @@ def fetch_weights(
             path = fetch(entry, folder=to, urls=url or [], hub=hf, force=force, attempts=attempts, listener=bar)
     except KeyboardInterrupt:
         kept = f"What has arrived is kept in {to or entry_folder(name)}"
-        print_line(f"Stopped. {kept}; the same command goes on from there.", error=True)
+        print_line(f"Stopped. {kept}; the same command resumes there.", error=True)
         raise typer.Exit(130) from None
     print_line(f"{entry.name}: {path}")
     print_line(f"Licence: {entry.licence or 'not known; ask those who published them'}")
