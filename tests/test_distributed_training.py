@@ -55,8 +55,8 @@ def make_trainer(arm: Arm) -> BaseSTUNetTrainer:
     trainer.build_network_architecture = build_in_precision
     torch.manual_seed(0)
     trainer.initialize()
-    if trainer.divides:
-        trainer.divide_network()  # as when a training starts
+    if trainer.sharding.enabled:
+        trainer.sharding.shard()  # as when a training starts
     return trainer
 
 
@@ -89,8 +89,8 @@ def train(ranks: Ranks, arm: Arm) -> tuple[dict[str, Tensor], list[float]]:
         if several:
             dist.all_reduce(loss)
         losses.append(float(loss) / ranks.size)
-    trainer.gather_network()
-    return {name: value.clone() for name, value in trainer._plain_network().state_dict().items()}, losses
+    trainer.sharding.gather()
+    return {name: value.clone() for name, value in trainer.plain_network.state_dict().items()}, losses
 
 
 def worker(rank: int, size: int, port: int, folder: str) -> None:

@@ -261,12 +261,12 @@ def test_pretrained_weights_of_another_network(dataset: Path) -> None:
         make("STUNetTrainer_small").load_pretrained_weights(path)
 
 
-def test_a_network_in_pieces_computes_in_bf16_on_cuda(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sharded_network_computes_in_bf16_on_cuda(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make(plans=narrow_plans(parallel="fsdp"))
     monkeypatch.setattr(trainer, "device", torch.device("cuda"))
-    monkeypatch.setattr(trainer, "_group", object())
+    monkeypatch.setattr(trainer.sharding, "group", object())
     before = torch.get_autocast_dtype("cuda")
-    with trainer._precision():
-        assert torch.get_autocast_dtype("cuda") is torch.bfloat16  # what nnU-Net's autocast takes
-        assert not torch.is_autocast_enabled("cuda")  # nor does nnU-Net's backward pass stand in one
+    with trainer.precision(enabled=False):
+        assert torch.get_autocast_dtype("cuda") is torch.bfloat16  # what nnU-Net's own autocast, within, takes
+        assert not torch.is_autocast_enabled("cuda")
     assert torch.get_autocast_dtype("cuda") is before is torch.float16
