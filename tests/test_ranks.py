@@ -32,7 +32,7 @@ def test_the_environment_of_torchrun() -> None:
     port = {"MASTER_PORT": "29500"}
     assert Ranks.from_environment({**VARIABLES, **port}) == Ranks(3, 8, 1, 2, 0)
     assert Ranks.from_environment({**VARIABLES, **port, "TORCHELASTIC_RESTART_COUNT": "2"}).n_restarts == 2
-    with pytest.raises(UsageError, match="MASTER_PORT missing"):
+    with pytest.raises(UsageError, match="MASTER_PORT=missing"):
         Ranks.from_environment(VARIABLES)
     with pytest.raises(UsageError, match="RANK=x"):
         Ranks.from_environment({**VARIABLES, **port, "RANK": "x"})

@@ -14,7 +14,7 @@ from stunet.errors import UsageError
 from stunet.network import STUNetSize
 from stunet.planning import (
     Strategy,
-    apply_recipe,
+    apply_preset,
     find_dataset,
     find_plans,
     fine_tuning_configurations,
@@ -22,7 +22,6 @@ from stunet.planning import (
     list_presets,
     load_plans,
     load_preset,
-    load_recipe,
     parse_settings,
     plan_with_nnunet,
     preview_transfer,
@@ -79,8 +78,8 @@ def make_plans_file(request: PlanRequest) -> MadePlans:
     if request.source is not None:
         weights = open_weights(find_fetched([request.source])[1], trust=request.trust)
     size = _choose_size(request, weights)
-    recipe = None if request.preset is None else load_recipe(request.preset)
-    settings = {**(recipe.settings if recipe else {}), **_settings(request, size, weights)}
+    chosen = None if request.preset is None else load_preset(request.preset)
+    settings = {**(chosen.settings if chosen else {}), **_settings(request, size, weights)}
     dataset_name = find_dataset(request.dataset)
     source = find_plans(dataset_name, request.plans)
     target = find_plans(dataset_name, plans_identifier(request, size))
@@ -94,8 +93,8 @@ def make_plans_file(request: PlanRequest) -> MadePlans:
     if not source.is_file():
         plan_with_nnunet(dataset_name, request.plans, num_processes=request.num_processes)
     planned = load_plans(source)
-    if recipe is not None:
-        planned = apply_recipe(planned, recipe)
+    if chosen is not None:
+        planned = apply_preset(planned, chosen)
     configurations, transfer = request.configurations, None
     if weights is not None:
         configurations = configurations or fine_tuning_configurations(planned, weights)

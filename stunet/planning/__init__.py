@@ -1,25 +1,24 @@
-"""Plans files: rewriting, settings, presets, and where nnU-Net keeps them."""
+"""Plans files: rewriting, settings, presets, and the preprocessed data that belong to them."""
 
-from stunet.planning.fine_tuning import fine_tuning_configurations, fine_tuning_settings, preview_transfer
-from stunet.planning.locations import (
-    find_dataset,
-    find_plans,
+from stunet.environment import find_dataset, find_plans, nnunet_folder
+from stunet.planning.model_folder import ModelDescription, describe_model, make_plans, write_model_folder
+from stunet.planning.plans import (
+    apply_preset,
+    fine_tuning_configurations,
+    fine_tuning_settings,
+    list_presets,
     load_plans,
+    load_preset,
     missing_preprocessed_cases,
-    nnunet_folder,
     plan_with_nnunet,
+    preview_transfer,
     write_plans,
 )
-from stunet.planning.model_folder import ModelDescription, describe_model, make_plans, write_model_folder
 from stunet.planning.preprocessed import PreprocessedCase, PreprocessedDataset, open_preprocessed
-from stunet.planning.presets import Preset, list_presets, load_preset
-from stunet.planning.recipes import Recipe, apply_recipe, list_recipes, load_recipe
 from stunet.planning.rewrite import (
-    NETWORK_CLASS_NAME,
     check_configuration,
     check_plans,
     fit_strides,
-    has_own_architecture,
     is_stunet,
     plans_size,
     resolve_configuration,
@@ -27,37 +26,17 @@ from stunet.planning.rewrite import (
     rewrite_plans,
 )
 from stunet.planning.v1_plans import PRETRAINING, Preparation, read_v1_plans
-from stunet.settings import (
-    SETTINGS,
-    SETTINGS_KEY,
-    STRATEGIES,
-    Mirroring,
-    MomentumDtype,
-    Parallel,
-    Setting,
-    Strategy,
-    check_settings,
-    parse_settings,
-)
+from stunet.settings import STRATEGIES, Strategy, check_settings, parse_settings
 
 __all__ = [
-    "NETWORK_CLASS_NAME",
     "PRETRAINING",
-    "SETTINGS",
-    "SETTINGS_KEY",
     "STRATEGIES",
-    "Mirroring",
     "ModelDescription",
-    "MomentumDtype",
-    "Parallel",
     "Preparation",
     "PreprocessedCase",
     "PreprocessedDataset",
-    "Preset",
-    "Recipe",
-    "Setting",
     "Strategy",
-    "apply_recipe",
+    "apply_preset",
     "check_configuration",
     "check_plans",
     "check_settings",
@@ -67,13 +46,10 @@ __all__ = [
     "fine_tuning_configurations",
     "fine_tuning_settings",
     "fit_strides",
-    "has_own_architecture",
     "is_stunet",
     "list_presets",
-    "list_recipes",
     "load_plans",
     "load_preset",
-    "load_recipe",
     "make_plans",
     "missing_preprocessed_cases",
     "nnunet_folder",

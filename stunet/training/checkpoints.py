@@ -89,11 +89,11 @@ class Checkpoints:
         if sharding.group is not None and path.name in (_LATEST, _BEST):
             self.finish()
             weights, optimizer_state = sharding.states(full=False)
-            tensors, rest = _split(optimizer_state)
-            named = {_NETWORK + name: value for name, value in weights.items()}
-            named |= {_OPTIMIZER + name: value for name, value in tensors.items()}
-            folder, content = path.with_suffix(SHARDED_SUFFIX), {**progress, "optimizer": rest}
-            self._saving = ShardedSave(folder, named, content, sharding.group)
+            tensors = {_NETWORK + name: value for name, value in weights.items()}
+            for name, values in optimizer_state["state"].items():
+                tensors |= {f"{_OPTIMIZER}{name}:{key}": v for key, v in values.items() if isinstance(v, Tensor)}
+            content = {**progress, "optimizer": {"param_groups": optimizer_state["param_groups"]}}
+            self._saving = ShardedSave(path.with_suffix(SHARDED_SUFFIX), tensors, content, sharding.group)
             return
         if sharding.active:
             weights, optimizer_state = sharding.states(full=True)  # of all processes
@@ -214,9 +214,9 @@ class Checkpoints:
         mine = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
         theirs = [list(group["params"]) for group in content["optimizer"]["param_groups"]]
         if mine != theirs:
+            lengths = " instead of ".join(", ".join(str(len(group)) for group in groups) for groups in (theirs, mine))
             raise CheckpointError(
-                f"{version}: an optimizer with groups of {_lengths(theirs)} parameters instead of {_lengths(mine)}: "
-                "continue with the fine_tune that the training was started with"
+                f"{version} has groups of {lengths} parameters: resume with the fine_tune it began with"
             )
         parameters = dict(network.named_parameters())
         momentum = {
@@ -225,7 +225,7 @@ class Checkpoints:
         }
         tensors = {_NETWORK + name: value for name, value in network.state_dict().items()}
         load_sharded(version, tensors | {_OPTIMIZER + name: value for name, value in momentum.items()})
-        optimizer.load_state_dict(_joined(content["optimizer"], momentum))
+        optimizer.load_state_dict(_optimizer_state(content["optimizer"], momentum))
         self._load_progress(content)
 
     def _load_progress(self, content: dict[str, Any]) -> None:
@@ -251,27 +251,17 @@ def _as_nnunets(version: Path) -> dict[str, Any]:
     content, shapes = read_sharded(version)
     tensors = {name: torch.zeros(shape.shape, dtype=shape.dtype) for name, shape in shapes.items()}
     load_sharded(version, tensors)
-    optimizer_state = _numbered(_joined(content.pop("optimizer"), _part(tensors, _OPTIMIZER)))
+    optimizer_state = _numbered(_optimizer_state(content.pop("optimizer"), _part(tensors, _OPTIMIZER)))
     return {"network_weights": _part(tensors, _NETWORK), "optimizer_state": optimizer_state, **content}
 
 
-def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Take the tensors out of an optimizer's state by names."""
-    tensors: dict[str, Tensor] = {}
-    rest: dict[str, dict[str, Any]] = {}
-    for name, values in state["state"].items():
-        tensors |= {f"{name}:{key}": value for key, value in values.items() if isinstance(value, Tensor)}
-        rest[name] = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
-    return tensors, {**state, "state": rest}
-
-
-def _joined(rest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Undo :func:`_split`."""
-    state = {name: dict(values) for name, values in rest["state"].items()}
+def _optimizer_state(rest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Build an optimizer's state by the parameters' names, which any optimizer loads as well as numbers."""
+    state: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         parameter, _, key = name.rpartition(":")
         state.setdefault(parameter, {})[key] = tensor
-    return {**rest, "state": state}
+    return {"state": state, "param_groups": rest["param_groups"]}
 
 
 def _numbered(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,10 +280,6 @@ def _empty_like(parameter: Tensor | None, shape: Tensor) -> Tensor:
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _lengths(groups: list[list[str]]) -> str:
-    return ", ".join(str(len(group)) for group in groups)
 
 
 def _name(path: Path) -> str:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 import numpy as np
@@ -70,14 +70,13 @@ class Ranks:
         """
         if "RANK" not in environment and "WORLD_SIZE" not in environment:
             return cls()
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        problem = ", ".join(name for name in names if name not in environment) + " missing"
-        if all(name in environment for name in names):
-            problem = ", ".join(f"{name}={environment[name]}" for name in names[:4])
-            if all(environment[name].isdecimal() for name in names[:4]):
-                rank, size, local_rank, local_size = (int(environment[name]) for name in names[:4])
-                return cls(rank, size, local_rank, local_size, int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")))
-        raise UsageError(f"{problem} in the environment: start with torchrun, or unset RANK and WORLD_SIZE")
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+        values = {name: environment.get(name, "missing") for name in (*names, "MASTER_ADDR")}
+        if "missing" in values.values() or not all(values[name].isdecimal() for name in names):
+            shown = ", ".join(f"{name}={value}" for name, value in values.items())
+            raise UsageError(f"{shown} in the environment: start with torchrun, or unset RANK and WORLD_SIZE")
+        rank, size, local_rank, local_size = (int(values[name]) for name in names[:4])
+        return cls(rank, size, local_rank, local_size, int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")))
 
     @classmethod
     def of_group(cls) -> Ranks:
@@ -101,9 +100,7 @@ def share_of_batch(global_batch: int, ranks: Ranks) -> range:
         UsageError: There are fewer samples than processes.
     """
     if global_batch < ranks.size:
-        raise UsageError(
-            f"{global_batch} samples for {ranks.size} processes: raise --global-batch, or start fewer processes"
-        )
+        raise UsageError(f"{global_batch} samples for {ranks.size} processes: raise --global-batch, or start fewer")
     each, more = divmod(global_batch, ranks.size)
     first = ranks.rank * each + min(ranks.rank, more)
     return range(first, first + each + (ranks.rank < more))
@@ -130,9 +127,9 @@ def process_group(ranks: Ranks, device_type: str, timeout: float) -> Iterator[No
     try:
         host = TCPStore(address, port, is_master=is_host, wait_for_workers=False, timeout=wait)
     except (dist.DistError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
         raise UsageError(
-            f"the rendezvous {address}:{port} cannot be reached within {timeout:g} s: check that rank 0 runs, and "
-            f"MASTER_ADDR and MASTER_PORT (torchrun's --rdzv-endpoint): {str(error).splitlines()[0]}"
+            f"{address}:{port} cannot be reached ({reason}): check MASTER_ADDR, MASTER_PORT and that rank 0 runs"
         ) from error
     store = PrefixStore(f"stunet/{ranks.n_restarts}", host)
     store.set(f"joined/{ranks.rank}", socket.gethostname())
@@ -154,9 +151,9 @@ def _wait_for_all(store: Store, size: int, timeout: float) -> None:
         except dist.DistError:  # rank 0, which holds the store, has given up first
             gave_up = True
         if gave_up:
+            listed, joined = ", ".join(map(str, missing)), f"{size - len(missing)} of {size}"
             raise UsageError(
-                f"{size - len(missing)} of {size} processes joined within {timeout:g} s; missing: rank "
-                f"{', '.join(map(str, missing))}: look at what those have printed, or raise --timeout"
+                f"joined within {timeout:g} s: {joined}; missing: rank {listed}: see what they print, or --timeout"
             )
         time.sleep(_POLL if missing else 0)
 
@@ -181,10 +178,8 @@ def check_agreement(content: Mapping[str, Any]) -> None:
         if others:
             problems.append(f"{name} of {', '.join(f'rank {rank} ({hosts[rank]})' for rank in others)}")
     if problems:
-        raise UsageError(
-            f"{'; '.join(problems)} differ from rank 0's ({hosts[0]}): copy plans and preprocessed data to every "
-            "machine anew, or share their folder"
-        )
+        listed = "; ".join(problems)
+        raise UsageError(f"{listed} differ from rank 0's ({hosts[0]}): copy plans and data to every machine anew")
 
 
 def check_shared_folder(folder: Path, ranks: Ranks) -> None:
@@ -209,9 +204,7 @@ def check_shared_folder(folder: Path, ranks: Ranks) -> None:
         path.unlink()
     blind = [f"rank {rank} ({host})" for rank, (host, sees) in enumerate(of_all) if not sees]
     if blind:
-        raise UsageError(
-            f"{folder} of rank 0 is not there for {', '.join(blind)}: let nnUNet_results be one shared folder everywhere"
-        )
+        raise UsageError(f"{folder} of rank 0 is not there for {', '.join(blind)}: share nnUNet_results everywhere")
 
 
 def _gather(value: Any) -> list[Any]:
@@ -264,7 +257,7 @@ class Sharding:
                     values[key] = _shard_like(value, parameters[number])
         trainer.optimizer.load_state_dict(state)
         # One of its own, as checkpoints are written beside the training, and of gloo, as they are written from the CPU.
-        self.group = dist.new_group(backend="gloo")
+        self.group = cast("dist.ProcessGroup", dist.new_group(backend="gloo"))
         trainer.print_to_log_file(f"The network is sharded among {trainer.ranks.size} processes")
 
     def gather(self) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoi
 from torch import distributed as dist
 from torch.backends import cudnn
 
-from stunet.errors import SettingsError, UsageError
+from stunet.errors import UsageError
 from stunet.planning import find_dataset, find_plans, load_plans, nnunet_folder, resolve_configuration
 from stunet.training.checkpoints import set_aside
 from stunet.training.distributed import (
@@ -53,22 +52,19 @@ def train(
     """Train and validate, together with the other processes where there are any.
 
     After a restart by ``torchrun`` the training resumes from its last checkpoint without being told. The arguments are
-    those of ``nnUNetv2_train``, and:
-
-    Args:
-        dataset, configuration, fold, trainer, plans, device: What to train on, and how.
-        pretrained_weights: A checkpoint of the same network to start from.
-        continue_training, only_validation, validate_best: What to do.
-        save_probabilities, disable_checkpointing: What to write.
-        global_batch: Samples of all processes together; the plans' batch size where it is None.
-        seed: See :class:`BaseSTUNetTrainer`.
-        timeout: Seconds that the processes wait for each other.
+    those of ``nnUNetv2_train``, and ``global_batch``, the samples of all processes together (the plans' batch size
+    where it is None), ``seed`` (see :class:`BaseSTUNetTrainer`) and ``timeout``, the seconds that the processes wait
+    for each other.
 
     Raises:
         UsageError: The processes are not all there, or would not train the same thing.
     """
     ranks = Ranks.from_environment()
-    with _together(ranks, device, timeout):
+    with ExitStack() as stack:
+        if ranks.rank > 0:  # nnU-Net prints in every process what is the same in all
+            stack.enter_context(redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
+        if ranks.size > 1:
+            stack.enter_context(process_group(ranks, device, timeout))
         _use_device(ranks, device)
         if ranks.size > 1:
             arguments = [configuration, fold, trainer, device, global_batch, seed]
@@ -83,9 +79,7 @@ def train(
             dataset, configuration, fold_number, trainer, plans, resumes, torch.device(device)
         )
         if not isinstance(made, BaseSTUNetTrainer) and (ranks.size > 1 or seed is not None):
-            raise UsageError(
-                f"-tr {trainer} knows nothing of --seed or of several processes: choose STUNetTrainer, or nnUNetv2_train"
-            )
+            raise UsageError(f"-tr {trainer} knows neither --seed nor several processes: choose -tr STUNetTrainer")
         made.disable_checkpointing = disable_checkpointing
         if seed is not None:
             made.seed = seed
@@ -93,7 +87,7 @@ def train(
             # In both, as the second is what is written beside the checkpoints.
             made.configuration_manager.configuration["batch_size"] = global_batch
             made.plans_manager.plans["configurations"][configuration]["batch_size"] = global_batch
-        _check_batch(made.configuration_manager.batch_size, ranks)  # before anything is written
+        share_of_batch(int(made.configuration_manager.batch_size), ranks)  # before anything is written
         if ranks.size > 1:
             check_shared_folder(Path(made.output_folder), ranks)
         _load_weights(made, pretrained_weights, resumes=resumes, only_validation=only_validation)
@@ -117,19 +111,8 @@ def check_processes(
     planned = resolve_configuration(load_plans(find_plans(find_dataset(dataset), plans)), configuration)
     if device == "cuda":
         _check_devices(number - 1)
-    _check_batch(planned["batch_size"] if global_batch is None else global_batch, Ranks(0, number, 0, number))
-
-
-@contextmanager
-def _together(ranks: Ranks, device: str, timeout: float) -> Iterator[None]:
-    if ranks.size == 1:
-        yield
-    elif ranks.rank == 0:
-        with process_group(ranks, device, timeout):
-            yield
-    else:  # nnU-Net prints in every process what is the same in all
-        with Path(os.devnull).open("w") as null, redirect_stdout(null), process_group(ranks, device, timeout):
-            yield
+    batch_size = planned["batch_size"] if global_batch is None else global_batch
+    share_of_batch(int(batch_size), Ranks(0, number, 0, number))
 
 
 def _use_device(ranks: Ranks, device: str) -> None:
@@ -145,16 +128,10 @@ def _use_device(ranks: Ranks, device: str) -> None:
 
 def _check_devices(local_rank: int) -> None:
     if torch.cuda.device_count() <= local_rank:
+        found = torch.cuda.device_count()
         raise UsageError(
-            f"{torch.cuda.device_count()} CUDA devices for local rank {local_rank}: start fewer processes with -num_gpus "
-            "or --nproc-per-node, or choose -device cpu"
+            f"{found} CUDA devices for local rank {local_rank}: start fewer processes, or take -device cpu"
         )
-
-
-def _check_batch(batch_size: int, ranks: Ranks) -> None:
-    if batch_size < 1:
-        raise SettingsError(f"--global-batch {batch_size}: a batch has 1 sample at least")
-    share_of_batch(int(batch_size), ranks)
 
 
 def _load_weights(trainer: Any, pretrained: str | None, *, resumes: bool, only_validation: bool) -> None:

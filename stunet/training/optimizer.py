@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,9 +67,8 @@ class BF16MomentumSGD(SGD):
         state = self.state[parameter]
         if state.get("momentum_buffer") is None:
             state["momentum_buffer"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
-        tensors = [
-            t.to_local() if isinstance(t, DTensor) else t for t in (parameter, parameter.grad, state["momentum_buffer"])
-        ]
+        whole = (parameter, cast("Tensor", parameter.grad), state["momentum_buffer"])
+        tensors = [t.to_local() if isinstance(t, DTensor) else t for t in whole]
         if tensors[0].numel() == 0:  # a process whose shard of a small tensor is empty
             return
         rows = max(1, _CHUNK * len(tensors[0]) // tensors[0].numel()) if tensors[0].ndim else 1
@@ -94,8 +93,8 @@ class BF16MomentumSGD(SGD):
 def round_to_bfloat16(values: Tensor, generator: torch.Generator) -> Tensor:
     """Round fp32 values, which are overwritten, up or down at random so that the mean is right; exact ones stay."""
     bits = values.view(torch.int32)
-    generator_or_none = None if bits.device.type == "meta" else generator
-    noise = torch.randint(2**16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator_or_none)
+    usable = None if bits.device.type == "meta" else generator
+    noise = torch.randint(2**16, bits.shape, dtype=torch.int32, device=bits.device, generator=usable)
     # The digits that bfloat16 does not have count up the last one that it has.
     bits.add_(noise).bitwise_and_(-(2**16))
     return values.bfloat16()
@@ -109,9 +108,7 @@ def set_kernel(optimizer: Optimizer, *, fused: bool) -> None:
     """
     sharded = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
     if fused and sharded and not isinstance(optimizer, BF16MomentumSGD):
-        raise SettingsError(
-            "PyTorch has no fused step for sharded parameters: set fused_optimizer=false or parallel=ddp"
-        )
+        raise SettingsError("PyTorch has no fused step for sharded parameters: leave out fused_optimizer or parallel")
     for group in optimizer.param_groups:
         group["fused"] = True if fused else None
 
@@ -202,7 +199,7 @@ def _warmup_epochs(warmup_epochs: int | None, num_epochs: int) -> int:
         return min(max(1, round(_WARMUP_SHARE * num_epochs)), most)
     if warmup_epochs > most:
         raise SettingsError(
-            f"warmup_epochs={warmup_epochs}, twice, leaves no epoch of num_epochs={num_epochs}: set it to at most {most}"
+            f"warmup_epochs={warmup_epochs} twice leaves none of {num_epochs} epochs: set at most {most}"
         )
     return warmup_epochs
 

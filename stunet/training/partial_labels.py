@@ -36,8 +36,7 @@ class PartialLabels:
         leaves, superclasses = sorted(manifest.leaves), sorted(manifest.superclasses)
         if [*leaves, *superclasses] != list(range(1, 1 + len(leaves) + len(superclasses))):
             raise LabelError(
-                f"structures {leaves}, superclasses {superclasses}: in dataset.json the values must go from 1 to "
-                f"{len(leaves)}, then the superclasses, without gaps; preprocess again afterwards"
+                f"structures {leaves}, superclasses {superclasses}: number from 1, then the superclasses, without gaps"
             )
         self.manifest = manifest
         self.members = label_members(1 + len(leaves), manifest.superclasses)
@@ -74,10 +73,7 @@ class PartialLabels:
         nowhere = [names[value] for value in self.manifest.leaves if not somewhere[value]]
         if nowhere:
             listed = ", ".join(nowhere[:8]) + (f" and {len(nowhere) - 8} more" if len(nowhere) > 8 else "")
-            raise LabelError(
-                f"no training case annotates {listed}: leave them out of the dataset, add cases, or train all the "
-                "same with --set allow_unannotated=true"
-            )
+            raise LabelError(f"no training case annotates {listed}: add cases, or --set allow_unannotated=true")
 
     def describe(self, cases: Sequence[str]) -> str:
         """Describe in a line of the log how much the training cases annotate."""

@@ -101,6 +101,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
     network: nn.Module
     optimizer: Optimizer
     is_ddp: bool
+    grad_scaler: Any
     oversample_foreground_percent: float
     current_epoch: int
     _initial_stem: Tensor
@@ -154,16 +155,15 @@ class BaseSTUNetTrainer(nnUNetTrainer):
             others = [other for other, own in plans["configurations"].items() if is_stunet(own)]
             if others:
                 # Their size was chosen when the plans were written; another one here would contradict the plans' name.
+                plans_name, listed = plans.get("plans_name"), ", ".join(others)
                 raise PlansError(
-                    f"{name} of {plans.get('plans_name')} has no STU-Net, where {', '.join(others)} have: choose one "
-                    f"of {', '.join(others)}, or run `stunet plan` again, leaving -c out or naming {name} in it"
+                    f"no STU-Net in {name} of {plans_name}: choose one of {listed}, or plan it with -c {name}"
                 )
             return find_size(cls.size or "base")
         planned = plans_size(configuration)
         if cls.size not in (None, planned.name):
             raise PlansError(
-                f"-tr {cls.__name__} with plans of size {planned.name}: take -tr STUNetTrainer or STUNetTrainer_ft, "
-                "which follow the plans, or other plans with -p"
+                f"-tr {cls.__name__} with plans of size {planned.name}: take -tr STUNetTrainer, or other -p"
             )
         return planned
 
@@ -209,11 +209,11 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         outputs = self.label_manager.num_segmentation_heads
         if self.partial_labels is not None:
             outputs = self.partial_labels.num_outputs
-        network: nn.Module = self.build_network_architecture(
+        network = self.build_network_architecture(
             self.plans_manager, self.configuration_manager, self.num_input_channels, outputs,
             self.enable_deep_supervision,
         )  # fmt: skip
-        return network.to(self.device)
+        return cast("nn.Module", network.to(self.device))
 
     @property
     def plain_network(self) -> STUNet:
@@ -238,7 +238,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
             self.oversample_foreground_percent = sum(i >= first_forced for i in mine) / len(mine)
 
     def configure_optimizers(self) -> tuple[Optimizer, Any]:
-        """Make nnU-Net's optimizer, its parameters grouped as the strategy wants them, as small as the plans want it."""
+        """Make nnU-Net's optimizer, its parameters grouped by the strategy, as small as the plans want it."""
         if self.fine_tune == "full" and self.momentum_dtype == "fp32":
             optimizer, schedule = super().configure_optimizers()
             set_kernel(optimizer, fused=self.fused_optimizer)
@@ -271,7 +271,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         if not isinstance(loss, DeepSupervisionWrapper):
             return self.partial_loss
         loss.loss = self.partial_loss
-        return loss
+        return cast("nn.Module", loss)
 
     def _unused_parameters(self) -> list[nn.Parameter]:
         """Parameters of the head whose loss weighs nothing."""
@@ -301,7 +301,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
     def _start_from(self, path: str) -> None:
         if not torch.equal(self._stem_weight(), self._initial_stem):
             raise UsageError(
-                f"pre-trained weights from two places, -pretrained_weights and {path} in the plans: leave one of them out"
+                f"pre-trained weights from two places: leave -pretrained_weights out, or {path} in the plans"
             )
         network, outputs = self.plain_network, outputs_of(self.dataset_json)
         report = transfer_weights(open_weights([path]), network, outputs, stem=self.stem, head=self.head)
@@ -310,9 +310,9 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         }
         stuck = [key for key in report.fresh if id(network.get_parameter(key)) not in trainable]
         if stuck:
+            listed = ", ".join(stuck[:4])
             raise SettingsError(
-                f"fine_tune={self.fine_tune} would never train the random {', '.join(stuck[:4])}: choose another stem "
-                f"than {self.stem}, or another strategy"
+                f"fine_tune={self.fine_tune} never trains {listed}, random with stem={self.stem}: change one"
             )
         self.print_to_log_file(f"Starting from {report.source}")
         for what, count, which in report.rows():
@@ -333,12 +333,13 @@ class BaseSTUNetTrainer(nnUNetTrainer):
     def get_dataloaders(self) -> tuple[Any, Any]:
         """Make nnU-Net's loaders, which draw each case as often as the manifest says."""
         augmenters: tuple[Any, Any] = super().get_dataloaders()
-        for augmenter in augmenters if self.partial_labels is not None else ():
-            single = isinstance(augmenter, SingleThreadedAugmenter)
-            loader = augmenter.data_loader if single else augmenter.generator
-            loader.sampling_probabilities = self.partial_labels.sampling_probabilities(list(loader.indices))
-            if not single and loader.sampling_probabilities is not None:
-                augmenter.restart()  # its processes have a copy of the loader
+        if self.partial_labels is not None:
+            for augmenter in augmenters:
+                single = isinstance(augmenter, SingleThreadedAugmenter)
+                loader = augmenter.data_loader if single else augmenter.generator
+                loader.sampling_probabilities = self.partial_labels.sampling_probabilities(list(loader.indices))
+                if not single and loader.sampling_probabilities is not None:
+                    augmenter.restart()  # its processes have a copy of the loader
         return augmenters
 
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:
@@ -431,23 +432,19 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         with self.precision():
             output = self.network(whole.data)
             loss = self.loss_of(output, whole)
-        logits, labels = output, whole.target
-        if isinstance(labels, list):
-            logits, labels = output[0], labels[0]
+        logits, labels = (output[0], whole.target[0]) if isinstance(whole.target, list) else (output, whole.target)
         ignore_label = self.label_manager.ignore_label
         tp, fp, fn = count_voxels(logits, labels, annotated=whole.annotated, ignore_label=ignore_label)
         return {"loss": loss.detach().cpu().numpy(), "tp_hard": tp, "fp_hard": fp, "fn_hard": fn}
 
     def _on_device(self, batch: dict[str, Any]) -> Batch:
-        data, *targets = (
-            tensor.to(self.device, non_blocking=True)
-            for tensor in (
-                batch["data"],
-                *(batch["target"] if isinstance(batch["target"], list) else [batch["target"]]),
-            )
-        )
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(self.device, non_blocking=True)
+
+        target = batch["target"]
+        target = [moved(each) for each in target] if isinstance(target, list) else moved(target)
         annotated = None if self.partial_labels is None else self.partial_labels.mask(batch["keys"])
-        return Batch(data, targets if isinstance(batch["target"], list) else targets[0], annotated)
+        return Batch(moved(batch["data"]), target, annotated)
 
     def precision(self, *, enabled: bool = True) -> AbstractContextManager[Any]:
         """Compute in half precision on CUDA alone, as nnU-Net does; in bf16 where the network is sharded."""
@@ -456,6 +453,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         return torch.autocast("cuda", dtype=torch.bfloat16 if self.sharding.active else None, enabled=enabled)
 
     def loss_of(self, output: Any, batch: Batch) -> Tensor:
+        """Return the loss of a network's output, given what the cases annotate."""
         known = nullcontext() if self.partial_loss is None else self.partial_loss.annotated_in(batch.annotated)
         with known:
             return cast("Tensor", self.loss(output, batch.target))
@@ -552,18 +550,17 @@ class Accumulation:
         smallest = int(trainer.configuration_manager.batch_size) // trainer.ranks.size
         if n > smallest:
             raise SettingsError(
-                f"gradient_accumulation={n} for {smallest} samples in a process: set it to at most {smallest}, or raise "
-                "batch_size"
+                f"gradient_accumulation={n} for {smallest} samples in a process: set it to at most {smallest}"
             )
         if n > 1 and trainer.partial_loss is None:
             raise SettingsError(
-                f"gradient_accumulation={n} for a dataset with regions, whose loss is not the sum of micro-batches: "
-                "leave it out; activation_checkpointing=all saves memory with any loss"
+                f"gradient_accumulation={n} needs a loss without regions: set activation_checkpointing=all in its place"
             )
 
     def backward(self, batch: Batch) -> Tensor:
         """Add the gradients of a batch to the network's, scaled as the trainer scales them, and return its loss."""
-        trainer, micro_batches = self._trainer, batch.split(self._trainer.gradient_accumulation)
+        trainer, partial_loss = self._trainer, self._trainer.partial_loss
+        micro_batches = batch.split(trainer.gradient_accumulation)
         whole = None if len(micro_batches) == 1 else WholeBatch()
         if whole is not None:
             for micro_batch in micro_batches:
@@ -572,12 +569,13 @@ class Accumulation:
         for i, micro_batch in enumerate(micro_batches):
             # Processes exchange gradients with the last micro-batch's, all at once.
             is_last, network = i == len(micro_batches) - 1, trainer.network
-            synced = is_last or not isinstance(network, DistributedDataParallel)
-            with nullcontext() if synced else network.no_sync():
-                with trainer.precision(), self._part_of(whole):
+            waits = isinstance(network, DistributedDataParallel) and not is_last
+            with cast("DistributedDataParallel", network).no_sync() if waits else nullcontext():
+                part = nullcontext() if whole is None or partial_loss is None else partial_loss.as_part_of(whole)
+                with trainer.precision(), part:
                     loss = trainer.loss_of(network(micro_batch.data), micro_batch)
                 scaled = loss if trainer.grad_scaler is None else trainer.grad_scaler.scale(loss)
-                scaled.backward()
+                torch.autograd.backward(scaled)
             losses.append(loss.detach())
         return sum(losses[:-1], losses[-1])
 
@@ -588,7 +586,3 @@ class Accumulation:
             # Targets stand in for logits where these are not read.
             output = self._trainer.network(batch.data) if loss.counts_probabilities else batch.target
             self._trainer.loss_of(output, batch)
-
-    def _part_of(self, whole: WholeBatch | None) -> AbstractContextManager[None]:
-        loss = self._trainer.partial_loss
-        return nullcontext() if whole is None or loss is None else loss.as_part_of(whole)
