@@ -245,7 +245,7 @@ def _followers(plans: Plans, configurations: Sequence[str]) -> list[str]:
 def _check_patch(name: str, patch_size: Sequence[int], strides: Sequence[Sequence[int]]) -> None:
     if len(patch_size) != len(strides[0]):
         raise PlansError(
-            f"{name}: patch_size {list(patch_size)} for strides of {len(strides[0])} axes: correct it, or leave {name} out"
+            f"{name}: patch_size {list(patch_size)} for strides of {len(strides[0])} axes: correct it, or see -c"
         )
     total = list(total_stride(strides))
     if list(patch_size) == total:
