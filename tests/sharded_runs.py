@@ -14,7 +14,8 @@ from test_ranks import free_port
 from torch import Tensor
 from torch import multiprocessing as mp
 
-from stunet.training import BaseSTUNetTrainer, Ranks, process_group, share_of_batch
+from stunet.training import BaseSTUNetTrainer
+from stunet.training.distributed import Ranks, process_group, share_of_batch
 
 BATCH, PATCH = 4, (24, 24, 24)
 

@@ -21,8 +21,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from stunet.network import build_stunet, shard
-from stunet.planning import Parallel
-from stunet.training import BaseSTUNetTrainer, Ranks, process_group, share_of_batch
+from stunet.settings import Parallel
+from stunet.training import BaseSTUNetTrainer
+from stunet.training.distributed import Ranks, process_group, share_of_batch
 
 STEPS, BATCH, PATCH = 20, 5, (32, 40, 32)
 

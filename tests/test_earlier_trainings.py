@@ -1,7 +1,7 @@
 """Checkpoints and a model folder as earlier code wrote them still resume, fine-tune and predict.
 
-``data/earlier_training.tar.xz`` holds a narrow network's model folder after two layer-wise epochs, a
-sharded checkpoint that two processes wrote after one epoch, logits of the first, and sums over the tensors of the other.
+``data/earlier_training.tar.xz`` holds a narrow network after two layer-wise epochs (a model folder), one
+sharded by two processes after one epoch, logits of the first, and sums over the tensors of the other.
 """
 
 from __future__ import annotations

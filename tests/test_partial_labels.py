@@ -19,7 +19,7 @@ from plans import DATASET_JSON
 from stunet.errors import LabelError
 from stunet.labels import AnnotationManifest, bind_manifest, write_manifest
 from stunet.loss import PartialDiceCELoss, partial_dice_ce_loss
-from stunet.training import PartialLabels, count_voxels, mask_summary
+from stunet.training.partial_labels import PartialLabels, count_voxels, mask_summary
 
 LABELS = {"background": 0, "liver": 1, "kidney_left": 2, "kidney_right": 3, "kidney": 4}
 CONTENT = {

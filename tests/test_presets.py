@@ -12,7 +12,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from plans import make_plans
 from stunet.errors import PlansError
 from stunet.network import SIZES, find_size
-from stunet.planning import PRETRAINING, apply_preset, list_presets, load_preset, plans_size, rewrite_plans
+from stunet.planning import apply_preset, list_presets, load_preset, plans_size, rewrite_plans
+from stunet.planning.v1_plans import PRETRAINING
 
 
 def test_the_preset_is_what_the_published_plans_say() -> None:

@@ -21,7 +21,8 @@ from torch import distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from stunet.errors import CheckpointError
-from stunet.training import BaseSTUNetTrainer, Ranks
+from stunet.training import BaseSTUNetTrainer
+from stunet.training.distributed import Ranks
 from stunet.weights import read_checkpoint
 from stunet.weights.sharded import (
     ShardedSave,
@@ -123,7 +124,7 @@ def _score(trainer: BaseSTUNetTrainer) -> list[tuple[int, int, int]]:
     selection: Any = _Selection()
     if trainer.local_rank == 0:
         trainer._selection = selection
-    trainer._score(trainer.current_epoch)
+    trainer._score(Path(trainer.output_folder, LATEST), trainer.current_epoch)
     assert not Path(trainer.output_folder, "checkpoint_candidate.pth").exists() or trainer.local_rank > 0
     return list(selection.scored)
 

@@ -10,24 +10,22 @@ from typing import Any, cast
 from stunet.cli.console import PlainTable, stdout
 from stunet.cli.convert import find_fetched
 from stunet.cli.options import choose_size
+from stunet.environment import find_dataset, find_plans
 from stunet.errors import UsageError
 from stunet.network import STUNetSize
 from stunet.planning import (
-    Strategy,
     apply_preset,
-    find_dataset,
-    find_plans,
     fine_tuning_configurations,
     fine_tuning_settings,
     list_presets,
     load_plans,
     load_preset,
-    parse_settings,
     plan_with_nnunet,
     preview_transfer,
     rewrite_plans,
     write_plans,
 )
+from stunet.settings import Strategy, parse_settings
 from stunet.weights import SourceWeights, TransferReport, open_weights
 
 __all__ = ["MadePlans", "PlanRequest", "make_plans_file", "plans_identifier", "print_transfer"]

@@ -50,9 +50,7 @@ class ModelDescription:
 def describe_model(weights: SourceWeights, labels: Vocabulary | None) -> ModelDescription:
     """Make plans and dataset description for weights: their own where they bring them, else the pre-training preset's.
 
-    Args:
-        weights: The weights.
-        labels: Names of the outputs; None for those that the weights bring. Must be given where they bring none.
+    ``labels`` names the outputs; it must be given where the weights bring no names.
 
     Raises:
         CheckpointError: Nothing says how to prepare the images.
@@ -95,10 +93,6 @@ def describe_model(weights: SourceWeights, labels: Vocabulary | None) -> ModelDe
 def make_plans(preparation: Preparation, size: STUNetSize) -> dict[str, Any]:
     """Make plans of nnU-Net v2 with one configuration, ``3d_fullres``.
 
-    Args:
-        preparation: How images are prepared.
-        size: Size of the network.
-
     Raises:
         PlansError: A patch that the strides do not divide.
     """
@@ -122,12 +116,7 @@ def make_plans(preparation: Preparation, size: STUNetSize) -> dict[str, Any]:
 
 
 def configuration_for(preparation: Preparation, data_identifier: str) -> dict[str, Any]:
-    """Make a configuration of nnU-Net v2's plans whose architecture has strides only.
-
-    Args:
-        preparation: How images are prepared.
-        data_identifier: Name of the folder with the preprocessed data.
-    """
+    """Make a configuration of nnU-Net v2's plans whose architecture has strides only."""
     resampling: dict[str, Any] = {}
     for kind, order in (("data", 3), ("seg", 1), ("probabilities", 1)):
         kwargs = {"is_seg": kind == "seg", "order": order, "order_z": 0, "force_separate_z": None}
@@ -192,12 +181,6 @@ def write_model_folder(
 
     Tensors go from the source file to the checkpoint without a copy of all of them in memory, unless their precision
     changes.
-
-    Args:
-        weights: The weights.
-        description: Plans and dataset description.
-        folder: The new model folder.
-        licence: Licence of the weights where it is known.
 
     Returns:
         Content of ``model_card.json``.

@@ -56,12 +56,7 @@ def load_plans(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write_plans(plans: dict[str, Any], path: str | os.PathLike[str], *, overwrite: bool) -> bool:
-    """Write a plans file atomically.
-
-    Args:
-        plans: The plans.
-        path: Where to.
-        overwrite: Whether a file with other content may be replaced.
+    """Write a plans file atomically; a file with other content is replaced only with ``overwrite``.
 
     Returns:
         Whether a file was written; False where the same plans are there already.
@@ -117,11 +112,6 @@ def missing_preprocessed_cases(dataset_name: str, plans: dict[str, Any], configu
     """List training cases that are not preprocessed yet, or not completely.
 
     nnU-Net trains on whatever is in the folder: after an interrupted preprocessing silently on fewer cases.
-
-    Args:
-        dataset_name: For example ``Dataset004_Hippocampus``.
-        plans: The plans.
-        configuration: Name of a configuration in them.
 
     Raises:
         DatasetError: Nothing is preprocessed and there is no raw dataset to do it from.
@@ -182,14 +172,10 @@ def load_preset(name: str) -> Preset:
 
 
 def apply_preset(plans: Mapping[str, Any], preset: Preset) -> dict[str, Any]:
-    """Make a dataset's plans with one configuration, ``3d_fullres``, as a preset's preparation wants it.
+    """Make nnU-Net's plans of a dataset into some with one configuration, ``3d_fullres``, as a preset prepares it.
 
     Images are prepared differently from what nnU-Net has planned, so the configuration has a data identifier of its
     own: all sizes of network share it, and nothing that is preprocessed already is touched.
-
-    Args:
-        plans: nnU-Net's plans of the dataset; not changed.
-        preset: One with a preparation.
 
     Returns:
         Plans whose architecture has strides only; :func:`stunet.planning.rewrite_plans` puts the network there.
@@ -252,13 +238,7 @@ def fine_tuning_configurations(plans: Mapping[str, Any], weights: SourceWeights)
 def preview_transfer(
     weights: SourceWeights, plans: Mapping[str, Any], configurations: Sequence[str], dataset_json: Mapping[str, Any]
 ) -> TransferReport:
-    """Report what a training with these plans will take from the weights, without building a network in memory.
-
-    Args:
-        weights: The weights.
-        plans: Plans with a STU-Net and the settings of :func:`fine_tuning_settings`.
-        configurations: Configurations to check; the report is of the first one.
-        dataset_json: The target's ``dataset.json``.
+    """Report what a training of the first of these configurations will take from the weights; check the others too.
 
     Raises:
         CheckpointError: The weights do not fit a configuration: other axes, or another size.

@@ -112,9 +112,6 @@ class PreprocessedDataset:
     def training_cases(self, fold: str) -> list[str]:
         """List the cases that a fold trains on.
 
-        Args:
-            fold: ``0`` and so on, or ``all``.
-
         Raises:
             DatasetError: There are no splits yet.
             UsageError: There is no such fold.
@@ -153,11 +150,6 @@ class PreprocessedDataset:
 
 def open_preprocessed(dataset: str, plans: str, configuration: str) -> PreprocessedDataset:
     """Find the preprocessed cases of a dataset.
-
-    Args:
-        dataset: Id or name.
-        plans: Identifier of the plans, such as ``nnUNetPlans``.
-        configuration: Name of a configuration.
 
     Raises:
         DatasetError: Unknown, or not preprocessed; names the command that does it.

@@ -47,11 +47,6 @@ def check_plans(plans: Any, *, source: str) -> None:
 def check_configuration(plans: Mapping[str, Any], configuration: Mapping[str, Any], n_channels: int) -> None:
     """Check the numbers with which images are prepared for a model of others'.
 
-    Args:
-        plans: Plans of nnU-Net v2.
-        configuration: One of theirs, with all that it inherits.
-        n_channels: Images of a case.
-
     Raises:
         ValueError: One that would fail, or be endless; other content raises what it may. Callers wrap this in
             :func:`stunet.errors.reading`.
@@ -80,9 +75,6 @@ def fit_strides(strides: Sequence[Sequence[int]]) -> list[list[int]]:
 
     >>> fit_strides([[1, 1], [2, 2], [2, 1]])
     [[1, 1], [2, 2], [2, 1], [1, 1], [1, 1], [1, 1]]
-
-    Args:
-        strides: Stride of each stage for each axis, finest first, as nnU-Net plans them.
     """
     fitted = [list(stride) for stride in strides[:N_STAGES]]
     unit = [1] * len(fitted[0])

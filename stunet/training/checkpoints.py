@@ -63,11 +63,7 @@ class Checkpoints:
         return Path(self._trainer.output_folder)
 
     def save(self, path: Path, epochs: int) -> None:
-        """Write a checkpoint in nnU-Net's format; sharded if it is the periodic or the best one of a sharded network.
-
-        Args:
-            path: The file.
-            epochs: How many are done.
+        """Write a checkpoint after some epochs, sharded if it is the periodic or the best one of a sharded network.
 
         Raises:
             CheckpointError: The last sharded checkpoint could not be written.
@@ -238,11 +234,11 @@ class Checkpoints:
 
 
 def set_aside(folder: Path) -> None:
-    """Rename the checkpoints of a fold, from which a training could resume, to end with ``.previous``."""
+    """Rename the checkpoints of a fold, from which a restart would resume, to end with ``.previous``."""
     for name in (_FINAL, _LATEST, _BEST):
         for path in (folder / name, (folder / name).with_suffix(SHARDED_SUFFIX)):
-            previous = path.with_name(f"{path.name}.previous")
             if path.exists():
+                previous = path.with_name(f"{path.name}.previous")
                 remove_sharded(previous)
                 os.replace(path, previous)
 
@@ -298,9 +294,6 @@ class TransferSelection:
     ``checkpoint_best_transfer.pth`` is the checkpoint with the highest one. Cases and points of the target are drawn
     at once, the same ones throughout, so that what is wrong with it shows before the training.
 
-    Args:
-        trainer: The trainer, whose plans have ``select_for``.
-
     Raises:
         DatasetError: A case cannot be read.
         TransferabilityError: No two cases share a structure.
@@ -326,12 +319,7 @@ class TransferSelection:
         )
 
     def score(self, checkpoint: Path, epoch: int) -> None:
-        """Score a checkpoint that was just written. What fails is logged: it must not end a training of weeks.
-
-        Args:
-            checkpoint: The file.
-            epoch: Epochs that it was trained for.
-        """
+        """Score a checkpoint that was just written. What fails is logged: it must not end a training of weeks."""
         log, curve_file = self._trainer.print_to_log_file, checkpoint.with_name("transfer_curve.json")
         try:
             result = score_candidate(

@@ -108,12 +108,7 @@ def share_of_batch(global_batch: int, ranks: Ranks) -> range:
 
 @contextmanager
 def process_group(ranks: Ranks, device_type: str, timeout: float) -> Iterator[None]:
-    """Join the others: NCCL on CUDA, gloo on the CPU.
-
-    Args:
-        ranks: Where this process stands.
-        device_type: ``cuda`` or ``cpu``.
-        timeout: Seconds that the others have to join, and that an operation may take.
+    """Join the others, NCCL on CUDA, gloo on the CPU, for whom joins and operations take ``timeout`` seconds at most.
 
     Raises:
         UsageError: Some did not join in time, whose ranks are named; or a device without a backend.
@@ -159,10 +154,7 @@ def _wait_for_all(store: Store, size: int, timeout: float) -> None:
 
 
 def check_agreement(content: Mapping[str, Any]) -> None:
-    """Compare what the processes have been given, by hash.
-
-    Args:
-        content: What must be the same everywhere, by name; anything that JSON can hold.
+    """Compare what must be the same for all processes, by hash: anything that JSON can hold, by name.
 
     Raises:
         UsageError: Some differ; raised in every process, and names what and which.
@@ -171,15 +163,17 @@ def check_agreement(content: Mapping[str, Any]) -> None:
         name: hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
         for name, value in content.items()
     }
-    hosts, hashes = zip(*_gather((socket.gethostname(), mine)), strict=True)
-    problems = []
-    for name in mine:
-        others = [rank for rank, theirs in enumerate(hashes) if theirs.get(name) != hashes[0].get(name)]
-        if others:
-            problems.append(f"{name} of {', '.join(f'rank {rank} ({hosts[rank]})' for rank in others)}")
-    if problems:
-        listed = "; ".join(problems)
-        raise UsageError(f"{listed} differ from rank 0's ({hosts[0]}): copy plans and data to every machine anew")
+    of_all = _gather((socket.gethostname(), mine))
+    first_host, first = of_all[0]
+    others = [
+        f"{name} of rank {rank} ({host})"
+        for rank, (host, theirs) in enumerate(of_all)
+        for name in mine
+        if theirs.get(name) != first.get(name)
+    ]
+    if others:
+        listed = ", ".join(others)
+        raise UsageError(f"{listed} differ from rank 0's ({first_host}): copy plans and data to every machine anew")
 
 
 def check_shared_folder(folder: Path, ranks: Ranks) -> None:
@@ -195,10 +189,8 @@ def check_shared_folder(folder: Path, ranks: Ranks) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path.touch()
     dist.barrier()
-    seen = path.exists()
-    if not seen and folder.is_dir():
-        list(folder.iterdir())  # network file systems cache what a folder held; listing it asks anew
-        seen = path.exists()
+    # Network file systems cache what a folder held; listing it asks anew.
+    seen = path.exists() or (folder.is_dir() and path in folder.iterdir())
     of_all = _gather((socket.gethostname(), seen))
     if ranks.rank == 0:
         path.unlink()

@@ -13,8 +13,9 @@ from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoi
 from torch import distributed as dist
 from torch.backends import cudnn
 
+from stunet.environment import find_dataset, find_plans, nnunet_folder
 from stunet.errors import UsageError
-from stunet.planning import find_dataset, find_plans, load_plans, nnunet_folder, resolve_configuration
+from stunet.planning import load_plans, resolve_configuration
 from stunet.training.checkpoints import set_aside
 from stunet.training.distributed import (
     Ranks,
@@ -92,7 +93,12 @@ def train(
             check_shared_folder(Path(made.output_folder), ranks)
         _load_weights(made, pretrained_weights, resumes=resumes, only_validation=only_validation)
         if not resumes and not only_validation:
-            _set_aside(made, ranks)
+            if ranks.size > 1:
+                dist.barrier()  # all have read their weights, which may be among what is renamed
+            if ranks.rank == 0:
+                set_aside(Path(made.output_folder))
+            if ranks.size > 1:
+                dist.barrier()
         if not only_validation:
             made.run_training()
         if validate_best:
@@ -146,16 +152,6 @@ def _load_weights(trainer: Any, pretrained: str | None, *, resumes: bool, only_v
             trainer.load_pretrained_weights(weights)
             weights = None
     maybe_load_checkpoint(trainer, resumes, only_validation, weights)
-
-
-def _set_aside(trainer: Any, ranks: Ranks) -> None:
-    """Rename checkpoints of an earlier training in this fold, from which a restart would resume otherwise."""
-    if ranks.size > 1:
-        dist.barrier()  # all have read their weights, which may be among them
-    if ranks.rank == 0:
-        set_aside(Path(trainer.output_folder))
-    if ranks.size > 1:
-        dist.barrier()
 
 
 def _content(dataset: str, configuration: str, plans_name: str) -> dict[str, Any]:

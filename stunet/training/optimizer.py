@@ -137,13 +137,6 @@ def parameter_groups(
     - ``frozen-encoder``: the decoder and the heads, poly.
     - ``head-only``: the heads, poly.
 
-    Args:
-        network: The network.
-        strategy: How to fine-tune.
-        num_epochs: E.
-        warmup_epochs: W; a twentieth of E by default.
-        layer_decay: Factor from one stage to the next towards the stem.
-
     Raises:
         SettingsError: Warm-up that leaves no epoch for the schedule after it.
     """
@@ -221,11 +214,6 @@ class GroupSchedule:
     A group whose rate is 0 really stands still: it gets no momentum either, which would otherwise accumulate and act
     when the rate rises. Its gradients are dropped just before the optimizer's step, after
     ``DistributedDataParallel`` has exchanged them, so all ranks still take part in that.
-
-    Args:
-        optimizer: Its groups are in the order of ``groups``.
-        groups: What the optimizer was made from.
-        initial_lr: What the factors are multiples of.
     """
 
     def __init__(self, optimizer: Optimizer, groups: Sequence[ParameterGroup], initial_lr: float) -> None:

@@ -22,9 +22,6 @@ from stunet.loss import label_members
 class PartialLabels:
     """A dataset's annotation manifest as a training sees it.
 
-    Args:
-        manifest: What each case annotates.
-
     Attributes:
         members: ``(L, C)``, boolean: the outputs that each label value stands for; superclasses come last.
 
@@ -123,11 +120,6 @@ def mask_summary(summary: Mapping[str, Any], manifest: AnnotationManifest, *, fi
     nnU-Net scores a structure that is predicted and not in the label map with 0, even where the case does not annotate
     it. Here such entries are None (null in JSON), as are undefined ones, and means are over the others. Superclasses,
     which no network predicts, are left out.
-
-    Args:
-        summary: Content of ``summary.json``: ``metric_per_case``, with a dictionary of metrics for each label value.
-        manifest: What each case annotates; cases are named as the reference files are.
-        file_ending: Of these files, for example ``.nii.gz``.
 
     Returns:
         The same form, with ``mean`` and ``foreground_mean`` computed anew.

@@ -31,8 +31,8 @@ from stunet.errors import PlansError, SettingsError, UsageError
 from stunet.files import write_json
 from stunet.labels import outputs_of
 from stunet.loss import PartialDiceCELoss, WholeBatch
-from stunet.network import STUNet, STUNetSize, find_size
-from stunet.planning import check_plans, is_stunet, plans_size, resolve_configuration, rewrite_configuration
+from stunet.network import STUNet, find_size
+from stunet.planning.rewrite import check_plans, is_stunet, plans_size, resolve_configuration, rewrite_configuration
 from stunet.settings import SETTINGS_KEY, HeadPolicy, Mirroring, MomentumDtype, Parallel, StemPolicy, Strategy
 from stunet.training.checkpoints import Checkpoints, TransferSelection
 from stunet.training.distributed import Ranks, Sharding, seed_everything, share_of_batch
@@ -101,9 +101,8 @@ class BaseSTUNetTrainer(nnUNetTrainer):
     network: nn.Module
     optimizer: Optimizer
     is_ddp: bool
-    grad_scaler: Any
     oversample_foreground_percent: float
-    current_epoch: int
+    grad_scaler: Any
     _initial_stem: Tensor
     partial_loss: PartialDiceCELoss | None = None
     _selection: TransferSelection | None = None
@@ -139,33 +138,21 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         self.print_to_log_file(f"STU-Net {size.name}: depth {size.depth}, width {size.width}; settings {settings}")
 
     @classmethod
-    def _with_stunet(cls, plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+    def _with_stunet(cls, plans: dict[str, Any], name: str) -> dict[str, Any]:
         check_plans(plans, source=str(plans.get("plans_name", "the given plans")))
-        size = cls._choose_size(plans, configuration)
-        rewritten = rewrite_configuration(plans, configuration, size=size)
-        # nnU-Net's command puts this key into the plans and its constructor takes it out again.
-        continue_training = plans.get("continue_training", False)
-        configurations = {**plans["configurations"], configuration: rewritten}
-        return {**plans, "configurations": configurations, "continue_training": continue_training}
-
-    @classmethod
-    def _choose_size(cls, plans: dict[str, Any], name: str) -> STUNetSize:
         configuration = resolve_configuration(plans, name)
-        if not is_stunet(configuration):
-            others = [other for other, own in plans["configurations"].items() if is_stunet(own)]
-            if others:
-                # Their size was chosen when the plans were written; another one here would contradict the plans' name.
-                plans_name, listed = plans.get("plans_name"), ", ".join(others)
-                raise PlansError(
-                    f"no STU-Net in {name} of {plans_name}: choose one of {listed}, or plan it with -c {name}"
-                )
-            return find_size(cls.size or "base")
-        planned = plans_size(configuration)
-        if cls.size not in (None, planned.name):
-            raise PlansError(
-                f"-tr {cls.__name__} with plans of size {planned.name}: take -tr STUNetTrainer, or other -p"
-            )
-        return planned
+        others = [other for other, own in plans["configurations"].items() if is_stunet(own)]
+        planned = is_stunet(configuration)
+        if others and not planned:
+            # Their size was chosen when the plans were written; another one here would contradict the plans' name.
+            where, listed = f"{name} of {plans.get('plans_name')}", ", ".join(others)
+            raise PlansError(f"no STU-Net in {where}: choose one of {listed}, or plan it with -c {name}")
+        size = plans_size(configuration) if planned else find_size(cls.size or "base")
+        if cls.size not in (None, size.name):
+            raise PlansError(f"-tr {cls.__name__} with plans of size {size.name}: take -tr STUNetTrainer, or other -p")
+        configurations = {**plans["configurations"], name: rewrite_configuration(plans, name, size=size)}
+        # nnU-Net's command puts the first key into the plans, and its constructor takes it out again.
+        return {"continue_training": False, **plans, "configurations": configurations}
 
     # The network and what trains it
 
@@ -176,9 +163,8 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         are left out.
         """
         self._set_batch_size_and_oversample()
-        self.num_input_channels = determine_num_input_channels(
-            self.plans_manager, self.configuration_manager, self.dataset_json
-        )
+        configuration = self.configuration_manager
+        self.num_input_channels = determine_num_input_channels(self.plans_manager, configuration, self.dataset_json)
         self.network = self.build_network()
         if self._do_i_compile():
             self.print_to_log_file("Using torch.compile...")
@@ -202,17 +188,14 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         self._initial_stem = self._stem_weight().detach().clone()
         self.was_initialized = True
         hparams = {name: getattr(self, name) for name in _HPARAMS}
-        self.logger.update_config({"hparas": {**hparams, "batch_size": self.configuration_manager.batch_size}})
+        self.logger.update_config({"hparas": {**hparams, "batch_size": configuration.batch_size}})
 
     def build_network(self) -> nn.Module:
         """Build the plans' network on the device, with outputs for the background and the leaves."""
-        outputs = self.label_manager.num_segmentation_heads
-        if self.partial_labels is not None:
-            outputs = self.partial_labels.num_outputs
-        network = self.build_network_architecture(
-            self.plans_manager, self.configuration_manager, self.num_input_channels, outputs,
-            self.enable_deep_supervision,
-        )  # fmt: skip
+        labels, partial, levels = self.label_manager, self.partial_labels, self.enable_deep_supervision
+        outputs = labels.num_segmentation_heads if partial is None else partial.num_outputs
+        channels, configuration = self.num_input_channels, self.configuration_manager
+        network = self.build_network_architecture(self.plans_manager, configuration, channels, outputs, levels)
         return cast("nn.Module", network.to(self.device))
 
     @property
@@ -241,18 +224,16 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         """Make nnU-Net's optimizer, its parameters grouped by the strategy, as small as the plans want it."""
         if self.fine_tune == "full" and self.momentum_dtype == "fp32":
             optimizer, schedule = super().configure_optimizers()
-            set_kernel(optimizer, fused=self.fused_optimizer)
-            return optimizer, schedule
-        groups = parameter_groups(
-            self.plain_network, self.fine_tune, num_epochs=self.num_epochs, warmup_epochs=self.warmup_epochs,
-            layer_decay=self.layer_decay,
-        )  # fmt: skip
-        freeze_others(self.plain_network, groups)
-        sgd = BF16MomentumSGD if self.momentum_dtype == "bf16" else torch.optim.SGD
-        named = [{"params": list(group.parameters), "name": group.name} for group in groups]
-        optimizer = sgd(named, self.initial_lr, weight_decay=self.weight_decay, momentum=0.99, nesterov=True)
+        else:
+            network, epochs = self.plain_network, {"num_epochs": self.num_epochs, "warmup_epochs": self.warmup_epochs}
+            groups = parameter_groups(network, self.fine_tune, **epochs, layer_decay=self.layer_decay)
+            freeze_others(network, groups)
+            sgd = BF16MomentumSGD if self.momentum_dtype == "bf16" else torch.optim.SGD
+            named = [{"params": list(group.parameters), "name": group.name} for group in groups]
+            optimizer = sgd(named, self.initial_lr, weight_decay=self.weight_decay, momentum=0.99, nesterov=True)
+            schedule = GroupSchedule(optimizer, groups, self.initial_lr)
         set_kernel(optimizer, fused=self.fused_optimizer)
-        return optimizer, GroupSchedule(optimizer, groups, self.initial_lr)
+        return optimizer, schedule
 
     def _build_loss(self) -> nn.Module:
         loss: nn.Module = super()._build_loss()
@@ -468,17 +449,15 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         if self.keep_every is not None and done % self.keep_every == 0:
             self.checkpoints.save(folder / f"checkpoint_epoch_{done:04d}.pth", done)
         if self.select_for is not None and done % self.save_every == 0:
-            self._score(done)
+            self._score(folder / "checkpoint_latest.pth", done)
 
-    def _score(self, done: int) -> None:
-        path = Path(self.output_folder, "checkpoint_latest.pth")
+    def _score(self, path: Path, done: int) -> None:
         if self.sharding.active:  # then that is a folder; all processes gather what one of them scores
             path = path.with_name("checkpoint_candidate.pth")
             self.checkpoints.save(path, done)
         if self._selection is not None:
             self._selection.score(path, done)
-            if self.sharding.active:
-                path.unlink(missing_ok=True)
+            path.with_name("checkpoint_candidate.pth").unlink(missing_ok=True)
 
     def on_train_end(self) -> None:
         """Also replace sharded checkpoints by nnU-Net's files, and score the final one where the plans want it."""
