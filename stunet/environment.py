@@ -23,14 +23,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def nnunet_folder(variable: str) -> Path:
-    """Return the folder that one of nnU-Net's environment variables names.
-
-    Args:
-        variable: ``nnUNet_raw``, ``nnUNet_preprocessed`` or ``nnUNet_results``.
-
-    Raises:
-        NnUNetPathError: The variable is not set, or names no folder.
-    """
+    """Return the folder that one of nnU-Net's environment variables names."""
     value = os.environ.get(variable)
     if not value:
         raise NnUNetPathError(f"{variable} is not set: set it to a folder, export {variable}=/path/to/{variable}")
@@ -40,10 +33,7 @@ def nnunet_folder(variable: str) -> Path:
 
 
 def find_dataset(dataset: str | int) -> str:
-    """Return the full name of a dataset.
-
-    Args:
-        dataset: An id such as ``4``, or a name such as ``Dataset004_Hippocampus``.
+    """Return the full name of a dataset from its id, such as ``4``, or its name.
 
     Raises:
         DatasetError: Not known to nnU-Net, or known by several names.
@@ -74,12 +64,7 @@ def find_dataset(dataset: str | int) -> str:
 
 
 def find_plans(dataset_name: str, identifier: str) -> Path:
-    """Return where the plans with this identifier are or will be, for example ``…/Dataset004_X/nnUNetPlans.json``.
-
-    Raises:
-        PlansError: The identifier is no file name that nnU-Net could use, or names plans of nnU-Net v1.
-        NnUNetPathError: ``nnUNet_preprocessed`` is not set.
-    """
+    """Return where the plans with this identifier are or will be, for example ``…/Dataset004_X/nnUNetPlans.json``."""
     folder = nnunet_folder("nnUNet_preprocessed") / dataset_name
     identifier = identifier.removesuffix(".json")
     if identifier.endswith(".pkl") or (folder / f"{identifier}.pkl").is_file():
@@ -92,11 +77,7 @@ def find_plans(dataset_name: str, identifier: str) -> Path:
 
 
 def require_plans(path: Path) -> Path:
-    """Return the same path, if there is a file.
-
-    Raises:
-        PlansError: There is none; names the plans that are there.
-    """
+    """Return the same path, if there is a file."""
     if path.is_file():
         return path
     present = sorted(p.stem for p in path.parent.glob("*Plans*.json"))
@@ -110,22 +91,14 @@ def require_plans(path: Path) -> Path:
 
 
 def require_configuration(plans: Mapping[str, Any], name: str) -> None:
-    """Check that plans have a configuration.
-
-    Raises:
-        PlansError: They have not; names those that they have.
-    """
+    """Check that plans have a configuration."""
     if name not in (known := plans["configurations"]):
         where, close = plans.get("plans_name", "the plans"), did_you_mean(name, known)
         raise PlansError(f"unknown configuration {name} in {where}. {close}Choose one of {', '.join(known)}")
 
 
 def preprocessed_folder(dataset_name: str, plans: Mapping[str, Any], configuration: str) -> Path:
-    """Return the folder of the preprocessed cases of a configuration.
-
-    Raises:
-        DatasetError: There are none; names the command that makes them.
-    """
+    """Return the folder of the preprocessed cases of a configuration."""
     place: str | None = configuration
     while place and "data_identifier" not in plans["configurations"][place]:
         place = plans["configurations"][place].get("inherits_from")

@@ -28,23 +28,14 @@ _RESAMPLING = "resample_data_or_seg_to_shape"
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What a model folder says beside the weights.
-
-    Attributes:
-        plans: Content of ``plans.json``.
-        configuration: The configuration in it that the weights belong to.
-        dataset_json: Content of ``dataset.json``.
-        mirroring_axes: Axes that prediction may mirror; None for no mirroring.
-        plans_source: Where the plans come from, human-readable.
-        label_source: Vocabulary or file that the names of the outputs come from.
-    """
+    """What a model folder says beside the weights."""
 
     plans: dict[str, Any]
-    configuration: str
+    configuration: str  # the one in the plans that the weights belong to
     dataset_json: dict[str, Any]
-    mirroring_axes: tuple[int, ...] | None
-    plans_source: str
-    label_source: str
+    mirroring_axes: tuple[int, ...] | None  # that prediction may mirror; None for no mirroring
+    plans_source: str  # where they come from, human-readable
+    label_source: str  # vocabulary or file that the names of the outputs come from
 
 
 def describe_model(weights: SourceWeights, labels: Vocabulary | None) -> ModelDescription:
@@ -91,11 +82,7 @@ def describe_model(weights: SourceWeights, labels: Vocabulary | None) -> ModelDe
 
 
 def make_plans(preparation: Preparation, size: STUNetSize) -> dict[str, Any]:
-    """Make plans of nnU-Net v2 with one configuration, ``3d_fullres``.
-
-    Raises:
-        PlansError: A patch that the strides do not divide.
-    """
+    """Make plans of nnU-Net v2 with one configuration, ``3d_fullres``."""
     name = f"STUNetPlans_{size.name}"
     statistics = {str(c): properties for c, properties in enumerate(preparation.intensity_properties)}
     plans = {

@@ -130,19 +130,12 @@ def missing_preprocessed_cases(dataset_name: str, plans: dict[str, Any], configu
 
 @dataclass(frozen=True)
 class Preset:
-    """A file of ``plans/``: what ``stunet plan --size`` or ``--preset`` puts into plans.
-
-    Attributes:
-        name: The file's name without its ending.
-        settings: Settings; those given with ``--set`` have precedence.
-        size: Size of the network, for ``--size``.
-        preparation: Spacing in mm, patch, batch, strides and normalization, for ``--preset``.
-    """
+    """A file of ``plans/``: what ``stunet plan --size`` or ``--preset`` puts into plans."""
 
     name: str
-    settings: Mapping[str, Any]
-    size: STUNetSize | None
-    preparation: Mapping[str, Any] | None
+    settings: Mapping[str, Any]  # those given with --set have precedence
+    size: STUNetSize | None  # of the network, for --size
+    preparation: Mapping[str, Any] | None  # spacing in mm, patch, batch, strides, normalization, for --preset
 
 
 def list_presets(kind: str = "size") -> list[str]:
@@ -157,11 +150,7 @@ def list_presets(kind: str = "size") -> list[str]:
 
 
 def load_preset(name: str) -> Preset:
-    """Read a preset.
-
-    Raises:
-        PlansError: There is no such preset.
-    """
+    """Read a preset."""
     file = files("stunet.plans") / f"{name}.json"
     if not name.isidentifier() or not file.is_file():
         raise PlansError(f"no preset {name}: choose one of {', '.join(list_presets() + list_presets('preparation'))}")
@@ -179,9 +168,6 @@ def apply_preset(plans: Mapping[str, Any], preset: Preset) -> dict[str, Any]:
 
     Returns:
         Plans whose architecture has strides only; :func:`stunet.planning.rewrite_plans` puts the network there.
-
-    Raises:
-        PlansError: Not plans of nnU-Net v2, or a preset without a preparation.
     """
     wanted = preset.preparation
     if wanted is None:
@@ -219,11 +205,7 @@ def fine_tuning_settings(weights: SourceWeights, strategy: Strategy) -> dict[str
 
 
 def fine_tuning_configurations(plans: Mapping[str, Any], weights: SourceWeights) -> list[str]:
-    """List the configurations that have an architecture of their own with as many axes as the weights.
-
-    Raises:
-        PlansError: There is none.
-    """
+    """List the configurations that have an architecture of their own with as many axes as the weights."""
     n_axes = weights.architecture.n_axes
     own = [name for name, configuration in plans["configurations"].items() if has_own_architecture(configuration)]
     fitting = [name for name in own if len(resolve_configuration(dict(plans), name)["patch_size"]) == n_axes]

@@ -79,19 +79,11 @@ class PreprocessedDataset:
         return read_manifest(self._base / MANIFEST_NAME, labels=self.dataset_json["labels"])
 
     def annotated(self, case: str) -> frozenset[int]:
-        """Return the label values that a case annotates: all of them, unless a manifest says otherwise.
-
-        Raises:
-            LabelError: The manifest beside the plans cannot be used, or does not name the case.
-        """
+        """Return the label values that a case annotates: all of them, unless a manifest says otherwise."""
         return frozenset(self.structures if self._manifest.is_complete else self._manifest.annotated(case))
 
     def check_origin(self) -> None:
-        """Check on one case that the data were preprocessed with these plans: its shape and its channels are theirs.
-
-        Raises:
-            DatasetError: They were not, or the case cannot be read.
-        """
+        """Check on one case that the data were preprocessed with these plans: its shape and its channels are theirs."""
         if self.configuration.get("preprocessor_name") != "DefaultPreprocessor":
             return
         case = self.cases[0]
@@ -110,12 +102,7 @@ class PreprocessedDataset:
             )
 
     def training_cases(self, fold: str) -> list[str]:
-        """List the cases that a fold trains on.
-
-        Raises:
-            DatasetError: There are no splits yet.
-            UsageError: There is no such fold.
-        """
+        """List the cases that a fold trains on."""
         if fold == "all":
             return self.cases
         path = self._base / "splits_final.json"
@@ -129,11 +116,7 @@ class PreprocessedDataset:
         return sorted(set(splits[int(fold)]["train"]) & set(self.cases))
 
     def load(self, case: str) -> PreprocessedCase:
-        """Read one case.
-
-        Raises:
-            DatasetError: Its files cannot be read.
-        """
+        """Read one case."""
         with reading(f"{case} in {self._folder}", "a preprocessed case that cannot be read", DatasetError):
             image, segmentation, _, _ = self._dataset.load_case(case)
             return PreprocessedCase(

@@ -21,12 +21,7 @@ NETWORK_CLASS_NAME = "stunet.network.STUNet"
 
 
 def check_plans(plans: Any, *, source: str) -> None:
-    """Check that something read from a file is a plans file of nnU-Net v2.
-
-    Raises:
-        PlansError: Plans of nnU-Net v1, or no plans at all.
-        SettingsError: Training settings that do not stand where they are read.
-    """
+    """Check that something read from a file is a plans file of nnU-Net v2."""
     if isinstance(plans, dict) and "plans_per_stage" in plans:
         raise PlansError(f"{source} are plans of nnU-Net v1: plan the dataset again with nnUNetv2_plan_experiment")
     if not isinstance(plans, dict) or not isinstance(plans.get("configurations"), dict):
@@ -106,11 +101,7 @@ def is_stunet(configuration: Mapping[str, Any]) -> bool:
 
 
 def plans_size(configuration: Mapping[str, Any]) -> STUNetSize:
-    """Return the size of the STU-Net in a configuration for which :func:`is_stunet` holds.
-
-    Raises:
-        ArchitectureError: The configuration was changed into something that no STU-Net is.
-    """
+    """Return the size of the STU-Net in a configuration for which :func:`is_stunet` holds."""
     kwargs = configuration["architecture"]["arch_kwargs"]
     return size_of(kwargs["features_per_stage"], kwargs["n_blocks_per_stage"])
 

@@ -25,30 +25,15 @@ class Preparation:
     """How images are prepared and cut for a network, and how it strides over them.
 
     Axes are those after the transposition, as in nnU-Net's plans.
-
-    Attributes:
-        spacing: Target spacing in mm.
-        patch_size: Voxels of a patch.
-        batch_size: Patches in a training batch.
-        batch_dice: Dice over the whole batch.
-        median_shape: Median image size in voxels at the target spacing.
-        median_spacing: Median spacing of the training images in mm.
-        strides: Stride of each of six stages.
-        transpose_forward: Order of the axes for the network.
-        transpose_backward: The inverse order.
-        channel_names: One for each channel of the image.
-        normalization_schemes: nnU-Net v2's name for each channel.
-        use_mask_for_norm: For each channel, whether only voxels inside the mask count.
-        intensity_properties: Statistics of the foreground for each channel; empty where unknown.
     """
 
-    spacing: list[float]
-    patch_size: list[int]
+    spacing: list[float]  # target, mm
+    patch_size: list[int]  # voxels
     batch_size: int
     batch_dice: bool
-    median_shape: list[float]
-    median_spacing: list[float]
-    strides: list[list[int]]
+    median_shape: list[float]  # of the images at the target spacing, voxels
+    median_spacing: list[float]  # of the training images, mm
+    strides: list[list[int]]  # of each of six stages
     transpose_forward: list[int] = field(default_factory=lambda: [0, 1, 2])
     transpose_backward: list[int] = field(default_factory=lambda: [0, 1, 2])
     channel_names: list[str] = field(default_factory=lambda: ["nonCT"])
@@ -76,13 +61,6 @@ def read_v1_plans(
 
     Where they name no stage, which holds for the published ``plans.pkl``, spacing, patch and strides are those of
     :data:`PRETRAINING`.
-
-    Args:
-        plans: Plans of v1, from ``plans.pkl`` or from a ``.model.pkl``.
-        init: Arguments of the v1 trainer, which name the stage and the kind of Dice; may be empty.
-        input_channels: Channels that the weights have.
-        num_classes: Outputs that the weights have, background included.
-        source: Where the plans come from, for messages.
 
     Raises:
         PlansError: Plans of other weights, a normalization that is unknown, or clipping without statistics.

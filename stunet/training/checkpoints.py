@@ -47,27 +47,20 @@ class Checkpoints:
     While the network is sharded, ``checkpoint_latest`` and ``checkpoint_best`` are folders instead
     (:mod:`stunet.weights.sharded`), which all processes write while the training continues. When it ends they make
     place for nnU-Net's files.
-
-    Attributes:
-        resumed: Whether the training continues an earlier one.
     """
 
     def __init__(self, trainer: BaseSTUNetTrainer, *, asked_to_resume: bool) -> None:
         self._trainer = trainer
         self._asked_to_resume = asked_to_resume
         self._saving: ShardedSave | None = None
-        self.resumed = False
+        self.resumed = False  # whether the training continues an earlier one
 
     @property
     def _folder(self) -> Path:
         return Path(self._trainer.output_folder)
 
     def save(self, path: Path, epochs: int) -> None:
-        """Write a checkpoint after some epochs, sharded if it is the periodic or the best one of a sharded network.
-
-        Raises:
-            CheckpointError: The last sharded checkpoint could not be written.
-        """
+        """Write a checkpoint after some epochs, sharded if it is the periodic or the best one of a sharded network."""
         trainer, sharding = self._trainer, self._trainer.sharding
         if trainer.disable_checkpointing:
             trainer.print_to_log_file("No checkpoint written, checkpointing is disabled")
@@ -293,10 +286,6 @@ class TransferSelection:
     ``transfer_curve.json`` in the fold's folder has all scores, and a training that is resumed continues it;
     ``checkpoint_best_transfer.pth`` is the checkpoint with the highest one. Cases and points of the target are drawn
     at once, the same ones throughout, so that what is wrong with it shows before the training.
-
-    Raises:
-        DatasetError: A case cannot be read.
-        TransferabilityError: No two cases share a structure.
     """
 
     n_cases = 20

@@ -63,11 +63,7 @@ class Ranks:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Ranks:
-        """Read ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE``; one process where there are none.
-
-        Raises:
-            UsageError: Some of the variables are missing, or no numbers.
-        """
+        """Read ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE``; one process where there are none."""
         if "RANK" not in environment and "WORLD_SIZE" not in environment:
             return cls()
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
@@ -95,9 +91,6 @@ def share_of_batch(global_batch: int, ranks: Ranks) -> range:
 
     >>> [list(share_of_batch(5, Ranks(rank, 2))) for rank in range(2)]
     [[0, 1, 2], [3, 4]]
-
-    Raises:
-        UsageError: There are fewer samples than processes.
     """
     if global_batch < ranks.size:
         raise UsageError(f"{global_batch} samples for {ranks.size} processes: raise --global-batch, or start fewer")
@@ -108,11 +101,7 @@ def share_of_batch(global_batch: int, ranks: Ranks) -> range:
 
 @contextmanager
 def process_group(ranks: Ranks, device_type: str, timeout: float) -> Iterator[None]:
-    """Join the others, NCCL on CUDA, gloo on the CPU, for whom joins and operations take ``timeout`` seconds at most.
-
-    Raises:
-        UsageError: Some did not join in time, whose ranks are named; or a device without a backend.
-    """
+    """Join the others, by NCCL on CUDA and gloo on the CPU; name the ranks that do not within ``timeout`` seconds."""
     if device_type not in _BACKENDS:
         raise UsageError(f"several processes cannot share {device_type}: choose -device cuda or cpu, or one process")
     # torchrun's own agent holds a store at that address already.
@@ -154,11 +143,7 @@ def _wait_for_all(store: Store, size: int, timeout: float) -> None:
 
 
 def check_agreement(content: Mapping[str, Any]) -> None:
-    """Compare what must be the same for all processes, by hash: anything that JSON can hold, by name.
-
-    Raises:
-        UsageError: Some differ; raised in every process, and names what and which.
-    """
+    """Compare what must be the same for all processes, by hash: anything that JSON can hold, by name."""
     mine = {
         name: hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
         for name, value in content.items()
@@ -177,11 +162,7 @@ def check_agreement(content: Mapping[str, Any]) -> None:
 
 
 def check_shared_folder(folder: Path, ranks: Ranks) -> None:
-    """Find out whether all processes see the same folder.
-
-    Raises:
-        UsageError: Some do not see what rank 0 writes; raised in every process, and names them.
-    """
+    """Find out whether all processes see the same folder."""
     token = [f".{uuid4().hex}.shared"]
     dist.broadcast_object_list(token, src=0)
     path = folder / token[0]

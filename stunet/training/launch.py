@@ -93,12 +93,11 @@ def train(
             check_shared_folder(Path(made.output_folder), ranks)
         _load_weights(made, pretrained_weights, resumes=resumes, only_validation=only_validation)
         if not resumes and not only_validation:
-            if ranks.size > 1:
-                dist.barrier()  # all have read their weights, which may be among what is renamed
+            barrier = dist.barrier if ranks.size > 1 else lambda: None
+            barrier()  # all have read their weights, which may be among what is renamed
             if ranks.rank == 0:
                 set_aside(Path(made.output_folder))
-            if ranks.size > 1:
-                dist.barrier()
+            barrier()
         if not only_validation:
             made.run_training()
         if validate_best:
@@ -109,11 +108,7 @@ def train(
 def check_processes(
     number: int, dataset: str, configuration: str, *, plans: str, device: str, global_batch: int | None
 ) -> None:
-    """Find what so many processes of this machine would refuse, before they are started, and started once more.
-
-    Raises:
-        STUNetError: No such dataset, plans or configuration, too small a batch, or too few GPUs.
-    """
+    """Find what so many processes of this machine would refuse, before they are started, and started once more."""
     planned = resolve_configuration(load_plans(find_plans(find_dataset(dataset), plans)), configuration)
     if device == "cuda":
         _check_devices(number - 1)
@@ -135,9 +130,7 @@ def _use_device(ranks: Ranks, device: str) -> None:
 def _check_devices(local_rank: int) -> None:
     if torch.cuda.device_count() <= local_rank:
         found = torch.cuda.device_count()
-        raise UsageError(
-            f"{found} CUDA devices for local rank {local_rank}: start fewer processes, or take -device cpu"
-        )
+        raise UsageError(f"{found} CUDA devices for local rank {local_rank}: start fewer, or take -device cpu")
 
 
 def _load_weights(trainer: Any, pretrained: str | None, *, resumes: bool, only_validation: bool) -> None:

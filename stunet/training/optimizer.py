@@ -101,11 +101,7 @@ def round_to_bfloat16(values: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def set_kernel(optimizer: Optimizer, *, fused: bool) -> None:
-    """Let SGD take its step in one kernel, or as PyTorch chooses, whatever a checkpoint has brought with it.
-
-    Raises:
-        SettingsError: A fused step of sharded parameters, which PyTorch does not have.
-    """
+    """Let SGD take its step in one kernel, or as PyTorch chooses, whatever a checkpoint has brought with it."""
     sharded = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
     if fused and sharded and not isinstance(optimizer, BF16MomentumSGD):
         raise SettingsError("PyTorch has no fused step for sharded parameters: leave out fused_optimizer or parallel")
@@ -136,9 +132,6 @@ def parameter_groups(
       stages from fine to coarse, and 6 to 11 for the encoder's from coarse to the stem.
     - ``frozen-encoder``: the decoder and the heads, poly.
     - ``head-only``: the heads, poly.
-
-    Raises:
-        SettingsError: Warm-up that leaves no epoch for the schedule after it.
     """
     # Checkpoints list momentum in this order.
     encoder, heads = tuple(network.encoder.parameters()), tuple(network.decoder.seg_layers.parameters())

@@ -60,11 +60,7 @@ class PartialLabels:
         return torch.from_numpy(np.stack([self.manifest.annotated_mask(case) for case in cases]))
 
     def check_every_leaf_is_annotated(self, cases: Sequence[str]) -> None:
-        """Refuse training cases that leave some structure out everywhere: nothing tells it from the background.
-
-        Raises:
-            LabelError: Names the structures that no case annotates.
-        """
+        """Refuse training cases that leave some structure out everywhere: nothing tells it from the background."""
         somewhere = self.mask(cases).any(0)
         names = {value: name for name, value in self.manifest.structures.items()}
         nowhere = [names[value] for value in self.manifest.leaves if not somewhere[value]]

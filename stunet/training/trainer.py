@@ -264,11 +264,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
     # Weights to start from
 
     def load_pretrained_weights(self, path: str | os.PathLike[str]) -> None:
-        """Load ``-pretrained_weights``: all but the heads, as nnU-Net does, from a checked file and on any device.
-
-        Raises:
-            CheckpointError: Truncated, no checkpoint, asks for code to be run, or of another network.
-        """
+        """Load ``-pretrained_weights``: all but the heads, as nnU-Net does, from a checked file and on any device."""
         if not self.was_initialized:
             self.initialize()
         weights, own = (
@@ -347,12 +343,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
     # The training
 
     def on_train_start(self) -> None:
-        """Also resume or start from weights, refuse what cannot be learned, and shard the network.
-
-        Raises:
-            SettingsError: More micro-batches than samples, or a loss that is not the sum of micro-batches.
-            LabelError: No training case annotates some structure.
-        """
+        """Also resume or start from weights, refuse what cannot be learned, and shard the network."""
         if not self.was_initialized:
             self.initialize()
         self.checkpoints.resume_from_sharded()
@@ -519,11 +510,7 @@ class Accumulation:
         self._trainer = trainer
 
     def check(self) -> None:
-        """Refuse micro-batches that cannot be.
-
-        Raises:
-            SettingsError: More of them than samples, or a loss that is not the sum of theirs.
-        """
+        """Refuse micro-batches that cannot be."""
         trainer, n = self._trainer, self._trainer.gradient_accumulation
         # The same in each process, so that all of them stop: the smallest share of the batch.
         smallest = int(trainer.configuration_manager.batch_size) // trainer.ranks.size
