@@ -225,9 +225,11 @@ class Sharding:
         trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
         parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
         for number, values in state["state"].items():
+            p = parameters[number]
             for key, value in values.items():
-                if isinstance(value, Tensor) and value.shape == parameters[number].shape:
-                    values[key] = _shard_like(value, parameters[number])
+                if isinstance(value, Tensor) and value.shape == p.shape:
+                    on_device = value.to(p.device)
+                    values[key] = distribute_tensor(on_device, p.device_mesh, p.placements, src_data_rank=None)
         trainer.optimizer.load_state_dict(state)
         # One of its own, as checkpoints are written beside the training, and of gloo, as they are written from the CPU.
         self.group = cast("dist.ProcessGroup", dist.new_group(backend="gloo"))
@@ -256,8 +258,3 @@ class Sharding:
         network = self._trainer.plain_network
         optimizer_state = get_optimizer_state_dict(network, self._trainer.optimizer, options=options)
         return get_model_state_dict(network, options=options), optimizer_state
-
-
-def _shard_like(tensor: Tensor, parameter: DTensor) -> DTensor:
-    on_device = tensor.to(parameter.device)
-    return distribute_tensor(on_device, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -44,22 +44,14 @@ class BF16MomentumSGD(SGD):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take a step, as :meth:`torch.optim.SGD.step`."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        done = self.param_groups[0].get("steps", 0)
-        generators: dict[torch.device, torch.Generator] = {}
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        done, device = self.param_groups[0].get("steps", 0), self.param_groups[0]["params"][0].device
+        # Shapes are all that is computed on the meta device, which has no generators.
+        generator = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(done)
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                device = parameter.device
-                if device not in generators:
-                    # Shapes are all that is computed on the meta device, which has no generators.
-                    on = "cpu" if device.type == "meta" else device
-                    generators[device] = torch.Generator(on).manual_seed(done)
-                self._update(parameter, group, generators[device])
+                if parameter.grad is not None:
+                    self._update(parameter, group, generator)
         self.param_groups[0]["steps"] = done + 1
         return loss
 

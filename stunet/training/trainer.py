@@ -282,10 +282,8 @@ class BaseSTUNetTrainer(nnUNetTrainer):
             )
         network, outputs = self.plain_network, outputs_of(self.dataset_json)
         report = transfer_weights(open_weights([path]), network, outputs, stem=self.stem, head=self.head)
-        trainable = {id(p) for p in self._unused_parameters()} | {
-            id(p) for p in network.parameters() if p.requires_grad
-        }
-        stuck = [key for key in report.fresh if id(network.get_parameter(key)) not in trainable]
+        fresh, unused = {key: network.get_parameter(key) for key in report.fresh}, self._unused_parameters()
+        stuck = [key for key, p in fresh.items() if not p.requires_grad and all(p is not other for other in unused)]
         if stuck:
             listed = ", ".join(stuck[:4])
             raise SettingsError(
