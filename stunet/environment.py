@@ -94,7 +94,7 @@ def require_configuration(plans: Mapping[str, Any], name: str) -> None:
     """Check that plans have a configuration."""
     if name not in (known := plans["configurations"]):
         where, close = plans.get("plans_name", "the plans"), did_you_mean(name, known)
-        raise PlansError(f"unknown configuration {name} in {where}. {close}Choose one of {', '.join(known)}")
+        raise PlansError(f"unknown configuration in {where}: {name}. {close}Choose one of {', '.join(known)}")
 
 
 def preprocessed_folder(dataset_name: str, plans: Mapping[str, Any], configuration: str) -> Path:
@@ -107,5 +107,5 @@ def preprocessed_folder(dataset_name: str, plans: Mapping[str, Any], configurati
     if not any(folder.glob("*.pkl")):  # the last file of a case that nnU-Net writes
         name = plans.get("plans_name", "nnUNetPlans")
         command = f"nnUNetv2_preprocess -d {int(dataset_name[7:10])} -plans_name {name} -c {configuration}"
-        raise DatasetError(f"no preprocessed cases of configuration {configuration} in {folder}: run `{command}`")
+        raise DatasetError(f"a dataset that is not preprocessed: no cases in {folder}: run `{command}`")
     return folder

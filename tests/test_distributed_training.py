@@ -25,7 +25,7 @@ from stunet.settings import Parallel
 from stunet.training import BaseSTUNetTrainer
 from stunet.training.distributed import Ranks, process_group, share_of_batch
 
-STEPS, BATCH, PATCH = 20, 5, (32, 40, 32)
+STEPS, BATCH, PATCH = 6, 5, (16, 24, 16)
 
 
 class Arm(NamedTuple):

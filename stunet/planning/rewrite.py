@@ -115,7 +115,7 @@ def rewrite_configuration(
         plans: Plans of nnU-Net v2; not changed.
         name: The configuration.
         size: Size of the STU-Net.
-        settings: Settings to add; see :data:`stunet.planning.SETTINGS`. Those that the configuration already has stay
+        settings: Settings to add; see :data:`stunet.settings.SETTINGS`. Those that the configuration already has stay
             unless given here.
 
     Returns:
