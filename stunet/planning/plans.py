@@ -178,13 +178,9 @@ def apply_preset(plans: Mapping[str, Any], preset: Preset) -> dict[str, Any]:
     shape = [plans["original_median_shape_after_transp"][axis] for axis in backward]
     n_channels = len(plans["foreground_intensity_properties_per_channel"])
     preparation = Preparation(
-        spacing=list(wanted["spacing"]),
-        patch_size=list(wanted["patch_size"]),
-        batch_size=wanted["batch_size"],
-        batch_dice=wanted["batch_dice"],
+        **{name: wanted[name] for name in ("spacing", "patch_size", "batch_size", "batch_dice", "strides")},
         median_shape=[float(n * s / t) for n, s, t in zip(shape, spacing, wanted["spacing"], strict=True)],
         median_spacing=spacing,
-        strides=[list(stride) for stride in wanted["strides"]],
         normalization_schemes=[wanted["normalization_scheme"]] * n_channels,
         use_mask_for_norm=[wanted["use_mask_for_norm"]] * n_channels,
     )

@@ -66,6 +66,11 @@ def read_v1_plans(
         PlansError: Plans of other weights, a normalization that is unknown, or clipping without statistics.
     """
     with reading(source, _UNUSABLE, PlansError):
+        # The others resample or normalize otherwise, which nnU-Net v2's default preprocessor would not repeat.
+        if (preprocessor := plans.get("preprocessor_name")) not in (None, "GenericPreprocessor"):
+            raise ValueError(
+                f"preprocessor_name is {str(preprocessor)[:60]}; GenericPreprocessor alone can be converted"
+            )
         # v1 does not count the background.
         for key, actual in (("num_modalities", input_channels), ("num_classes", num_classes - 1)):
             if plans.get(key, actual) != actual:
