@@ -11,19 +11,9 @@ from typing import Any
 
 from stunet.errors import DatasetError, NnUNetPathError, PlansError
 
-__all__ = [
-    "did_you_mean",
-    "find_dataset",
-    "find_plans",
-    "nnunet_folder",
-    "preprocessed_folder",
-    "require_configuration",
-    "require_plans",
-]
-
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``Did you mean …? `` with the names that are like it, or nothing.
+    """Return ``Did you mean …? `` with the names that are like it, or nothing.
 
     >>> did_you_mean("small_ep4", ["small_ep4k", "huge"])
     'Did you mean small_ep4k? '
@@ -33,35 +23,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def nnunet_folder(variable: str) -> Path:
-    """The folder that one of nnU-Net's environment variables names.
-
-    Args:
-        variable: ``nnUNet_raw``, ``nnUNet_preprocessed`` or ``nnUNet_results``.
-
-    Raises:
-        NnUNetPathError: The variable is not set, or names no folder.
-    """
+    """Return the folder that one of nnU-Net's environment variables names."""
     value = os.environ.get(variable)
-    remedy = f"Set it, for example: export {variable}=/path/to/{variable}"
     if not value:
-        raise NnUNetPathError(
-            f"the environment variable {variable} is missing", got="nothing", expected="a folder", remedy=remedy
-        )
+        raise NnUNetPathError(f"{variable} is not set: set it to a folder, export {variable}=/path/to/{variable}")
     if not Path(value).is_dir():
-        raise NnUNetPathError(
-            f"the environment variable {variable} names no folder",
-            got=value,
-            expected="a folder that exists",
-            remedy=f"Create it (mkdir -p {value}), or set the variable to another folder.",
-        )
+        raise NnUNetPathError(f"{variable} names no folder: create it (mkdir -p {value}), or set it to another one")
     return Path(value)
 
 
 def find_dataset(dataset: str | int) -> str:
-    """The full name of a dataset.
-
-    Args:
-        dataset: An id such as ``4``, or a name such as ``Dataset004_Hippocampus``.
+    """Return the full name of a dataset from its id, such as ``4``, or its name.
 
     Raises:
         DatasetError: Not known to nnU-Net, or known by several names.
@@ -84,83 +56,49 @@ def find_dataset(dataset: str | int) -> str:
     if len(found) == 1 and found[0] in known:
         return found[0]
     if len(found) > 1:
-        raise DatasetError("a dataset id that stands for several datasets", got=text,
-                           expected=f"one of {', '.join(found)}", remedy="Give the full name.")  # fmt: skip
+        raise DatasetError(f"dataset id {text} stands for {', '.join(found)}: give the full name")
+    listed = f"choose one of {', '.join(known)}" if known else "there is none"
     raise DatasetError(
-        "unknown dataset",
-        got=text,
-        expected=f"one of {', '.join(known)}" if known else "a dataset in nnUNet_raw or nnUNet_preprocessed",
-        remedy=f"{did_you_mean(text, known)}Check the dataset and the variables nnUNet_raw and nnUNet_preprocessed.",
+        f"unknown dataset {text}. {did_you_mean(text, known)}In nnUNet_raw and nnUNet_preprocessed, {listed}"
     )
 
 
 def find_plans(dataset_name: str, identifier: str) -> Path:
-    """Where the plans with this identifier are or will be, for example ``…/Dataset004_X/nnUNetPlans.json``.
-
-    Raises:
-        PlansError: The identifier is no file name that nnU-Net could use, or names plans of nnU-Net v1.
-        NnUNetPathError: ``nnUNet_preprocessed`` is not set.
-    """
+    """Return where the plans with this identifier are or will be, for example ``…/Dataset004_X/nnUNetPlans.json``."""
     folder = nnunet_folder("nnUNet_preprocessed") / dataset_name
     identifier = identifier.removesuffix(".json")
     if identifier.endswith(".pkl") or (folder / f"{identifier}.pkl").is_file():
-        raise PlansError(
-            "plans of nnU-Net v1",
-            got=f"{identifier.removesuffix('.pkl')}.pkl",
-            expected="plans of nnU-Net v2, a JSON file",
-            remedy="Plan the dataset again with nnUNetv2_plan_experiment.",
-        )
+        name = identifier.removesuffix(".pkl")
+        raise PlansError(f"{name}.pkl are plans of nnU-Net v1: plan the dataset again with nnUNetv2_plan_experiment")
     # nnU-Net joins trainer, plans and configuration with two underscores and takes folder names apart there.
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", identifier) or "__" in identifier:
-        raise PlansError(
-            "a name that plans cannot have",
-            got=identifier,
-            expected="letters, digits, single underscores, dots and hyphens",
-            remedy="Choose another name.",
-        )
+        raise PlansError(f"plans cannot be named {identifier}: use letters, digits, single underscores, dots, hyphens")
     return folder / f"{identifier}.json"
 
 
 def require_plans(path: Path) -> Path:
-    """The same path, if there is a file.
-
-    Raises:
-        PlansError: There is none; names the plans that are there.
-    """
+    """Return the same path, if there is a file."""
     if path.is_file():
         return path
     present = sorted(p.stem for p in path.parent.glob("*Plans*.json"))
     dataset = path.parent.name
     plan = f"nnUNetv2_plan_and_preprocess -d {int(dataset[7:10])}" if dataset[7:10].isdecimal() else "nnU-Net's planner"
-    raise PlansError(
-        "missing plans file",
-        got=path,
-        expected=f"one of {', '.join(present)}" if present else "a plans file",
-        remedy=f"{did_you_mean(path.stem, present)}Name one of these with -p." if present else f"Run `{plan}` first.",
-    )
+    if present:
+        remedy = f"{did_you_mean(path.stem, present)}Name one of {', '.join(present)} with -p"
+    else:
+        remedy = f"Run `{plan}` first"
+    raise PlansError(f"missing plans file {path}. {remedy}")
 
 
 def require_configuration(plans: Mapping[str, Any], name: str) -> None:
-    """Check that plans have a configuration.
-
-    Raises:
-        PlansError: They have not; names those that they have.
-    """
+    """Check that plans have a configuration."""
     if name not in (known := plans["configurations"]):
-        raise PlansError(
-            f"unknown configuration in {plans.get('plans_name', 'the plans')}",
-            got=name,
-            expected=f"one of {', '.join(known)}",
-            remedy=f"{did_you_mean(name, known)}Choose one of these.",
-        )
+        where, close = plans.get("plans_name", "the plans"), did_you_mean(name, known)
+        raise PlansError(f"unknown configuration in {where}: {name}. {close}Choose one of {', '.join(known)}")
 
 
 def preprocessed_folder(dataset_name: str, plans: Mapping[str, Any], configuration: str) -> Path:
-    """The folder of the preprocessed cases of a configuration.
-
-    Raises:
-        DatasetError: There are none; names the command that makes them.
-    """
+    """Return the folder of the preprocessed cases of a configuration."""
     place: str | None = configuration
     while place and "data_identifier" not in plans["configurations"][place]:
         place = plans["configurations"][place].get("inherits_from")
@@ -168,10 +106,6 @@ def preprocessed_folder(dataset_name: str, plans: Mapping[str, Any], configurati
     folder = nnunet_folder("nnUNet_preprocessed") / dataset_name / identifier
     if not any(folder.glob("*.pkl")):  # the last file of a case that nnU-Net writes
         name = plans.get("plans_name", "nnUNetPlans")
-        raise DatasetError(
-            "a dataset that is not preprocessed",
-            got=f"no cases in {folder}",
-            expected=f"preprocessed cases of configuration {configuration}",
-            remedy=f"Run `nnUNetv2_preprocess -d {int(dataset_name[7:10])} -plans_name {name} -c {configuration}`.",
-        )
+        command = f"nnUNetv2_preprocess -d {int(dataset_name[7:10])} -plans_name {name} -c {configuration}"
+        raise DatasetError(f"a dataset that is not preprocessed: no cases in {folder}: run `{command}`")
     return folder

@@ -12,22 +12,6 @@ from typing import Any, Literal, get_args
 
 from stunet.errors import SettingsError
 
-__all__ = [
-    "SETTINGS",
-    "SETTINGS_KEY",
-    "STRATEGIES",
-    "ActivationCheckpointing",
-    "HeadPolicy",
-    "Mirroring",
-    "MomentumDtype",
-    "Parallel",
-    "Setting",
-    "StemPolicy",
-    "Strategy",
-    "check_settings",
-    "parse_settings",
-]
-
 Mirroring = Literal["all", "no-left-right", "none"]
 """Axes that augmentation may mirror, and with it prediction."""
 
@@ -52,7 +36,16 @@ HeadPolicy = Literal["by-name", "fresh"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 SETTINGS_KEY = "stunet"
-"""Key of a plans file's configuration under which the training settings stand."""
+"""Key of a plans file's configuration under which the training settings are."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a value must be, for messages and as a check; the values as they are typed, where there are few."""
+
+    expected: str
+    is_valid: Callable[[Any], bool]
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,140 +53,92 @@ class Setting:
     """One setting.
 
     Attributes:
+        default: Its value in ``STUNetTrainer`` where the plans do not set it; None where nothing is done without it, or
+            the plans always have it.
+        kind: What a value must be.
+        help: What it does.
         place: Where in a configuration of the plans it is kept: ``training`` is the ``"stunet"`` block, read by
             ``STUNetTrainer``; ``architecture`` are the network's arguments and ``configuration`` is nnU-Net's own key,
             so those two count with any trainer.
-        default: Its value in ``STUNetTrainer`` where the plans do not set it; None where nothing is done without it, or
-            the plans always have it.
-        expected: What a value must be, for messages.
-        is_valid: Whether a value is that.
-        help: What it does.
     """
 
-    place: Literal["training", "architecture", "configuration"]
     default: Any
-    expected: str
-    is_valid: Callable[[Any], bool]
+    kind: _Kind
     help: str
+    place: Literal["training", "architecture", "configuration"] = "training"
 
     @property
     def choices(self) -> tuple[str, ...]:
         """The values as they are typed, where there are few."""
-        if self.expected == _BOOL[0]:
-            return "true", "false"
-        listed = self.expected.removeprefix("one of ")
-        return () if listed == self.expected else tuple(listed.split(", "))
+        return self.kind.choices
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_positive(value: Any) -> bool:
-    return _is_number(value) and 0 < value < float("inf")
+def _one_of(literal: Any) -> _Kind:
+    values = get_args(literal)
+    return _Kind(f"one of {', '.join(values)}", lambda value: value in values, values)
 
 
-def _is_fraction(value: Any) -> bool:
-    return _is_number(value) and 0 <= value <= 1
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _one_of(values: tuple[str, ...]) -> tuple[str, Callable[[Any], bool]]:
-    return f"one of {', '.join(values)}", lambda value: value in values
-
-
-_COUNT = ("a positive whole number", _is_count)
-_POSITIVE = ("a positive number", _is_positive)
-_FRACTION = ("a number from 0 to 1", _is_fraction)
-_BOOL = ("true or false", _is_bool)
+_COUNT = _Kind("a positive whole number", _is_count)
+_POSITIVE = _Kind("a positive number", lambda v: _is_number(v) and v > 0)
+_NOT_NEGATIVE = _Kind("a number >= 0", lambda v: _is_number(v) and v >= 0)
+_FRACTION = _Kind("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1)
+_DECAY = _Kind("a number above 0, at most 1", lambda v: _is_number(v) and 0 < v <= 1)
+_BOOL = _Kind("true or false", lambda v: isinstance(v, bool), ("true", "false"))
+_PATH = _Kind("an absolute path", lambda v: isinstance(v, str) and Path(v).is_absolute())
+_DATASET = _Kind("the id or name of a dataset", lambda v: type(v) in (int, str) and v != "")
+_PATCH = _Kind(
+    "2 or 3 positive whole numbers, for example 64,64,64",
+    lambda v: isinstance(v, list) and len(v) in (2, 3) and all(_is_count(n) for n in v),
+)
 
 SETTINGS: dict[str, Setting] = {
-    "num_epochs": Setting("training", 1000, *_COUNT, "epochs of training"),
-    "num_iterations_per_epoch": Setting("training", 250, *_COUNT, "training batches in an epoch"),
-    "num_val_iterations_per_epoch": Setting("training", 50, *_COUNT, "validation batches in an epoch"),
-    "initial_lr": Setting("training", 0.01, *_POSITIVE, "learning rate at the start of the schedule"),
-    "weight_decay": Setting(
-        "training", 3e-5, "a number >= 0", lambda v: _is_number(v) and v >= 0, "L2 penalty on weights"
-    ),
-    "oversample_foreground_percent": Setting("training", 0.33, *_FRACTION, "share of patches centred on foreground"),
-    "probabilistic_oversampling": Setting(
-        "training", False, *_BOOL, "draw that share at random instead of fixing it in each batch"
-    ),
-    "save_every": Setting("training", 50, *_COUNT, "epochs between two checkpoint_latest.pth"),
-    "keep_every": Setting(
-        "training", None, *_COUNT, "epochs between two checkpoints that are kept, as checkpoint_epoch_0100.pth"
-    ),
-    "final_validation": Setting(
-        "training", True, *_BOOL, "predict all validation cases after training; false leaves that to --val"
-    ),
-    "mirroring": Setting(
-        "training", "all", *_one_of(get_args(Mirroring)), "axes to mirror; no-left-right where structures come in sides"
-    ),
+    "num_epochs": Setting(1000, _COUNT, "epochs of training"),
+    "num_iterations_per_epoch": Setting(250, _COUNT, "training batches in an epoch"),
+    "num_val_iterations_per_epoch": Setting(50, _COUNT, "validation batches in an epoch"),
+    "initial_lr": Setting(0.01, _POSITIVE, "learning rate at the start of the schedule"),
+    "weight_decay": Setting(3e-5, _NOT_NEGATIVE, "L2 penalty on weights"),
+    "oversample_foreground_percent": Setting(0.33, _FRACTION, "share of patches centred on foreground"),
+    "probabilistic_oversampling": Setting(False, _BOOL, "draw that share at random instead of fixing it in each batch"),
+    "save_every": Setting(50, _COUNT, "epochs between two checkpoint_latest.pth"),
+    "keep_every": Setting(None, _COUNT, "epochs between two checkpoints that are kept, as checkpoint_epoch_0100.pth"),
+    "final_validation": Setting(True, _BOOL, "predict all validation cases after training; false leaves that to --val"),
+    "mirroring": Setting("all", _one_of(Mirroring), "axes to mirror; no-left-right where structures come in sides"),
     "nearest_labels": Setting(
-        "training", False, *_BOOL, "resample labels by nearest neighbour in augmentation: faster with many structures"
+        False, _BOOL, "resample labels by nearest neighbour in augmentation: faster with many structures"
     ),
-    "allow_unannotated": Setting("training", False, *_BOOL, "train although no case annotates some structure"),
-    "pretrained_weights": Setting(
-        "training",
-        None,
-        "an absolute path",
-        lambda v: isinstance(v, str) and Path(v).is_absolute(),
-        "weights to start from; --from sets it",
-    ),
-    "fine_tune": Setting("training", "full", *_one_of(STRATEGIES), "which parameters are trained, and how fast"),
-    "warmup_epochs": Setting("training", None, *_COUNT, "epochs of each of the two ramps of fine_tune=warmup"),
+    "allow_unannotated": Setting(False, _BOOL, "train although no case annotates some structure"),
+    "pretrained_weights": Setting(None, _PATH, "weights to start from; --from sets it"),
+    "fine_tune": Setting("full", _one_of(Strategy), "which parameters are trained, and how fast"),
+    "warmup_epochs": Setting(None, _COUNT, "epochs of each of the two ramps of fine_tune=warmup"),
     "layer_decay": Setting(
-        "training",
-        0.85,
-        "a number above 0, at most 1",
-        lambda v: _is_positive(v) and v <= 1,
-        "with fine_tune=layerwise, learning rate of a stage relative to the next one towards the output",
+        0.85, _DECAY, "with fine_tune=layerwise, learning rate of a stage relative to the next one towards the output"
     ),
-    "stem": Setting(
-        "training", "repeat-scaled", *_one_of(get_args(StemPolicy)), "how weights are adapted to other input channels"
-    ),
-    "head": Setting(
-        "training", "by-name", *_one_of(get_args(HeadPolicy)), "whether heads of pretrained_weights are used"
-    ),
-    "select_for": Setting(
-        "training",
-        None,
-        "the id or name of a dataset",
-        lambda v: isinstance(v, str | int) and not isinstance(v, bool) and v != "",
-        "dataset for which periodic checkpoints are scored; the best one is kept",
-    ),
+    "stem": Setting("repeat-scaled", _one_of(StemPolicy), "how weights are adapted to other input channels"),
+    "head": Setting("by-name", _one_of(HeadPolicy), "whether heads of pretrained_weights are used"),
+    "select_for": Setting(None, _DATASET, "dataset for which periodic checkpoints are scored; the best one is kept"),
     "gradient_accumulation": Setting(
-        "training", 1, *_COUNT, "micro-batches that a batch is computed in: less memory, the same step"
+        1, _COUNT, "micro-batches that a batch is computed in: less memory, the same step"
     ),
-    "momentum_dtype": Setting(
-        "training", "fp32", *_one_of(get_args(MomentumDtype)), "precision of the momentum; bf16 halves its memory"
-    ),
-    "fused_optimizer": Setting("training", False, *_BOOL, "the optimizer's step in one kernel: less memory"),
-    "parallel": Setting(
-        "training", "ddp", *_one_of(get_args(Parallel)), "with several processes: replicate (ddp) or shard (fsdp)"
-    ),
+    "momentum_dtype": Setting("fp32", _one_of(MomentumDtype), "precision of the momentum; bf16 halves its memory"),
+    "fused_optimizer": Setting(False, _BOOL, "the optimizer's step in one kernel: less memory"),
+    "parallel": Setting("ddp", _one_of(Parallel), "with several processes: replicate (ddp) or shard (fsdp)"),
     "activation_checkpointing": Setting(
-        "architecture",
         "none",
-        *_one_of(get_args(ActivationCheckpointing)),
+        _one_of(ActivationCheckpointing),
         "blocks that compute activations again instead of keeping them: less memory, more time",
+        "architecture",
     ),
-    "batch_size": Setting("configuration", None, *_COUNT, "patches in a batch"),
-    "batch_dice": Setting("configuration", None, *_BOOL, "Dice over the whole batch instead of each patch"),
-    "patch_size": Setting(
-        "configuration",
-        None,
-        "2 or 3 positive whole numbers, for example 64,64,64",
-        lambda v: isinstance(v, list) and len(v) in (2, 3) and all(_is_count(n) for n in v),
-        "voxels of a patch along each axis",
-    ),
+    "batch_size": Setting(None, _COUNT, "patches in a batch", "configuration"),
+    "batch_dice": Setting(None, _BOOL, "Dice over the whole batch instead of each patch", "configuration"),
+    "patch_size": Setting(None, _PATCH, "voxels of a patch along each axis", "configuration"),
 }
 
 
@@ -202,43 +147,32 @@ def check_settings(settings: Mapping[str, Any], *, source: str) -> None:
 
     Args:
         settings: Values by name.
-        source: Where they stand, for messages.
+        source: Where they come from, for messages.
 
     Raises:
         SettingsError: A setting that does not exist, or a value that it cannot have.
     """
     if not isinstance(settings, Mapping):
-        raise SettingsError(
-            f"settings that are no object in {source}",
-            got=json.dumps(settings),
-            expected='an object, for example {"num_epochs": 200}',
-            remedy="Correct or remove them.",
-        )
+        raise SettingsError(f'{source}: {json.dumps(settings)} instead of an object such as {{"num_epochs": 200}}')
     for name, value in settings.items():
         if name not in SETTINGS:
-            close = difflib.get_close_matches(name, SETTINGS, n=1)
-            raise SettingsError(
-                f"unknown setting in {source}",
-                got=name,
-                expected=f"one of {', '.join(SETTINGS)}",
-                remedy=f"Did you mean {close[0]}?" if close else "Remove it, or choose one of the known settings.",
-            )
+            close = "".join(f"did you mean {n}? " for n in difflib.get_close_matches(name, SETTINGS, n=1))
+            raise SettingsError(f"{source}: unknown setting {name}: {close}choose one of {', '.join(SETTINGS)}")
         setting = SETTINGS[name]
-        if not setting.is_valid(value):
+        if not setting.kind.is_valid(value):
             raise SettingsError(
-                f"impossible value of {name} in {source}",
-                got=json.dumps(value),
-                expected=setting.expected,
-                remedy=f"Correct {name} ({setting.help}).",
+                f"{source}: {name}={json.dumps(value)} must be {setting.kind.expected} ({setting.help})"
             )
 
 
 def parse_settings(assignments: Iterable[str]) -> dict[str, Any]:
     """Read settings as they are typed on the command line.
 
+    >>> parse_settings(["initial_lr=0.001", "patch_size=64,64,64", "mirroring=none"])
+    {'initial_lr': 0.001, 'patch_size': [64, 64, 64], 'mirroring': 'none'}
+
     Args:
-        assignments: For example ``["initial_lr=0.001", "patch_size=64,64,64"]``; values are JSON, bare words, or
-            numbers with commas.
+        assignments: ``name=value`` each; values are JSON, bare words, or numbers with commas.
 
     Returns:
         Checked values by name.
@@ -250,12 +184,7 @@ def parse_settings(assignments: Iterable[str]) -> dict[str, Any]:
     for assignment in assignments:
         name, separator, text = assignment.partition("=")
         if not separator or not name:
-            raise SettingsError(
-                "a setting that cannot be read",
-                got=assignment,
-                expected="name=value, for example initial_lr=0.001",
-                remedy="Write each setting as name=value without spaces.",
-            )
+            raise SettingsError(f"--set {assignment}: write name=value without spaces, for example initial_lr=0.001")
         if re.fullmatch(r"\d+(,\d+)+", text):
             text = f"[{text}]"
         try:

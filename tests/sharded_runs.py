@@ -1,4 +1,4 @@
-"""Trainings in several processes whose network is in pieces, without data: each rank steps on images of its own."""
+"""Trainings in several processes whose network is sharded, without data: each rank steps on images of its own."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from test_ranks import free_port
 from torch import Tensor
 from torch import multiprocessing as mp
 
-from stunet.training import BaseSTUNetTrainer, Ranks, process_group, share_of_batch
+from stunet.training import BaseSTUNetTrainer
+from stunet.training.distributed import Ranks, process_group, share_of_batch
 
 BATCH, PATCH = 4, (24, 24, 24)
 
 
-def make_trainer(*, continues: bool = False, divide: bool = True, **settings: Any) -> BaseSTUNetTrainer:
-    """A trainer whose network is divided if there are several processes; continues as ``--c`` does."""
+def make_trainer(*, continues: bool = False, shards: bool = True, **settings: Any) -> BaseSTUNetTrainer:
+    """A trainer whose network is sharded if there are several processes; resumes as ``--c`` does."""
     plans = narrow_plans(**{"parallel": "fsdp", "batch_size": BATCH, "initial_lr": 1e-3, **settings})
     trainer = make(plans=plans)
-    torch.manual_seed(trainer._ranks.rank)  # weights are those of rank 0 all the same
+    torch.manual_seed(trainer.ranks.rank)  # weights are those of rank 0 all the same
     trainer.initialize()
     if continues:
         trainer.load_checkpoint(str(Path(trainer.output_folder, "checkpoint_latest.pth")))
-    if divide and trainer.divides and not trainer.is_divided:
-        trainer.divide_network()
+    if shards and trainer.sharding.enabled and not trainer.sharding.active:
+        trainer.sharding.shard()
     return trainer
 
 
 def train_epochs(trainer: BaseSTUNetTrainer, epochs: int, *, save: str | None = None) -> None:
     """Two steps an epoch, on the same joined batches whatever the number of processes; saves after each epoch."""
-    mine = share_of_batch(BATCH, trainer._ranks)
+    mine = share_of_batch(BATCH, trainer.ranks)
     for epoch in range(trainer.current_epoch, epochs):
         trainer.lr_scheduler.step(epoch)
         for i in range(2):
@@ -55,10 +56,12 @@ def train_epochs(trainer: BaseSTUNetTrainer, epochs: int, *, save: str | None = 
 
 
 def state_of(trainer: BaseSTUNetTrainer) -> dict[str, Tensor]:
-    """Weights and momentum by name, whole; all processes must ask for it."""
-    weights = {name: value.clone() for name, value in trainer.whole_weights().items()}
-    momentum = trainer.whole_optimizer_state()["state"]
-    return weights | {f"momentum {number}": values["momentum_buffer"].clone() for number, values in momentum.items()}
+    """Weights and momentum by name, gathered on rank 0; all processes must ask for it."""
+    weights, optimizer_state = trainer.sharding.states(full=trainer.sharding.active)
+    momentum = {
+        f"momentum {name}": values["momentum_buffer"] for name, values in optimizer_state.get("state", {}).items()
+    }
+    return {name: value.detach().clone() for name, value in (weights | momentum).items()}
 
 
 def _worker(rank: int, size: int, port: int, folder: str, function: Callable[[Ranks, str], Any]) -> None:

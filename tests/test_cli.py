@@ -20,7 +20,7 @@ from stunet.cli.console import human_bytes, human_count
 from stunet.cli.env import trainers_folder
 from stunet.cli.main import main
 from stunet.network import USABLE_SHARE, STUNetSize, estimate
-from stunet.planning import parse_settings
+from stunet.settings import parse_settings
 
 STUNET = str(Path(sys.executable).with_name("stunet"))
 

@@ -238,13 +238,13 @@ def test_train_gives_nnunet_the_chosen_device(
     typed: tuple[str, ...], device: str, goes_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    requests: list[Any] = []
-    monkeypatch.setattr(stunet.training, "train", requests.append)
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(stunet.training, "train", lambda *_, **options: calls.append(options))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("stunet.cli.preflight.preflight", lambda *_, **__: "Dataset004_Here")
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     assert _typed(monkeypatch, capsys, "train", "4", "3d_fullres", "0", *typed)[0] == 0
-    assert [(r.device, r.continue_training) for r in requests] == [(device, goes_on)]
+    assert [(call["device"], call["continue_training"]) for call in calls] == [(device, goes_on)]
 
 
 def test_settings_are_listed_with_their_defaults(

@@ -21,10 +21,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from stunet.network import build_stunet, shard
-from stunet.planning import Parallel
-from stunet.training import BaseSTUNetTrainer, Ranks, process_group, share_of_batch
+from stunet.settings import Parallel
+from stunet.training import BaseSTUNetTrainer
+from stunet.training.distributed import Ranks, process_group, share_of_batch
 
-STEPS, BATCH, PATCH = 20, 5, (32, 40, 32)
+STEPS, BATCH, PATCH = 6, 5, (16, 24, 16)
+BF16_PATCH = (32, 40, 32)  # with fewer voxels, norms of so few channels divide by next to nothing
 
 
 class Arm(NamedTuple):
@@ -55,8 +57,8 @@ def make_trainer(arm: Arm) -> BaseSTUNetTrainer:
     trainer.build_network_architecture = build_in_precision
     torch.manual_seed(0)
     trainer.initialize()
-    if trainer.divides:
-        trainer.divide_network()  # as when a training starts
+    if trainer.sharding.enabled:
+        trainer.sharding.shard()  # as when a training starts
     return trainer
 
 
@@ -89,8 +91,8 @@ def train(ranks: Ranks, arm: Arm) -> tuple[dict[str, Tensor], list[float]]:
         if several:
             dist.all_reduce(loss)
         losses.append(float(loss) / ranks.size)
-    trainer.gather_network()
-    return {name: value.clone() for name, value in trainer._plain_network().state_dict().items()}, losses
+    trainer.sharding.gather()
+    return {name: value.clone() for name, value in trainer.plain_network.state_dict().items()}, losses
 
 
 def worker(rank: int, size: int, port: int, folder: str) -> None:
@@ -110,7 +112,7 @@ def bf16_against_fp32(ranks: Ranks) -> dict[str, Any]:
     plain = build_stunet(NARROW, 1, 3, [1, 2, 2, 2, 1, 1], deep_supervision=True)
     divided = deepcopy(plain)
     shard(divided, init_device_mesh("cpu", (ranks.size,)), dtype=torch.bfloat16)
-    images = torch.randn(ranks.size, 1, *PATCH, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(ranks.size, 1, *BF16_PATCH, generator=torch.Generator().manual_seed(1))
     logits = {}
     for name, network, mine in (("fp32", plain, images), ("bf16", divided, images[[ranks.rank]])):
         logits[name] = network(mine)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from plans import DATASET_JSON
 from stunet.errors import CheckpointError, SettingsError, UsageError
-from stunet.planning import STRATEGIES
+from stunet.settings import STRATEGIES
 from stunet.training import BaseSTUNetTrainer
 
 TARGET = {**DATASET_JSON, "labels": {"background": 0, "Spleen": 1, "tumour": 2, "liver": 3}}

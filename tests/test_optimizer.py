@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from stunet.errors import SettingsError
 from stunet.network import STUNetSize, build_stunet, shard
-from stunet.training import BF16MomentumSGD, round_to_bfloat16, set_kernel
+from stunet.training.optimizer import BF16MomentumSGD, round_to_bfloat16, set_kernel
 
 SETTINGS: dict[str, Any] = {"momentum": 0.99, "nesterov": True}
 PLAIN, STEPS = "rounded to the nearest", 1500

@@ -19,7 +19,7 @@ from plans import DATASET_JSON
 from stunet.errors import LabelError
 from stunet.labels import AnnotationManifest, bind_manifest, write_manifest
 from stunet.loss import PartialDiceCELoss, partial_dice_ce_loss
-from stunet.training import CaseAnnotations, count_voxels, mask_summary
+from stunet.training.partial_labels import PartialLabels, count_voxels, mask_summary
 
 LABELS = {"background": 0, "liver": 1, "kidney_left": 2, "kidney_right": 3, "kidney": 4}
 CONTENT = {
@@ -46,14 +46,14 @@ def annotated(dataset: Path) -> Path:
 
 
 def test_masks_have_a_column_for_each_label_value() -> None:
-    annotations = CaseAnnotations.of(manifest())
+    annotations = PartialLabels(manifest())
     assert annotations.num_outputs == 4
     assert annotations.mask(["b", "c", "a"]).int().tolist() == [[1, 1, 0, 0, 0], [1, 0, 0, 0, 1], [1, 1, 1, 1, 0]]
     assert annotations.members.int().tolist()[4] == [0, 0, 1, 1]
 
 
 def test_leaves_alone_are_described() -> None:
-    described = CaseAnnotations.of(manifest()).of_leaves({**DATASET, "labels": {**LABELS, "ignore": 5}})
+    described = PartialLabels(manifest()).of_leaves({**DATASET, "labels": {**LABELS, "ignore": 5}})
     assert described["labels"] == {"background": 0, "liver": 1, "kidney_left": 2, "kidney_right": 3, "ignore": 4}
     assert DATASET["labels"] == LABELS
 
@@ -61,18 +61,18 @@ def test_leaves_alone_are_described() -> None:
 def test_superclasses_must_follow_the_leaves() -> None:
     labels = {"background": 0, "kidney": 1, "kidney_left": 2, "kidney_right": 3, "liver": 4}
     with pytest.raises(LabelError, match="then the superclasses"):
-        CaseAnnotations.of(manifest(labels=labels))
+        PartialLabels(manifest(labels=labels))
 
 
 def test_a_structure_that_no_training_case_annotates() -> None:
-    annotations = CaseAnnotations.of(manifest())
+    annotations = PartialLabels(manifest())
     annotations.check_every_leaf_is_annotated(["a", "b"])
     with pytest.raises(LabelError, match=r"kidney_left, kidney_right[\s\S]*allow_unannotated"):
         annotations.check_every_leaf_is_annotated(["b", "c"])  # "kidney" does not tell its sides apart
 
 
 def test_cases_are_drawn_by_their_weights() -> None:
-    annotations = CaseAnnotations.of(manifest())
+    annotations = PartialLabels(manifest())
     assert annotations.sampling_probabilities(["a", "b", "c"]) == pytest.approx([2 / 3.5, 0.5 / 3.5, 1 / 3.5])
     assert annotations.sampling_probabilities(["c", "d"]) is None
 
@@ -94,10 +94,10 @@ def naive_counts(predicted: np.ndarray, true: np.ndarray, masks: np.ndarray, ign
 def test_online_counts_leave_unannotated_structures_out(ignore: int | None) -> None:
     torch.manual_seed(0)
     logits, target = torch.randn(3, 4, 5, 6, 7), torch.randint(0, 6 if ignore else 5, (3, 1, 5, 6, 7))
-    mask = CaseAnnotations.of(manifest()).mask(["a", "b", "c"])
+    mask = PartialLabels(manifest()).mask(["a", "b", "c"])
     counts = count_voxels(logits, target.float(), annotated=mask, ignore_label=ignore)
     expected = naive_counts(logits.argmax(1).numpy(), target[:, 0].numpy(), mask.numpy(), ignore)
-    np.testing.assert_array_equal([counts.tp, counts.fp, counts.fn], expected)
+    np.testing.assert_array_equal(counts, expected)
 
 
 def test_online_counts_are_nnunets_where_everything_is_annotated(dataset: Path) -> None:
@@ -141,13 +141,13 @@ def test_the_loss_of_every_trainer_is_nnunets_in_value_and_gradient(dataset: Pat
 def test_heads_are_for_leaves_and_steps_know_the_cases(annotated: Path) -> None:
     trainer = make(plans=narrow_plans(), dataset_json=DATASET)
     trainer.initialize()
-    assert trainer.label_manager.num_segmentation_heads == 4
+    assert trainer.network.decoder.seg_layers[-1].out_channels == 4
     assert "kidney" not in trainer.dataset_json["labels"]
     batch = random_batch(trainer, ["b", "c"], 5)
     with torch.no_grad():
         logits = trainer.network(batch["data"])
     result = trainer.validation_step(batch)
-    mask = CaseAnnotations.of(manifest()).mask(["b", "c"])
+    mask = PartialLabels(manifest()).mask(["b", "c"])
     weights = trainer.loss.weight_factors
     expected = sum(
         weight * oracle(out, target, mask)

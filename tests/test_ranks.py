@@ -16,7 +16,7 @@ import pytest
 from torch import multiprocessing as mp
 
 from stunet.errors import STUNetError, UsageError
-from stunet.training import Ranks, check_agreement, check_shared_folder, process_group, share_of_batch
+from stunet.training.distributed import Ranks, check_agreement, check_shared_folder, process_group, share_of_batch
 
 VARIABLES = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
 
@@ -32,7 +32,7 @@ def test_the_environment_of_torchrun() -> None:
     port = {"MASTER_PORT": "29500"}
     assert Ranks.from_environment({**VARIABLES, **port}) == Ranks(3, 8, 1, 2, 0)
     assert Ranks.from_environment({**VARIABLES, **port, "TORCHELASTIC_RESTART_COUNT": "2"}).n_restarts == 2
-    with pytest.raises(UsageError, match="MASTER_PORT missing"):
+    with pytest.raises(UsageError, match="MASTER_PORT=missing"):
         Ranks.from_environment(VARIABLES)
     with pytest.raises(UsageError, match="RANK=x"):
         Ranks.from_environment({**VARIABLES, **port, "RANK": "x"})
@@ -104,7 +104,7 @@ def test_a_folder_that_one_machine_does_not_see(tmp_path: Path) -> None:
 JOIN = """
 import json, sys
 from stunet.errors import UsageError
-from stunet.training import Ranks, process_group
+from stunet.training.distributed import Ranks, process_group
 try:
     with process_group(Ranks(*json.loads(sys.argv[1])), "cpu", 3):
         pass

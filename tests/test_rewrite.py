@@ -13,16 +13,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from plans import make_plans
 from stunet.errors import PlansError, SettingsError
-from stunet.network import SIZES, STUNet, STUNetSize, find_size
-from stunet.planning import (
-    fit_strides,
-    is_stunet,
-    list_presets,
-    load_preset,
-    plans_size,
-    rewrite_configuration,
-    rewrite_plans,
-)
+from stunet.network import STUNet, STUNetSize, find_size
+from stunet.planning import fit_strides, is_stunet, plans_size, rewrite_configuration, rewrite_plans
 
 SIZE = STUNetSize("mine", (1, 1, 2, 1, 1, 1), 2)
 
@@ -133,7 +125,7 @@ def test_a_users_own_block_is_read() -> None:
 def test_a_block_that_is_no_object(block: Any) -> None:
     plans = make_plans()
     plans["configurations"]["3d_fullres"]["stunet"] = block
-    with pytest.raises(SettingsError, match=r"no object in configuration 3d_fullres"):
+    with pytest.raises(SettingsError, match=r"configuration 3d_fullres.* instead of an object"):
         rewrite(plans)
 
 
@@ -148,7 +140,7 @@ def test_settings_that_nothing_would_read(place: tuple[str, ...], key: str, valu
     for part in place:
         target = target[part]
     target[key] = value
-    with pytest.raises(SettingsError, match=rf"nothing reads them[\s\S]*{key}"):
+    with pytest.raises(SettingsError, match=rf"nothing reads[\s\S]*{key}"):
         rewrite(plans)
 
 
@@ -178,7 +170,7 @@ def test_inheritance_is_the_same_for_plans_and_trainers() -> None:
     ("child", "error", "message"),
     [
         ({"stunet": {"epochs": 1}}, SettingsError, "child"),
-        ({"patch_size": [41, 56, 40]}, PlansError, "configuration child do not divide"),
+        ({"patch_size": [41, 56, 40]}, PlansError, "child: patch_size .*41, 56, 40"),
         ({"inherits_from": "parent"}, PlansError, "child cannot be read"),
         ({"inherits_from": "child"}, PlansError, "child cannot be read"),
     ],
@@ -225,7 +217,7 @@ def test_a_patch_that_the_strides_do_not_divide(patch_size: list[int]) -> None:
 
 
 def test_a_patch_with_too_few_axes_or_too_few_voxels() -> None:
-    with pytest.raises(PlansError, match="2 axes"):
+    with pytest.raises(PlansError, match="strides of 3 axes"):
         rewrite(configurations=["3d_fullres"], settings={"patch_size": [64, 64]})
     with pytest.raises(PlansError, match="one voxel at the coarsest stage"):
         rewrite(configurations=["3d_fullres"], settings={"patch_size": [8, 8, 8]})
@@ -248,28 +240,3 @@ def test_unknown_configuration_lists_the_known() -> None:
 def test_what_is_no_plans_file(plans: Any, message: str) -> None:
     with pytest.raises(PlansError, match=message):
         rewrite_plans(plans, size=SIZE, plans_name="x")
-
-
-@pytest.mark.parametrize("name", list_presets())
-def test_every_preset_builds(name: str) -> None:
-    preset = load_preset(name)
-    manager = PlansManager(rewrite(size=preset.size, settings=preset.settings)).get_configuration("3d_fullres")
-    with torch.device("meta"):
-        network = get_network_from_plans(
-            manager.network_arch_class_name,
-            manager.network_arch_init_kwargs,
-            manager.network_arch_init_kwargs_req_import,
-            1,
-            3,
-            deep_supervision=True,
-        )
-        outputs = network(torch.zeros(1, 1, *manager.patch_size))
-        gradients = torch.autograd.grad(sum(o.sum() for o in outputs), list(network.parameters()))
-    assert all(g is not None for g in gradients)
-    assert plans_size(manager.configuration) == preset.size
-
-
-def test_presets_are_the_published_sizes() -> None:
-    assert list_presets() == list(SIZES)
-    with pytest.raises(ValueError, match=r"\.\./small[\s\S]*small, base, large, huge"):
-        load_preset("../small")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from stunet.errors import SettingsError
-from stunet.planning import SETTINGS, check_settings, parse_settings
+from stunet.settings import SETTINGS, check_settings, parse_settings
 
 
 def test_values_are_read_as_json_or_bare_words() -> None:
@@ -27,7 +27,7 @@ def test_unknown_name_lists_the_known_and_guesses() -> None:
     with pytest.raises(SettingsError) as caught:
         parse_settings(["learning_rate=0.1"])
     assert all(name in str(caught.value) for name in SETTINGS)
-    with pytest.raises(SettingsError, match="Did you mean num_epochs"):
+    with pytest.raises(SettingsError, match="did you mean num_epochs"):
         parse_settings(["num_epoch=3"])
 
 
@@ -41,7 +41,7 @@ def test_unknown_name_lists_the_known_and_guesses() -> None:
     ],
 )  # fmt: skip
 def test_impossible_values(assignment: str) -> None:
-    with pytest.raises(SettingsError, match=f"impossible value of {assignment.split('=')[0]}"):
+    with pytest.raises(SettingsError, match=f"{assignment.split('=')[0]}=.* must be "):
         parse_settings([assignment])
 
 
@@ -52,5 +52,5 @@ def test_not_an_assignment(assignment: str) -> None:
 
 
 def test_the_source_is_named() -> None:
-    with pytest.raises(SettingsError, match="unknown setting in configuration 2d"):
+    with pytest.raises(SettingsError, match="configuration 2d: unknown setting x"):
         check_settings({"x": 1}, source="configuration 2d")

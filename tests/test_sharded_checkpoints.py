@@ -21,7 +21,8 @@ from torch import distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from stunet.errors import CheckpointError
-from stunet.training import BaseSTUNetTrainer, Ranks
+from stunet.training import BaseSTUNetTrainer
+from stunet.training.distributed import Ranks
 from stunet.weights import read_checkpoint
 from stunet.weights.sharded import (
     ShardedSave,
@@ -45,11 +46,11 @@ def _full_disk(trainer: BaseSTUNetTrainer) -> dict[str, Any]:
     """Three checkpoints, in another folder: rank 1 finds no space when it writes the second."""
     trainer.output_folder = str(Path(trainer.output_folder, "full_disk"))
     train_epochs(trainer, 3, save=LATEST)
-    trainer.finish_saving()
+    trainer.checkpoints.finish()
     before = find_version(Path(trainer.output_folder, "checkpoint_latest.dcp"))
     assert before is not None
     with pytest.MonkeyPatch.context() as patch:
-        if trainer._ranks.rank == 1:
+        if trainer.ranks.rank == 1:
             patch.setattr(FileSystem, "create_stream", _full_device)
         train_epochs(trainer, 4, save=LATEST)
         with pytest.raises(CheckpointError) as caught:  # the one before is said to have failed
@@ -58,7 +59,7 @@ def _full_disk(trainer: BaseSTUNetTrainer) -> dict[str, Any]:
     left, whole = sorted(path.name for path in before.parent.iterdir()), read_sharded(before)[0]["current_epoch"]
     dist.barrier()
     trainer.save_checkpoint(str(Path(trainer.output_folder, LATEST)))  # there is room again
-    trainer.finish_saving()
+    trainer.checkpoints.finish()
     (after,) = before.parent.iterdir()
     return {"error": str(caught.value), "before": before, "left": left, "whole": whole, "after": read_sharded(after)[0]}
 
@@ -68,7 +69,7 @@ def _write(ranks: Ranks, folder: str) -> dict[str, Any]:
     train_epochs(trainer, 1, save=LATEST)
     at_save = state_of(trainer)
     train_epochs(trainer, 2)  # while the checkpoint is being written
-    trainer.finish_saving()
+    trainer.checkpoints.finish()
     end = state_of(trainer)
     return {"folder": trainer.output_folder, "at_save": at_save, "end": end, "full disk": _full_disk(trainer)}
 
@@ -123,14 +124,14 @@ def _score(trainer: BaseSTUNetTrainer) -> list[tuple[int, int, int]]:
     selection: Any = _Selection()
     if trainer.local_rank == 0:
         trainer._selection = selection
-    trainer._score_epoch(trainer.current_epoch)
+    trainer._score(Path(trainer.output_folder, LATEST), trainer.current_epoch)
     assert not Path(trainer.output_folder, "checkpoint_candidate.pth").exists() or trainer.local_rank > 0
     return list(selection.scored)
 
 
 def _go_on_with_two(ranks: Ranks, folder: str) -> dict[str, Any]:
     in_pieces = make_trainer(continues=True)
-    assert in_pieces.is_divided
+    assert in_pieces.sharding.active
     states = {"loaded": state_of(in_pieces)}
     train_epochs(in_pieces, 2)
     states["end"] = state_of(in_pieces)
@@ -141,13 +142,13 @@ def _go_on_with_two(ranks: Ranks, folder: str) -> dict[str, Any]:
     states["scored"] = _score(in_pieces)
     path = Path(in_pieces.output_folder, "checkpoint_epoch_0002.pth")
     for parallel in ("ddp", "fsdp"):  # heads that begin anew, of which the coarsest learns nothing
-        started = make_trainer(parallel=parallel, head="fresh", divide=False)
+        started = make_trainer(parallel=parallel, head="fresh", shards=False)
         started._start_from(str(path))
-        if started.divides:
-            started.divide_network()
+        if started.sharding.enabled:
+            started.sharding.shard()
         states[f"started with {parallel}"] = state_of(started)
     in_pieces.load_checkpoint(str(path))  # puts the network together
-    in_pieces.divide_network()
+    in_pieces.sharding.shard()
     states["end of ddp in pieces"] = state_of(in_pieces)
     in_pieces.current_epoch -= 1
     in_pieces.save_checkpoint(str(path.with_name("checkpoint_epoch_0003.pth")))
@@ -221,7 +222,7 @@ def test_one_without_what_a_training_needs(copied: Path) -> None:
 
 
 def test_of_another_strategy(copied: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"another optimizer[\s\S]*groups of 130 parameters"):
+    with pytest.raises(CheckpointError, match=r"groups of 130 instead of 10 parameters: .*fine_tune"):
         make_trainer(continues=True, fine_tune="head-only")
 
 

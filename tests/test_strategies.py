@@ -12,8 +12,8 @@ from weights import STRIDES, TINY
 
 from stunet.errors import SettingsError
 from stunet.network import STUNet, build_stunet
-from stunet.planning import STRATEGIES, Strategy
-from stunet.training import GroupSchedule, ParameterGroup, freeze_others, parameter_groups
+from stunet.settings import STRATEGIES, Strategy
+from stunet.training.optimizer import GroupSchedule, ParameterGroup, freeze_others, parameter_groups
 
 E, LR = 40, 0.01
 WARMUP = 2  # a twentieth of 40

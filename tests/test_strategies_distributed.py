@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from weights import STRIDES, TINY
 
 from stunet.network import build_stunet, shard
-from stunet.planning import STRATEGIES, Parallel, Strategy
-from stunet.training import GroupSchedule, freeze_others, parameter_groups
+from stunet.settings import STRATEGIES, Parallel, Strategy
+from stunet.training.optimizer import GroupSchedule, freeze_others, parameter_groups
 
 EPOCHS, LR = 6, 1e-5  # small, so that rounding does not grow from step to step
 SIZE = (32, 32, 64)

@@ -6,6 +6,7 @@ import json
 import sys
 from copy import deepcopy
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ from made_trainers import NARROW, find, make, narrow_plans, save, trained
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+import stunet
 from plans import DATASET_JSON, make_plans
 from stunet.errors import CheckpointError, PlansError, SettingsError
+from stunet.labels import write_manifest
 from stunet.network import STUNet, STUNetSize
 from stunet.planning import plans_size, rewrite_plans
 from stunet.weights.loading import read_checkpoint
@@ -261,12 +264,35 @@ def test_pretrained_weights_of_another_network(dataset: Path) -> None:
         make("STUNetTrainer_small").load_pretrained_weights(path)
 
 
-def test_a_network_in_pieces_computes_in_bf16_on_cuda(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sharded_network_computes_in_bf16_on_cuda(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make(plans=narrow_plans(parallel="fsdp"))
     monkeypatch.setattr(trainer, "device", torch.device("cuda"))
-    monkeypatch.setattr(trainer, "_group", object())
+    monkeypatch.setattr(trainer.sharding, "group", object())
     before = torch.get_autocast_dtype("cuda")
-    with trainer._precision():
-        assert torch.get_autocast_dtype("cuda") is torch.bfloat16  # what nnU-Net's autocast takes
-        assert not torch.is_autocast_enabled("cuda")  # nor does nnU-Net's backward pass stand in one
+    with trainer.precision(enabled=False):
+        assert torch.get_autocast_dtype("cuda") is torch.bfloat16  # what nnU-Net's own autocast, within, takes
+        assert not torch.is_autocast_enabled("cuda")
     assert torch.get_autocast_dtype("cuda") is before is torch.float16
+
+
+def test_a_training_step_passes_through_few_files(dataset: Path) -> None:
+    content = {"version": 1, "cases": {"a": ["liver"], "b": ["spleen"]}}
+    write_manifest(content, dataset / "annotated_labels.json")
+    (dataset / "dataset.json").write_text(json.dumps(DATASET_JSON))
+    trainer = make(plans=narrow_plans())
+    trainer.initialize()
+    target = torch.randint(3, (2, 1, 40, 56, 40))
+    scales = trainer._get_deep_supervision_scales()
+    targets = [target[(..., *(slice(None, None, round(1 / s)) for s in scale))] for scale in scales]
+    root, entered = str(Path(stunet.__file__).parent), set()
+
+    def enter(frame: FrameType, event: str, _: Any) -> None:
+        if frame.f_code.co_filename.startswith(root):
+            entered.add(Path(frame.f_code.co_filename).relative_to(root))
+
+    sys.setprofile(enter)
+    try:
+        trainer.train_step({"data": torch.randn(2, 1, 40, 56, 40), "target": targets, "keys": ["a", "b"]})
+    finally:
+        sys.setprofile(None)
+    assert len(entered) <= 12, sorted(map(str, entered))

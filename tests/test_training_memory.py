@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stunet.errors import ArchitectureError
 from stunet.network import SIZES, USABLE_SHARE, STUNetSize, build_stunet, default_strides, estimate, recommend
-from stunet.training import BF16MomentumSGD
+from stunet.training.optimizer import BF16MomentumSGD
 
 PATCH = (EDGE,) * 3
 

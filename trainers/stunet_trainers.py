@@ -3,7 +3,7 @@
 Thin on purpose: nnU-Net imports this file as a top-level module and forgets it again, so all that does something lives
 in ``stunet.training``. Names follow the published checkpoints: ``_ft`` fine-tunes with a tenth of the learning rate,
 ``_ep1k``, ``_ep2k`` and ``_ep4k`` train for 1000, 2000 and 4000 epochs; ``_pretrain`` trains on many structures. All of
-them heed what each case annotates. What the plans' ``"stunet"`` block sets goes before what a name stands for.
+them respect what each case annotates. What the plans' ``"stunet"`` block sets goes before what a name stands for.
 """
 
 from stunet.training import BaseSTUNetTrainer

@@ -85,8 +85,8 @@ def plan(
         theirs = f"{weights.architecture.size.name} of {weights.path}"
         raise UsageError(f"a size that is not that of the weights: {asked.name} for {theirs}; leave it out")
     network = weights.architecture.size if weights else asked
-    recipe = None if preset is None else planning.load_recipe(preset)
-    chosen = {**recipe.settings} if recipe else {}
+    preparation = None if preset is None else planning.load_preset(preset)
+    chosen = {**preparation.settings} if preparation else {}
     if network.name in planning.list_presets():
         chosen |= planning.load_preset(network.name).settings
     if weights is not None:
@@ -100,8 +100,8 @@ def plan(
     if not nnunets.is_file():
         planning.plan_with_nnunet(dataset_name, plans, num_processes=num_processes)
     planned = planning.load_plans(nnunets)
-    if recipe is not None:
-        planned = planning.apply_recipe(planned, recipe)
+    if preparation is not None:
+        planned = planning.apply_preset(planned, preparation)
     if weights is not None:
         configurations = configurations or planning.fine_tuning_configurations(planned, weights)
     content = planning.rewrite_plans(

@@ -151,7 +151,7 @@ def _model_folder(model: str | None, dataset: str | None, trainer: str, plans: s
             remedy="Give one of them; `stunet list` shows the published models.",
         )
     if dataset is not None:
-        from stunet.planning import find_dataset, nnunet_folder
+        from stunet.environment import find_dataset, nnunet_folder
 
         return nnunet_folder("nnUNet_results") / find_dataset(dataset) / f"{trainer}__{plans}__{configuration}"
     assert model is not None

@@ -61,13 +61,17 @@ def train(
     chosen_device = choose_device(device)
     os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))  # before nnU-Net is asked for the trainer
     from stunet.processes import end_with_children
-    from stunet.training import TrainRequest, check_request
+    from stunet.training import check_processes
     from stunet.training import train as run
 
-    request = TrainRequest(
-        dataset=dataset,
-        configuration=configuration,
-        fold=fold,
+    if num_gpus > 1 and "RANK" not in os.environ:
+        check_processes(num_gpus, dataset, configuration, plans=plans, device=chosen_device, global_batch=global_batch)
+        _start_processes(num_gpus)
+    end_with_children()
+    run(
+        dataset,
+        configuration,
+        fold,
         trainer=trainer,
         plans=plans,
         device=chosen_device,
@@ -81,11 +85,6 @@ def train(
         seed=seed,
         timeout=timeout,
     )
-    if num_gpus > 1 and "RANK" not in os.environ:
-        check_request(request, num_gpus)
-        _start_processes(num_gpus)
-    end_with_children()
-    run(request)
 
 
 def _check(pretrained_weights: Path | None, *, continue_training: bool, only_validation: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +21,6 @@ from stunet.planning.v1_plans import PRETRAINING, Preparation, read_v1_plans
 from stunet.weights import SourceWeights
 from stunet.weights.archives import MODEL_CARD
 
-__all__ = [
-    "CONFIGURATION",
-    "ModelDescription",
-    "configuration_for",
-    "describe_model",
-    "make_plans",
-    "write_model_folder",
-]
-
 CONFIGURATION = "3d_fullres"
 _CHECKPOINT = "fold_0/checkpoint_final.pth"
 _RESAMPLING = "resample_data_or_seg_to_shape"
@@ -38,31 +28,20 @@ _RESAMPLING = "resample_data_or_seg_to_shape"
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What a model folder says beside the weights.
-
-    Attributes:
-        plans: Content of ``plans.json``.
-        configuration: The configuration in it that the weights belong to.
-        dataset_json: Content of ``dataset.json``.
-        mirroring_axes: Axes that prediction may mirror; None for no mirroring.
-        plans_source: Where the plans come from, for people.
-        label_source: Vocabulary or file that the names of the outputs come from.
-    """
+    """What a model folder says beside the weights."""
 
     plans: dict[str, Any]
-    configuration: str
+    configuration: str  # the one in the plans that the weights belong to
     dataset_json: dict[str, Any]
-    mirroring_axes: tuple[int, ...] | None
-    plans_source: str
-    label_source: str
+    mirroring_axes: tuple[int, ...] | None  # that prediction may mirror; None for no mirroring
+    plans_source: str  # where they come from, human-readable
+    label_source: str  # vocabulary or file that the names of the outputs come from
 
 
 def describe_model(weights: SourceWeights, labels: Vocabulary | None) -> ModelDescription:
-    """Plans and dataset description for weights: their own where they bring them, else the pre-training preset's.
+    """Make plans and dataset description for weights: their own where they bring them, else the pre-training preset's.
 
-    Args:
-        weights: The weights.
-        labels: Names of the outputs; None for those that the weights bring. Must be given where they bring none.
+    ``labels`` names the outputs; it must be given where the weights bring no names.
 
     Raises:
         CheckpointError: Nothing says how to prepare the images.
@@ -71,28 +50,22 @@ def describe_model(weights: SourceWeights, labels: Vocabulary | None) -> ModelDe
     if weights.init_args.get("plans") and weights.init_args.get("configuration"):
         return _from_nnunet_v2(weights, labels)
     architecture = weights.architecture
+    n_channels = architecture.input_channels
     if weights.v1_plans:
         source = ", ".join(path.name for path in weights.pickles)
         if "plans_per_stage" not in weights.v1_plans:  # the published plans.pkl has none
             source += " and pre-training preset"
+        n_classes = architecture.num_classes
         preparation = read_v1_plans(
-            weights.v1_plans,
-            weights.v1_init,
-            input_channels=architecture.input_channels,
-            num_classes=architecture.num_classes,
-            source=source,
+            weights.v1_plans, weights.v1_init, input_channels=n_channels, num_classes=n_classes, source=source
+        )
+    elif architecture.n_axes != 3 or n_channels != 1:
+        raise CheckpointError(
+            f"{weights.path}: missing plans for a {architecture.n_axes}D network of {n_channels} channels, which the "
+            f"pre-training preset does not fit: give the pickle too, for example {weights.path.name}.pkl"
         )
     else:
         source, preparation = "pre-training preset", PRETRAINING
-        if architecture.n_axes != 3 or architecture.input_channels != 1:
-            raise CheckpointError(
-                "missing plans: nothing says how to prepare images for these weights",
-                got=f"{weights.path}: a {architecture.n_axes}D network for {architecture.input_channels} channels, "
-                "without .model.pkl",
-                expected="the .model.pkl of the weights, or a 3D network for one channel, which the pre-training "
-                "preset fits",
-                remedy=f"Give the pickle too, for example {weights.path.name}.pkl.",
-            )
     assert labels is not None
     return ModelDescription(
         plans=make_plans(preparation, architecture.size),
@@ -109,16 +82,9 @@ def describe_model(weights: SourceWeights, labels: Vocabulary | None) -> ModelDe
 
 
 def make_plans(preparation: Preparation, size: STUNetSize) -> dict[str, Any]:
-    """Plans of nnU-Net v2 with one configuration, ``3d_fullres``.
-
-    Args:
-        preparation: How images are prepared.
-        size: Size of the network.
-
-    Raises:
-        PlansError: A patch that the strides do not divide.
-    """
+    """Make plans of nnU-Net v2 with one configuration, ``3d_fullres``."""
     name = f"STUNetPlans_{size.name}"
+    statistics = {str(c): properties for c, properties in enumerate(preparation.intensity_properties)}
     plans = {
         "dataset_name": "Dataset000_STUNet",
         "plans_name": name,
@@ -130,25 +96,19 @@ def make_plans(preparation: Preparation, size: STUNetSize) -> dict[str, Any]:
         "configurations": {CONFIGURATION: configuration_for(preparation, f"{name}_{CONFIGURATION}")},
         "experiment_planner_used": "ExperimentPlanner",
         "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {
-            str(c): properties for c, properties in enumerate(preparation.intensity_properties)
-        },
+        "foreground_intensity_properties_per_channel": statistics,
     }
     plans["configurations"] = {CONFIGURATION: rewrite_configuration(plans, CONFIGURATION, size=size)}
     return deepcopy(plans)
 
 
 def configuration_for(preparation: Preparation, data_identifier: str) -> dict[str, Any]:
-    """A configuration of nnU-Net v2's plans whose architecture has strides only.
-
-    Args:
-        preparation: How images are prepared.
-        data_identifier: Name of the folder with the preprocessed data.
-    """
+    """Make a configuration of nnU-Net v2's plans whose architecture has strides only."""
     resampling: dict[str, Any] = {}
     for kind, order in (("data", 3), ("seg", 1), ("probabilities", 1)):
         kwargs = {"is_seg": kind == "seg", "order": order, "order_z": 0, "force_separate_z": None}
         resampling |= {f"resampling_fn_{kind}": _RESAMPLING, f"resampling_fn_{kind}_kwargs": kwargs}
+    strides = {"strides": preparation.strides}  # the network's other arguments come from its size
     return {
         "data_identifier": data_identifier,
         "preprocessor_name": "DefaultPreprocessor",
@@ -159,39 +119,38 @@ def configuration_for(preparation: Preparation, data_identifier: str) -> dict[st
         "normalization_schemes": preparation.normalization_schemes,
         "use_mask_for_norm": preparation.use_mask_for_norm,
         **resampling,
-        # The network's other arguments come from its size.
-        "architecture": {
-            "network_class_name": "",
-            "arch_kwargs": {"strides": preparation.strides},
-            "_kw_requires_import": [],
-        },
+        "architecture": {"network_class_name": "", "arch_kwargs": strides, "_kw_requires_import": []},
         "batch_dice": preparation.batch_dice,
     }
 
 
 def _from_nnunet_v2(weights: SourceWeights, labels: Vocabulary | None) -> ModelDescription:
     plans, name = deepcopy(weights.init_args["plans"]), str(weights.init_args["configuration"])
-    source = str(weights.path)
+    source, architecture = str(weights.path), weights.architecture
     with reading(source, "a checkpoint whose plans cannot be used", PlansError):
         check_plans(plans, source=source)
     dataset_json = deepcopy(weights.init_args.get("dataset_json"))
     if not isinstance(dataset_json, dict) or not {"channel_names", "labels"} <= set(dataset_json):
-        raise PlansError("a checkpoint without a dataset description", got=source,
-                         expected="init_args with 'dataset_json', as nnU-Net v2 writes them",
-                         remedy="Take the checkpoint as nnUNetv2_train wrote it.")  # fmt: skip
+        raise PlansError(f"{source} has no dataset description in its init_args: take it as nnUNetv2_train wrote it")
     if labels is not None:
         dataset_json["labels"] = labels.as_dataset_labels()
         dataset_json.pop("regions_class_order", None)
     plans.pop("continue_training", None)  # nnU-Net passes it through the plans while it trains
-    with reading(source, "a checkpoint whose plans or dataset description nnU-Net cannot use", PlansError,
-                 remedy="Take the checkpoint as nnUNetv2_train wrote it."):  # fmt: skip
+    with reading(source, "a checkpoint whose plans or dataset description nnU-Net cannot use", PlansError):
         # Of foreign plans only what the weights need: others may name networks that are not installed, or worse.
         configuration = resolve_configuration(plans, name)
         configuration.pop("inherits_from", None)
         check_configuration(plans, configuration, len(dataset_json["channel_names"]))
         plans["configurations"] = {name: configuration}
-        plans["configurations"][name] = rewrite_configuration(plans, name, size=weights.architecture.size)
-        _check_heads(plans, name, dataset_json, weights)
+        plans["configurations"][name] = rewrite_configuration(plans, name, size=architecture.size)
+        manager = PlansManager(plans)
+        channels = determine_num_input_channels(manager, manager.get_configuration(name), dataset_json)
+        outputs = manager.get_label_manager(dataset_json).num_segmentation_heads
+        if (channels, outputs) != (architecture.input_channels, architecture.num_classes):
+            raise PlansError(
+                f"{source} describes {channels} channels and {outputs} outputs, and its weights have "
+                f"{architecture.input_channels} and {architecture.num_classes} outputs: take it as nnU-Net wrote it"
+            )
     return ModelDescription(
         plans=plans,
         configuration=name,
@@ -202,33 +161,13 @@ def _from_nnunet_v2(weights: SourceWeights, labels: Vocabulary | None) -> ModelD
     )
 
 
-def _check_heads(plans: dict[str, Any], name: str, dataset_json: dict[str, Any], weights: SourceWeights) -> None:
-    manager = PlansManager(plans)
-    channels = determine_num_input_channels(manager, manager.get_configuration(name), dataset_json)
-    outputs = manager.get_label_manager(dataset_json).num_segmentation_heads
-    architecture = weights.architecture
-    if (channels, outputs) != (architecture.input_channels, architecture.num_classes):
-        raise PlansError(
-            "a dataset description that belongs to other weights",
-            got=f"{weights.path}: {channels} channels and {outputs} outputs",
-            expected=f"{architecture.input_channels} channels and {architecture.num_classes} outputs, as the weights",
-            remedy="Take the checkpoint as nnUNetv2_train wrote it.",
-        )
-
-
 def write_model_folder(
     weights: SourceWeights, description: ModelDescription, folder: str | os.PathLike[str], *, licence: str | None = None
 ) -> dict[str, Any]:
-    """Write a model folder for ``nnUNetv2_predict_from_modelfolder``, whole or not at all.
+    """Write a model folder for ``nnUNetv2_predict_from_modelfolder`` atomically.
 
     Tensors go from the source file to the checkpoint without a copy of all of them in memory, unless their precision
     changes.
-
-    Args:
-        weights: The weights.
-        description: Plans and dataset description.
-        folder: The new model folder.
-        licence: Licence of the weights where it is known.
 
     Returns:
         Content of ``model_card.json``.
@@ -239,7 +178,26 @@ def write_model_folder(
     """
     folder = Path(folder)
     refuse_existing(folder)
-    card = _model_card(weights, description, licence)
+    architecture = weights.architecture
+    card: dict[str, Any] = {
+        "sources": [
+            {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            for path in (weights.path, *weights.pickles)
+        ],
+        "format": weights.kind,
+        "precision_in_source": weights.precision,
+        "epochs": weights.epoch,
+        "licence": licence,
+        "size": architecture.size.name,
+        "depth": list(architecture.size.depth),
+        "width": architecture.size.width,
+        "parameters": sum(tensor.numel() for tensor in weights.tensors.values()),
+        "input_channels": architecture.input_channels,
+        "outputs": architecture.num_classes,
+        "plans_from": description.plans_source,
+        "labels_from": description.label_source,
+        "labels": {str(value): name for name, value in description.dataset_json["labels"].items()},
+    }
     try:
         with atomic_folder(folder) as temporary:
             write_json(description.plans, temporary / "plans.json")
@@ -251,10 +209,8 @@ def write_model_folder(
     except (OSError, RuntimeError) as error:
         n_bytes = sum(tensor.nbytes for tensor in weights.tensors.values())
         raise CheckpointError(
-            "a model folder that cannot be written",
-            got=f"{folder}: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}",
-            expected=f"a place with {n_bytes / 2**30:.1f} GB of free space",
-            remedy="Make room, or choose another place with -o. No unfinished folder was left.",
+            f"{folder} cannot be written ({(str(error).strip() or type(error).__name__).splitlines()[0][:200]}): make "
+            f"room for {n_bytes / 2**30:.1f} GB, or choose another place with -o; no unfinished folder was left"
         ) from error
     return card
 
@@ -276,31 +232,3 @@ def _checkpoint(weights: SourceWeights, description: ModelDescription) -> dict[s
         "trainer_name": "nnUNetTrainer",  # its network comes from the plans, so prediction finds all it needs
         "inference_allowed_mirroring_axes": description.mirroring_axes,
     }
-
-
-def _model_card(weights: SourceWeights, description: ModelDescription, licence: str | None) -> dict[str, Any]:
-    architecture = weights.architecture
-    return {
-        "sources": [_file_entry(path) for path in (weights.path, *weights.pickles)],
-        "format": weights.kind,
-        "precision_in_source": weights.precision,
-        "epochs": weights.epoch,
-        "licence": licence,
-        "size": architecture.size.name,
-        "depth": list(architecture.size.depth),
-        "width": architecture.size.width,
-        "parameters": sum(tensor.numel() for tensor in weights.tensors.values()),
-        "input_channels": architecture.input_channels,
-        "outputs": architecture.num_classes,
-        "plans_from": description.plans_source,
-        "labels_from": description.label_source,
-        "labels": _label_order(description.dataset_json["labels"]),
-    }
-
-
-def _label_order(labels: Mapping[str, Any]) -> dict[str, Any]:
-    return {str(value): name for name, value in labels.items()}
-
-
-def _file_entry(path: Path) -> dict[str, Any]:
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}

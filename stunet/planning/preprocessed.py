@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +16,10 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from stunet.environment import find_dataset, find_plans, nnunet_folder, preprocessed_folder
-from stunet.errors import DatasetError, UsageError
+from stunet.errors import DatasetError, UsageError, reading
 from stunet.labels import MANIFEST_NAME, AnnotationManifest, read_manifest
-from stunet.planning.locations import load_plans
+from stunet.planning.plans import load_plans
 from stunet.planning.rewrite import resolve_configuration
-
-__all__ = ["PreprocessedCase", "PreprocessedDataset", "open_preprocessed"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +55,9 @@ class PreprocessedDataset:
         self.configuration = resolve_configuration(plans, configuration)
         self._base = nnunet_folder("nnUNet_preprocessed") / name
         self._folder = preprocessed_folder(name, plans, configuration)
-        self.dataset_json = cast("dict[str, Any]", _read_json(self._base / "dataset.json"))
+        self.dataset_json: dict[str, Any] = _read_json(self._base / "dataset.json")
         self._dataset = infer_dataset_class(str(self._folder))(str(self._folder))
         self.cases: list[str] = sorted(self._dataset.identifiers)
-        self._manifest: AnnotationManifest | None = None
         self.ignore_label: int | None = PlansManager(plans).get_label_manager(self.dataset_json).ignore_label
 
     @property
@@ -76,12 +74,16 @@ class PreprocessedDataset:
             if isinstance(value, int) and value not in (0, self.ignore_label)
         }
 
-    def check_origin(self) -> None:
-        """Check on one case that the data were preprocessed with these plans: its shape and its channels are theirs.
+    @cached_property
+    def _manifest(self) -> AnnotationManifest:
+        return read_manifest(self._base / MANIFEST_NAME, labels=self.dataset_json["labels"])
 
-        Raises:
-            DatasetError: They were not, or the case cannot be read.
-        """
+    def annotated(self, case: str) -> frozenset[int]:
+        """Return the label values that a case annotates: all of them, unless a manifest says otherwise."""
+        return frozenset(self.structures if self._manifest.is_complete else self._manifest.annotated(case))
+
+    def check_origin(self) -> None:
+        """Check on one case that the data were preprocessed with these plans: its shape and its channels are theirs."""
         if self.configuration.get("preprocessor_name") != "DefaultPreprocessor":
             return
         case = self.cases[0]
@@ -95,71 +97,34 @@ class PreprocessedDataset:
         expected = (self.input_channels, *compute_new_shape(before, spacing, planned).tolist())
         if image.shape != expected:
             raise DatasetError(
-                "data that were preprocessed with other plans",
-                got=f"{case} of shape {tuple(image.shape)} in {self._folder}",
-                expected=f"{expected}, channels first, as {self.plans.get('plans_name')} has it",
-                remedy="Remove this folder, and run nnUNetv2_preprocess again.",
+                f"{case} in {self._folder} has shape {tuple(image.shape)} instead of {expected} as "
+                f"{self.plans.get('plans_name')} plans it: remove this folder, and run nnUNetv2_preprocess again"
             )
 
     def training_cases(self, fold: str) -> list[str]:
-        """Cases that a fold trains on.
-
-        Args:
-            fold: ``0`` and so on, or ``all``.
-
-        Raises:
-            DatasetError: There are no splits yet, or not this one.
-        """
+        """List the cases that a fold trains on."""
         if fold == "all":
             return self.cases
         path = self._base / "splits_final.json"
         if not path.is_file():
             raise DatasetError(
-                "no splits yet",
-                got=f"no {path.name} in {path.parent}",
-                expected="the splits that nnU-Net writes when it first trains a fold",
-                remedy="Leave -f out, to take all cases, or train a fold first.",
+                f"no {path}, which nnU-Net writes when it first trains a fold: leave -f out, or train one"
             )
         splits = _read_json(path)
         if not fold.isdigit() or int(fold) >= len(splits):
-            raise UsageError(
-                "unknown fold", got=fold, expected=f"0 to {len(splits) - 1}, or all", remedy="Correct the fold."
-            )
+            raise UsageError(f"no fold {fold}: choose one of 0 to {len(splits) - 1}, or all")
         return sorted(set(splits[int(fold)]["train"]) & set(self.cases))
 
-    def annotated(self, case: str) -> frozenset[int]:
-        """Label values of the structures that a case annotates: all of them, unless a manifest says otherwise.
-
-        Raises:
-            LabelError: The manifest beside the plans cannot be used, or does not speak of the case.
-        """
-        if self._manifest is None:
-            self._manifest = read_manifest(self._base / MANIFEST_NAME, labels=self.dataset_json["labels"])
-        if self._manifest.is_complete:
-            return frozenset(self.structures)
-        return frozenset(self._manifest.annotated(case))
-
     def load(self, case: str) -> PreprocessedCase:
-        """Read one case.
-
-        Raises:
-            DatasetError: Its files cannot be read.
-        """
-        try:
+        """Read one case."""
+        with reading(f"{case} in {self._folder}", "a preprocessed case that cannot be read", DatasetError):
             image, segmentation, _, _ = self._dataset.load_case(case)
             return PreprocessedCase(
                 case, np.asarray(image[:], dtype=np.float32), np.asarray(segmentation[:])[0].astype(np.int16)
             )
-        except (OSError, ValueError, RuntimeError, KeyError, EOFError) as error:
-            raise DatasetError(
-                "a preprocessed case that cannot be read",
-                got=f"{case} in {self._folder}: {' '.join(str(error).split())[:200]}",
-                expected="image, segmentation and properties as nnU-Net writes them",
-                remedy="Remove its files and preprocess again.",
-            ) from error
 
     def choose(self, cases: Sequence[str], n: int, seed: int) -> list[str]:
-        """At most ``n`` of the cases, drawn by seed, sorted."""
+        """Draw at most ``n`` of the cases by seed, sorted."""
         if n >= len(cases):
             return sorted(cases)
         drawn = np.random.default_rng(seed).choice(len(cases), n, replace=False)
@@ -168,11 +133,6 @@ class PreprocessedDataset:
 
 def open_preprocessed(dataset: str, plans: str, configuration: str) -> PreprocessedDataset:
     """Find the preprocessed cases of a dataset.
-
-    Args:
-        dataset: Id or name.
-        plans: Identifier of the plans, such as ``nnUNetPlans``.
-        configuration: Name of a configuration.
 
     Raises:
         DatasetError: Unknown, or not preprocessed; names the command that does it.
@@ -184,12 +144,5 @@ def open_preprocessed(dataset: str, plans: str, configuration: str) -> Preproces
 
 
 def _read_json(path: Path) -> Any:
-    try:
+    with reading(path, "a file of a preprocessed dataset that cannot be read", DatasetError):
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DatasetError(
-            "a side file of a preprocessed dataset that cannot be read",
-            got=f"{path}: {' '.join(str(error).split())}",
-            expected="JSON as nnU-Net writes it",
-            remedy="Run nnU-Net's planning and preprocessing again.",
-        ) from error

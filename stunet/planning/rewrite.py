@@ -1,4 +1,4 @@
-"""Putting a STU-Net into nnU-Net's plans. Pure functions; nothing is read or written here."""
+"""Put a STU-Net into nnU-Net's plans. Pure functions; nothing is read or written here."""
 
 from __future__ import annotations
 
@@ -15,55 +15,32 @@ from stunet.network import N_STAGES, STUNetSize, size_of, total_stride
 from stunet.network.blocks import CONV_OPS
 from stunet.settings import SETTINGS, SETTINGS_KEY, check_settings
 
-__all__ = [
-    "NETWORK_CLASS_NAME",
-    "check_configuration",
-    "check_plans",
-    "fit_strides",
-    "has_own_architecture",
-    "is_stunet",
-    "plans_size",
-    "resolve_configuration",
-    "rewrite_configuration",
-    "rewrite_plans",
-]
-
 Plans = dict[str, Any]
 
 NETWORK_CLASS_NAME = "stunet.network.STUNet"
 
 
 def check_plans(plans: Any, *, source: str) -> None:
-    """Check that something read from a file is a plans file of nnU-Net v2.
-
-    Raises:
-        PlansError: Plans of nnU-Net v1, or no plans at all.
-        SettingsError: Training settings that do not stand where they are read.
-    """
+    """Check that something read from a file is a plans file of nnU-Net v2."""
     if isinstance(plans, dict) and "plans_per_stage" in plans:
-        raise PlansError(
-            "plans of nnU-Net v1",
-            got=source,
-            expected="plans of nnU-Net v2, with 'configurations'",
-            remedy="Plan the dataset again with nnUNetv2_plan_experiment.",
-        )
+        raise PlansError(f"{source} are plans of nnU-Net v1: plan the dataset again with nnUNetv2_plan_experiment")
     if not isinstance(plans, dict) or not isinstance(plans.get("configurations"), dict):
-        raise PlansError(
-            "not a plans file",
-            got=source,
-            expected="a JSON object with 'configurations'",
-            remedy="Plan the dataset with nnUNetv2_plan_experiment.",
+        raise PlansError(f"{source} is not a plans file with 'configurations': plan with nnUNetv2_plan_experiment")
+    # What was meant as a setting but would be passed over silently.
+    misplaced = [key for key in plans if key.lower() == SETTINGS_KEY]
+    for name, configuration in plans["configurations"].items():
+        for key in configuration:
+            outside = key in SETTINGS and SETTINGS[key].place == "training"
+            if outside or (key != SETTINGS_KEY and key.lower() == SETTINGS_KEY):
+                misplaced.append(f"{name}: {key}")
+    if misplaced:
+        raise SettingsError(
+            f'{source}: nothing reads {", ".join(misplaced)}: move it under "{SETTINGS_KEY}" within a configuration'
         )
-    _check_no_misplaced_settings(plans, source)
 
 
 def check_configuration(plans: Mapping[str, Any], configuration: Mapping[str, Any], n_channels: int) -> None:
     """Check the numbers with which images are prepared for a model of others'.
-
-    Args:
-        plans: Plans of nnU-Net v2.
-        configuration: One of theirs, with all that it inherits.
-        n_channels: Images of a case.
 
     Raises:
         ValueError: One that would fail, or be endless; other content raises what it may. Callers wrap this in
@@ -88,28 +65,11 @@ def check_configuration(plans: Mapping[str, Any], configuration: Mapping[str, An
                     raise ValueError(f"intensity statistics of channel {channel}: {name} is {statistics[name]}")
 
 
-def _check_no_misplaced_settings(plans: Plans, source: str) -> None:
-    """Refuse what was meant as a setting but would be passed over without a word."""
-    misplaced = [key for key in plans if key.lower() == SETTINGS_KEY]
-    for name, configuration in plans["configurations"].items():
-        for key in configuration:
-            outside = key in SETTINGS and SETTINGS[key].place == "training"
-            if outside or (key != SETTINGS_KEY and key.lower() == SETTINGS_KEY):
-                misplaced.append(f"{name}: {key}")
-    if misplaced:
-        raise SettingsError(
-            f"settings in a place where nothing reads them in {source}",
-            got=", ".join(misplaced),
-            expected=f'an object under "{SETTINGS_KEY}" within a configuration',
-            remedy=f'Move them: "configurations": {{"3d_fullres": {{"{SETTINGS_KEY}": {{"num_epochs": 200}}, …',
-        )
-
-
 def fit_strides(strides: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Strides for STU-Net's six stages: missing ones are 1, surplus ones are cut.
+    """Fit strides to STU-Net's six stages: missing ones are 1, surplus ones are cut.
 
-    Args:
-        strides: Stride of each stage for each axis, finest first, as nnU-Net plans them.
+    >>> fit_strides([[1, 1], [2, 2], [2, 1]])
+    [[1, 1], [2, 2], [2, 1], [1, 1], [1, 1], [1, 1]]
     """
     fitted = [list(stride) for stride in strides[:N_STAGES]]
     unit = [1] * len(fitted[0])
@@ -117,37 +77,31 @@ def fit_strides(strides: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def resolve_configuration(plans: Plans, name: str) -> dict[str, Any]:
-    """A configuration with all that it inherits, in nnU-Net's current format.
+    """Return a configuration with all that it inherits, in nnU-Net's current format.
 
     Raises:
         PlansError: There is no such configuration.
     """
     require_configuration(plans, name)
-    with reading(plans.get("plans_name", "the plans"), f"configuration {name} cannot be read", PlansError,
-                 expected="an architecture with strides and a patch_size, its own or inherited",
-                 remedy="Start from plans that nnU-Net's planners for convolutional networks wrote."):  # fmt: skip
+    with reading(plans.get("plans_name", "the plans"), f"configuration {name} cannot be read", PlansError):
         resolved: dict[str, Any] = PlansManager(deepcopy(plans)).get_configuration(name).configuration
         _ = fit_strides(resolved["architecture"]["arch_kwargs"]["strides"]), resolved["patch_size"]
     return resolved
 
 
 def has_own_architecture(configuration: Mapping[str, Any]) -> bool:
-    """Whether a configuration brings an architecture of its own (current or older format), not an inherited one."""
+    """Say whether a configuration brings an architecture of its own (current or older format)."""
     return "architecture" in configuration or "UNet_class_name" in configuration
 
 
 def is_stunet(configuration: Mapping[str, Any]) -> bool:
-    """Whether a configuration's own or inherited architecture is a STU-Net."""
+    """Say whether a configuration's own or inherited architecture is a STU-Net."""
     architecture = configuration.get("architecture", {})
     return bool(architecture.get("network_class_name") == NETWORK_CLASS_NAME)
 
 
 def plans_size(configuration: Mapping[str, Any]) -> STUNetSize:
-    """The size of the STU-Net in a configuration for which :func:`is_stunet` holds.
-
-    Raises:
-        ArchitectureError: The configuration was changed into something that no STU-Net is.
-    """
+    """Return the size of the STU-Net in a configuration for which :func:`is_stunet` holds."""
     kwargs = configuration["architecture"]["arch_kwargs"]
     return size_of(kwargs["features_per_stage"], kwargs["n_blocks_per_stage"])
 
@@ -155,13 +109,13 @@ def plans_size(configuration: Mapping[str, Any]) -> STUNetSize:
 def rewrite_configuration(
     plans: Plans, name: str, *, size: STUNetSize, settings: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """One configuration with a STU-Net in place; everything else stays as it is.
+    """Put a STU-Net into one configuration; everything else stays as it is.
 
     Args:
         plans: Plans of nnU-Net v2; not changed.
         name: The configuration.
         size: Size of the STU-Net.
-        settings: Settings to add; see :data:`stunet.planning.SETTINGS`. Those that the configuration already has stay
+        settings: Settings to add; see :data:`stunet.settings.SETTINGS`. Those that the configuration already has stay
             unless given here.
 
     Returns:
@@ -225,7 +179,7 @@ def rewrite_plans(
     configurations: Sequence[str] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Plans:
-    """Plans in which configurations have a STU-Net.
+    """Put a STU-Net into configurations of plans.
 
     Preprocessing, patch and batch stay as they are, and so does ``data_identifier``: data that is preprocessed already
     is used again.
@@ -248,12 +202,7 @@ def rewrite_plans(
     if configurations is None:
         configurations = [name for name, own in plans["configurations"].items() if has_own_architecture(own)]
     if not configurations:
-        raise PlansError(
-            "plans in which no configuration has a network",
-            got=", ".join(plans["configurations"]) or "no configurations",
-            expected="at least one configuration with an architecture",
-            remedy="Plan the dataset again with nnUNetv2_plan_experiment.",
-        )
+        raise PlansError(f"{plans_name}: no configuration has a network: plan again with nnUNetv2_plan_experiment")
     followers = [name for name in _followers(plans, configurations) if SETTINGS_KEY in plans["configurations"][name]]
     for name in (*configurations, *followers):
         rewritten["configurations"][name] = rewrite_configuration(plans, name, size=size, settings=settings)
@@ -264,7 +213,7 @@ def rewrite_plans(
 
 
 def _followers(plans: Plans, configurations: Sequence[str]) -> list[str]:
-    """Configurations whose architecture is inherited, at whatever remove, from one of these."""
+    """List the configurations whose architecture is inherited, directly or not, from one of these."""
 
     def source(name: str) -> str:
         own = plans["configurations"][name]
@@ -279,24 +228,15 @@ def _followers(plans: Plans, configurations: Sequence[str]) -> list[str]:
 def _check_patch(name: str, patch_size: Sequence[int], strides: Sequence[Sequence[int]]) -> None:
     if len(patch_size) != len(strides[0]):
         raise PlansError(
-            f"a patch of {len(patch_size)} axes in configuration {name}",
-            got=list(patch_size),
-            expected=f"{len(strides[0])} axes, as its strides have",
-            remedy=f"Correct patch_size, or leave {name} out: -c names the configurations that settings are for.",
+            f"{name}: patch_size {list(patch_size)} for strides of {len(strides[0])} axes: correct it, or see -c"
         )
     total = list(total_stride(strides))
     if list(patch_size) == total:
         raise PlansError(
-            f"a patch that leaves one voxel at the coarsest stage of configuration {name}, too few for its norms",
-            got=list(patch_size),
-            expected=f"multiples of {total}, at least one of them greater",
-            remedy="Enlarge patch_size.",
+            f"{name}: patch_size {list(patch_size)} leaves one voxel at the coarsest stage: add multiples of {total}"
         )
     if any(n % t for n, t in zip(patch_size, total, strict=True)):
         nearest = [max(t, round(n / t) * t) for n, t in zip(patch_size, total, strict=True)]
         raise PlansError(
-            f"a patch that the strides of configuration {name} do not divide",
-            got=list(patch_size),
-            expected=f"multiples of {total}",
-            remedy=f"Set patch_size to {nearest}, or change the strides.",
+            f"{name}: patch_size {list(patch_size)} instead of multiples of {total}: set patch_size to {nearest}"
         )

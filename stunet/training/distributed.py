@@ -1,26 +1,38 @@
-"""nnU-Net's trainer in one of several processes, on any number of machines and on CPUs too."""
+"""Processes that train together: who they are, that they do the same, and the network that they share."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
-from collections.abc import Iterator
+import socket
+import time
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+from uuid import uuid4
 
 import numpy as np
 import torch
-from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor
 from torch import distributed as dist
-from torch import nn
-from torch._dynamo import OptimizedModule
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from stunet.network import STUNet
-from stunet.training.ranks import Ranks, share_of_batch
+from stunet.errors import UsageError
+from stunet.network import shard
 
-__all__ = ["DistributedTrainer", "seed_everything"]
+if TYPE_CHECKING:
+    from stunet.training.trainer import BaseSTUNetTrainer
+
+_BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
+_POLL = 0.2  # seconds
 
 
 def seed_everything(*seed: int) -> None:
@@ -31,117 +43,218 @@ def seed_everything(*seed: int) -> None:
     torch.manual_seed(int(state[2]))
 
 
-class DistributedTrainer(nnUNetTrainer):
-    """What nnU-Net's trainer takes for granted of several processes, by what they are told.
-
-    nnU-Net expects them on CUDA and on one machine. Here the device is that of the *local* rank, gloo is as good as
-    NCCL, and the batch need not be divisible. ``local_rank`` stays what nnU-Net makes of it, the rank among all, by
-    which it chooses who writes. Under ``nnUNetv2_train -num_gpus`` nothing changes.
+@dataclass(frozen=True)
+class Ranks:
+    """Where a process stands among all that train together, as ``torchrun`` numbers them.
 
     Attributes:
-        seed: Where it is set, each epoch of each process draws its random numbers from it, the rank and the epoch; with
-            ``nnUNet_n_proc_DA=0`` a training then gives the same weights again, interrupted or not.
+        rank: Number of the process among all, from 0.
+        size: How many there are.
+        local_rank: Its number on its machine.
+        local_size: How many there are on its machine.
+        n_restarts: How often ``torchrun`` has started them again.
     """
 
-    seed: int | None = None
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    n_restarts: int = 0
 
-    is_ddp: bool
-    network: nn.Module
-    oversample_foreground_percent: float
-    current_epoch: int
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Ranks:
+        """Read ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE``; one process where there are none."""
+        if "RANK" not in environment and "WORLD_SIZE" not in environment:
+            return cls()
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+        values = {name: environment.get(name, "missing") for name in (*names, "MASTER_ADDR")}
+        if "missing" in values.values() or not all(values[name].isdecimal() for name in names):
+            shown = ", ".join(f"{name}={value}" for name, value in values.items())
+            raise UsageError(f"{shown} in the environment: start with torchrun, or unset RANK and WORLD_SIZE")
+        rank, size, local_rank, local_size = (int(values[name]) for name in names[:4])
+        return cls(rank, size, local_rank, local_size, int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")))
 
-    def __init__(
-        self,
-        plans: dict,  # type: ignore[type-arg] # nnU-Net inspects this signature and wants it as its own
-        configuration: str,
-        fold: int,
-        dataset_json: dict,  # type: ignore[type-arg]
-        device: torch.device = torch.device("cuda"),  # noqa: B008 - likewise
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self._ranks = _ranks_of(self)
-        if self.is_ddp:
-            self.device = torch.device("cuda", self._ranks.local_rank) if device.type == "cuda" else device
-            if device.type != "cuda":
-                self.grad_scaler = None
-
-    def initialize(self) -> None:
-        """nnU-Net's, with a wrapper for CPUs and for several machines where there are several processes."""
-        if not self.is_ddp:
-            super().initialize()
-            return
-        # nnU-Net would wrap the network for the GPU of the rank's number, which only one machine has.
-        with self._as_one_process():
-            super().initialize()
-        self._distribute()
-        self.loss = self._build_loss()  # once more, as it sums over the processes
-
-    def _distribute(self) -> None:
-        # DistributedDataParallel waits for the gradient of each parameter that has them switched on.
-        for parameter in self._unused_parameters():
-            parameter.requires_grad_(False)
-        self.network = DistributedDataParallel(
-            nn.SyncBatchNorm.convert_sync_batchnorm(self.network),  # type: ignore[no-untyped-call]
-            device_ids=[self.device.index] if self.device.type == "cuda" else None,
-        )
-
-    @contextmanager
-    def _as_one_process(self) -> Iterator[None]:
-        """Let nnU-Net do what it does for a network without wrapper."""
-        several, self.is_ddp = self.is_ddp, False
-        try:
-            yield
-        finally:
-            self.is_ddp = several
-
-    def _plain_network(self) -> STUNet:
-        # Not by is_ddp: the optimizer is made before the network is wrapped.
-        network = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
-        return cast("STUNet", network._orig_mod if isinstance(network, OptimizedModule) else network)
-
-    def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """Whether the network gives the logits of all levels, whatever it is wrapped in."""
-        self._plain_network().decoder.deep_supervision = enabled
-
-    def _build_loss(self) -> nn.Module:
-        """nnU-Net's, with the coarsest level's weight 0 with several processes too, as it is with one."""
-        loss: nn.Module = super()._build_loss()
-        if isinstance(loss, DeepSupervisionWrapper):
-            weights = np.array(loss.weight_factors)
-            weights[-1] = 0
-            loss.weight_factors = tuple(weights / weights.sum())
-        return loss
-
-    def _unused_parameters(self) -> Iterator[nn.Parameter]:
-        """Those of the head whose loss weighs nothing, and which nnU-Net gives 1e-6 for DDP's sake."""
-        if self.enable_deep_supervision:
-            yield from self._plain_network().decoder.seg_layers[0].parameters()
-
-    def _set_batch_size_and_oversample(self) -> None:
-        whole = int(self.configuration_manager.batch_size)
-        if self._ranks.size == 1:
-            self.batch_size = whole
-            return
-        mine = share_of_batch(whole, self._ranks)
-        # The samples that nnU-Net's loader would force to hold foreground, were it one for all.
-        first_forced = round(whole * (1 - self.oversample_foreground_percent))
-        self.batch_size = len(mine)
-        self.oversample_foreground_percent = sum(i >= first_forced for i in mine) / len(mine)
-
-    def on_epoch_start(self) -> None:
-        """Also draw this epoch's random numbers from the seed."""
-        super().on_epoch_start()
-        if self.seed is not None:
-            seed_everything(self.seed, self._ranks.rank, self.current_epoch)
-
-
-def _ranks_of(trainer: nnUNetTrainer) -> Ranks:
-    if not trainer.is_ddp:
-        return Ranks()
-    rank, size = dist.get_rank(), dist.get_world_size()
-    if "LOCAL_RANK" in os.environ:
-        ranks = Ranks.from_environment()
-        if (ranks.rank, ranks.size) == (rank, size):
+    @classmethod
+    def of_group(cls) -> Ranks:
+        """Return where this process stands in the process group; one process where there is none."""
+        if not dist.is_initialized():
+            return cls()
+        rank, size = dist.get_rank(), dist.get_world_size()
+        if "LOCAL_RANK" in os.environ and (ranks := cls.from_environment()).rank == rank and ranks.size == size:
             return ranks
-    # nnUNetv2_train -num_gpus tells its processes nothing but what the group knows; they are on one machine.
-    return Ranks(rank, size, rank, size)
+        # nnUNetv2_train -num_gpus tells its processes nothing but what the group knows; they are on one machine.
+        return cls(rank, size, rank, size)
+
+
+def share_of_batch(global_batch: int, ranks: Ranks) -> range:
+    """Return which samples of the whole batch are this process's; the first ones take one more where needed.
+
+    >>> [list(share_of_batch(5, Ranks(rank, 2))) for rank in range(2)]
+    [[0, 1, 2], [3, 4]]
+    """
+    if global_batch < ranks.size:
+        raise UsageError(f"{global_batch} samples for {ranks.size} processes: raise --global-batch, or start fewer")
+    each, more = divmod(global_batch, ranks.size)
+    first = ranks.rank * each + min(ranks.rank, more)
+    return range(first, first + each + (ranks.rank < more))
+
+
+@contextmanager
+def process_group(ranks: Ranks, device_type: str, timeout: float) -> Iterator[None]:
+    """Join the others, by NCCL on CUDA and gloo on the CPU; name the ranks that do not within ``timeout`` seconds."""
+    if device_type not in _BACKENDS:
+        raise UsageError(f"several processes cannot share {device_type}: choose -device cuda or cpu, or one process")
+    # torchrun's own agent holds a store at that address already.
+    is_host = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    wait = timedelta(seconds=timeout)
+    try:
+        host = TCPStore(address, port, is_master=is_host, wait_for_workers=False, timeout=wait)
+    except (dist.DistError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"{address}:{port} cannot be reached ({reason}): check MASTER_ADDR, MASTER_PORT and that rank 0 runs"
+        ) from error
+    store = PrefixStore(f"stunet/{ranks.n_restarts}", host)
+    store.set(f"joined/{ranks.rank}", socket.gethostname())
+    _wait_for_all(store, ranks.size, timeout)
+    dist.init_process_group(_BACKENDS[device_type], store=store, rank=ranks.rank, world_size=ranks.size, timeout=wait)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _wait_for_all(store: Store, size: int, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    missing = list(range(size))
+    while missing:
+        try:
+            missing = [rank for rank in missing if not store.check([f"joined/{rank}"])]
+            gave_up = missing and time.monotonic() > deadline
+        except dist.DistError:  # rank 0, which holds the store, has given up first
+            gave_up = True
+        if gave_up:
+            listed, joined = ", ".join(map(str, missing)), f"{size - len(missing)} of {size}"
+            raise UsageError(
+                f"joined within {timeout:g} s: {joined}; missing: rank {listed}: see what they print, or --timeout"
+            )
+        time.sleep(_POLL if missing else 0)
+
+
+def check_agreement(content: Mapping[str, Any]) -> None:
+    """Compare what must be the same for all processes, by hash: anything that JSON can hold, by name."""
+    mine = {
+        name: hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+        for name, value in content.items()
+    }
+    of_all = _gather((socket.gethostname(), mine))
+    first_host, first = of_all[0]
+    others = [
+        f"{name} of rank {rank} ({host})"
+        for rank, (host, theirs) in enumerate(of_all)
+        for name in mine
+        if theirs.get(name) != first.get(name)
+    ]
+    if others:
+        listed = ", ".join(others)
+        raise UsageError(f"{listed} differ from rank 0's ({first_host}): copy plans and data to every machine anew")
+
+
+def check_shared_folder(folder: Path, ranks: Ranks) -> None:
+    """Find out whether all processes see the same folder."""
+    token = [f".{uuid4().hex}.shared"]
+    dist.broadcast_object_list(token, src=0)
+    path = folder / token[0]
+    if ranks.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    dist.barrier()
+    # Network file systems cache what a folder held; listing it asks anew.
+    seen = path.exists() or (folder.is_dir() and path in folder.iterdir())
+    of_all = _gather((socket.gethostname(), seen))
+    if ranks.rank == 0:
+        path.unlink()
+    blind = [f"rank {rank} ({host})" for rank, (host, sees) in enumerate(of_all) if not sees]
+    if blind:
+        raise UsageError(f"{folder} of rank 0 is not there for {', '.join(blind)}: share nnUNet_results everywhere")
+
+
+def _gather(value: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+class Sharding:
+    """Parameters, gradients and momentum sharded among the processes, where the plans say ``parallel: fsdp``.
+
+    Until the training starts each process has the plain network, with the same weights, so whatever loads weights
+    finds what it knows. Afterwards the network is sharded, and so is the optimizer's state; before the final
+    validation, in which each process predicts cases of its own, it is gathered again.
+
+    On CUDA the network computes in bf16, which needs no scaling of gradients, and gradients are summed in fp32.
+    ``torch.compile`` stays off: nnU-Net compiles the network as one, and gathering between stages would break that up.
+
+    Attributes:
+        group: The processes that write checkpoints; None while the network is not sharded.
+    """
+
+    def __init__(self, trainer: BaseSTUNetTrainer) -> None:
+        self._trainer = trainer
+        self.group: dist.ProcessGroup | None = None
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the network will be sharded while it is trained."""
+        return self._trainer.parallel == "fsdp" and self._trainer.ranks.size > 1
+
+    @property
+    def active(self) -> bool:
+        """Whether it is now."""
+        return self.group is not None
+
+    def shard(self) -> None:
+        """Shard the network and the optimizer's state; all processes at once."""
+        trainer = self._trainer
+        network, state = trainer.plain_network, trainer.optimizer.state_dict()
+        # Norms return views, and blocks work in place within a stage; upon a stage's output nothing does.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+        mesh = dist.device_mesh.init_device_mesh(trainer.device.type, (trainer.ranks.size,))
+        shard(network, mesh, dtype=torch.bfloat16 if trainer.device.type == "cuda" else None)
+        trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
+        parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+        for number, values in state["state"].items():
+            p = parameters[number]
+            for key, value in values.items():
+                if isinstance(value, Tensor) and value.shape == p.shape:
+                    on_device = value.to(p.device)
+                    values[key] = distribute_tensor(on_device, p.device_mesh, p.placements, src_data_rank=None)
+        trainer.optimizer.load_state_dict(state)
+        # One of its own, as checkpoints are written beside the training, and of gloo, as they are written from the CPU.
+        self.group = cast("dist.ProcessGroup", dist.new_group(backend="gloo"))
+        trainer.print_to_log_file(f"The network is sharded among {trainer.ranks.size} processes")
+
+    def gather(self) -> None:
+        """Gather the network again, in each process; the optimizer begins anew."""
+        if not self.active:
+            return
+        trainer = self._trainer
+        network = trainer.build_network()
+        values = network.state_dict()
+        for name, value in trainer.plain_network.state_dict().items():
+            values[name].copy_(value.full_tensor() if isinstance(value, DTensor) else value)
+        trainer.network = network
+        self.group = None
+        trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
+
+    def states(self, *, full: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return weights and the optimizer's state by the parameters' names; all processes must ask for them.
+
+        Args:
+            full: Gathered, on rank 0's CPU alone, instead of this process's shards.
+        """
+        options = StateDictOptions(full_state_dict=full, cpu_offload=full)
+        network = self._trainer.plain_network
+        optimizer_state = get_optimizer_state_dict(network, self._trainer.optimizer, options=options)
+        return get_model_state_dict(network, options=options), optimizer_state

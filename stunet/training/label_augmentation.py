@@ -1,4 +1,4 @@
-"""Rotating and scaling label maps of many structures in a fraction of the time, with the same result."""
+"""Rotate and scale label maps of many structures in a fraction of the time, with the same result."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from scipy import ndimage
 from torch import Tensor
 from torch.nn.functional import grid_sample
-
-__all__ = ["LocalLabelTransform"]
 
 #: What an indicator counts inside its label; half precision rounds the scores, so it decides on ties.
 _SCALE = 1000.0
@@ -29,7 +27,7 @@ class LocalLabelTransform(SpatialTransform):
 
     @classmethod
     def like(cls, transform: SpatialTransform) -> LocalLabelTransform:
-        """One with the settings of another."""
+        """Make one with the settings of another."""
         local = cls.__new__(cls)
         local.__dict__.update(vars(transform))
         return local
@@ -70,14 +68,14 @@ class LocalLabelTransform(SpatialTransform):
 
 
 def _boxes(labels: Tensor) -> dict[int, tuple[slice, ...]]:
-    """Each label of a map and the box that holds it."""
+    """Find the box that holds each label of a map."""
     lowest = int(labels.min())
     found = ndimage.find_objects((labels.int() - (lowest - 1)).numpy())
     return {lowest + i: box for i, box in enumerate(found) if box is not None}
 
 
 def _certain_labels(labels: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels of the points between eight voxels of one label, and the places of all others in the flattened patch."""
+    """Label the points between eight voxels of one label, and find the places of all others in the flattened patch."""
     low = high = labels
     for axis, size in enumerate(labels.shape):
         low = torch.minimum(low.narrow(axis, 0, size - 1), low.narrow(axis, 1, size - 1))
@@ -96,7 +94,7 @@ def _sample(volume: Tensor, grid: Tensor, mode: str) -> Tensor:
 
 
 class _Doubtful:
-    """The points at which labels compete, and how far the competition is.
+    """Points at which labels compete, and the scores so far.
 
     Args:
         labels: The map, ``(X, Y, Z)``.
@@ -148,5 +146,5 @@ class _Doubtful:
         return torch.nonzero(near)[:, 0]
 
     def winners(self) -> Tensor:
-        """The label of each point, ``(N,)``; the nearest one wins ties that it takes part in."""
+        """Return the label of each point, ``(N,)``; the nearest one wins ties that it takes part in."""
         return torch.where(self._best_of_nearest == self._best, self._nearest, self._winner)

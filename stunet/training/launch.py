@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass
+from contextlib import ExitStack, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,98 +13,107 @@ from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoi
 from torch import distributed as dist
 from torch.backends import cudnn
 
-from stunet.errors import SettingsError, UsageError
-from stunet.planning import find_dataset, find_plans, load_plans, nnunet_folder, resolve_configuration
-from stunet.training.checkpointing import set_aside
-from stunet.training.distributed import DistributedTrainer, seed_everything
-from stunet.training.ranks import Ranks, check_agreement, check_shared_folder, process_group, share_of_batch
+from stunet.environment import find_dataset, find_plans, nnunet_folder
+from stunet.errors import UsageError
+from stunet.planning import load_plans, resolve_configuration
+from stunet.training.checkpoints import set_aside
+from stunet.training.distributed import (
+    Ranks,
+    check_agreement,
+    check_shared_folder,
+    process_group,
+    seed_everything,
+    share_of_batch,
+)
 from stunet.training.trainer import BaseSTUNetTrainer
 from stunet.weights.sharded import SHARDED_SUFFIX
-
-__all__ = ["TrainRequest", "check_request", "train"]
 
 #: Stands for an epoch before the first, when the network is initialised.
 _BEFORE_TRAINING = 2**31
 
 
-@dataclass(frozen=True)
-class TrainRequest:
-    """What ``stunet train`` is asked for; all but the last three as of ``nnUNetv2_train``.
-
-    Attributes:
-        dataset: Id or name.
-        configuration: For example ``3d_fullres``.
-        fold: 0 to 4, or ``all``.
-        trainer: Name of the trainer.
-        plans: Name of the plans.
-        device: ``cuda``, ``cpu`` or ``mps``.
-        pretrained_weights: A checkpoint of the same network to start from.
-        continue_training: From the last checkpoint.
-        only_validation: No training.
-        validate_best: Validate with ``checkpoint_best.pth``.
-        save_probabilities: Of the validation.
-        disable_checkpointing: Write none.
-        global_batch: Samples of all processes together; the plans' batch size where it is None.
-        seed: See :class:`DistributedTrainer`.
-        timeout: Seconds that the processes wait for each other.
-    """
-
-    dataset: str
-    configuration: str
-    fold: str
-    trainer: str = "STUNetTrainer"
-    plans: str = "nnUNetPlans"
-    device: str = "cuda"
-    pretrained_weights: str | None = None
-    continue_training: bool = False
-    only_validation: bool = False
-    validate_best: bool = False
-    save_probabilities: bool = False
-    disable_checkpointing: bool = False
-    global_batch: int | None = None
-    seed: int | None = None
-    timeout: float = 1800.0
-
-
-def train(request: TrainRequest) -> None:
+def train(
+    dataset: str,
+    configuration: str,
+    fold: str,
+    *,
+    trainer: str = "STUNetTrainer",
+    plans: str = "nnUNetPlans",
+    device: str = "cuda",
+    pretrained_weights: str | None = None,
+    continue_training: bool = False,
+    only_validation: bool = False,
+    validate_best: bool = False,
+    save_probabilities: bool = False,
+    disable_checkpointing: bool = False,
+    global_batch: int | None = None,
+    seed: int | None = None,
+    timeout: float = 1800.0,
+) -> None:
     """Train and validate, together with the other processes where there are any.
 
-    After a restart by ``torchrun`` the training goes on from its last checkpoint without being told.
+    After a restart by ``torchrun`` the training resumes from its last checkpoint without being told. The arguments are
+    those of ``nnUNetv2_train``, and ``global_batch``, the samples of all processes together (the plans' batch size
+    where it is None), ``seed`` (see :class:`BaseSTUNetTrainer`) and ``timeout``, the seconds that the processes wait
+    for each other.
 
     Raises:
         UsageError: The processes are not all there, or would not train the same thing.
     """
     ranks = Ranks.from_environment()
-    with _together(ranks, request):
-        _use_device(ranks, request.device)
-        if ranks.size > 1:
-            check_agreement(_content(request))
-        if request.seed is not None:
-            seed_everything(request.seed, ranks.rank, _BEFORE_TRAINING)
-            if request.device == "cpu":  # batches of other processes are not drawn from the seed
-                os.environ.setdefault("nnUNet_n_proc_DA", "0")
-        trainer = _make_trainer(ranks, request)
-        goes_on = request.continue_training or (ranks.n_restarts > 0 and not request.only_validation)
-        _load_weights(trainer, goes_on, request)
-        if not goes_on and not request.only_validation:
-            _set_aside(trainer, ranks)
-        if not request.only_validation:
-            trainer.run_training()
-        if request.validate_best:
-            trainer.load_checkpoint(str(Path(trainer.output_folder, "checkpoint_best.pth")))
-        trainer.perform_actual_validation(request.save_probabilities)
-
-
-@contextmanager
-def _together(ranks: Ranks, request: TrainRequest) -> Iterator[None]:
-    if ranks.size == 1:
-        yield
-        return
     with ExitStack() as stack:
         if ranks.rank > 0:  # nnU-Net prints in every process what is the same in all
             stack.enter_context(redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
-        stack.enter_context(process_group(ranks, request.device, request.timeout))
-        yield
+        if ranks.size > 1:
+            stack.enter_context(process_group(ranks, device, timeout))
+        _use_device(ranks, device)
+        if ranks.size > 1:
+            arguments = [configuration, fold, trainer, device, global_batch, seed]
+            check_agreement({**_content(dataset, configuration, plans), "arguments": arguments})
+        if seed is not None:
+            seed_everything(seed, ranks.rank, _BEFORE_TRAINING)
+            if device == "cpu":  # batches of other processes are not drawn from the seed
+                os.environ.setdefault("nnUNet_n_proc_DA", "0")
+        resumes = continue_training or (ranks.n_restarts > 0 and not only_validation)
+        fold_number = fold if fold == "all" else int(fold)
+        made: Any = get_trainer_from_args(
+            dataset, configuration, fold_number, trainer, plans, resumes, torch.device(device)
+        )
+        if not isinstance(made, BaseSTUNetTrainer) and (ranks.size > 1 or seed is not None):
+            raise UsageError(f"-tr {trainer} knows neither --seed nor several processes: choose -tr STUNetTrainer")
+        made.disable_checkpointing = disable_checkpointing
+        if seed is not None:
+            made.seed = seed
+        if global_batch is not None:
+            # In both, as the second is what is written beside the checkpoints.
+            made.configuration_manager.configuration["batch_size"] = global_batch
+            made.plans_manager.plans["configurations"][configuration]["batch_size"] = global_batch
+        share_of_batch(int(made.configuration_manager.batch_size), ranks)  # before anything is written
+        if ranks.size > 1:
+            check_shared_folder(Path(made.output_folder), ranks)
+        _load_weights(made, pretrained_weights, resumes=resumes, only_validation=only_validation)
+        if not resumes and not only_validation:
+            barrier = dist.barrier if ranks.size > 1 else lambda: None
+            barrier()  # all have read their weights, which may be among what is renamed
+            if ranks.rank == 0:
+                set_aside(Path(made.output_folder))
+            barrier()
+        if not only_validation:
+            made.run_training()
+        if validate_best:
+            made.load_checkpoint(str(Path(made.output_folder, "checkpoint_best.pth")))
+        made.perform_actual_validation(save_probabilities)
+
+
+def check_processes(
+    number: int, dataset: str, configuration: str, *, plans: str, device: str, global_batch: int | None
+) -> None:
+    """Find what so many processes of this machine would refuse, before they are started, and started once more."""
+    planned = resolve_configuration(load_plans(find_plans(find_dataset(dataset), plans)), configuration)
+    if device == "cuda":
+        _check_devices(number - 1)
+    batch_size = planned["batch_size"] if global_batch is None else global_batch
+    share_of_batch(int(batch_size), Ranks(0, number, 0, number))
 
 
 def _use_device(ranks: Ranks, device: str) -> None:
@@ -124,108 +131,34 @@ def _use_device(ranks: Ranks, device: str) -> None:
 
 def _check_devices(local_rank: int) -> None:
     if torch.cuda.device_count() <= local_rank:
-        raise UsageError(
-            "fewer GPUs than processes",
-            got=f"{torch.cuda.device_count()} CUDA devices for local rank {local_rank}",
-            expected="a device for each process of a machine",
-            remedy="Start fewer with -num_gpus or --nproc-per-node, or choose the CPU with -device cpu.",
-        )
+        found = torch.cuda.device_count()
+        raise UsageError(f"{found} CUDA devices for local rank {local_rank}: start fewer, or take -device cpu")
 
 
-def check_request(request: TrainRequest, n_processes: int) -> None:
-    """Find what so many processes of this machine would refuse, before they are started, and started once more.
-
-    Raises:
-        STUNetError: No such dataset, plans or configuration, too small a batch, or too few GPUs.
-    """
-    plans = load_plans(find_plans(find_dataset(request.dataset), request.plans))
-    configuration = resolve_configuration(plans, request.configuration)
-    if request.device == "cuda":
-        _check_devices(n_processes - 1)
-    batch = configuration["batch_size"] if request.global_batch is None else request.global_batch
-    share_of_batch(int(batch), Ranks(0, n_processes, 0, n_processes))
-
-
-def _make_trainer(ranks: Ranks, request: TrainRequest) -> Any:
-    trainer = get_trainer_from_args(
-        request.dataset,
-        request.configuration,
-        request.fold if request.fold == "all" else int(request.fold),
-        request.trainer,
-        request.plans,
-        request.continue_training or ranks.n_restarts > 0,
-        torch.device(request.device),
-    )
-    if not isinstance(trainer, DistributedTrainer) and (ranks.size > 1 or request.seed is not None):
-        raise UsageError(
-            "a trainer that knows nothing of --seed or of several processes",
-            got=type(trainer).__name__,
-            expected="STUNetTrainer, or a trainer derived from it",
-            remedy="Choose another -tr, or train with nnUNetv2_train.",
-        )
-    trainer.disable_checkpointing = request.disable_checkpointing
-    if request.seed is not None:
-        trainer.seed = request.seed
-    if request.global_batch is not None:
-        _set_batch_size(trainer, request)
-    share_of_batch(int(trainer.configuration_manager.batch_size), ranks)  # before anything is written
-    if ranks.size > 1:
-        check_shared_folder(Path(trainer.output_folder), ranks)
-    return trainer
-
-
-def _load_weights(trainer: Any, goes_on: bool, request: TrainRequest) -> None:
-    folder = Path(trainer.output_folder)
+def _load_weights(trainer: Any, pretrained: str | None, *, resumes: bool, only_validation: bool) -> None:
     # A restart before the first checkpoint begins once more.
-    has_begun = any(path.suffix in (".pth", SHARDED_SUFFIX) for path in folder.glob("checkpoint_*"))
-    goes_on = goes_on and has_begun
-    weights = None if goes_on else request.pretrained_weights
+    written = Path(trainer.output_folder).glob("checkpoint_*")
+    resumes = resumes and any(path.suffix in (".pth", SHARDED_SUFFIX) for path in written)
+    weights = None if resumes else pretrained
     if isinstance(trainer, BaseSTUNetTrainer):
-        # It goes on from what nnU-Net does not look for, when the training starts.
-        goes_on = goes_on and not trainer.has_only_pieces()
-        if weights is not None and not request.only_validation:
+        # What nnU-Net does not look for is loaded when the training starts.
+        resumes = resumes and not trainer.checkpoints.has_only_sharded()
+        if weights is not None and not only_validation:
             trainer.load_pretrained_weights(weights)
             weights = None
-    maybe_load_checkpoint(trainer, goes_on, request.only_validation, weights)
+    maybe_load_checkpoint(trainer, resumes, only_validation, weights)
 
 
-def _set_aside(trainer: Any, ranks: Ranks) -> None:
-    """Rename checkpoints of an earlier training in this fold, which a restart would go on from otherwise."""
-    if ranks.size > 1:
-        dist.barrier()  # all have read their weights, which may be among them
-    if ranks.rank == 0:
-        set_aside(Path(trainer.output_folder))
-    if ranks.size > 1:
-        dist.barrier()
-
-
-def _set_batch_size(trainer: Any, request: TrainRequest) -> None:
-    if request.global_batch is None or request.global_batch < 1:
-        raise SettingsError(
-            "a batch without samples", got=request.global_batch, expected="1 at least", remedy="Correct --global-batch."
-        )
-    # In both, as the second is what is written beside the checkpoints.
-    trainer.configuration_manager.configuration["batch_size"] = request.global_batch
-    trainer.plans_manager.plans["configurations"][request.configuration]["batch_size"] = request.global_batch
-
-
-def _content(request: TrainRequest) -> dict[str, Any]:
-    """What must be the same for every process."""
-    name = find_dataset(request.dataset)
+def _content(dataset: str, configuration: str, plans_name: str) -> dict[str, Any]:
+    """Read what must be the same for every process."""
+    name = find_dataset(dataset)
     folder = nnunet_folder("nnUNet_preprocessed") / name
-    plans = load_plans(find_plans(name, request.plans))
-    cases = folder / str(resolve_configuration(plans, request.configuration)["data_identifier"])
+    plans = load_plans(find_plans(name, plans_name))
+    cases = folder / str(resolve_configuration(plans, configuration)["data_identifier"])
     files = {
         file: path.read_text(encoding="utf-8") if (path := folder / file).is_file() else None
         for file in ("dataset.json", "splits_final.json", "annotated_labels.json")
     }
     listed = sorted((p.name, p.stat().st_size) for p in cases.glob("*")) if cases.is_dir() else []
-    return {
-        f"plans {request.plans}": plans,
-        **files,
-        "preprocessed cases": listed,
-        "arguments": [
-            request.configuration, request.fold, request.trainer, request.device, request.global_batch, request.seed,
-        ],
-        "versions": {package: version(package) for package in ("stunet", "nnunetv2", "torch")},
-    }  # fmt: skip
+    versions = {package: version(package) for package in ("stunet", "nnunetv2", "torch")}
+    return {f"plans {plans_name}": plans, **files, "preprocessed cases": listed, "versions": versions}

@@ -1,216 +1,147 @@
-"""nnU-Net's trainer for datasets in which each case annotates only some structures."""
+"""Training on datasets whose cases annotate only some structures: what a batch annotates, and how that is scored."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
-from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
-from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
-from nnunetv2.configuration import default_num_processes
-from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from torch import Tensor, nn
+from torch import Tensor
 
 from stunet.datasets import has_annotations, read_annotations
-from stunet.files import write_json
-from stunet.loss import PartialDiceCELoss
-from stunet.planning import Mirroring
-from stunet.training.annotations import CaseAnnotations, count_voxels
-from stunet.training.distributed import DistributedTrainer
-from stunet.training.label_augmentation import LocalLabelTransform
-from stunet.training.summary import mask_summary
-
-__all__ = ["PartialLabelTrainer"]
-
-#: The axis from right to left in the arrays that nnU-Net's readers give, before its transposition.
-_LEFT_RIGHT_AXIS = 2
+from stunet.errors import LabelError
+from stunet.labels import AnnotationManifest
+from stunet.loss import label_members
 
 
-class PartialLabelTrainer(DistributedTrainer):
-    """Loss, sampling and validation that know what each case annotates.
-
-    Where a dataset has no ``annotated_labels.json``, every case annotates everything, and this trains as nnU-Net does,
-    with less memory for the loss. Region-based datasets keep nnU-Net's own loss.
+class PartialLabels:
+    """A dataset's annotation manifest as a training sees it.
 
     Attributes:
-        mirroring: See :data:`stunet.planning.Mirroring`; ``no-left-right`` where structures come in sides.
-        nearest_labels: Whether augmentation takes the nearest label instead of interpolating each label's map, whose
-            cost grows with their number; see :class:`LocalLabelTransform` for how far.
-        allow_unannotated: Whether structures that no training case annotates are put up with.
+        members: ``(L, C)``, boolean: the outputs that each label value stands for; superclasses come last.
+
+    Raises:
+        LabelError: Leaves with gaps between their values, or superclasses that do not follow them.
     """
 
-    mirroring: Mirroring = "all"
-    nearest_labels: bool = False
-    allow_unannotated: bool = False
+    def __init__(self, manifest: AnnotationManifest) -> None:
+        leaves, superclasses = sorted(manifest.leaves), sorted(manifest.superclasses)
+        if [*leaves, *superclasses] != list(range(1, 1 + len(leaves) + len(superclasses))):
+            raise LabelError(
+                f"structures {leaves}, superclasses {superclasses}: number from 1, then the superclasses, without gaps"
+            )
+        self.manifest = manifest
+        self.members = label_members(1 + len(leaves), manifest.superclasses)
 
-    label_manager: LabelManager
-
-    def __init__(
-        self,
-        plans: dict,  # type: ignore[type-arg] # nnU-Net inspects this signature and wants it as its own
-        configuration: str,
-        fold: int,
-        dataset_json: dict,  # type: ignore[type-arg]
-        device: torch.device = torch.device("cuda"),  # noqa: B008 - likewise
-    ) -> None:
-        self._annotations: CaseAnnotations | None = None
-        self._full_dataset_json = dataset_json
-        if has_annotations(plans["dataset_name"]):
-            self._annotations = CaseAnnotations.of(read_annotations(plans["dataset_name"], dataset_json))
-            # The network has outputs for leaves alone, so that is what checkpoints and model folder describe.
-            dataset_json = self._annotations.of_leaves(dataset_json)
-        # A list of all cases with their paths, which nnU-Net would copy into every checkpoint.
-        dataset_json = {key: value for key, value in dataset_json.items() if key != "dataset"}
-        super().__init__(plans, configuration, fold, dataset_json, device)
-
-    def _build_loss(self) -> nn.Module:
-        stock: nn.Module = super()._build_loss()
-        self._partial_loss: PartialDiceCELoss | None = None
-        if self.label_manager.has_regions:
-            return stock
-        outputs = self.label_manager.num_segmentation_heads
-        self._partial_loss = PartialDiceCELoss(
-            outputs if self._annotations is None else self._annotations.members,
-            batch_dice=self.configuration_manager.batch_dice,
-            ignore_label=self._ignore_value,
-            ddp=self.is_ddp,
-        )
-        if not self.enable_deep_supervision:
-            return self._partial_loss
-        stock.loss = self._partial_loss  # nnU-Net's wrapper and its weights of the outputs stay
-        return stock
+    @classmethod
+    def read(cls, dataset_name: str, dataset_json: dict[str, Any]) -> PartialLabels | None:
+        """Read those of a preprocessed dataset; None where every case annotates everything."""
+        return cls(read_annotations(dataset_name, dataset_json)) if has_annotations(dataset_name) else None
 
     @property
-    def _ignore_value(self) -> int | None:
-        """The ignore label as it stands in the preprocessed data, where superclasses go before it."""
-        value = self._full_dataset_json["labels"].get("ignore")
-        return None if value is None else int(value)
+    def num_outputs(self) -> int:
+        """C: the background and the leaves."""
+        return int(self.members.shape[1])
 
-    def on_train_start(self) -> None:
-        """Also say what is annotated, and refuse what cannot be learned."""
-        if self._annotations is not None:
-            cases, _ = self.do_split()
-            if not self.allow_unannotated:
-                self._annotations.check_every_leaf_is_annotated(cases)
-            per_case = self._annotations.mask(cases)[:, 1:].sum(1).double()
-            self.print_to_log_file(
-                f"Partial labels: {len(cases)} training cases annotate {per_case.mean():.1f} of "
-                f"{self._annotations.num_outputs - 1} structures on average ({self._annotations.manifest.source})"
-            )
-        super().on_train_start()
+    def of_leaves(self, dataset_json: Mapping[str, Any]) -> dict[str, Any]:
+        """Describe a dataset without its superclasses, which no network has outputs for."""
+        labels = {n: v for n, v in dataset_json["labels"].items() if v not in self.manifest.superclasses}
+        if "ignore" in labels:  # which nnU-Net wants right after the others
+            labels["ignore"] = self.num_outputs
+        return {**dataset_json, "labels": labels}
 
-    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """nnU-Net's step, with the loss told what the batch's cases annotate."""
-        with self._batch_annotations(batch):
-            return cast("dict[str, Any]", super().train_step(batch))
+    def mask(self, cases: Iterable[str]) -> Tensor:
+        """Return which label values each case of a batch annotates, ``(B, L)``, boolean."""
+        return torch.from_numpy(np.stack([self.manifest.annotated_mask(case) for case in cases]))
 
-    def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Loss and hard counts of one batch; unannotated structures count neither as hit nor as miss."""
-        if self.label_manager.has_regions:
-            return cast("dict[str, Any]", super().validation_step(batch))
-        data = batch["data"].to(self.device, non_blocking=True)
-        targets = batch["target"] if isinstance(batch["target"], list) else [batch["target"]]
-        targets = [target.to(self.device, non_blocking=True) for target in targets]
-        # As in nnU-Net's steps, only CUDA computes in half precision.
-        precision = torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
-        with self._batch_annotations(batch) as mask, precision:
-            output = self.network(data)
-            loss = self.loss(output, targets if self.enable_deep_supervision else targets[0])
-        logits = output[0] if self.enable_deep_supervision else output
-        counts = count_voxels(logits, targets[0], annotated=mask, ignore_label=self._ignore_value)
-        return {
-            "loss": loss.detach().cpu().numpy(), "tp_hard": counts.tp, "fp_hard": counts.fp, "fn_hard": counts.fn,
-        }  # fmt: skip
+    def check_every_leaf_is_annotated(self, cases: Sequence[str]) -> None:
+        """Refuse training cases that leave some structure out everywhere: nothing tells it from the background."""
+        somewhere = self.mask(cases).any(0)
+        names = {value: name for name, value in self.manifest.structures.items()}
+        nowhere = [names[value] for value in self.manifest.leaves if not somewhere[value]]
+        if nowhere:
+            listed = ", ".join(nowhere[:8]) + (f" and {len(nowhere) - 8} more" if len(nowhere) > 8 else "")
+            raise LabelError(f"no training case annotates {listed}: add cases, or --set allow_unannotated=true")
 
-    @contextmanager
-    def _batch_annotations(self, batch: dict[str, Any]) -> Iterator[Tensor | None]:
-        if self._annotations is None or self._partial_loss is None:
-            yield None
-            return
-        mask = self._annotations.mask(batch["keys"])
-        with self._partial_loss.annotated_in(mask):
-            yield mask
-
-    def get_dataloaders(self) -> tuple[Any, Any]:
-        """nnU-Net's loaders, drawing each case as often as the manifest says."""
-        leaves = self.label_manager
-        # Loaders look up places of labels as preprocessing has listed them, superclasses among them.
-        self.label_manager = self.plans_manager.get_label_manager(self._full_dataset_json)
-        try:
-            train, validation = super().get_dataloaders()
-        finally:
-            self.label_manager = leaves
-        if self._annotations is not None:
-            for loader in (train, validation):
-                self._weigh_cases(loader)
-        return train, validation
-
-    def _weigh_cases(self, augmenter: Any) -> None:
-        assert self._annotations is not None
-        single = isinstance(augmenter, SingleThreadedAugmenter)
-        loader = augmenter.data_loader if single else augmenter.generator
-        probabilities = self._annotations.sampling_probabilities(list(loader.indices))
-        if probabilities is None:
-            return
-        loader.sampling_probabilities = probabilities
-        if not single:
-            augmenter.restart()  # its processes have a copy of the loader
-
-    def get_training_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:
-        """nnU-Net's augmentation, with nearest labels where these are wanted, or the same labels in less time."""
-        transforms: ComposeTransforms = nnUNetTrainer.get_training_transforms(*args, **kwargs)
-        for index, transform in enumerate(transforms.transforms):
-            if not isinstance(transform, SpatialTransform):
-                continue
-            if self.nearest_labels:
-                transform.mode_seg = "nearest"
-            else:
-                transforms.transforms[index] = LocalLabelTransform.like(transform)
-        return transforms
-
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:  # noqa: N802 - nnU-Net's
-        """nnU-Net's choice, less the axes that must not be mirrored, in training or in prediction."""
-        rotation, dummy_2d, initial_patch_size, axes = (
-            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    def describe(self, cases: Sequence[str]) -> str:
+        """Describe in a line of the log how much the training cases annotate."""
+        mean = self.mask(cases)[:, 1:].sum(1).double().mean()
+        return (
+            f"Partial labels: {len(cases)} training cases annotate {mean:.1f} of {self.num_outputs - 1} structures on "
+            f"average ({self.manifest.source})"
         )
-        axes = self._allowed_axes(axes)
-        self.inference_allowed_mirroring_axes = axes or None  # prediction cannot do with an empty list
-        return rotation, dummy_2d, initial_patch_size, axes
 
-    def _allowed_axes(self, axes: tuple[int, ...]) -> tuple[int, ...]:
-        if self.mirroring == "all":
-            return axes
-        if self.mirroring == "none":
-            return ()
-        left_right = list(self.plans_manager.transpose_forward).index(_LEFT_RIGHT_AXIS)
-        if len(self.configuration_manager.patch_size) == 2:
-            left_right -= 1  # slices along the first axis
-        return tuple(axis for axis in axes if axis != left_right)
+    def sampling_probabilities(self, cases: Sequence[str]) -> npt.NDArray[np.float64] | None:
+        """Return how often each case is drawn, adding up to 1; None where all are drawn alike."""
+        weights = np.array([self.manifest.weight(case) for case in cases], np.float64)
+        return None if np.all(weights == weights[:1]) else weights / weights.sum()
 
-    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """nnU-Net's validation; in ``summary.json`` what a case does not annotate is null and left out of means."""
-        super().perform_actual_validation(save_probabilities)
-        if self._annotations is None or self.local_rank != 0:
-            return
-        folder, ending = Path(self.output_folder) / "validation", self.dataset_json["file_ending"]
-        if self._ignore_value != self.label_manager.ignore_label:
-            # nnU-Net has taken a superclass for the ignore label: once more, with the one in the label maps.
-            compute_metrics_on_folder(
-                str(Path(self.preprocessed_dataset_folder_base) / "gt_segmentations"), str(folder),
-                str(folder / "summary.json"), self.plans_manager.image_reader_writer_class(), ending,
-                self.label_manager.foreground_labels, self._ignore_value, num_processes=default_num_processes,
-            )  # fmt: skip
-        path = folder / "summary.json"
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        masked = mask_summary(summary, self._annotations.manifest, file_ending=ending)
-        write_json(masked, path)
-        dice = masked["foreground_mean"]["Dice"]
-        text = "not defined" if dice is None else f"{dice:.4f}"
-        self.print_to_log_file(f"Mean Validation Dice over what the cases annotate: {text}")
+
+def count_voxels(
+    logits: Tensor, target: Tensor, *, annotated: Tensor | None, ignore_label: int | None
+) -> npt.NDArray[np.float64]:
+    """Count hits and misses of the most probable output; a case's unannotated structures count as neither.
+
+    Args:
+        logits: ``(B, C, X, Y[, Z])``.
+        target: ``(B, 1, X, Y[, Z])``, label values; those from C on are superclasses.
+        annotated: ``(B, L)``, boolean; None where every case annotates everything.
+        ignore_label: Value of voxels that do not count.
+
+    Returns:
+        ``(3, C - 1)``: true positives, false positives and false negatives of each foreground output, over the batch.
+    """
+    n_outputs = logits.shape[1]
+    counts = np.zeros((3, n_outputs))
+    for case, (one, labels) in enumerate(zip(logits, target, strict=True)):
+        predicted, true = one.argmax(0).flatten(), labels.flatten().long()
+        if ignore_label is not None:
+            predicted, true = predicted[true != ignore_label], true[true != ignore_label]
+        hits = torch.bincount(predicted[predicted == true], minlength=n_outputs)
+        of_prediction = torch.bincount(predicted, minlength=n_outputs)
+        of_truth = torch.bincount(true, minlength=n_outputs)[:n_outputs]
+        each = torch.stack((hits, of_prediction - hits, of_truth - hits)).cpu().numpy().astype(np.float64)
+        counts += each if annotated is None else each * annotated[case, :n_outputs].cpu().numpy()
+    return counts[:, 1:]
+
+
+def mask_summary(summary: Mapping[str, Any], manifest: AnnotationManifest, *, file_ending: str) -> dict[str, Any]:
+    """Mask nnU-Net's ``summary.json`` by what the cases annotate.
+
+    nnU-Net scores a structure that is predicted and not in the label map with 0, even where the case does not annotate
+    it. Here such entries are None (null in JSON), as are undefined ones, and means are over the others. Superclasses,
+    which no network predicts, are left out.
+
+    Returns:
+        The same form, with ``mean`` and ``foreground_mean`` computed anew.
+    """
+    per_case = []
+    for entry in summary["metric_per_case"]:
+        case = Path(entry["reference_file"]).name.removesuffix(file_ending)
+        annotated = {0, *manifest.annotated(case)}
+        metrics = {
+            label: {key: _masked(key, value, annotated=int(label) in annotated) for key, value in values.items()}
+            for label, values in entry["metrics"].items()
+            if int(label) not in manifest.superclasses
+        }
+        per_case.append({**entry, "metrics": metrics})
+    labels = list(dict.fromkeys(label for entry in per_case for label in entry["metrics"]))
+    mean = {label: _means([entry["metrics"].get(label, {}) for entry in per_case]) for label in labels}
+    foreground = _means([metrics for label, metrics in mean.items() if int(label) != 0])
+    return {**summary, "metric_per_case": per_case, "mean": mean, "foreground_mean": foreground}
+
+
+def _masked(key: str, value: Any, *, annotated: bool) -> Any:
+    undefined = isinstance(value, float) and math.isnan(value)
+    return None if undefined or not (annotated or key == "n_pred") else value  # n_pred is of the prediction alone
+
+
+def _means(entries: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    keys = dict.fromkeys(key for entry in entries for key in entry)
+    defined = {key: [entry[key] for entry in entries if entry.get(key) is not None] for key in keys}
+    return {key: statistics.fmean(values) if values else None for key, values in defined.items()}

@@ -2,63 +2,82 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.label_handling.label_handling import LabelManager, determine_num_input_channels
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from stunet.errors import PlansError, SettingsError, UsageError
 from stunet.files import write_json
 from stunet.labels import outputs_of
-from stunet.network import STUNetSize, find_size
-from stunet.planning import (
-    SETTINGS_KEY,
-    MomentumDtype,
-    Strategy,
-    check_plans,
-    is_stunet,
-    open_preprocessed,
-    plans_size,
-    resolve_configuration,
-    rewrite_configuration,
-)
-from stunet.training.checkpointing import CheckpointingTrainer
-from stunet.training.optimizer import BF16MomentumSGD, set_kernel
-from stunet.training.selection import TransferSelection
-from stunet.training.strategies import GroupSchedule, freeze_others, parameter_groups
-from stunet.weights import (
-    HeadPolicy,
-    StemPolicy,
-    TransferReport,
-    check_weights,
-    open_weights,
-    read_checkpoint,
-    transfer_weights,
-)
+from stunet.loss import PartialDiceCELoss, WholeBatch
+from stunet.network import STUNet, find_size
+from stunet.planning.rewrite import check_plans, is_stunet, plans_size, resolve_configuration, rewrite_configuration
+from stunet.settings import SETTINGS_KEY, HeadPolicy, Mirroring, MomentumDtype, Parallel, StemPolicy, Strategy
+from stunet.training.checkpoints import Checkpoints, TransferSelection
+from stunet.training.distributed import Ranks, Sharding, seed_everything, share_of_batch
+from stunet.training.label_augmentation import LocalLabelTransform
+from stunet.training.optimizer import BF16MomentumSGD, GroupSchedule, freeze_others, parameter_groups, set_kernel
+from stunet.training.partial_labels import PartialLabels, count_voxels, mask_summary
+from stunet.weights import check_weights, open_weights, read_checkpoint, transfer_weights
 
-__all__ = ["BaseSTUNetTrainer"]
+#: The axis from right to left in the arrays that nnU-Net's readers give, before its transposition.
+_LEFT_RIGHT_AXIS = 2
+_HPARAMS = (
+    "initial_lr", "weight_decay", "oversample_foreground_percent", "probabilistic_oversampling",
+    "num_iterations_per_epoch", "num_val_iterations_per_epoch", "num_epochs", "enable_deep_supervision",
+)  # fmt: skip
 
 
-class BaseSTUNetTrainer(CheckpointingTrainer):
-    """nnU-Net's trainer with a STU-Net in the plans, settings from the plans, and checkpoints that are always whole.
+class BaseSTUNetTrainer(nnUNetTrainer):
+    """nnU-Net's trainer with a STU-Net in the plans, settings from the plans, and atomic checkpoints.
 
     The network is put into the plans before nnU-Net reads them, so ordinary plans train a STU-Net and the model folder
     describes itself: its ``plans.json`` is the rewritten one. Checkpoints name nnU-Net's built-in trainer, because the
     plans alone determine the network; prediction therefore needs this package but no ``nnUNet_extTrainer``.
 
+    Loss, sampling and validation respect what each case annotates. Where a dataset has no ``annotated_labels.json``,
+    every case annotates everything, and this trains as nnU-Net does, with less memory for the loss. Region-based
+    datasets keep nnU-Net's own loss.
+
+    Several processes may train on any number of machines, on CPUs too: the device is that of the *local* rank, and the
+    batch need not be divisible. ``local_rank`` stays what nnU-Net makes of it, the rank among all, by which it chooses
+    who writes. Under ``nnUNetv2_train -num_gpus`` nothing changes.
+
     Attributes:
         size: Name of a published size, or None for the size that the plans have (``base`` where they have none).
         default_settings: Training settings that hold where the plans' ``"stunet"`` block does not set them.
+        partial_labels: What the cases annotate; None where each annotates everything.
+        label_manager: The labels in the preprocessed data, superclasses among them; the network's outputs, and
+            ``dataset_json``, are without those.
+        seed: Where it is set, each epoch of each process draws its random numbers from it, the rank and the epoch; with
+            ``nnUNet_n_proc_DA=0`` a training then gives the same weights again, interrupted or not.
     """
 
     size: ClassVar[str | None] = None
     default_settings: ClassVar[Mapping[str, Any]] = {}
 
-    # Settings that nnU-Net's trainer does not have; see stunet.planning.SETTINGS.
+    # Settings that nnU-Net's trainer does not have; see stunet.settings.SETTINGS.
     pretrained_weights: str | None = None
     fine_tune: Strategy = "full"
     warmup_epochs: int | None = None
@@ -70,7 +89,22 @@ class BaseSTUNetTrainer(CheckpointingTrainer):
     final_validation: bool = True
     momentum_dtype: MomentumDtype = "fp32"
     fused_optimizer: bool = False
+    parallel: Parallel = "ddp"
+    gradient_accumulation: int = 1
+    mirroring: Mirroring = "all"
+    nearest_labels: bool = False
+    allow_unannotated: bool = False
 
+    seed: int | None = None
+
+    label_manager: LabelManager
+    network: nn.Module
+    optimizer: Optimizer
+    is_ddp: bool
+    oversample_foreground_percent: float
+    grad_scaler: Any
+    _initial_stem: Tensor
+    partial_loss: PartialDiceCELoss | None = None
     _selection: TransferSelection | None = None
     _was_trained = False
 
@@ -82,9 +116,21 @@ class BaseSTUNetTrainer(CheckpointingTrainer):
         dataset_json: dict,  # type: ignore[type-arg]
         device: torch.device = torch.device("cuda"),  # noqa: B008 - likewise
     ) -> None:
-        self._goes_on = bool(plans.get("continue_training", False))
+        self.checkpoints = Checkpoints(self, asked_to_resume=bool(plans.get("continue_training", False)))
+        self.ranks, self.sharding, self.accumulation = Ranks.of_group(), Sharding(self), Accumulation(self)
         plans = self._with_stunet(plans, configuration)
+        labelled = dataset_json
+        self.partial_labels = PartialLabels.read(plans["dataset_name"], dataset_json)
+        if self.partial_labels is not None:
+            # The network has outputs for leaves alone, so that is what checkpoints and model folder describe.
+            dataset_json = self.partial_labels.of_leaves(dataset_json)
+        # A list of all cases with their paths, which nnU-Net would copy into every checkpoint.
+        dataset_json = {key: value for key, value in dataset_json.items() if key != "dataset"}
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self.label_manager = self.plans_manager.get_label_manager(labelled)
+        if self.is_ddp:
+            self.device = torch.device("cuda", self.ranks.local_rank) if device.type == "cuda" else device
+            self.grad_scaler = self.grad_scaler if device.type == "cuda" else None
         settings = {**self.default_settings, **self.configuration_manager.configuration.get(SETTINGS_KEY, {})}
         for name, value in settings.items():
             setattr(self, name, value)
@@ -92,188 +138,415 @@ class BaseSTUNetTrainer(CheckpointingTrainer):
         self.print_to_log_file(f"STU-Net {size.name}: depth {size.depth}, width {size.width}; settings {settings}")
 
     @classmethod
-    def _with_stunet(cls, plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+    def _with_stunet(cls, plans: dict[str, Any], name: str) -> dict[str, Any]:
         check_plans(plans, source=str(plans.get("plans_name", "the given plans")))
-        size = cls._choose_size(plans, configuration)
-        rewritten = rewrite_configuration(plans, configuration, size=size)
-        # nnU-Net's command puts this key into the plans and its constructor takes it out again.
-        continue_training = plans.get("continue_training", False)
-        configurations = {**plans["configurations"], configuration: rewritten}
-        return {**plans, "configurations": configurations, "continue_training": continue_training}
-
-    @classmethod
-    def _choose_size(cls, plans: dict[str, Any], name: str) -> STUNetSize:
         configuration = resolve_configuration(plans, name)
-        if not is_stunet(configuration):
-            others = [other for other, own in plans["configurations"].items() if is_stunet(own)]
-            if others:
-                # Their size was chosen when the plans were written; another one here would contradict the plans' name.
-                raise PlansError(
-                    "a configuration without a STU-Net in plans where others have one",
-                    got=f"{name} of {plans.get('plans_name')}",
-                    expected=f"one of {', '.join(others)}, or plans written for {name} too",
-                    remedy=f"Write the plans again with `stunet plan`, leaving -c out or naming {name} in it.",
-                )
-            return find_size(cls.size or "base")
-        planned = plans_size(configuration)
-        if cls.size is not None and planned.name != cls.size:
-            raise PlansError(
-                "a trainer and plans that disagree on the size",
-                got=f"-tr {cls.__name__} with plans of size {planned.name}",
-                expected=f"plans of size {cls.size}, or ordinary nnU-Net plans",
-                remedy="Take -tr STUNetTrainer (or STUNetTrainer_ft), which follows the plans, or other plans with -p.",
-            )
-        return planned
+        others = [other for other, own in plans["configurations"].items() if is_stunet(own)]
+        planned = is_stunet(configuration)
+        if others and not planned:
+            # Their size was chosen when the plans were written; another one here would contradict the plans' name.
+            where, listed = f"{name} of {plans.get('plans_name')}", ", ".join(others)
+            raise PlansError(f"no STU-Net in {where}: choose one of {listed}, or plan it with -c {name}")
+        size = plans_size(configuration) if planned else find_size(cls.size or "base")
+        if cls.size not in (None, size.name):
+            raise PlansError(f"-tr {cls.__name__} with plans of size {size.name}: take -tr STUNetTrainer, or other -p")
+        configurations = {**plans["configurations"], name: rewrite_configuration(plans, name, size=size)}
+        # nnU-Net's command puts the first key into the plans, and its constructor takes it out again.
+        return {"continue_training": False, **plans, "configurations": configurations}
 
-    def configure_optimizers(self) -> tuple[Optimizer, Any]:
-        """nnU-Net's optimizer, its parameters grouped as the strategy wants them, as lean as the plans want it."""
-        if self.fine_tune == "full" and self.momentum_dtype == "fp32":
-            optimizer, schedule = super().configure_optimizers()
-            set_kernel(optimizer, fused=self.fused_optimizer)
-            return optimizer, schedule
-        network = self._plain_network()
-        groups = parameter_groups(
-            network,
-            self.fine_tune,
-            num_epochs=self.num_epochs,
-            warmup_epochs=self.warmup_epochs,
-            layer_decay=self.layer_decay,
-        )
-        freeze_others(network, groups)
-        sgd = BF16MomentumSGD if self.momentum_dtype == "bf16" else torch.optim.SGD
-        optimizer = sgd(
-            [{"params": list(group.parameters), "name": group.name} for group in groups],
-            self.initial_lr,
-            weight_decay=self.weight_decay,
-            momentum=0.99,
-            nesterov=True,
-        )
-        set_kernel(optimizer, fused=self.fused_optimizer)
-        return optimizer, GroupSchedule(optimizer, groups, self.initial_lr)
+    # The network and what trains it
 
     def initialize(self) -> None:
-        """Also leave out heads that the loss weighs 0, and remember the stem, by which other weights are noticed."""
-        super().initialize()
+        """Build network, optimizer and loss as nnU-Net does, but wrap the network for this process's own device.
+
+        nnU-Net's wraps it for the GPU of the rank's number, which only one machine has. Heads that the loss weighs 0
+        are left out.
+        """
+        self._set_batch_size_and_oversample()
+        configuration = self.configuration_manager
+        self.num_input_channels = determine_num_input_channels(self.plans_manager, configuration, self.dataset_json)
+        self.network = self.build_network()
+        if self._do_i_compile():
+            self.print_to_log_file("Using torch.compile...")
+            self.network = cast("nn.Module", torch.compile(self.network))
+        self.optimizer, self.lr_scheduler = self.configure_optimizers()
+        if self.sharding.enabled:
+            self.grad_scaler = None
+            for tensor in self.plain_network.state_dict().values():
+                dist.broadcast(tensor, src=0)  # each process has initialised its own
+        elif self.is_ddp:
+            # DistributedDataParallel waits for the gradient of each parameter that has them switched on.
+            for parameter in self._unused_parameters():
+                parameter.requires_grad_(False)
+            devices = [self.device.index] if self.device.type == "cuda" else None
+            self.network = DistributedDataParallel(self.network, device_ids=devices)
+        self.loss: nn.Module = self._build_loss()
+        self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         if self.enable_deep_supervision:
             weights = cast("DeepSupervisionWrapper", self.loss).weight_factors
-            self._plain_network().decoder.supervised_levels = sum(weight != 0 for weight in weights)
+            self.plain_network.decoder.supervised_levels = sum(weight != 0 for weight in weights)
         self._initial_stem = self._stem_weight().detach().clone()
+        self.was_initialized = True
+        hparams = {name: getattr(self, name) for name in _HPARAMS}
+        self.logger.update_config({"hparas": {**hparams, "batch_size": configuration.batch_size}})
 
-    def on_train_start(self) -> None:
-        """Also start from the plans' pre-trained weights, or go on from a checkpoint that nnU-Net does not know."""
-        if not self.was_initialized:
-            self.initialize()
-        if self._goes_on and not self._continued and self.has_only_pieces():
-            self.load_checkpoint(str(Path(self.output_folder, "checkpoint_latest.pth")))
-        if self.pretrained_weights is not None and not self._continued:
-            self._start_from(self.pretrained_weights)
-        super().on_train_start()
-        if self.local_rank == 0 and self.select_for is not None:
-            target = open_preprocessed(str(self.select_for), "nnUNetPlans", self.configuration_name)
-            self._selection = TransferSelection.prepare(
-                target, Path(self.output_folder), self.device, self.print_to_log_file
-            )
+    def build_network(self) -> nn.Module:
+        """Build the plans' network on the device, with outputs for the background and the leaves."""
+        labels, partial, levels = self.label_manager, self.partial_labels, self.enable_deep_supervision
+        outputs = labels.num_segmentation_heads if partial is None else partial.num_outputs
+        channels, configuration = self.num_input_channels, self.configuration_manager
+        network = self.build_network_architecture(self.plans_manager, configuration, channels, outputs, levels)
+        return cast("nn.Module", network.to(self.device))
 
-    def on_epoch_end(self) -> None:
-        """Also keep checkpoints for good, and score the periodic one, where the plans ask for it."""
-        super().on_epoch_end()
-        done = self.current_epoch
-        if done == self.num_epochs:  # checkpoint_final.pth is about to be written
-            return
-        if self.keep_every is not None and done % self.keep_every == 0:
-            self._save_finished_epoch(f"checkpoint_epoch_{done:04d}.pth")
-        if self.select_for is not None and done % self.save_every == 0:
-            self._score_epoch(done)
+    @property
+    def plain_network(self) -> STUNet:
+        """The network without the wrappers of PyTorch's that it may have."""
+        network = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
+        return cast("STUNet", network._orig_mod if isinstance(network, OptimizedModule) else network)
 
-    def on_train_end(self) -> None:
-        """Also score the final checkpoint, where the plans name a dataset to select for."""
-        super().on_train_end()
-        self._was_trained = True
-        if self._selection is not None:
-            self._selection.score(Path(self.output_folder, "checkpoint_final.pth"), self.current_epoch)
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Let the network give the logits of all levels or not, whatever it is wrapped in."""
+        self.plain_network.decoder.deep_supervision = enabled
 
-    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Predict the validation cases; after a training only where the plans do not say otherwise."""
-        if self._was_trained and not self.final_validation:
-            self.print_to_log_file("No final validation, as the plans have final_validation=false; --val runs it")
-            return
-        super().perform_actual_validation(save_probabilities)
+    def _do_i_compile(self) -> bool:
+        return not self.sharding.enabled and bool(super()._do_i_compile())
 
-    def _save_finished_epoch(self, name: str) -> Path:
-        path = Path(self.output_folder, name)
-        self.current_epoch -= 1  # save_checkpoint counts the epoch that is being finished
-        self.save_checkpoint(str(path))
-        self.current_epoch += 1
-        return path
+    def _set_batch_size_and_oversample(self) -> None:
+        whole = int(self.configuration_manager.batch_size)
+        mine = share_of_batch(whole, self.ranks)
+        self.batch_size = len(mine)
+        if self.ranks.size > 1:
+            # The samples that nnU-Net's loader would force to hold foreground, were it one for all.
+            first_forced = round(whole * (1 - self.oversample_foreground_percent))
+            self.oversample_foreground_percent = sum(i >= first_forced for i in mine) / len(mine)
 
-    def _score_epoch(self, done: int) -> None:
-        path = Path(self.output_folder, "checkpoint_latest.pth")
-        if self.is_divided:  # then that is a folder; all processes put together what one of them scores
-            path = self._save_finished_epoch("checkpoint_candidate.pth")
-        if self._selection is not None:
-            self._selection.score(path, done)
-            if self.is_divided:
-                path.unlink(missing_ok=True)
+    def configure_optimizers(self) -> tuple[Optimizer, Any]:
+        """Make nnU-Net's optimizer, its parameters grouped by the strategy, as small as the plans want it."""
+        if self.fine_tune == "full" and self.momentum_dtype == "fp32":
+            optimizer, schedule = super().configure_optimizers()
+        else:
+            network, epochs = self.plain_network, {"num_epochs": self.num_epochs, "warmup_epochs": self.warmup_epochs}
+            groups = parameter_groups(network, self.fine_tune, **epochs, layer_decay=self.layer_decay)
+            freeze_others(network, groups)
+            sgd = BF16MomentumSGD if self.momentum_dtype == "bf16" else torch.optim.SGD
+            named = [{"params": list(group.parameters), "name": group.name} for group in groups]
+            optimizer = sgd(named, self.initial_lr, weight_decay=self.weight_decay, momentum=0.99, nesterov=True)
+            schedule = GroupSchedule(optimizer, groups, self.initial_lr)
+        set_kernel(optimizer, fused=self.fused_optimizer)
+        return optimizer, schedule
+
+    def _build_loss(self) -> nn.Module:
+        loss: nn.Module = super()._build_loss()
+        if isinstance(loss, DeepSupervisionWrapper):
+            weights = np.array(loss.weight_factors)
+            weights[-1] = 0  # with several processes too, for which nnU-Net makes it 1e-6
+            loss.weight_factors = tuple(weights / weights.sum())
+        if self.label_manager.has_regions:
+            return loss
+        self.partial_loss = PartialDiceCELoss(
+            self.label_manager.num_segmentation_heads if self.partial_labels is None else self.partial_labels.members,
+            batch_dice=self.configuration_manager.batch_dice,
+            ignore_label=self.label_manager.ignore_label,
+            ddp=self.is_ddp,
+        )
+        if not isinstance(loss, DeepSupervisionWrapper):
+            return self.partial_loss
+        loss.loss = self.partial_loss
+        return cast("nn.Module", loss)
+
+    def _unused_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the head whose loss weighs nothing."""
+        return list(self.plain_network.decoder.seg_layers[0].parameters()) if self.enable_deep_supervision else []
+
+    def _stem_weight(self) -> Tensor:
+        return self.plain_network.get_parameter("encoder.stages.0.0.conv1.weight")
+
+    # Weights to start from
 
     def load_pretrained_weights(self, path: str | os.PathLike[str]) -> None:
-        """``-pretrained_weights``: all but the heads, as nnU-Net takes them, from a checked file and on any device.
-
-        Raises:
-            CheckpointError: Truncated, no checkpoint, asks for code to be run, or of another network.
-        """
+        """Load ``-pretrained_weights``: all but the heads, as nnU-Net does, from a checked file and on any device."""
         if not self.was_initialized:
             self.initialize()
-        network = self._plain_network()
         weights, own = (
             {key: value for key, value in state.items() if ".seg_layers." not in key}
-            for state in (read_checkpoint(path)["network_weights"], network.state_dict())
+            for state in (read_checkpoint(path)["network_weights"], self.plain_network.state_dict())
         )
         check_weights(weights, own, source=path)
-        network.load_state_dict(weights, strict=False)
+        self.plain_network.load_state_dict(weights, strict=False)
         self.print_to_log_file(f"Starting from the weights in {path}, all but the heads")
 
     def _start_from(self, path: str) -> None:
         if not torch.equal(self._stem_weight(), self._initial_stem):
             raise UsageError(
-                "pre-trained weights from two places",
-                got=f"-pretrained_weights, and {path} in the plans",
-                expected="one of them",
-                remedy="Leave -pretrained_weights out, or take plans without pretrained_weights.",
+                f"pre-trained weights from two places: leave -pretrained_weights out, or {path} in the plans"
             )
-        report = transfer_weights(
-            open_weights([path]), self._plain_network(), outputs_of(self.dataset_json), stem=self.stem, head=self.head
-        )
-        self._check_fresh_parts(report)
+        network, outputs = self.plain_network, outputs_of(self.dataset_json)
+        report = transfer_weights(open_weights([path]), network, outputs, stem=self.stem, head=self.head)
+        fresh, unused = {key: network.get_parameter(key) for key in report.fresh}, self._unused_parameters()
+        stuck = [key for key, p in fresh.items() if not p.requires_grad and all(p is not other for other in unused)]
+        if stuck:
+            listed = ", ".join(stuck[:4])
+            raise SettingsError(
+                f"fine_tune={self.fine_tune} never trains {listed}, random with stem={self.stem}: change one"
+            )
         self.print_to_log_file(f"Starting from {report.source}")
         for what, count, which in report.rows():
             self.print_to_log_file(f"  {what}: {count}{f' ({which})' if which else ''}", add_timestamp=False)
         if self.local_rank == 0:
             write_json(report.as_dict(), Path(self.output_folder) / "weight_transfer.json")
 
-    def _check_fresh_parts(self, report: TransferReport) -> None:
-        network, unused = self._plain_network(), {id(parameter) for parameter in self._unused_parameters()}
-        fresh = {key: network.get_parameter(key) for key in report.fresh}
-        frozen = [key for key, value in fresh.items() if not value.requires_grad and id(value) not in unused]
-        if frozen:
-            raise SettingsError(
-                f"random parameters that fine_tune={self.fine_tune} would never train",
-                got=", ".join(frozen[:4]),
-                expected="parameters from the source, or parameters that are trained",
-                remedy=f"Choose another stem than {self.stem}, or another strategy.",
-            )
+    def save_checkpoint(self, filename: str) -> None:
+        """Write a checkpoint; see :meth:`Checkpoints.save`."""
+        self.checkpoints.save(Path(filename), self.current_epoch + 1)  # nnU-Net saves before it counts the epoch
+
+    def load_checkpoint(self, filename_or_checkpoint: str | os.PathLike[str]) -> None:
+        """Resume from a checkpoint; see :meth:`Checkpoints.load`."""
+        self.checkpoints.load(Path(filename_or_checkpoint))
+
+    # Data
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """Make nnU-Net's loaders, which draw each case as often as the manifest says."""
+        augmenters: tuple[Any, Any] = super().get_dataloaders()
+        if self.partial_labels is not None:
+            for augmenter in augmenters:
+                single = isinstance(augmenter, SingleThreadedAugmenter)
+                loader = augmenter.data_loader if single else augmenter.generator
+                loader.sampling_probabilities = self.partial_labels.sampling_probabilities(list(loader.indices))
+                if not single and loader.sampling_probabilities is not None:
+                    augmenter.restart()  # its processes have a copy of the loader
+        return augmenters
+
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> ComposeTransforms:
+        """Make nnU-Net's augmentation, with nearest labels where these are wanted, or the same labels in less time."""
+        transforms: ComposeTransforms = nnUNetTrainer.get_training_transforms(*args, **kwargs)
+        for index, transform in enumerate(transforms.transforms):
+            if isinstance(transform, SpatialTransform) and self.nearest_labels:
+                transform.mode_seg = "nearest"
+            elif isinstance(transform, SpatialTransform):
+                transforms.transforms[index] = LocalLabelTransform.like(transform)
+        return transforms
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:  # noqa: N802 - nnU-Net's
+        """Take nnU-Net's choice, less the axes that must not be mirrored, in training or in prediction."""
+        *others, axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        left_right = list(self.plans_manager.transpose_forward).index(_LEFT_RIGHT_AXIS)
+        if len(self.configuration_manager.patch_size) == 2:
+            left_right -= 1  # slices along the first axis
+        if self.mirroring != "all":
+            axes = tuple(axis for axis in axes if self.mirroring == "no-left-right" and axis != left_right)
+        self.inference_allowed_mirroring_axes = axes or None  # prediction cannot do with an empty list
+        return *others, axes
+
+    # The training
+
+    def on_train_start(self) -> None:
+        """Also resume or start from weights, refuse what cannot be learned, and shard the network."""
+        if not self.was_initialized:
+            self.initialize()
+        self.checkpoints.resume_from_sharded()
+        if self.pretrained_weights is not None and not self.checkpoints.resumed:
+            self._start_from(self.pretrained_weights)
+        self.accumulation.check()
+        if self.partial_labels is not None:
+            cases, _ = self.do_split()
+            if not self.allow_unannotated:
+                self.partial_labels.check_every_leaf_is_annotated(cases)
+            self.print_to_log_file(self.partial_labels.describe(cases))
+        super().on_train_start()
+        if self.sharding.enabled and not self.sharding.active:
+            self.sharding.shard()
+        self.checkpoints.remove_leftovers()
+        if self.local_rank == 0 and self.select_for is not None:
+            self._selection = TransferSelection(self)
+
+    def plot_network_architecture(self) -> None:
+        """Plot the network, unless it is sharded: one process would wait for the others in it."""
+        if not self.sharding.active:
+            super().plot_network_architecture()
+
+    def on_epoch_start(self) -> None:
+        """Also draw this epoch's random numbers from the seed."""
+        super().on_epoch_start()
+        if self.seed is not None:
+            seed_everything(self.seed, self.ranks.rank, self.current_epoch)
 
     def on_train_epoch_start(self) -> None:
         """Also log the learning rate of each group where there are several."""
         super().on_train_epoch_start()
-        groups = self.optimizer.param_groups
         if self.fine_tune != "full":
-            rates = ", ".join(f"{group['name']} {group['lr']:.3g}" for group in groups)
+            rates = ", ".join(f"{group['name']} {group['lr']:.3g}" for group in self.optimizer.param_groups)
             self.print_to_log_file(f"Learning rates ({self.fine_tune}): {rates}")
 
-    def load_checkpoint(self, filename_or_checkpoint: str | os.PathLike[str]) -> None:
-        """Continue from a checkpoint, with the optimizer's kernel that the plans want, not that of the checkpoint."""
-        super().load_checkpoint(filename_or_checkpoint)
-        set_kernel(self.optimizer, fused=self.fused_optimizer)
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Take nnU-Net's step: a network, a loss that knows what the cases annotate, clipped gradients."""
+        whole = self._on_device(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.accumulation.backward(whole)
+        if self.grad_scaler is not None:
+            self.grad_scaler.unscale_(self.optimizer)
+        clip_grad_norm_(self.network.parameters(), 12)
+        if self.grad_scaler is not None:
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:
+            self.optimizer.step()
+        return {"loss": loss.detach().cpu().numpy()}
 
-    def _stem_weight(self) -> torch.Tensor:
-        return cast("torch.Tensor", self._plain_network().get_parameter("encoder.stages.0.0.conv1.weight"))
+    def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Return loss and hard counts of one batch; unannotated structures count neither as hit nor as miss."""
+        if self.label_manager.has_regions:
+            with self.precision(enabled=False):  # nnU-Net's own autocast, within, takes its type
+                return cast("dict[str, Any]", super().validation_step(batch))
+        whole = self._on_device(batch)
+        with self.precision():
+            output = self.network(whole.data)
+            loss = self.loss_of(output, whole)
+        logits, labels = (output[0], whole.target[0]) if isinstance(whole.target, list) else (output, whole.target)
+        ignore_label = self.label_manager.ignore_label
+        tp, fp, fn = count_voxels(logits, labels, annotated=whole.annotated, ignore_label=ignore_label)
+        return {"loss": loss.detach().cpu().numpy(), "tp_hard": tp, "fp_hard": fp, "fn_hard": fn}
+
+    def _on_device(self, batch: dict[str, Any]) -> Batch:
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(self.device, non_blocking=True)
+
+        target = batch["target"]
+        target = [moved(each) for each in target] if isinstance(target, list) else moved(target)
+        annotated = None if self.partial_labels is None else self.partial_labels.mask(batch["keys"])
+        return Batch(moved(batch["data"]), target, annotated)
+
+    def precision(self, *, enabled: bool = True) -> AbstractContextManager[Any]:
+        """Compute in half precision on CUDA alone, as nnU-Net does; in bf16 where the network is sharded."""
+        if self.device.type != "cuda":
+            return nullcontext()
+        return torch.autocast("cuda", dtype=torch.bfloat16 if self.sharding.active else None, enabled=enabled)
+
+    def loss_of(self, output: Any, batch: Batch) -> Tensor:
+        """Return the loss of a network's output, given what the cases annotate."""
+        known = nullcontext() if self.partial_loss is None else self.partial_loss.annotated_in(batch.annotated)
+        with known:
+            return cast("Tensor", self.loss(output, batch.target))
+
+    def on_epoch_end(self) -> None:
+        """Also keep checkpoints for good, and score the periodic one, where the plans ask for it."""
+        self.checkpoints.finish()  # the sharded one of the last epoch
+        super().on_epoch_end()
+        done, folder = self.current_epoch, Path(self.output_folder)
+        if done == self.num_epochs:  # checkpoint_final.pth is about to be written
+            return
+        if self.keep_every is not None and done % self.keep_every == 0:
+            self.checkpoints.save(folder / f"checkpoint_epoch_{done:04d}.pth", done)
+        if self.select_for is not None and done % self.save_every == 0:
+            self._score(folder / "checkpoint_latest.pth", done)
+
+    def _score(self, path: Path, done: int) -> None:
+        if self.sharding.active:  # then that is a folder; all processes gather what one of them scores
+            path = path.with_name("checkpoint_candidate.pth")
+            self.checkpoints.save(path, done)
+        if self._selection is not None:
+            self._selection.score(path, done)
+            path.with_name("checkpoint_candidate.pth").unlink(missing_ok=True)
+
+    def on_train_end(self) -> None:
+        """Also replace sharded checkpoints by nnU-Net's files, and score the final one where the plans want it."""
+        self.checkpoints.finish()
+        super().on_train_end()
+        self.checkpoints.replace_sharded()
+        self._was_trained = True
+        if self._selection is not None:
+            self._selection.score(Path(self.output_folder, "checkpoint_final.pth"), self.current_epoch)
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Predict the validation cases with the gathered network, each process cases of its own.
+
+        After a training only where the plans do not say otherwise. In ``summary.json`` what a case does not annotate
+        is null and left out of means.
+        """
+        if self._was_trained and not self.final_validation:
+            self.print_to_log_file("No final validation, as the plans have final_validation=false; --val runs it")
+            return
+        self.sharding.gather()
+        super().perform_actual_validation(save_probabilities)
+        if self.partial_labels is not None and self.local_rank == 0:
+            path = Path(self.output_folder, "validation", "summary.json")
+            summary, ending = json.loads(path.read_text(encoding="utf-8")), self.dataset_json["file_ending"]
+            masked = mask_summary(summary, self.partial_labels.manifest, file_ending=ending)
+            write_json(masked, path)
+            dice = masked["foreground_mean"]["Dice"]
+            text = "not defined" if dice is None else f"{dice:.4f}"
+            self.print_to_log_file(f"Mean Validation Dice over what the cases annotate: {text}")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images ``(B, C, X, Y[, Z])``, targets (a list with deep supervision), and what each case annotates."""
+
+    data: Tensor
+    target: Tensor | list[Tensor]
+    annotated: Tensor | None
+
+    def split(self, n: int) -> list[Batch]:
+        """Split it into micro-batches that differ by one case at most."""
+        bounds = [len(self.data) * i // n for i in range(n + 1)]
+        return [self] if n == 1 else [self._of(slice(*pair)) for pair in pairwise(bounds)]
+
+    def _of(self, cases: slice) -> Batch:
+        target = [t[cases] for t in self.target] if isinstance(self.target, list) else self.target[cases]
+        return Batch(self.data[cases], target, None if self.annotated is None else self.annotated[cases])
+
+
+class Accumulation:
+    """Gradients of a batch, accumulated over the plans' ``gradient_accumulation`` micro-batches.
+
+    The step is that of the whole batch: the loss of a micro-batch is weighed by what the whole batch annotates, which
+    is counted first. With ``batch_dice`` that takes the probabilities of the whole batch, so the network runs once
+    more for each micro-batch, without gradients.
+    """
+
+    def __init__(self, trainer: BaseSTUNetTrainer) -> None:
+        self._trainer = trainer
+
+    def check(self) -> None:
+        """Refuse micro-batches that cannot be."""
+        trainer, n = self._trainer, self._trainer.gradient_accumulation
+        # The same in each process, so that all of them stop: the smallest share of the batch.
+        smallest = int(trainer.configuration_manager.batch_size) // trainer.ranks.size
+        if n > smallest:
+            raise SettingsError(
+                f"gradient_accumulation={n} for {smallest} samples in a process: set it to at most {smallest}"
+            )
+        if n > 1 and trainer.partial_loss is None:
+            raise SettingsError(
+                f"gradient_accumulation={n} needs a loss without regions: set activation_checkpointing=all in its place"
+            )
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Add the gradients of a batch to the network's, scaled as the trainer scales them, and return its loss."""
+        trainer, partial_loss = self._trainer, self._trainer.partial_loss
+        micro_batches = batch.split(trainer.gradient_accumulation)
+        whole = None if len(micro_batches) == 1 else WholeBatch()
+        if whole is not None:
+            for micro_batch in micro_batches:
+                self._count(micro_batch, whole)
+        losses: list[Tensor] = []
+        for i, micro_batch in enumerate(micro_batches):
+            # Processes exchange gradients with the last micro-batch's, all at once.
+            is_last, network = i == len(micro_batches) - 1, trainer.network
+            waits = isinstance(network, DistributedDataParallel) and not is_last
+            with cast("DistributedDataParallel", network).no_sync() if waits else nullcontext():
+                part = nullcontext() if whole is None or partial_loss is None else partial_loss.as_part_of(whole)
+                with trainer.precision(), part:
+                    loss = trainer.loss_of(network(micro_batch.data), micro_batch)
+                scaled = loss if trainer.grad_scaler is None else trainer.grad_scaler.scale(loss)
+                torch.autograd.backward(scaled)
+            losses.append(loss.detach())
+        return sum(losses[:-1], losses[-1])
+
+    def _count(self, batch: Batch, whole: WholeBatch) -> None:
+        loss = self._trainer.partial_loss
+        assert loss is not None
+        with torch.no_grad(), self._trainer.precision(), loss.counted_in(whole):
+            # Targets stand in for logits where these are not read.
+            output = self._trainer.network(batch.data) if loss.counts_probabilities else batch.target
+            self._trainer.loss_of(output, batch)

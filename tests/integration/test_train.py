@@ -151,7 +151,7 @@ def in_pieces(shell: Shell) -> dict[str, Any]:
 
 
 def test_in_pieces_as_with_the_whole_network(in_pieces: dict[str, Any], undisturbed: dict[str, Any]) -> None:
-    assert "The network is divided among 2 processes" in in_pieces["log"]
+    assert "The network is sharded among 2 processes" in in_pieces["log"]
     # Few steps at a high rate, in which other orders of summation show; equality is tested with smaller rates.
     losses, theirs = (each["logging"]["train_losses"] for each in (in_pieces, undisturbed))
     assert losses == pytest.approx(theirs, rel=1e-4)
