@@ -17,8 +17,7 @@ from stunet.cli.import_steps import PREPROCESSED, new_dataset, print_failures, p
 from stunet.cli.unions import union
 
 if TYPE_CHECKING:
-    from stunet.datasets import ImportReport, TotalSegmentatorSource
-    from stunet.datasets.mask_import import OnCase
+    from stunet.datasets import ImportReport, OnCase, TotalSegmentatorSource
 
 __all__ = ["app"]
 

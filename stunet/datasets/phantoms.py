@@ -12,16 +12,6 @@ import numpy.typing as npt
 
 from stunet.files import write_json
 
-__all__ = [
-    "PHANTOM_LABELS",
-    "Contrast",
-    "Phantom",
-    "make_phantom",
-    "phantom_labels",
-    "write_phantom_dataset",
-    "write_phantom_masks",
-]
-
 Volume = npt.NDArray[np.float32]
 
 _SHAPE = (24, 48, 56)  # voxels, z y x

@@ -2,21 +2,84 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import msgspec
+import yaml
+
 from stunet.errors import LabelError
+from stunet.forms import FormError, Name, decode, read_document
 from stunet.labels.aliases import PARTS, canonical_name, canonical_parts
-from stunet.labels.manifest import check_names
-from stunet.labels.mapping_files import close_names, refuse_mapping
-from stunet.labels.union_mapping import UnionMapping
-from stunet.labels.vocabularies import load_vocabulary
+from stunet.labels.labels import BACKGROUND, IGNORE, check_names, load_vocabulary
 
-__all__ = ["BACKGROUND", "IGNORE", "LabelUnion", "merge_labels"]
+_HEADER = """\
+# Which structure of the union each label of a source is: edit, and give it back with --mapping.
+# Labels that are left out keep the name that they get without this file. "background" drops a label, as if its voxels
+# were background; "ignore" leaves its voxels out of training.
+# superclasses: structures that stand for others, for sources that do not tell these apart. Where this key is present,
+# it holds all of them; where it is absent, they are found by their names.
+"""
 
-BACKGROUND, IGNORE = "background", "ignore"
+
+_REMEDY = "say what they are under superclasses of a mapping file (--mapping)"
+
+
+class _Mapping(msgspec.Struct, forbid_unknown_fields=True):
+    sources: dict[int | Name, dict[Name, Name] | None] | None = None
+    superclasses: dict[Name, list[Name]] | msgspec.UnsetType | None = msgspec.UNSET
+
+
+@dataclass(frozen=True)
+class UnionMapping:
+    """The content of a mapping file.
+
+    Attributes:
+        sources: Structure of the union by label, by the source's name or id as it stands in the file.
+        superclasses: Members by superclass, superclasses among them where they are nested; None where the file does
+            not mention them.
+        path: The file.
+    """
+
+    sources: Mapping[str | int, Mapping[str, str]]
+    superclasses: Mapping[str, Sequence[str]] | None
+    path: str
+
+
+def read_mapping(path: str | os.PathLike[str]) -> UnionMapping:
+    """Read a mapping file and check its form. Nothing in it is run.
+
+    Raises:
+        LabelError: Missing, not YAML, a key twice, or of another form than :func:`dump_mapping` writes.
+    """
+    try:
+        content: _Mapping = decode(read_document(path), _Mapping)
+    except FormError as error:
+        remedy = (
+            "correct the file: names between quotes, one for each label; list under superclasses what it stands for"
+        )
+        raise LabelError(f"{path}: {error}; {remedy}") from error
+    sources = {source: labels or {} for source, labels in (content.sources or {}).items()}
+    unset = isinstance(content.superclasses, msgspec.UnsetType)
+    return UnionMapping(sources, None if unset else content.superclasses or {}, str(path))
+
+
+def dump_mapping(mapping: Mapping[str, Mapping[str, str]], superclasses: Mapping[str, tuple[str, ...]]) -> str:
+    """Write a mapping as YAML that :func:`read_mapping` reads.
+
+    Args:
+        mapping: Structure by label, by source.
+        superclasses: Members by superclass.
+    """
+    content = {
+        "sources": {source: dict(labels) for source, labels in mapping.items()},
+        "superclasses": {name: list(members) for name, members in superclasses.items()},
+    }
+    return f"{_HEADER}{yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)}"
 
 
 @dataclass(frozen=True)
@@ -75,6 +138,10 @@ def merge_labels(
 ) -> LabelUnion:
     """Merge the labels of several datasets.
 
+    >>> union = merge_labels({"Dataset001_A": ["Left Kidney", "kidney_right"], "Dataset002_B": ["kidneys", "liver"]})
+    >>> union.labels, union.superclasses["kidney"]
+    ({'background': 0, 'kidney_left': 1, 'kidney_right': 2, 'liver': 3, 'kidney': 4}, ('kidney_left', 'kidney_right'))
+
     Labels whose names mean the same (:func:`canonical_name`) are one structure. It is called as TotalSegmentator calls
     it, or, where that has no name for it, as the first source that has it does. Where spelling cannot tell two labels
     of one source apart, both keep their names. A structure is a superclass where the union has all its parts (left and
@@ -97,13 +164,8 @@ def merge_labels(
     has_ignore = has_ignore or IGNORE in structures
     structures = [name for name in structures if name not in (BACKGROUND, IGNORE)]
     if not structures:
-        raise LabelError(
-            "a union without structures",
-            got="labels that are all background",
-            expected="at least one structure",
-            remedy="Correct the mapping.",
-        )
-    check_names(structures)
+        raise LabelError("a union whose labels are all background: keep at least one structure in the mapping")
+    check_names(structures, "the union")
     if overrides is not None and overrides.superclasses is not None:
         superclasses = _flatten(overrides.superclasses, structures, overrides.path)
     else:
@@ -119,19 +181,15 @@ def merge_labels(
 
 def _bind_overrides(sources: Mapping[str, Sequence[str]], overrides: UnionMapping | None) -> dict[str, dict[str, str]]:
     bound: dict[str, dict[str, str]] = {}
-    for key, labels in (overrides.sources if overrides is not None else {}).items():
+    for key, labels in overrides.sources.items() if overrides is not None else ():
         path = overrides.path if overrides is not None else ""
         matches = [s for s in sources if s == key or (isinstance(key, int) and s.startswith(f"Dataset{key:03d}_"))]
         if not matches or matches[0] in bound:
-            got = f"source {key} twice" if matches else f"unknown source {key!r}{_similar(str(key), sources)}"
-            raise refuse_mapping(path, got, f"each of {', '.join(sources)} at most once")
-        for label in labels:
-            if label not in sources[matches[0]]:
-                raise refuse_mapping(
-                    path,
-                    f"sources, {key} has the unknown structure {label!r}{_similar(label, sources[matches[0]])}",
-                    "labels that the dataset.json of the source lists, without background and ignore",
-                )
+            found = f"source {key} twice" if matches else f"the unknown source {key!r}{_similar(str(key), sources)}"
+            raise LabelError(f"{path} has {found}: list each of {', '.join(sources)} at most once")
+        if unknown := next((label for label in labels if label not in sources[matches[0]]), None):
+            similar = _similar(unknown, sources[matches[0]])
+            raise LabelError(f"{path}: source {key} has the unknown structure {unknown!r}{similar}")
         bound[matches[0]] = dict(labels)
     return bound
 
@@ -174,12 +232,8 @@ def _translate(
             if name in (BACKGROUND, IGNORE) or parts == (name,):
                 continue
             if translated.setdefault(name, parts) != parts or name in parts or {BACKGROUND, IGNORE} & set(parts):
-                raise LabelError(
-                    "a superclass of unclear meaning",
-                    got=f"{name}: {', '.join(parts)} in {source}; {', '.join(translated[name])} before",
-                    expected="the same members, all of them structures of the union, wherever it occurs",
-                    remedy="Say what it is under superclasses of a mapping file (--mapping).",
-                )
+                both = f"{', '.join(parts)} in {source}, {', '.join(translated[name])} before"
+                raise LabelError(f"superclass {name} of unclear meaning ({both}): {_REMEDY}")
     return translated
 
 
@@ -198,7 +252,7 @@ def _find_superclasses(
     def divide(name: str, above: tuple[str, ...]) -> tuple[set[str], list[str]]:
         """The leaves that a structure consists of, and the parts that the union lacks."""
         if name in above:
-            raise _refuse_cycle("the sources' manifests", (*above, name))
+            raise LabelError(f"superclasses of the sources go round, {' → '.join((*above, name))}: {_REMEDY}")
         found: set[str] = set()
         lacking: list[str] = []
         for part in parts_of(name):
@@ -228,29 +282,20 @@ def _refuse_part(
     source = next(s for s, labels in mapping.items() if name in labels.values())
     label = next(label for label, structure in mapping[source].items() if structure == name)
     return LabelError(
-        "a structure that contains another",
-        got=f"{name} ({where(name)}) contains {parts[0]} ({where(parts[0])}), and no source has {lacking[0]}",
-        expected="structures that do not overlap, or all parts of the larger one, which makes it a superclass",
-        remedy=f"Say what it is in a mapping file (--mapping), for example: sources: {{{source}: {{{label}: ignore}}}}",
+        f"{name} ({where(name)}) contains {parts[0]} ({where(parts[0])}), and no source has {lacking[0]}: "
+        f"say what it is in a mapping file (--mapping), for example sources: {{{source}: {{{label}: ignore}}}}"
     )
 
 
 def _flatten(
-    superclasses: Mapping[str, tuple[str, ...]], structures: Sequence[str], path: str
+    superclasses: Mapping[str, Sequence[str]], structures: Sequence[str], path: str
 ) -> dict[str, tuple[str, ...]]:
     def leaves_of(name: str, above: tuple[str, ...]) -> set[str]:
         if name in above:
-            raise refuse_mapping(
-                path,
-                f"superclasses go round: {' → '.join((*above, name))}",
-                "superclasses that do not contain themselves",
-            )
+            raise LabelError(f"{path}: superclasses go round, {' → '.join((*above, name))}: none may contain itself")
         if name not in structures:
-            raise refuse_mapping(
-                path,
-                f"superclasses has the unknown structure {name!r}{_similar(name, structures)}",
-                "structures that a label of a source is",
-            )
+            similar = _similar(name, structures)
+            raise LabelError(f"{path}: superclasses has the unknown structure {name!r}{similar}: name what a label is")
         if name not in superclasses:
             return {name}
         return {leaf for member in superclasses[name] for leaf in leaves_of(member, (*above, name))}
@@ -259,8 +304,8 @@ def _flatten(
     for name, members in superclasses.items():
         leaves = leaves_of(name, ())
         if len(leaves) < 2 or len(set(members)) < len(members):
-            got = f"{len(leaves)} members" if len(leaves) < 2 else "a member twice"
-            raise refuse_mapping(path, f"superclasses, {name} has {got}", "two or more, each once")
+            found = f"{len(leaves)} members" if len(leaves) < 2 else "a member twice"
+            raise LabelError(f"{path}: superclass {name} has {found}: list two or more, each once")
         flat[name] = tuple(leaves)
     return flat
 
@@ -268,25 +313,11 @@ def _flatten(
 def _check_same_members(superclasses: Mapping[str, Sequence[str]]) -> None:
     seen: dict[frozenset[str], str] = {}
     for name, leaves in superclasses.items():
-        other = seen.setdefault(frozenset(leaves), name)
-        if other != name:
-            raise LabelError(
-                "two superclasses of the same members",
-                got=f"{other} and {name}: {', '.join(sorted(leaves))}",
-                expected="one name for one structure",
-                remedy="Give them one name in a mapping file (--mapping).",
-            )
-
-
-def _refuse_cycle(place: str, names: tuple[str, ...]) -> LabelError:
-    return LabelError(
-        "superclasses that go round",
-        got=f"{place}: {' → '.join(names)}",
-        expected="superclasses that do not contain themselves",
-        remedy="Say what they are under superclasses of a mapping file (--mapping).",
-    )
+        if (other := seen.setdefault(frozenset(leaves), name)) != name:
+            members = ", ".join(sorted(leaves))
+            raise LabelError(f"{other} and {name} have the same members ({members}): give them one name (--mapping)")
 
 
 def _similar(name: str, known: Iterable[str]) -> str:
-    close = close_names(name, known)
+    close = difflib.get_close_matches(name, list(known), 1)
     return f" (did you mean {close[0]!r}?)" if close else ""
