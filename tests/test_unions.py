@@ -144,7 +144,7 @@ def test_an_empty_list_of_superclasses_makes_leaves(tmp_path: Path) -> None:
         ("superclasses: {kidney: [liver, kidney_left], liver: [kidney, kidney_right]}", "kidney → liver → kidney"),
         ("superclasses: {kidney: [kidney_left, background]}", "unknown structure 'background'"),
         ("superclasses: {kidney: [kidney_left, kidney_right], liver: [kidney_left, kidney_right]}", "same members"),
-        ("sources: {4: {kidney: [kidney_left, kidney_right]}}", r"sources\[4\]\['kidney'\]: .*got array.*list under superclasses"),
+        ("sources: {4: {kidney: [kidney_left, kidney_right]}}", r"sources\[4\]\['kidney'\]: .*got array.*superclasses"),
         ("sources: {4: {kidney: no}}", r"sources\[4\]\['kidney'\]: .*got bool.*quotes"),
         ("sources: {4: {1: kidney}}", r"a key of sources\[4\]: .*got int.*quotes"),
         ("sources: {4: {kidney: a, kidney: b}}", "duplicate key 'kidney'"),
