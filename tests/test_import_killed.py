@@ -56,7 +56,7 @@ def test_killed_at_each_change_and_continued(tmp_path: Path, after: bool) -> Non
         assert contents(root) == expected, moment
         shutil.rmtree(root)
         moment += 1
-    assert moment > 20
+    assert moment > 15
     assert dataset_seen_late
 
 
@@ -68,7 +68,7 @@ def test_killed_while_a_finished_import_is_run_again(tmp_path: Path) -> None:
         run(source, tmp_path / "whole")
         assert contents(tmp_path / "whole") == expected, moment
         moment += 1
-    assert moment > 10
+    assert moment >= 8
 
 
 def test_killed_while_something_else_is_imported_over_it(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_killed_while_something_else_is_imported_over_it(tmp_path: Path) -> None
         assert contents(root / "Dataset101_T") == expected, moment
         shutil.rmtree(root)
         moment += 1
-    assert moment > 20
+    assert moment > 15
 
 
 def test_killed_and_continued_without_a_case(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_killed_and_continued_without_a_case(tmp_path: Path) -> None:
             assert contents(root) == contents(tmp_path / "fresh"), moment
         shutil.rmtree(root)
         moment += 1
-    assert moment > 20
+    assert moment > 15
 
 
 def test_killed_often_without_ever_ending(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_a_bad_label_map_is_named_and_stops_no_other(raw: Path, damage: Callable
         ({"labels": {"background": 0, "a": [1, 2], "b": 2}}, r"Dataset123_B: a is a region, \[1, 2\]"),
         ({"labels": {"background": 0, "a": 1, "A": 2}}, r"Dataset123_B: 'a' and 'A'"),
         ({"manifest": {"cases": {"x": ["lung"]}}}, r"Dataset123_B/annotated_labels.json.*unknown structure 'lung'"),
-        ({"cases": ["x", "X"]}, "Dataset123_B: cases x and X"),
+        ({"cases": ["x", "X"]}, "Dataset123_B: 'x' and 'X'"),
     ],
 )
 def test_sources_that_do_not_fit(raw: Path, options: dict[str, Any], expected: str) -> None:
@@ -128,7 +128,7 @@ def test_a_case_that_annotates_a_superclass_and_a_member(raw: Path) -> None:
 def test_a_structure_annotated_nowhere(raw: Path) -> None:
     manifest = {"cases": {"x": ["kidneys", "Spleen"]}}
     write_raw(raw / NAMES[1], B_LABELS, ["x"], manifest=manifest)
-    with pytest.raises(DatasetError, match=r"no case annotates liver tumour.*--allow-unannotated"):
+    with pytest.raises(DatasetError, match=r"no training case annotates liver tumour.*--allow-unannotated"):
         run(raw)
     assert not (raw / "Dataset700_U").exists()
     run(raw, allow_unannotated=True)
@@ -201,5 +201,5 @@ def test_killed_at_each_change_and_continued(raw: Path, after: bool, broken: boo
             assert there.items() <= expected.items()
         run(raw, **options)
         assert contents(raw / "Dataset700_U") | contents(raw / "preprocessed") == expected, moment
-    assert moment > 15
+    assert moment > 12
     assert dataset_seen

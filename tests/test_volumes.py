@@ -11,7 +11,7 @@ import pytest
 import SimpleITK as sitk
 from masks import AFFINE, SHAPE, save
 
-from stunet.datasets import MergedMasks, merge_masks
+from stunet.datasets.totalsegmentator import MergedMasks, merge_masks
 from stunet.errors import DatasetError
 from stunet.volumes import check_same_grid, count_labels, read_volume, write_labels
 

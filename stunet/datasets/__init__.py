@@ -1,17 +1,8 @@
 """Datasets in nnU-Net's raw layout that stunet makes or imports."""
 
 from stunet.datasets.imports import ImportReport, dataset_folder
-from stunet.datasets.phantoms import (
-    PHANTOM_LABELS,
-    Contrast,
-    Phantom,
-    make_phantom,
-    phantom_labels,
-    write_phantom_dataset,
-    write_phantom_masks,
-)
+from stunet.datasets.phantoms import PHANTOM_LABELS, make_phantom, write_phantom_dataset, write_phantom_masks
 from stunet.datasets.raw import (
-    SPLITS_NAME,
     RawDataset,
     case_names,
     check_hold_out,
@@ -28,13 +19,11 @@ from stunet.datasets.raw import (
 )
 from stunet.datasets.totalsegmentator import (
     KNOWN_BAD_CASES,
-    MergedMasks,
     OnCase,
     SourceCase,
     TotalSegmentatorSource,
     choose_structures,
     import_cases,
-    merge_masks,
     read_totalsegmentator,
 )
 from stunet.datasets.unions import (
@@ -51,12 +40,8 @@ from stunet.datasets.unions import (
 __all__ = [
     "KNOWN_BAD_CASES",
     "PHANTOM_LABELS",
-    "SPLITS_NAME",
-    "Contrast",
     "ImportReport",
-    "MergedMasks",
     "OnCase",
-    "Phantom",
     "RawDataset",
     "SourceCase",
     "TotalSegmentatorSource",
@@ -72,9 +57,7 @@ __all__ = [
     "import_cases",
     "import_union",
     "make_phantom",
-    "merge_masks",
     "merge_sources",
-    "phantom_labels",
     "plane_names",
     "read_annotations",
     "read_image",

@@ -1,4 +1,4 @@
-"""What every import does: write cases atomically, resume what was interrupted, and describe the dataset at the end."""
+"""What every import does: write cases atomically, resume what was interrupted, and describe the dataset at last."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from stunet.datasets.raw import SPLITS_NAME, sync_to_preprocessed
 from stunet.errors import DatasetError, STUNetError, UsageError
 from stunet.files import atomic_path, fingerprint, locked, naming_file, remove_leftovers, write_json_files
-from stunet.labels import MANIFEST_NAME, order_manifest
+from stunet.labels.annotations import MANIFEST_NAME, order_manifest
 from stunet.processes import run_jobs
 
 REPORT_NAME = "import_report.json"
@@ -74,8 +75,8 @@ class ImportReport:
     left_out: list[str]
     failed: dict[str, STUNetError]
     kept: list[str]
-    has_folds: bool = False
-    stale: list[Path] = field(default_factory=list)
+    has_folds: bool
+    stale: list[Path]
 
     @property
     def splits(self) -> dict[str, str]:
@@ -90,30 +91,6 @@ class ImportReport:
             for loser, winners in record.get("overlaps", {}).items():
                 total.update({(loser, winner): n for winner, n in winners.items()})
         return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
-
-    def mention_failures(self) -> str:
-        """Return the end of a sentence about what is missing: cases that failed may be why."""
-        if not self.failed:
-            return ""
-        name, error = next(iter(self.failed.items()))
-        return f" ({len(self.failed)} cases failed, {name} first: {error})"
-
-
-@dataclass(frozen=True)
-class DatasetFiles:
-    """The files of a dataset that are no cases.
-
-    Attributes:
-        manifest: What the cases annotate.
-        fold: Cases to ``train`` and to ``val``; where either is missing nnU-Net makes five folds of its own.
-        dataset_json: Content of ``dataset.json``.
-        report: What the report says besides.
-    """
-
-    manifest: Mapping[str, Any]
-    fold: Mapping[str, Sequence[str]]
-    dataset_json: Mapping[str, Any]
-    report: Mapping[str, Any] = field(default_factory=dict)
 
 
 def case_files(folder: Path, case: str, split: str = "train", ending: str = ENDING) -> tuple[Path, Path]:
@@ -145,74 +122,29 @@ def dataset_folder(dataset_id: int, name: str, *, raw: Path, others: Collection[
     return raw / full_name
 
 
-def run_import(
-    folder: Path,
-    settings: Mapping[str, Any],
-    cases: Sequence[ImportCase],
-    describe: Callable[[ImportReport], DatasetFiles],
+def check_annotated(
+    structures: Iterable[str],
+    annotated: Iterable[Collection[str]],
+    remedy: str,
     *,
-    outputs_of: Callable[[str, Record], Sequence[Path]],
-    left_out: list[str],
-    failed: Mapping[str, STUNetError],
-    may_keep: Callable[[str], bool],
-    preprocessed: str | os.PathLike[str] | None,
-    num_processes: int,
-    on_case: Callable[[str, bool], None],
-) -> ImportReport:
-    """Import cases, or resume an import with the same settings into the same folder.
-
-    Args:
-        folder: The dataset's folder in ``nnUNet_raw``.
-        settings: What a later run must agree with.
-        cases: The cases.
-        describe: Checks what was imported, and says what the dataset's other files hold.
-        outputs_of: The files of a case of an earlier run.
-        left_out: Cases left out, for the report.
-        failed: Cases that could not even be tried.
-        may_keep: Whether a case of an earlier run that this one could not import may stay: its copy may be all that is
-            left of it.
-        preprocessed: nnU-Net's ``nnUNet_preprocessed``, where manifest and folds are needed too.
-        num_processes: Cases at a time.
-        on_case: Called as a case is done, with its name and whether an earlier run had finished it.
+    superclasses: Mapping[str, Collection[str]] = MappingProxyType({}),
+    failed: Mapping[str, STUNetError] = MappingProxyType({}),
+) -> None:
+    """Check that training cases annotate each structure, be it as a member of a superclass.
 
     Raises:
-        DatasetError: The folder holds something else, or files that no import wrote.
-        CommandError: Another import is at work there.
+        DatasetError: One is not annotated; mentions the cases that failed, as they may be why.
     """
-    with _claimed(folder, settings, [case.name for case in cases]) as (earlier, began, note):
-        records, failed, reused = {}, dict(failed), 0
-        jobs = [replace(case, earlier=earlier.get(case.name)) for case in cases]
-        for job, result in run_jobs(import_case, jobs, num_processes=num_processes):
-            if isinstance(result, STUNetError):
-                failed[job.name] = result
-            else:
-                records[job.name], again = result
-                reused += again
-                note({"case": job.name, "record": result[0]})
-            on_case(job.name, not isinstance(result, STUNetError) and result[1])
-        old = {name: record for name, record in earlier.items() if name not in records and may_keep(name)}
-        kept = {name: record for name, record in sorted(old.items()) if _is_whole(record, outputs_of(name, record))}
-        records = dict(sorted({**records, **kept}.items()))
-        report = ImportReport(folder, records, reused, left_out, dict(sorted(failed.items())), list(kept))
-        files = describe(report)
-        _tidy(folder, report.splits, began, str(files.dataset_json["file_ending"]))
-        has_folds = bool(files.fold.get("train") and files.fold.get("val"))
-        if not has_folds:
-            (folder / SPLITS_NAME).unlink(missing_ok=True)
-        content = {
-            **settings,
-            "left_out": left_out,
-            "failed": {name: str(error) for name, error in report.failed.items()},
-            "kept": report.kept,
-            **files.report,
-            "cases": records,
-        }
-        manifest = order_manifest(files.manifest, source=str(folder / MANIFEST_NAME))
-        splits = {folder / SPLITS_NAME: [files.fold]} if has_folds else {}
-        last = {folder / REPORT_NAME: content, folder / "dataset.json": files.dataset_json}  # which makes it a dataset
-        write_json_files({folder / MANIFEST_NAME: manifest, **splits, **last})
-        stale = _sync(folder, preprocessed)
-    return replace(report, has_folds=has_folds, stale=stale)
+    names = {name for each in annotated for name in each}
+    covered = names | {leaf for name in names for leaf in superclasses.get(name, ())}
+    missing = [name for name in structures if name not in covered]
+    if missing:
+        why = "".join(f" ({len(failed)} cases failed, {name} first: {failed[name]})" for name in [*failed][:1])
+        shown = ", ".join(missing[:5]) + " …" * (len(missing) > 5)
+        raise DatasetError(
+            f"no training case annotates {shown}{why}, and nothing else could teach it: "
+            f"{remedy}, or keep it with --allow-unannotated"
+        )
 
 
 def import_case(case: ImportCase) -> tuple[Record, bool]:
@@ -233,38 +165,153 @@ def _is_whole(record: Record, outputs: Sequence[Path]) -> bool:
     return all(path.exists() for path in outputs) and record.get("output") == fingerprint(outputs)
 
 
-@contextmanager
-def _claimed(
-    folder: Path, settings: Mapping[str, Any], cases: Collection[str]
-) -> Iterator[tuple[dict[str, Record], set[str], Callable[[Record], None]]]:
-    """Make a folder ours for one import, new or resumed.
+class DatasetImport:
+    """An import at work in a dataset's folder; made by :func:`importing`.
 
-    ``dataset.json`` is removed at the start, since cases may change; the block writes it at its end. A journal of
-    finished cases disappears when the block ends without an error; the lock file stays.
-
-    Yields:
-        Records of earlier runs; names of all cases that any run has begun; and what appends to the journal.
+    Attributes:
+        records: Record of each case, of this run and of earlier ones.
+        failed: Errors of the cases that could not be imported.
     """
-    journal = folder / _JOURNAL
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder, self._settings, self._journal = folder, settings, folder / _JOURNAL
+        self.records, self._began = _read_state(folder, settings)
+        self.failed: dict[str, STUNetError] = {}
+        self._kept: list[str] = []
+        self._reused = 0
+
+    def begin(self, cases: Iterable[str]) -> None:
+        """Note in the journal what is known of earlier runs, and the names of the cases to come."""
+        self._began |= set(cases)
+        lines = [{**self._settings, "began": sorted(self._began)}]
+        lines += [{"case": name, "record": record} for name, record in self.records.items()]
+        with atomic_path(self._journal) as temporary:
+            temporary.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+        (self.folder / "dataset.json").unlink(missing_ok=True)  # cases may change
+
+    def run(
+        self,
+        cases: Sequence[ImportCase],
+        outputs_of: Callable[[str, Record], Sequence[Path]],
+        *,
+        may_keep: Callable[[str], bool],
+        num_processes: int,
+        on_case: Callable[[str, bool], None],
+    ) -> None:
+        """Import cases.
+
+        Args:
+            cases: The cases.
+            outputs_of: The files of a case of an earlier run.
+            may_keep: Whether a case of an earlier run that this one could not import may stay: its copy may be all
+                that is left of it.
+            num_processes: Cases at a time.
+            on_case: Called as a case is done, with its name and whether an earlier run had finished it.
+        """
+        jobs = [replace(case, earlier=self.records.get(case.name)) for case in cases]
+        done: dict[str, Record] = {}
+        with self._journal.open("a", encoding="utf-8") as journal:
+            for job, result in run_jobs(import_case, jobs, num_processes=num_processes):
+                if isinstance(result, STUNetError):
+                    self.failed[job.name] = result
+                    on_case(job.name, False)
+                    continue
+                done[job.name], reused = result
+                self._reused += reused
+                with naming_file(self._journal):
+                    print(json.dumps({"case": job.name, "record": result[0]}), file=journal, flush=True)
+                on_case(job.name, reused)
+        old = {name: record for name, record in self.records.items() if name not in done and may_keep(name)}
+        kept = {name: record for name, record in sorted(old.items()) if _is_whole(record, outputs_of(name, record))}
+        self._kept, self.failed = list(kept), dict(sorted(self.failed.items()))
+        self.records = dict(sorted({**done, **kept}.items()))
+
+    def finish(
+        self,
+        *,
+        manifest: Mapping[str, Any],
+        fold: Mapping[str, Sequence[str]],
+        dataset_json: Mapping[str, Any],
+        left_out: list[str],
+        preprocessed: str | os.PathLike[str] | None,
+    ) -> ImportReport:
+        """Write the files that are no cases, ``dataset.json`` last, since it makes them a dataset.
+
+        Args:
+            manifest: What the cases annotate.
+            fold: Cases to ``train`` and to ``val``; where either is missing nnU-Net makes five folds of its own.
+            dataset_json: Content of ``dataset.json``.
+            left_out: Cases left out because they annotate none of the structures.
+            preprocessed: nnU-Net's ``nnUNet_preprocessed``, where manifest and folds are needed too.
+
+        Raises:
+            DatasetError: The folder holds files that no import wrote.
+        """
+        folder, has_folds = self.folder, bool(fold.get("train") and fold.get("val"))
+        report = ImportReport(folder, self.records, self._reused, left_out, self.failed, self._kept, has_folds, [])
+        self._tidy(report.splits, str(dataset_json["file_ending"]))
+        if not has_folds:
+            (folder / SPLITS_NAME).unlink(missing_ok=True)
+        overlaps: dict[str, dict[str, int]] = {}
+        for (loser, winner), n in sorted(report.overlaps.items()):
+            overlaps.setdefault(loser, {})[winner] = n
+        content = {
+            **self._settings,
+            "left_out": left_out,
+            "failed": {name: str(error) for name, error in self.failed.items()},
+            "kept": self._kept,
+            **({"overlaps": overlaps} if "kind" not in self._settings else {}),
+            "cases": self.records,
+        }
+        files: dict[Path, Any] = {folder / MANIFEST_NAME: order_manifest(manifest, source=str(folder / MANIFEST_NAME))}
+        files |= {folder / SPLITS_NAME: [fold]} if has_folds else {}
+        write_json_files({**files, folder / REPORT_NAME: content, folder / "dataset.json": dataset_json})
+        if preprocessed is not None:
+            for name in (MANIFEST_NAME, SPLITS_NAME):
+                remove_leftovers(Path(preprocessed) / folder.name, name)
+            report.stale.extend(sync_to_preprocessed(folder, Path(preprocessed) / folder.name))
+        return report
+
+    def _tidy(self, splits: Mapping[str, str], ending: str) -> None:
+        """Remove files of cases that an import began and that are not part of the dataset, or of another part now."""
+        for part in ("Tr", "Ts"):
+            mine = {name for name, split in splits.items() if (split == "test") == (part == "Ts")}
+            for kind, tail in (("images", f"_0000{ending}"), ("labels", ending)):
+                sub = self.folder / f"{kind}{part}"
+                for path in sorted(sub.iterdir()) if sub.is_dir() else ():
+                    case = path.name.removesuffix(tail)
+                    if case not in self._began or not path.name.endswith(tail):
+                        raise DatasetError(f"the import did not write {path}: move it elsewhere and run again")
+                    if case not in mine:
+                        path.unlink()
+                if sub.is_dir() and not any(sub.iterdir()):
+                    sub.rmdir()
+
+
+@contextmanager
+def importing(folder: Path, settings: Mapping[str, Any], cases: Iterable[str]) -> Iterator[DatasetImport]:
+    """Make a folder ours for one import, new or resumed, for the length of the block.
+
+    ``dataset.json`` is removed at the start. A journal of finished cases disappears when the block ends without an
+    error; the lock file stays.
+
+    Args:
+        folder: The dataset's folder in ``nnUNet_raw``.
+        settings: What earlier runs must agree with.
+        cases: Names of the cases to come.
+
+    Raises:
+        DatasetError: The folder holds something else, or an import with other settings.
+        CommandError: Another import is at work there.
+    """
     _read_state(folder, settings)  # before anything is written there
     with locked(folder / _LOCK, "import into the same dataset"):
-        records, began = _read_state(folder, settings)  # another import may have ended in between
+        work = DatasetImport(folder, settings)  # another import may have ended in between
         for sub in ("imagesTr", "labelsTr", "imagesTs", "labelsTs", "."):
             remove_leftovers(folder / sub, "*")
-        began |= set(cases)
-        lines = [{**settings, "began": sorted(began)}, *({"case": n, "record": r} for n, r in records.items())]
-        with atomic_path(journal) as temporary:
-            temporary.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-        (folder / "dataset.json").unlink(missing_ok=True)
-        with journal.open("a", encoding="utf-8") as file:
-
-            def note(line: Record) -> None:
-                with naming_file(journal):
-                    file.write(f"{json.dumps(line)}\n")
-                    file.flush()
-
-            yield records, began, note
-        journal.unlink()
+        work.begin(cases)
+        yield work
+        (folder / _JOURNAL).unlink()
 
 
 def _read_state(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Record], set[str]]:
@@ -278,12 +325,8 @@ def _read_state(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Re
         known = _parse((folder / REPORT_NAME).read_text(encoding="utf-8"))
         records = known.get("cases", {})
     others = [key for key in settings if known.get(key) != settings[key]]
-    left = (
-        [path for path in folder.iterdir() if not path.name.lstrip(".").startswith("import.")]
-        if folder.is_dir()
-        else []
-    )
-    if others and (known or left):
+    present = folder.iterdir() if folder.is_dir() else ()
+    if others and (known or any(not path.name.lstrip(".").startswith("import.") for path in present)):
         found = f"an import with other {', '.join(others)}" if known else "no import of this kind"
         raise DatasetError(f"{folder} is there already, {found}: choose another id with -d, or remove the folder")
     return records, {*known.get("began", ()), *records}
@@ -294,28 +337,3 @@ def _parse(text: str) -> dict[str, Any]:
         return dict(json.loads(text))
     except (ValueError, TypeError):  # a line whose writing was interrupted
         return {}
-
-
-def _tidy(folder: Path, splits: Mapping[str, str], began: Collection[str], ending: str) -> None:
-    """Remove files of cases that an import began and that are not part of the dataset, or of another part now."""
-    for part in ("Tr", "Ts"):
-        mine = {name for name, split in splits.items() if (split == "test") == (part == "Ts")}
-        for kind, tail in (("images", f"_0000{ending}"), ("labels", ending)):
-            sub = folder / f"{kind}{part}"
-            for path in sorted(sub.iterdir()) if sub.is_dir() else ():
-                case = path.name.removesuffix(tail)
-                if case not in began or not path.name.endswith(tail):
-                    raise DatasetError(f"the import did not write {path}: move it elsewhere and run the command again")
-                if case not in mine:
-                    path.unlink()
-            if sub.is_dir() and not any(sub.iterdir()):
-                sub.rmdir()
-
-
-def _sync(folder: Path, preprocessed: str | os.PathLike[str] | None) -> list[Path]:
-    if preprocessed is None:
-        return []
-    target = Path(preprocessed) / folder.name
-    for name in (MANIFEST_NAME, SPLITS_NAME):
-        remove_leftovers(target, name)
-    return sync_to_preprocessed(folder, target)

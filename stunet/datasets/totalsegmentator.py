@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stunet.datasets.imports import ENDING, DatasetFiles, ImportCase, ImportReport, Record, case_files, run_import
+from stunet.datasets.imports import ENDING, ImportCase, ImportReport, Record, case_files, check_annotated, importing
 from stunet.errors import DatasetError, LabelError, STUNetError, UsageError
 from stunet.files import atomic_path, clone_or_copy, fingerprint
 from stunet.forms import FormError, Names, decode, read_document
-from stunet.labels import BACKGROUND, IGNORE, check_names, group_cases, list_vocabularies, load_vocabulary
+from stunet.labels import group_cases, list_vocabularies, load_vocabulary
+from stunet.labels.labels import BACKGROUND, IGNORE, check_names
 from stunet.processes import worthwhile_processes
 from stunet.volumes import Volume, check_finite, check_same_grid, read_volume, write_labels
 
@@ -28,6 +29,7 @@ KNOWN_BAD_CASES: dict[str, tuple[str, ...]] = {"1": ("s0864",), "2": ()}
 _SPLITS = ("train", "val", "test")
 _LABEL_ORDERS = ("stunet", "official")
 _FORMAT = 1
+_CHOOSE = "choose --structures or --group, see --exclude"
 #: Bytes of images that are imported, with their masks, while a process starts.
 _BYTES_PER_START = 2**25
 
@@ -89,14 +91,14 @@ def read_totalsegmentator(folder: str | os.PathLike[str]) -> TotalSegmentatorSou
         raise DatasetError(f"no such folder {folder}: give a folder in TotalSegmentator's layout")
     splits = _read_splits(folder / "meta.csv")
     cases: dict[str, SourceCase] = {}
-    seen: dict[str, str] = {}
+
     for path in sorted(path for path in folder.iterdir() if path.is_dir()):
         if (path / "ct.nii.gz").exists() or (path / "segmentations").is_dir():
             cases[path.name] = SourceCase(path.name, path, _list_masks(path), splits.get(path.name, "train"))
-            if (other := seen.setdefault(path.name.casefold(), path.name)) != path.name:
-                raise DatasetError(f"cases {other} and {path.name} differ in upper and lower case alone: rename one")
+
     if not cases:
         raise DatasetError(f"no cases in {folder}: give the folder of s0000/ct.nii.gz, s0000/segmentations and so on")
+    check_names(cases, folder, DatasetError)
     unlisted = tuple(name for name in cases if splits and name not in splits)
     return TotalSegmentatorSource(folder, cases, unlisted, tuple(sorted(set(splits) - set(cases))))
 
@@ -273,41 +275,42 @@ class MaskCase(ImportCase):
     """A case of one image and separate masks.
 
     Attributes:
-        split: ``train``, ``val`` or ``test``.
-        ct: Its image, a ``.nii.gz`` file.
-        masks: Label value, structure and file of each mask, later ones painted over earlier ones.
-        n_labels: The highest label value of the dataset.
+        case: The case in the source.
+        structures: All structures of the dataset, later ones painted over earlier ones.
         link: Whether the image is linked instead of copied.
     """
 
-    split: str
-    ct: Path
-    masks: tuple[tuple[int, str, Path], ...]
-    n_labels: int
+    case: SourceCase
+    structures: tuple[str, ...]
     link: bool
 
     def source(self) -> Record:
         """Return split and fingerprint."""
-        files = [self.ct, *(path for _, _, path in self.masks)]
-        return {"split": self.split, "source": fingerprint(files, [str(mask[:2]) for mask in self.masks])}
+        names = self._names.items()
+        files = [self.case.ct, *(self.case.mask(name) for _, name in names)]
+        return {"split": self.case.split, "source": fingerprint(files, list(map(str, names)))}
+
+    @property
+    def _names(self) -> dict[int, str]:
+        """The structures that it annotates, by label value."""
+        return {value: s for value, s in enumerate(self.structures, start=1) if s in self.case.masks}
 
     def write(self) -> Record:
         """Write image and label map; return voxels by structure, and overlaps by loser and winner."""
-        ct = read_volume(self.ct)
+        ct, names = read_volume(self.case.ct), self._names
         check_finite(ct)
-        merged = merge_masks([(value, path) for value, _, path in self.masks], ct, self.n_labels)
+        merged = merge_masks([(value, self.case.mask(s)) for value, s in names.items()], ct, len(self.structures))
         image, label = self.outputs
         if self.link:
             image.unlink(missing_ok=True)
             try:
-                os.link(self.ct.resolve(), image)
+                os.link(self.case.ct.resolve(), image)
             except OSError:  # another file system, or one without hard links
-                image.symlink_to(self.ct.resolve())
+                image.symlink_to(self.case.ct.resolve())
         else:
             with atomic_path(image) as temporary:
-                clone_or_copy(self.ct, temporary)
+                clone_or_copy(self.case.ct, temporary)
         write_labels(merged.labels, ct, label)
-        names = {value: structure for value, structure, _ in self.masks}
         overlaps: dict[str, dict[str, int]] = {}
         for (loser, winner), n in sorted(merged.overlaps.items()):
             overlaps.setdefault(names[loser], {})[names[winner]] = n
@@ -358,67 +361,50 @@ def import_cases(
     left_out = sorted(case.name for case in included if case.masks and not case.masks & set(structures))
     chosen = {case.name: case for case in included if case.name not in left_out}
     failed: dict[str, STUNetError] = {}
-    for case in (case for case in chosen.values() if not case.masks):
-        failed[case.name] = DatasetError(f"no masks in {case.folder / 'segmentations'}: add some, or leave it out")
-        on_case(case.name, 0, False)
+    for name, case in chosen.items():
+        if not case.masks:
+            failed[name] = DatasetError(f"no masks in {case.folder / 'segmentations'}: add some, or leave it out")
+            on_case(name, 0, False)
     jobs = [
         MaskCase(
             name=name,
-            split=case.split,
-            ct=case.ct,
-            masks=tuple((i, s, case.mask(s)) for i, s in enumerate(structures, start=1) if s in case.masks),
-            n_labels=len(structures),
-            link=link_images,
             outputs=case_files(folder, name, case.split),
+            case=case,
+            structures=tuple(structures),
+            link=link_images,
         )
         for name, case in chosen.items()
         if case.masks
     ]
-
-    def check_annotated(annotated: Sequence[Collection[str]], why: str = "") -> None:
-        missing = [name for name in structures if not any(name in names for names in annotated)]
-        if not annotated:
-            raise DatasetError(f"no training cases{why}: check the source, --structures, --group and --exclude")
-        if missing and not allow_unannotated:
-            raise DatasetError(
-                f"no training case annotates {', '.join(missing[:5])}{' …' * (len(missing) > 5)}{why}, and "
-                "nothing else could teach it: choose --structures or --group, or keep them with --allow-unannotated"
-            )
-
-    def describe(report: ImportReport) -> DatasetFiles:
-        splits = report.splits
-        training = [set(r["voxels"]) for name, r in report.records.items() if splits[name] != "test"]
-        if not report.records or not allow_unannotated:
-            check_annotated(training, report.mention_failures())
-        overlaps: dict[str, dict[str, int]] = {}
-        for (loser, winner), n in sorted(report.overlaps.items()):
-            overlaps.setdefault(loser, {})[winner] = n
+    if not allow_unannotated:
+        check_annotated(structures, (case.masks for case in chosen.values() if case.split != "test"), _CHOOSE)
+    if num_processes is None:
+        size = sum(job.case.ct.stat().st_size for job in jobs if job.case.ct.exists())
+        num_processes = worthwhile_processes(size, share=_BYTES_PER_START)
+    n_masks = {job.name: len(job.case.masks & set(structures)) for job in jobs}
+    with importing(folder, settings, n_masks) as work:
+        work.failed.update(failed)
+        work.run(
+            jobs,
+            lambda name, record: case_files(folder, name, record["split"]),
+            may_keep=lambda name: name not in excluded,
+            num_processes=num_processes,
+            on_case=lambda name, reused: on_case(name, n_masks[name], reused),
+        )
+        records = work.records
+        training = [record["voxels"] for record in records.values() if record["split"] != "test"]
+        if not records or not allow_unannotated:
+            check_annotated(structures, training, _CHOOSE, failed=work.failed)
         dataset_json = {
             "channel_names": {"0": "CT"},
             "labels": {BACKGROUND: 0, **{name: value for value, name in enumerate(structures, start=1)}},
             "numTraining": len(training),
             "file_ending": ENDING,
         }
-        manifest = group_cases({name: record["voxels"] for name, record in report.records.items()}, structures)
-        fold = {part: [name for name, split in splits.items() if split == part] for part in ("train", "val")}
-        return DatasetFiles(manifest, fold, dataset_json, {"overlaps": overlaps})
-
-    if not allow_unannotated:
-        check_annotated([case.masks for case in chosen.values() if case.split != "test"])
-    if num_processes is None:
-        size = sum(job.ct.stat().st_size for job in jobs if job.ct.exists())
-        num_processes = worthwhile_processes(size, share=_BYTES_PER_START)
-    n_masks = {job.name: len(job.masks) for job in jobs}
-    return run_import(
-        folder,
-        settings,
-        jobs,
-        describe,
-        outputs_of=lambda name, record: case_files(folder, name, record["split"]),
-        left_out=left_out,
-        failed=failed,
-        may_keep=lambda name: name not in excluded,
-        preprocessed=preprocessed,
-        num_processes=num_processes,
-        on_case=lambda name, reused: on_case(name, n_masks[name], reused),
-    )
+        return work.finish(
+            manifest=group_cases({name: record["voxels"] for name, record in records.items()}, structures),
+            fold={part: [name for name in records if records[name]["split"] == part] for part in ("train", "val")},
+            dataset_json=dataset_json,
+            left_out=left_out,
+            preprocessed=preprocessed,
+        )

@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from stunet.datasets.imports import REPORT_NAME, DatasetFiles, ImportCase, ImportReport, Record, case_files, run_import
+from stunet.datasets.imports import (
+    REPORT_NAME,
+    ImportCase,
+    ImportReport,
+    Record,
+    case_files,
+    check_annotated,
+    importing,
+)
 from stunet.datasets.raw import SPLITS_NAME, RawDataset, case_names, read_raw_dataset
 from stunet.errors import DatasetError, LabelError, UsageError
 from stunet.files import fingerprint
@@ -26,6 +34,7 @@ from stunet.labels import (
     merge_labels,
     read_manifest,
 )
+from stunet.labels.labels import check_names
 from stunet.volumes import LABEL_ENDINGS, NIFTI_ENDINGS, check_shape, read_labels, read_volume, write_labels
 
 _FORMAT = 1
@@ -112,10 +121,7 @@ def read_union_source(folder: str | os.PathLike[str], *, name: str | None = None
     dataset = read_raw_dataset(folder)
     labels = Labels(dataset.dataset_json, name)
     structures = {**labels.exclusive, **({} if labels.ignore is None else {"ignore": labels.ignore})}
-    folded: dict[str, str] = {}
-    for case in dataset.cases:
-        if (other := folded.setdefault(case.casefold(), case)) != case:
-            raise DatasetError(f"{name}: cases {other} and {case} differ in upper and lower case alone: rename one")
+    check_names(dataset.cases, name, DatasetError)
     manifest = read_manifest(dataset.folder / MANIFEST_NAME, labels=structures, cases=case_names(dataset))
     return UnionSource(name, dataset, manifest, labels.ignore)
 
@@ -282,8 +288,8 @@ class UnionReport(ImportReport):
         weights: How often each case is drawn, relative to the others.
     """
 
-    cases: Mapping[str, list[str]] = field(default_factory=dict)
-    weights: Mapping[str, float] = field(default_factory=dict)
+    cases: Mapping[str, list[str]]
+    weights: Mapping[str, float]
 
 
 def import_union(
@@ -328,26 +334,17 @@ def import_union(
     if odd := [f"{name}={w:g}" for name, w in given.items() if name not in known or not 0 < w < float("inf")]:
         raise UsageError(f"impossible sampling weight {odd[0]}: give --weights above 0 for {', '.join(known)}")
     folds = [source.first_fold() for source in sources]
+    superclasses = {name: list(members) for name, members in union.superclasses.items()}
     settings = {
         "format": _FORMAT,
         "kind": "union",
         "labels": union.labels,
-        "superclasses": {name: list(members) for name, members in union.superclasses.items()},
+        "superclasses": superclasses,
         "mapping": {source: dict(labels) for source, labels in union.mapping.items()},
     }
     order = [*union.leaves, *union.superclasses]
     first = sources[0].dataset.dataset_json
     ending = first["file_ending"]
-
-    def check_annotated(annotated: Iterable[Iterable[str]], why: str = "") -> None:
-        names = {name for structures in annotated for name in structures}
-        covered = {leaf for name in names for leaf in (name, *union.superclasses.get(name, ()))}
-        if missing := [name for name in order if name not in covered]:
-            raise DatasetError(
-                f"no case annotates {', '.join(missing[:5])}{' …' * (len(missing) > 5)}{why}, and nothing else could "
-                'teach it: drop it in a mapping file ("background", --mapping), or keep it with --allow-unannotated'
-            )
-
     jobs = []
     for source in sources:
         for case, name in source.cases.items():
@@ -367,56 +364,56 @@ def import_union(
                 outputs=case_files(folder, name, ending=ending)[1:],
             )
             jobs.append(job)
+    remedy = 'drop it in a mapping file ("background", --mapping)'
     if not allow_unannotated:
-        check_annotated(job.annotated for job in jobs)
-
-    def weigh(records: Mapping[str, Record]) -> dict[str, float]:
-        weight_of: dict[str, float] = {}
-        for source in sources:
-            own = sampling_weights(source, [case for case, name in source.cases.items() if name in records], given)
-            weight_of.update({source.cases[case]: weight for case, weight in own.items()})
-        return weight_of
-
-    def describe(report: ImportReport) -> DatasetFiles:
-        annotated = {name: record["annotated"] for name, record in report.records.items()}
-        if not report.records or not allow_unannotated:
-            check_annotated(annotated.values(), report.mention_failures())
-        manifest = {**group_cases(annotated, order), "weights": weigh(report.records)}
-        if union.superclasses:
-            manifest["superclasses"] = settings["superclasses"]
+        check_annotated(order, (job.annotated for job in jobs), remedy, superclasses=superclasses)
+    chosen = {job.name: job for job in jobs if job.annotated}
+    with importing(folder, settings, chosen) as work:
+        work.run(
+            list(chosen.values()),
+            lambda name, record: chosen[name].outputs,
+            may_keep=chosen.__contains__,
+            num_processes=num_processes,
+            on_case=on_case,
+        )
+        annotated = {name: record["annotated"] for name, record in work.records.items()}
+        if not annotated or not allow_unannotated:
+            check_annotated(order, annotated.values(), remedy, superclasses=superclasses, failed=work.failed)
+        cases = {source.name: [case for case in source.cases if source.cases[case] in annotated] for source in sources}
+        weight_of = {
+            source.cases[case]: weight
+            for source in sources
+            for case, weight in sampling_weights(source, cases[source.name], given).items()
+        }
+        manifest = {**group_cases(annotated, order), "weights": weight_of}
+        if superclasses:
+            manifest["superclasses"] = superclasses
         bind_manifest(manifest, labels=union.labels, cases=annotated, source=str(folder / MANIFEST_NAME))
-        images = {n: s.dataset.cases[case][0] for s in sources for case, n in s.cases.items() if n in annotated}
         reader = "overwrite_image_reader_writer"
         dataset_json = {
             "channel_names": first["channel_names"],
             "labels": union.labels,
-            "numTraining": len(images),
+            "numTraining": len(annotated),
             "file_ending": ending,
             **({reader: first[reader]} if reader in first else {}),
             "dataset": {
-                name: {"images": [_reference(i, folder) for i in paths], "label": f"labelsTr/{name}{ending}"}
-                for name, paths in sorted(images.items())
+                name: {
+                    "images": [_reference(image, folder) for image in chosen[name].images],
+                    "label": f"labelsTr/{name}{ending}",
+                }
+                for name in annotated
             },
         }
         parts = ("train", "val") if all(folds) else ()
-        fold = {part: sorted(n for f in folds if f for n in f[part] if n in annotated) for part in parts}
-        return DatasetFiles(manifest, fold, dataset_json)
-
-    report = run_import(
-        folder,
-        settings,
-        [job for job in jobs if job.annotated],
-        describe,
-        outputs_of=lambda name, record: case_files(folder, name, ending=ending)[1:],
-        left_out=sorted(job.name for job in jobs if not job.annotated),
-        failed={},
-        may_keep={job.name for job in jobs if job.annotated}.__contains__,
-        preprocessed=preprocessed,
-        num_processes=num_processes,
-        on_case=on_case,
-    )
-    cases = {source.name: [name for name in source.cases.values() if name in report.records] for source in sources}
-    return UnionReport(**vars(report), cases=cases, weights=weigh(report.records))
+        report = work.finish(
+            manifest=manifest,
+            fold={part: sorted(n for fold in folds if fold for n in fold[part] if n in annotated) for part in parts},
+            dataset_json=dataset_json,
+            left_out=sorted(job.name for job in jobs if not job.annotated),
+            preprocessed=preprocessed,
+        )
+    names = {source.name: [source.cases[case] for case in cases[source.name]] for source in sources}
+    return UnionReport(**vars(report), cases=names, weights=weight_of)
 
 
 def _reference(image: Path, folder: Path) -> str:

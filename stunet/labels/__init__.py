@@ -9,7 +9,6 @@ from stunet.labels.annotations import (
     group_cases,
     manifest_schema,
     measure_coverage,
-    order_manifest,
     read_manifest,
     write_manifest,
 )
@@ -26,26 +25,20 @@ from stunet.labels.comparisons import (
     suggest_label_map,
 )
 from stunet.labels.labels import (
-    BACKGROUND,
-    IGNORE,
     Labels,
     Outputs,
     Vocabulary,
-    check_names,
     declared_values,
     list_vocabularies,
     load_vocabulary,
     outputs_of,
     read_label_file,
-    structures_of,
     vocabulary_for,
 )
 from stunet.labels.unions import LabelUnion, UnionMapping, dump_mapping, merge_labels, read_mapping
 from stunet.volumes import count_labels
 
 __all__ = [
-    "BACKGROUND",
-    "IGNORE",
     "MANIFEST_NAME",
     "AnnotationManifest",
     "Comparison",
@@ -59,7 +52,6 @@ __all__ = [
     "Vocabulary",
     "bind_manifest",
     "canonical_name",
-    "check_names",
     "count_labels",
     "declared_values",
     "dump_mapping",
@@ -73,7 +65,6 @@ __all__ = [
     "measure_coverage",
     "merge_labels",
     "observed_values",
-    "order_manifest",
     "outputs_of",
     "read_label_file",
     "read_label_map",
@@ -81,7 +72,6 @@ __all__ = [
     "read_mapping",
     "relate_labels",
     "structure_values",
-    "structures_of",
     "suggest_label_map",
     "vocabulary_for",
     "write_manifest",

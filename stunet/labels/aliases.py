@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections import Counter
@@ -88,3 +89,10 @@ def _unambiguous(names: Iterable[str]) -> dict[str, str]:
     listed = list(names)
     counts = Counter(map(canonical_name, listed))
     return {canonical_name(name): name for name in listed if counts[canonical_name(name)] == 1}
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown name: the known one that is like it, if there is one."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, 1) or [k for k in known if k.casefold() == name.casefold()]
+    return f" (did you mean {close[0]!r}?)" if close else ""

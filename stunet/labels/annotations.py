@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections import Counter
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from stunet.errors import LabelError, STUNetError
 from stunet.files import write_json
 from stunet.forms import FormError, Name, Names, decode, read_document
+from stunet.labels.aliases import did_you_mean
 from stunet.labels.labels import Labels
 from stunet.processes import run_jobs
 from stunet.volumes import count_labels
@@ -140,7 +140,7 @@ def bind_manifest(
         owner: dict[int, str] = {}
         for name in names:
             if name not in structures:
-                similar = _similar(name, structures)
+                similar = did_you_mean(name, structures)
                 raise LabelError(f"{source}: {place} has the unknown structure {name!r}{similar}: see dataset.json")
             # A voxel labelled with one of two overlapping structures would say nothing certain about the other.
             for leaf in superclasses.get(structures[name], (structures[name],)):
@@ -172,7 +172,7 @@ def bind_manifest(
     if cases is not None:
         known = set(cases)
         if unknown := sorted({*listed, *form.weights} - known):
-            similar = _similar(unknown[0], known)
+            similar = did_you_mean(unknown[0], known)
             raise LabelError(f"{source}: unknown case {unknown[0]!r}{_and_more(unknown)}{similar}: correct the name")
         if missing := [] if default is not None else sorted(known - set(listed)):
             raise LabelError(f"{source} says nothing about case {missing[0]}{_and_more(missing)}: add it, or a default")
@@ -185,11 +185,6 @@ def _check_form(content: Any, source: object) -> _Manifest:
     except FormError as error:
         raise LabelError(f"{source} cannot be used: {error}; correct the file") from error
     return form
-
-
-def _similar(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), 1) or [k for k in known if k.casefold() == name.casefold()]
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _and_more(names: list[str]) -> str:

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from stunet.errors import LabelError
+from stunet.errors import LabelError, STUNetError
 from stunet.forms import FormError, Name, decode, read_document
 
 BACKGROUND, IGNORE = "background", "ignore"
@@ -142,16 +142,12 @@ class Labels:
         return merged
 
 
-def check_names(names: Iterable[str], source: object) -> None:
-    """Refuse names that differ only in case: where they are file names, some systems take them for one.
-
-    Raises:
-        LabelError: Names both, and where they are from.
-    """
+def check_names(names: Iterable[str], source: object, kind: type[STUNetError] = LabelError) -> None:
+    """Refuse names that differ only in case: where they are file names, some systems take them for one."""
     seen: dict[str, str] = {}
     for name in names:
         if (other := seen.setdefault(name.casefold(), name)) != name:
-            raise LabelError(f"{source}: {other!r} and {name!r} differ in upper and lower case alone: rename one")
+            raise kind(f"{source}: {other!r} and {name!r} differ in upper and lower case alone: rename one")
 
 
 @dataclass(frozen=True)
@@ -246,11 +242,6 @@ def _in_order(content: Any) -> tuple[str, ...]:
     if missing := set(range(len(pairs))) - {value for value, _ in pairs}:
         raise FormError(f"no name for label {min(missing)}")
     return tuple(names)
-
-
-def structures_of(labels: Mapping[str, Any]) -> dict[str, int]:
-    """Alias of :attr:`Labels.exclusive`."""
-    return Labels({"labels": labels}).exclusive
 
 
 def outputs_of(dataset_json: Mapping[str, Any]) -> Outputs:

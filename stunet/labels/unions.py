@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import msgspec
 import yaml
 
 from stunet.errors import LabelError
 from stunet.forms import FormError, Name, decode, read_document
-from stunet.labels.aliases import PARTS, canonical_name, canonical_parts
+from stunet.labels.aliases import PARTS, canonical_name, canonical_parts, did_you_mean
 from stunet.labels.labels import BACKGROUND, IGNORE, check_names, load_vocabulary
 
 _HEADER = """\
@@ -167,15 +166,12 @@ def merge_labels(
         raise LabelError("a union whose labels are all background: keep at least one structure in the mapping")
     check_names(structures, "the union")
     if overrides is not None and overrides.superclasses is not None:
-        superclasses = _flatten(overrides.superclasses, structures, overrides.path)
+        parts = _check_superclasses(overrides.superclasses, structures, overrides.path)
     else:
-        superclasses = _find_superclasses(structures, _translate(declared or {}, mapping), mapping)
-    _check_same_members(superclasses)
+        parts = _find_parts(structures, _translate(declared or {}, mapping))
+    superclasses = _flatten(structures, parts, mapping)
     leaves = tuple(name for name in structures if name not in superclasses)
-    order = {name: i for i, name in enumerate(leaves)}
-    members = {
-        name: tuple(sorted(superclasses[name], key=order.__getitem__)) for name in structures if name in superclasses
-    }
+    members = {name: tuple(leaf for leaf in leaves if leaf in superclasses[name]) for name in superclasses}
     return LabelUnion(leaves, members, mapping, has_ignore)
 
 
@@ -185,10 +181,10 @@ def _bind_overrides(sources: Mapping[str, Sequence[str]], overrides: UnionMappin
         path = overrides.path if overrides is not None else ""
         matches = [s for s in sources if s == key or (isinstance(key, int) and s.startswith(f"Dataset{key:03d}_"))]
         if not matches or matches[0] in bound:
-            found = f"source {key} twice" if matches else f"the unknown source {key!r}{_similar(str(key), sources)}"
+            found = f"source {key} twice" if matches else f"the unknown source {key!r}{did_you_mean(str(key), sources)}"
             raise LabelError(f"{path} has {found}: list each of {', '.join(sources)} at most once")
         if unknown := next((label for label in labels if label not in sources[matches[0]]), None):
-            similar = _similar(unknown, sources[matches[0]])
+            similar = did_you_mean(unknown, sources[matches[0]])
             raise LabelError(f"{path}: source {key} has the unknown structure {unknown!r}{similar}")
         bound[matches[0]] = dict(labels)
     return bound
@@ -197,7 +193,8 @@ def _bind_overrides(sources: Mapping[str, Sequence[str]], overrides: UnionMappin
 def _name_all(
     sources: Mapping[str, Sequence[str]], overriding: Mapping[str, Mapping[str, str]]
 ) -> dict[str, dict[str, str]]:
-    known = _totalsegmentator_names()
+    vocabularies = (load_vocabulary(f"totalsegmentator_{version}") for version in ("v1", "v2"))
+    known = {canonical_name(name): name for vocabulary in vocabularies for name in vocabulary.labels[1:]}
     keys: dict[str, dict[str, str]] = {}
     for source, labels in sources.items():
         counts = Counter(map(canonical_name, labels))
@@ -213,12 +210,6 @@ def _name_all(
         source: {label: overriding.get(source, {}).get(label, names[key]) for label, key in keyed.items()}
         for source, keyed in keys.items()
     }
-
-
-@lru_cache(maxsize=1)
-def _totalsegmentator_names() -> dict[str, str]:
-    names = (n for v in ("v1", "v2") for n in load_vocabulary(f"totalsegmentator_{v}").labels[1:])
-    return {canonical_name(name): name for name in names}
 
 
 def _translate(
@@ -237,22 +228,39 @@ def _translate(
     return translated
 
 
-def _find_superclasses(
-    structures: Sequence[str], declared: Mapping[str, tuple[str, ...]], mapping: Mapping[str, Mapping[str, str]]
-) -> dict[str, tuple[str, ...]]:
+def _find_parts(structures: Sequence[str], declared: Mapping[str, tuple[str, ...]]) -> Callable[[str], Iterable[str]]:
+    """Parts of a structure, where it has any: those declared, or by canonical name, called as the union calls them."""
     counts = Counter(map(canonical_name, structures))
     by_canonical = {c: name for name in structures if counts[c := canonical_name(name)] == 1}
 
-    def parts_of(name: str) -> tuple[str, ...]:
-        """Parts by name where the union has such, else by canonical name."""
-        if name in declared:
-            return declared[name]
-        return tuple(by_canonical.get(part, part) for part in canonical_parts(canonical_name(name)))
+    def parts_of(name: str) -> Iterable[str]:
+        return declared.get(name) or [by_canonical.get(p, p) for p in canonical_parts(canonical_name(name))]
+
+    return parts_of
+
+
+def _check_superclasses(
+    superclasses: Mapping[str, Sequence[str]], structures: Sequence[str], path: str
+) -> Callable[[str], Iterable[str]]:
+    for name, members in superclasses.items():
+        if unknown := next((each for each in (name, *members) if each not in structures), None):
+            similar = did_you_mean(unknown, structures)
+            raise LabelError(f"{path}: superclasses has the unknown structure {unknown!r}{similar}")
+        if len(set(members)) < max(2, len(members)):
+            found = f"{len(members)} members" if len(members) < 2 else "a member twice"
+            raise LabelError(f"{path}: superclass {name} has {found}: list two or more, each once")
+    return lambda name: superclasses.get(name, ())
+
+
+def _flatten(
+    structures: Sequence[str], parts_of: Callable[[str], Iterable[str]], mapping: Mapping[str, Mapping[str, str]]
+) -> dict[str, set[str]]:
+    """Structures that stand for others, and the leaves that they stand for."""
 
     def divide(name: str, above: tuple[str, ...]) -> tuple[set[str], list[str]]:
         """The leaves that a structure consists of, and the parts that the union lacks."""
         if name in above:
-            raise LabelError(f"superclasses of the sources go round, {' → '.join((*above, name))}: {_REMEDY}")
+            raise LabelError(f"superclasses go round, {' → '.join((*above, name))}: {_REMEDY}")
         found: set[str] = set()
         lacking: list[str] = []
         for part in parts_of(name):
@@ -263,61 +271,22 @@ def _find_superclasses(
             return found, lacking
         return ({name}, []) if name in structures else (set(), [name])
 
-    superclasses = {}
+    def where(structure: str) -> str:
+        return f"{structure} ({', '.join(s for s, labels in mapping.items() if structure in labels.values())})"
+
+    superclasses: dict[str, set[str]] = {}
     for name in structures:
         leaves, lacking = divide(name, ())
         if lacking:
-            raise _refuse_part(name, sorted(leaves), lacking, mapping)
-        if leaves != {name}:
-            superclasses[name] = tuple(leaves)
-    return superclasses
-
-
-def _refuse_part(
-    name: str, parts: Sequence[str], lacking: Sequence[str], mapping: Mapping[str, Mapping[str, str]]
-) -> LabelError:
-    def where(structure: str) -> str:
-        return ", ".join(s for s, labels in mapping.items() if structure in labels.values())
-
-    source = next(s for s, labels in mapping.items() if name in labels.values())
-    label = next(label for label, structure in mapping[source].items() if structure == name)
-    return LabelError(
-        f"{name} ({where(name)}) contains {parts[0]} ({where(parts[0])}), and no source has {lacking[0]}: "
-        f"say what it is in a mapping file (--mapping), for example sources: {{{source}: {{{label}: ignore}}}}"
-    )
-
-
-def _flatten(
-    superclasses: Mapping[str, Sequence[str]], structures: Sequence[str], path: str
-) -> dict[str, tuple[str, ...]]:
-    def leaves_of(name: str, above: tuple[str, ...]) -> set[str]:
-        if name in above:
-            raise LabelError(f"{path}: superclasses go round, {' → '.join((*above, name))}: none may contain itself")
-        if name not in structures:
-            similar = _similar(name, structures)
-            raise LabelError(f"{path}: superclasses has the unknown structure {name!r}{similar}: name what a label is")
-        if name not in superclasses:
-            return {name}
-        return {leaf for member in superclasses[name] for leaf in leaves_of(member, (*above, name))}
-
-    flat = {}
-    for name, members in superclasses.items():
-        leaves = leaves_of(name, ())
-        if len(leaves) < 2 or len(set(members)) < len(members):
-            found = f"{len(leaves)} members" if len(leaves) < 2 else "a member twice"
-            raise LabelError(f"{path}: superclass {name} has {found}: list two or more, each once")
-        flat[name] = tuple(leaves)
-    return flat
-
-
-def _check_same_members(superclasses: Mapping[str, Sequence[str]]) -> None:
-    seen: dict[frozenset[str], str] = {}
-    for name, leaves in superclasses.items():
-        if (other := seen.setdefault(frozenset(leaves), name)) != name:
+            source, label = next((s, n) for s, labels in mapping.items() for n in labels if labels[n] == name)
+            raise LabelError(
+                f"{where(name)} contains {where(min(leaves))}, and no source has {lacking[0]}: "
+                f"say what it is in a mapping file (--mapping), for example sources: {{{source}: {{{label}: ignore}}}}"
+            )
+        if leaves == {name}:
+            continue
+        if other := next((other for other, members in superclasses.items() if members == leaves), None):
             members = ", ".join(sorted(leaves))
             raise LabelError(f"{other} and {name} have the same members ({members}): give them one name (--mapping)")
-
-
-def _similar(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+        superclasses[name] = leaves
+    return superclasses
