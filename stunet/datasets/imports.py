@@ -33,17 +33,11 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class ImportCase:
-    """A case to import; a subclass for each kind of source.
-
-    Attributes:
-        name: Name of the case.
-        outputs: The files that it becomes.
-        earlier: The record of an earlier run.
-    """
+    """A case to import; a subclass for each kind of source."""
 
     name: str
-    outputs: tuple[Path, ...]
-    earlier: Record | None = None
+    outputs: tuple[Path, ...]  # the files that it becomes
+    earlier: Record | None = None  # the record of an earlier run
 
     def source(self) -> Record:
         """Return fingerprint and settings, with which the outputs are what they were."""
@@ -56,27 +50,16 @@ class ImportCase:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import has done.
-
-    Attributes:
-        folder: The dataset's folder.
-        records: What is known of each case of the dataset.
-        reused: How many of them an earlier run had finished.
-        left_out: Cases left out because they annotate none of the structures.
-        failed: Errors of the cases that could not be imported.
-        kept: Cases of an earlier run that this one could not import again, and that stay as they were.
-        has_folds: Whether the source's split was written as nnU-Net's only fold.
-        stale: Files of the preprocessed folder that differ from the new ones and were left alone.
-    """
+    """What an import has done."""
 
     folder: Path
-    records: dict[str, Record]
-    reused: int
-    left_out: list[str]
-    failed: dict[str, STUNetError]
-    kept: list[str]
-    has_folds: bool
-    stale: list[Path]
+    records: dict[str, Record]  # what is known of each case of the dataset
+    reused: int  # how many of them an earlier run had finished
+    left_out: list[str]  # cases left out because they annotate none of the structures
+    failed: dict[str, STUNetError]  # errors of the cases that could not be imported
+    kept: list[str]  # cases of an earlier run that this one could not import again, and that stay as they were
+    has_folds: bool  # whether the source's split was written as nnU-Net's only fold
+    stale: list[Path]  # files of the preprocessed folder that differ from the new ones and were left alone
 
     @property
     def splits(self) -> dict[str, str]:
@@ -198,16 +181,7 @@ class DatasetImport:
         num_processes: int,
         on_case: Callable[[str, bool], None],
     ) -> None:
-        """Import cases.
-
-        Args:
-            cases: The cases.
-            outputs_of: The files of a case of an earlier run.
-            may_keep: Whether a case of an earlier run that this one could not import may stay: its copy may be all
-                that is left of it.
-            num_processes: Cases at a time.
-            on_case: Called as a case is done, with its name and whether an earlier run had finished it.
-        """
+        """Import cases."""
         jobs = [replace(case, earlier=self.records.get(case.name)) for case in cases]
         done: dict[str, Record] = {}
         with self._journal.open("a", encoding="utf-8") as journal:
@@ -237,13 +211,6 @@ class DatasetImport:
     ) -> ImportReport:
         """Write the files that are no cases, ``dataset.json`` last, since it makes them a dataset.
 
-        Args:
-            manifest: What the cases annotate.
-            fold: Cases to ``train`` and to ``val``; where either is missing nnU-Net makes five folds of its own.
-            dataset_json: Content of ``dataset.json``.
-            left_out: Cases left out because they annotate none of the structures.
-            preprocessed: nnU-Net's ``nnUNet_preprocessed``, where manifest and folds are needed too.
-
         Raises:
             DatasetError: The folder holds files that no import wrote.
         """
@@ -260,7 +227,7 @@ class DatasetImport:
             "left_out": left_out,
             "failed": {name: str(error) for name, error in self.failed.items()},
             "kept": self._kept,
-            **({"overlaps": overlaps} if "kind" not in self._settings else {}),
+            "overlaps": overlaps,
             "cases": self.records,
         }
         files: dict[Path, Any] = {folder / MANIFEST_NAME: order_manifest(manifest, source=str(folder / MANIFEST_NAME))}
@@ -294,11 +261,6 @@ def importing(folder: Path, settings: Mapping[str, Any], cases: Iterable[str]) -
 
     ``dataset.json`` is removed at the start. A journal of finished cases disappears when the block ends without an
     error; the lock file stays.
-
-    Args:
-        folder: The dataset's folder in ``nnUNet_raw``.
-        settings: What earlier runs must agree with.
-        cases: Names of the cases to come.
 
     Raises:
         DatasetError: The folder holds something else, or an import with other settings.

@@ -71,27 +71,15 @@ PHANTOM_LABELS: dict[str, int] = phantom_labels("venous")
 
 @dataclass(frozen=True)
 class Phantom:
-    """One generated case.
+    """One generated case."""
 
-    Attributes:
-        image: Attenuation in HU, float32 of shape ``(Z, Y, X)``.
-        segmentation: Labels as in :func:`phantom_labels`, uint8 of the same shape.
-        spacing: mm along ``(z, y, x)``.
-    """
-
-    image: Volume
-    segmentation: npt.NDArray[np.uint8]
-    spacing: tuple[float, float, float]
+    image: Volume  # attenuation in HU, float32 of shape (Z, Y, X)
+    segmentation: npt.NDArray[np.uint8]  # label values, uint8 of the same shape
+    spacing: tuple[float, float, float]  # mm along (z, y, x)
 
 
 def make_phantom(seed: int, case: int, contrast: Contrast = "venous") -> Phantom:
-    """Make one phantom: a body with organs whose surface, place, size and contrast vary from case to case.
-
-    Args:
-        seed: Seed of the dataset.
-        case: Number of the case. Equal arguments give equal voxels.
-        contrast: Attenuation of the organs, noise, and labelled structures.
-    """
+    """Make one phantom: a body with organs whose surface, place, size and contrast vary from case to case."""
     labels = phantom_labels(contrast)
     rng = np.random.default_rng([seed, case])
     shape = tuple(int(n + rng.integers(-2, 3)) for n in _SHAPE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from nibabel.orientations import io_orientation
 
 from stunet.errors import DatasetError
 from stunet.files import atomic_path, write_json
-from stunet.labels import MANIFEST_NAME, AnnotationManifest, read_manifest
+from stunet.labels import MANIFEST_NAME, AnnotationManifest, Labels, read_manifest
 
 SPLITS_NAME = "splits_final.json"
 """Name of nnU-Net's file with the folds, which it reads from the preprocessed folder alone."""
@@ -27,17 +27,11 @@ SPLITS_NAME = "splits_final.json"
 
 @dataclass(frozen=True)
 class RawDataset:
-    """A dataset in nnU-Net's raw layout.
-
-    Attributes:
-        folder: The dataset's folder.
-        dataset_json: Content of its ``dataset.json``.
-        cases: Image files, one for each channel, and label file of each training case.
-    """
+    """A dataset in nnU-Net's raw layout."""
 
     folder: Path
-    dataset_json: dict[str, Any]
-    cases: dict[str, tuple[list[Path], Path]]
+    dataset_json: dict[str, Any]  # content of its dataset.json
+    cases: dict[str, tuple[list[Path], Path]]  # image files, one for each channel, and label file of each training case
 
 
 def read_raw_dataset(folder: str | os.PathLike[str]) -> RawDataset:
@@ -184,9 +178,6 @@ def hold_out(dataset: RawDataset, folder: str | os.PathLike[str], *, n_held_out:
 def read_image(path: str | os.PathLike[str]) -> tuple[npt.NDArray[Any], tuple[float, float, float]]:
     """Read one channel of a case, or its labels, with the reader that nnU-Net takes for such files.
 
-    Args:
-        path: An image file of any format that nnU-Net reads.
-
     Returns:
         Array of shape ``(Z, Y, X)``, and the spacing in mm along these axes.
     """
@@ -212,9 +203,6 @@ def _read(path: str | os.PathLike[str]) -> tuple[npt.NDArray[Any], dict[str, Any
 
 def plane_names(properties: Mapping[str, Any]) -> tuple[str, str, str]:
     """Return the anatomical planes across the axes of an array, told by the image's directions.
-
-    Args:
-        properties: What nnU-Net's reader notes of an image.
 
     Returns:
         Names along ``(Z, Y, X)``; those of the axes for images without directions in the patient, such as photographs.
@@ -264,6 +252,15 @@ def sync_to_preprocessed(
     return left
 
 
+carry_side_files = sync_to_preprocessed
+
+
+def exclusive_labels(dataset_json: Mapping[str, Any]) -> tuple[dict[str, int], Callable[[Any], Any]]:
+    """Alias of :attr:`Labels.predicted` and :meth:`Labels.as_predicted`."""
+    labels = Labels(dataset_json)
+    return labels.predicted, labels.as_predicted
+
+
 def _dataset_folders(dataset_name: str) -> list[Path]:
     """The dataset's folders in ``nnUNet_raw`` and ``nnUNet_preprocessed``, those that are set."""
     variables = ("nnUNet_raw", "nnUNet_preprocessed")
@@ -283,10 +280,6 @@ def read_annotations(dataset_name: str, dataset_json: Mapping[str, Any]) -> Anno
     ``nnUNet_preprocessed`` had a copy. Where both have one and they differ, nobody but the user can know whether the
     data was preprocessed before or after the change, and training on the wrong one would teach that annotated
     structures are background.
-
-    Args:
-        dataset_name: For example ``Dataset101_TotalSegmentator``.
-        dataset_json: Content of the dataset's ``dataset.json``.
 
     Raises:
         DatasetError: Raw and preprocessed manifest differ.

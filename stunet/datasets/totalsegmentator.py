@@ -39,19 +39,12 @@ OnCase = Callable[[str, int, bool], None]
 
 @dataclass(frozen=True)
 class SourceCase:
-    """A case as it lies in the source.
-
-    Attributes:
-        name: Name of its folder.
-        folder: The folder, with ``ct.nii.gz`` and ``segmentations``.
-        masks: Names of the structures that have a mask file, blank or not: those that it annotates.
-        split: ``train``, ``val`` or ``test``; ``train`` where ``meta.csv`` does not say.
-    """
+    """A case as it lies in the source."""
 
     name: str
-    folder: Path
-    masks: frozenset[str]
-    split: str
+    folder: Path  # the folder, with ct.nii.gz and segmentations
+    masks: frozenset[str]  # names of the structures that have a mask file, blank or not: those that it annotates
+    split: str  # train, val or test; train where meta.csv does not say
 
     @property
     def ct(self) -> Path:
@@ -65,19 +58,12 @@ class SourceCase:
 
 @dataclass(frozen=True)
 class TotalSegmentatorSource:
-    """A download in TotalSegmentator's layout.
-
-    Attributes:
-        folder: Where it is.
-        cases: Its cases by name, sorted.
-        unlisted: Cases that ``meta.csv`` does not list.
-        absent: Cases that ``meta.csv`` lists and that are not there.
-    """
+    """A download in TotalSegmentator's layout."""
 
     folder: Path
-    cases: dict[str, SourceCase]
-    unlisted: tuple[str, ...]
-    absent: tuple[str, ...]
+    cases: dict[str, SourceCase]  # its cases by name, sorted
+    unlisted: tuple[str, ...]  # cases that meta.csv does not list
+    absent: tuple[str, ...]  # cases that meta.csv lists and that are not there
 
 
 def read_totalsegmentator(folder: str | os.PathLike[str]) -> TotalSegmentatorSource:
@@ -213,27 +199,17 @@ def _read_task(task: str) -> list[str]:
 
 @dataclass(frozen=True)
 class MergedMasks:
-    """A label map made of masks.
+    """A label map made of masks."""
 
-    Attributes:
-        labels: Label values, uint8 or uint16 of shape ``(X, Y, Z)``.
-        voxels: Voxels by label value, for each mask; 0 where a mask is blank or others cover it wholly.
-        overlaps: How many voxels one structure has lost to another, by (loser's value, winner's value). A voxel that
-            three masks claim is lost by the first to the second and by the second to the third.
-    """
-
-    labels: npt.NDArray[Any]
-    voxels: dict[int, int]
+    labels: npt.NDArray[Any]  # label values, uint8 or uint16 of shape (X, Y, Z)
+    voxels: dict[int, int]  # voxels by label value, for each mask; 0 where a mask is blank or others cover it wholly
+    # how many voxels one structure has lost to another, by (loser's value, winner's value). A voxel that three masks
+    # claim is lost by the first to the second and by the second to the third
     overlaps: dict[tuple[int, int], int]
 
 
 def merge_masks(masks: Sequence[tuple[int, Path]], reference: Volume, n_labels: int) -> MergedMasks:
     """Merge one mask per structure into one label map; later masks are painted over earlier ones.
-
-    Args:
-        masks: Label value and file of each mask, in the order in which they are painted.
-        reference: The image that they belong to.
-        n_labels: The highest label value of the dataset, which decides the type: uint8 up to 255, else uint16.
 
     Raises:
         DatasetError: A mask that cannot be read, lies on another grid, or has other values.
@@ -272,17 +248,11 @@ def _inside(mask: Volume) -> npt.NDArray[np.bool_]:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskCase(ImportCase):
-    """A case of one image and separate masks.
-
-    Attributes:
-        case: The case in the source.
-        structures: All structures of the dataset, later ones painted over earlier ones.
-        link: Whether the image is linked instead of copied.
-    """
+    """A case of one image and separate masks."""
 
     case: SourceCase
-    structures: tuple[str, ...]
-    link: bool
+    structures: tuple[str, ...]  # all structures of the dataset, later ones painted over earlier ones
+    link: bool  # whether the image is linked instead of copied
 
     def source(self) -> Record:
         """Return split and fingerprint."""

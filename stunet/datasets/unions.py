@@ -43,19 +43,12 @@ _SPACING_TOLERANCE = 1e-5  # of the spacing, as nnU-Net's integrity check has it
 
 @dataclass(frozen=True)
 class UnionSource:
-    """A dataset that goes into a union.
+    """A dataset that goes into a union."""
 
-    Attributes:
-        name: For example ``Dataset004_Hippocampus``.
-        dataset: Its cases.
-        manifest: What its cases annotate.
-        ignore: Value of its ignore label, if it has one.
-    """
-
-    name: str
+    name: str  # for example Dataset004_Hippocampus
     dataset: RawDataset
-    manifest: AnnotationManifest
-    ignore: int | None
+    manifest: AnnotationManifest  # what its cases annotate
+    ignore: int | None  # value of its ignore label, if it has one
 
     @property
     def id(self) -> int:
@@ -92,12 +85,7 @@ class UnionSource:
 
 
 def sources_of_cases(folder: str | os.PathLike[str], cases: Iterable[str]) -> dict[str, str]:
-    """Return the dataset that each case of a union is from; nothing where a folder is no union.
-
-    Args:
-        folder: The union's folder in ``nnUNet_raw``.
-        cases: Names of its cases.
-    """
+    """Return the dataset that each case of a union is from; nothing where a folder is no union."""
     try:
         report = json.loads((Path(folder) / REPORT_NAME).read_text(encoding="utf-8"))
         source_of = {f"D{source[7:10]}": source for source in report["mapping"]}
@@ -108,10 +96,6 @@ def sources_of_cases(folder: str | os.PathLike[str], cases: Iterable[str]) -> di
 
 def read_union_source(folder: str | os.PathLike[str], *, name: str | None = None) -> UnionSource:
     """Read a dataset that goes into a union.
-
-    Args:
-        folder: Its folder in ``nnUNet_raw``.
-        name: Its name, where that is not the folder's.
 
     Raises:
         DatasetError: Incomplete, or with case names that differ only in case.
@@ -237,21 +221,14 @@ def annotated_in_union(source: UnionSource, union: LabelUnion, case: str) -> tup
 
 @dataclass(frozen=True, kw_only=True)
 class LabelCase(ImportCase):
-    """A case whose label map is written anew.
+    """A case whose label map is written anew."""
 
-    Attributes:
-        images: Its images, which stay where they are.
-        label: Its label map in the source.
-        lookup: Value in the union by value in the source, for all values that the source lists.
-        highest: The highest label value of the union, which decides the type: uint8 up to 255, else uint16.
-        annotated: Structures of the union that it annotates.
-    """
-
-    images: tuple[Path, ...]
-    label: Path
+    images: tuple[Path, ...]  # its images, which stay where they are
+    label: Path  # its label map in the source
+    # value in the union by value in the source, for all values that the source lists
     lookup: tuple[tuple[int, int], ...]
-    highest: int
-    annotated: tuple[str, ...]
+    highest: int  # the highest label value of the union, which decides the type: uint8 up to 255, else uint16
+    annotated: tuple[str, ...]  # structures of the union that it annotates
 
     def source(self) -> Record:
         """Return fingerprint and annotated structures."""
@@ -281,15 +258,10 @@ class LabelCase(ImportCase):
 
 @dataclass(frozen=True)
 class UnionReport(ImportReport):
-    """What has become of a union.
+    """What has become of a union."""
 
-    Attributes:
-        cases: Names of the union's cases, by source.
-        weights: How often each case is drawn, relative to the others.
-    """
-
-    cases: Mapping[str, list[str]]
-    weights: Mapping[str, float]
+    cases: Mapping[str, list[str]]  # names of the union's cases, by source
+    weights: Mapping[str, float]  # how often each case is drawn, relative to the others
 
 
 def import_union(

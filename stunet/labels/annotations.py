@@ -44,23 +44,16 @@ class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class AnnotationManifest:
-    """What the cases of one dataset annotate.
+    """What the cases of one dataset annotate."""
 
-    Attributes:
-        structures: Label value of each structure, without background and ignore label, in the order of values.
-        superclasses: Values of the members of each structure that stands for several, by its own value.
-        cases: Names of the structures that each listed case annotates.
-        default: The same for cases that are not listed; None where each must be.
-        weights: How often a case is drawn relative to others; 1 for cases that are not listed.
-        source: Where this was read.
-    """
-
+    # label value of each structure, without background and ignore label, in the order of values
     structures: Mapping[str, int]
+    # values of the members of each structure that stands for several, by its own value
     superclasses: Mapping[int, tuple[int, ...]]
-    cases: Mapping[str, tuple[str, ...]]
-    default: tuple[str, ...] | None
-    weights: Mapping[str, float]
-    source: str
+    cases: Mapping[str, tuple[str, ...]]  # names of the structures that each listed case annotates
+    default: tuple[str, ...] | None  # the same for cases that are not listed; None where each must be
+    weights: Mapping[str, float]  # how often a case is drawn relative to others; 1 for cases that are not listed
+    source: str  # where this was read
 
     @property
     def leaves(self) -> tuple[int, ...]:
@@ -213,10 +206,6 @@ def group_cases(annotated: Mapping[str, Iterable[str]], structures: Iterable[str
 
     Cases that annotate the same share a group: ``everything``, or ``group_1`` and so on in the order of the cases'
     names. A list that only one case has stands in the case.
-
-    Args:
-        annotated: Structures by case.
-        structures: All structures, in the order in which lists shall have them.
     """
     order = {name: i for i, name in enumerate(structures)}
     lists = {case: tuple(sorted(annotated[case], key=order.__getitem__)) for case in sorted(annotated)}
@@ -235,38 +224,23 @@ def group_cases(annotated: Mapping[str, Iterable[str]], structures: Iterable[str
 
 @dataclass(frozen=True)
 class StructureCoverage:
-    """How far one structure is covered.
-
-    Attributes:
-        name: The structure.
-        value: Its label value.
-        annotated: Cases that annotate it.
-        present: Cases that have a voxel of it.
-        voxels: Its voxels in all cases.
-    """
+    """How far one structure is covered."""
 
     name: str
     value: int
-    annotated: int
-    present: int
-    voxels: int
+    annotated: int  # cases that annotate it
+    present: int  # cases that have a voxel of it
+    voxels: int  # its voxels in all cases
 
 
 @dataclass(frozen=True)
 class SourceCoverage:
-    """What one dataset of a union contributes.
-
-    Attributes:
-        name: The dataset.
-        cases: How many of its cases could be read.
-        annotated: How many of them annotate a structure, by structure, for those that any annotates.
-        present: How many of them have a voxel of a structure, by structure, for those that any has.
-    """
+    """What one dataset of a union contributes."""
 
     name: str
-    cases: int
-    annotated: Mapping[str, int]
-    present: Mapping[str, int]
+    cases: int  # how many of its cases could be read
+    annotated: Mapping[str, int]  # how many of them annotate a structure, by structure, for those that any annotates
+    present: Mapping[str, int]  # how many of them have a voxel of a structure, by structure, for those that any has
 
     @property
     def never_present(self) -> list[str]:
@@ -276,20 +250,13 @@ class SourceCoverage:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What the label maps of a dataset hold, beside what its manifest says.
-
-    Attributes:
-        manifest: The manifest.
-        voxels: Voxels by label value, of each case that could be read.
-        unreadable: Errors of the cases that could not.
-        ignore: Value of the ignore label, if there is one.
-        source_of: The dataset that each case of a union is from; empty where the dataset is no union.
-    """
+    """What the label maps of a dataset hold, beside what its manifest says."""
 
     manifest: AnnotationManifest
-    voxels: Mapping[str, Mapping[int, int]]
-    unreadable: Mapping[str, STUNetError]
-    ignore: int | None = None
+    voxels: Mapping[str, Mapping[int, int]]  # voxels by label value, of each case that could be read
+    unreadable: Mapping[str, STUNetError]  # errors of the cases that could not
+    ignore: int | None = None  # value of the ignore label, if there is one
+    # the dataset that each case of a union is from; empty where the dataset is no union
     source_of: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -379,16 +346,7 @@ def measure_coverage(
     num_processes: int = 1,
     on_case: Callable[[str], None] = lambda case: None,
 ) -> Coverage:
-    """Count the labels of all cases.
-
-    Args:
-        manifest: What the cases annotate.
-        label_files: Label map of each case.
-        ignore: Value of the ignore label, if there is one.
-        source_of: The dataset that each case is from, for unions.
-        num_processes: Cases read at a time, each by a process of its own.
-        on_case: Called with the name of each case as it is done.
-    """
+    """Count the labels of all cases."""
     case_of = {path: case for case, path in label_files.items()}
     voxels: dict[str, dict[int, int]] = {}
     unreadable: dict[str, STUNetError] = {}

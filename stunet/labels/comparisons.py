@@ -42,66 +42,41 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class MapEntry:
-    """One entry of a name mapping.
+    """One entry of a name mapping."""
 
-    Attributes:
-        name: What the scores call it.
-        target: Structures of the dataset by name; in published systems label values.
-        source: Structures of the model by name; none where the entry is left out of the scores.
-    """
-
-    name: str
-    target: tuple[str, ...] | tuple[int, ...]
-    source: tuple[str, ...]
+    name: str  # what the scores call it
+    target: tuple[str, ...] | tuple[int, ...]  # structures of the dataset by name; in published systems label values
+    source: tuple[str, ...]  # structures of the model by name; none where the entry is left out of the scores
 
 
 @dataclass(frozen=True)
 class LabelMap:
-    """A name mapping.
-
-    Attributes:
-        entries: Its entries.
-        is_system: Whether it is a published system: complete, by label value, and with the names of a vocabulary.
-        origin: The file, or the system's name.
-    """
+    """A name mapping."""
 
     entries: tuple[MapEntry, ...]
-    is_system: bool
-    origin: str
+    is_system: bool  # whether it is a published system: complete, by label value, and with the names of a vocabulary
+    origin: str  # the file, or the system's name
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One structure that is scored.
+    """One structure that is scored."""
 
-    Attributes:
-        name: What the scores call it.
-        target: Structures of the dataset that it consists of.
-        source: Structures of the model that stand for it.
-        target_values: Values of the former in the dataset's label maps, in order.
-        source_values: Values of the latter in the model's segmentations, in order.
-    """
-
-    name: str
-    target: tuple[str, ...]
-    source: tuple[str, ...]
-    target_values: tuple[int, ...]
-    source_values: tuple[int, ...]
+    name: str  # what the scores call it
+    target: tuple[str, ...]  # structures of the dataset that it consists of
+    source: tuple[str, ...]  # structures of the model that stand for it
+    target_values: tuple[int, ...]  # values of the former in the dataset's label maps, in order
+    source_values: tuple[int, ...]  # values of the latter in the model's segmentations, in order
 
 
 @dataclass(frozen=True)
 class LabelRelation:
-    """How the labels of a model and of a dataset are related.
+    """How the labels of a model and of a dataset are related."""
 
-    Attributes:
-        comparisons: What is scored, in the order of the dataset's label values.
-        left_out: Why each other structure of the dataset is not scored.
-        doubtful: Names of the dataset that a published system takes, by their value, for a structure whose name is
-            another; pairs of both.
-    """
-
-    comparisons: tuple[Comparison, ...]
-    left_out: Mapping[str, str]
+    comparisons: tuple[Comparison, ...]  # what is scored, in the order of the dataset's label values
+    left_out: Mapping[str, str]  # why each other structure of the dataset is not scored
+    # names of the dataset that a published system takes, by their value, for a structure whose name is another; pairs
+    # of both
     doubtful: tuple[tuple[str, str], ...]
 
 
@@ -168,12 +143,7 @@ def read_label_map(path: str | os.PathLike[str]) -> LabelMap:
 
 
 def suggest_label_map(source: Sequence[str], target: Sequence[str]) -> str:
-    """Propose a name mapping as YAML: matches by name, structures by their parts, and what is left to decide.
-
-    Args:
-        source: Structures of the model, without background and ignore label.
-        target: Structures of the dataset, likewise.
-    """
+    """Propose a name mapping as YAML: matches by name, structures by their parts, and what is left to decide."""
     matches = match_names(source, target)
     entries: dict[str, Any] = dict(matches)
     for name in [name for name, match in matches.items() if match is None]:
@@ -210,9 +180,6 @@ def _parts(whole: str, names: Sequence[str]) -> tuple[str, ...]:
 def structure_values(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the values of each structure in label maps, regions of several values among them.
 
-    Args:
-        labels: ``labels`` of a ``dataset.json``.
-
     Raises:
         LabelError: Something else than whole numbers, or no structure.
     """
@@ -230,11 +197,6 @@ def relate_labels(
     Structures whose names mean the same (:func:`match_names`) are compared without a name mapping; one goes before
     that. A published system is complete: what it does not mention is not compared. It says structures of the dataset by
     value, and a value whose name in ``dataset.json`` is known to mean something else is an error.
-
-    Args:
-        source_labels: ``labels`` of the model's ``dataset.json``.
-        target_labels: ``labels`` of the dataset's ``dataset.json``.
-        label_map: The name mapping, if there is one.
 
     Raises:
         LabelError: A mapping that names unknown structures, or the same ones twice, a system that is another dataset's,
@@ -342,11 +304,6 @@ def observed_values(comparison: Comparison, manifest: AnnotationManifest, case: 
 
     Superclasses count: voxels of one are inside where all that it may stand for is, and a case that annotates it
     annotates its members as far as their union is asked for.
-
-    Args:
-        comparison: What is compared.
-        manifest: What the cases of the dataset annotate.
-        case: Name of the case.
 
     Returns:
         The values in order, or None where the case does not annotate all of the comparison's structures.

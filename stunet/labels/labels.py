@@ -28,15 +28,11 @@ _OF_PUBLISHED_WEIGHTS = ("abdomenatlas_9", "totalsegmentator_104")
 
 
 class Outputs(NamedTuple):
-    """Names of a network's outputs.
+    """Names of a network's outputs."""
 
-    Attributes:
-        names: One for each output, in order.
-        exclusive: Whether a softmax over the outputs, the first of them background, assigns each voxel to one of them;
-            otherwise each is a region with a sigmoid of its own.
-    """
-
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # one for each output, in order
+    # whether a softmax over the outputs, the first of them background, assigns each voxel to one of them; otherwise
+    # each is a region with a sigmoid of its own
     exclusive: bool
 
 
@@ -152,18 +148,12 @@ def check_names(names: Iterable[str], source: object, kind: type[STUNetError] = 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Names of a network's outputs, in order.
+    """Names of a network's outputs, in order."""
 
-    Attributes:
-        name: Name of the vocabulary, or of the file it was read from.
-        labels: Names by label value, background first.
-        source: Where the order is from.
-        groups: Structures by the name of a group, where the source makes such groups.
-    """
-
-    name: str
-    labels: tuple[str, ...]
-    source: str
+    name: str  # name of the vocabulary, or of the file it was read from
+    labels: tuple[str, ...]  # names by label value, background first
+    source: str  # where the order is from
+    # structures by the name of a group, where the source makes such groups
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def as_dataset_labels(self) -> dict[str, int]:

@@ -35,18 +35,13 @@ class _Mapping(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class UnionMapping:
-    """The content of a mapping file.
+    """The content of a mapping file."""
 
-    Attributes:
-        sources: Structure of the union by label, by the source's name or id as it stands in the file.
-        superclasses: Members by superclass, superclasses among them where they are nested; None where the file does
-            not mention them.
-        path: The file.
-    """
-
+    # structure of the union by label, by the source's name or id as it stands in the file
     sources: Mapping[str | int, Mapping[str, str]]
+    # members by superclass, superclasses among them where they are nested; None where the file does not mention them
     superclasses: Mapping[str, Sequence[str]] | None
-    path: str
+    path: str  # the file
 
 
 def read_mapping(path: str | os.PathLike[str]) -> UnionMapping:
@@ -68,12 +63,7 @@ def read_mapping(path: str | os.PathLike[str]) -> UnionMapping:
 
 
 def dump_mapping(mapping: Mapping[str, Mapping[str, str]], superclasses: Mapping[str, tuple[str, ...]]) -> str:
-    """Write a mapping as YAML that :func:`read_mapping` reads.
-
-    Args:
-        mapping: Structure by label, by source.
-        superclasses: Members by superclass.
-    """
+    """Write a mapping as YAML that :func:`read_mapping` reads."""
     content = {
         "sources": {source: dict(labels) for source, labels in mapping.items()},
         "superclasses": {name: list(members) for name, members in superclasses.items()},
@@ -83,19 +73,14 @@ def dump_mapping(mapping: Mapping[str, Mapping[str, str]], superclasses: Mapping
 
 @dataclass(frozen=True)
 class LabelUnion:
-    """The labels of a union of datasets.
+    """The labels of a union of datasets."""
 
-    Attributes:
-        leaves: Structures that stand for themselves, in the order of their label values, from 1.
-        superclasses: Structures that stand for several leaves, and these; their label values follow the leaves'.
-        mapping: For each source by name, the structure that each of its labels is, or ``background`` or ``ignore``.
-        has_ignore: Whether there is an ignore label; it has the highest value.
-    """
-
-    leaves: tuple[str, ...]
+    leaves: tuple[str, ...]  # structures that stand for themselves, in the order of their label values, from 1
+    # structures that stand for several leaves, and these; their label values follow the leaves'
     superclasses: Mapping[str, tuple[str, ...]]
+    # for each source by name, the structure that each of its labels is, or background or ignore
     mapping: Mapping[str, Mapping[str, str]]
-    has_ignore: bool
+    has_ignore: bool  # whether there is an ignore label; it has the highest value
 
     @cached_property
     def labels(self) -> dict[str, int]:
