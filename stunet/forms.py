@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 import yaml
@@ -74,8 +73,10 @@ def read_document(path: str | os.PathLike[str]) -> Any:
         raise FormError("nested too deeply") from error
 
 
-def decode(content: Any, form: Any) -> Any:
+def decode(content: Any, form: Any, place: str = "") -> Any:
     """Turn plain values into what a type declares.
+
+    msgspec names the fields of structures and the places of lists; the keys of mappings are named here.
 
     >>> decode({"liver": 1, "kidney": "2"}, dict[str, int])
     Traceback (most recent call last):
@@ -84,37 +85,18 @@ def decode(content: Any, form: Any) -> Any:
     Raises:
         FormError: The values are of another form; names the place and what was expected there.
     """
+    if isinstance(content, dict):
+        for arm in get_args(form) if get_origin(form) in (Union, UnionType) else (form,):
+            if get_origin(arm) is dict:
+                for key, value in content.items():
+                    decode(key, get_args(arm)[0], f"a key of {place}" if place else "a key")
+                    decode(value, get_args(arm)[1], f"{place}[{key!r}]")
+            elif isinstance(arm, type) and issubclass(arm, msgspec.Struct):
+                for name, field in get_type_hints(arm, include_extras=True).items():
+                    if name in content:
+                        decode(content[name], field, f"{place}.{name}" if place else name)
     try:
         return msgspec.convert(content, form)
     except msgspec.ValidationError as error:
-        problem, _, path = str(error).partition(" - at ")
-        place = _name_keys(content, form, path.strip("`"), str(error)) if "$" in path else ""
-        raise FormError(f"{place}: {problem}".replace("`", "").removeprefix(": ")) from error
-
-
-def _name_keys(content: Any, form: Any, path: str, message: str) -> str:
-    """The path of an error with the keys of mappings, for each of which msgspec says ``[...]``."""
-    of_key, path = ("a key of ", path.partition(" in `")[2]) if path.startswith("key") else ("", path)
-    node = content = copy.deepcopy(content)
-    place = ""
-    for field, index in re.findall(r"\.(\w+)|\[([\d.]+)\]", path):
-        step: Any = field or (int(index) if index != "..." else _culprit(content, node, form, message))
-        place += (f".{field}" if place else field) if field else f"[{step!r}]"
-        node = node[step]
-    return of_key + place if place else of_key and "a key"
-
-
-def _culprit(content: Any, node: dict[Any, Any], form: Any, message: str) -> Any:
-    """The key of a mapping without whose entry the content would not fail so."""
-    for key, value in list(node.items()):
-        others = dict(node)
-        node.clear()
-        node[key] = value
-        try:
-            msgspec.convert(content, form)
-        except msgspec.ValidationError as error:
-            if str(error) == message:
-                return key
-        node.clear()
-        node.update(others)
-    return "…"
+        problem, _, path = str(error).replace("`", "").partition(" - at $")
+        raise FormError(f"{place}{path}: {problem}".removeprefix(": ")) from error

@@ -310,9 +310,9 @@ def _first_difference(old_path: Path, new_path: Path) -> str:
     except (OSError, ValueError, TypeError):
         return "they cannot be compared"
     for key in sorted({*old, *new}):
-        a, b = old.get(key), new.get(key)
-        if a != b and isinstance(a, dict) and isinstance(b, dict):
-            return f"{key}, {next(name for name in sorted({*a, *b}) if a.get(name) != b.get(name))}"
+        a, b = (content.get(key, {}) for content in (old, new))
+        if isinstance(a, dict) and isinstance(b, dict) and a != b:
+            return f"{key}, {min(name for name in {*a, *b} if a.get(name) != b.get(name))}"
         if a != b:
             return str(key)
     return ""

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stunet.datasets.imports import ENDING, ImportCase, ImportReport, Record, case_files, check_annotated, importing
-from stunet.errors import DatasetError, LabelError, STUNetError, UsageError
+from stunet.errors import DatasetError, LabelError, UsageError
 from stunet.files import atomic_path, clone_or_copy, fingerprint
 from stunet.forms import FormError, Names, decode, read_document
 from stunet.labels import group_cases, list_vocabularies, load_vocabulary
@@ -251,11 +251,13 @@ class MaskCase(ImportCase):
     """A case of one image and separate masks."""
 
     case: SourceCase
-    structures: tuple[str, ...]  # all structures of the dataset, later ones painted over earlier ones
+    structures: Sequence[str]  # all structures of the dataset, later ones painted over earlier ones
     link: bool  # whether the image is linked instead of copied
 
     def source(self) -> Record:
         """Return split and fingerprint."""
+        if not self.case.masks:
+            raise DatasetError(f"no masks in {self.case.folder / 'segmentations'}: add some, or leave it out")
         names = self._names.items()
         files = [self.case.ct, *(self.case.mask(name) for _, name in names)]
         return {"split": self.case.split, "source": fingerprint(files, list(map(str, names)))}
@@ -323,37 +325,25 @@ def import_cases(
         DatasetError: The folder holds something else, nothing could be imported, or no training case annotates one of
             the structures.
     """
-    folder = Path(folder)
-    images = "link" if link_images else "copy"
-    settings = {"format": _FORMAT, **details, "images": images, "structures": list(structures)}
+    folder, mode = Path(folder), "link" if link_images else "copy"
+    settings = {"format": _FORMAT, **details, "images": mode, "structures": list(structures)}
     included = [case for case in cases if case.name not in excluded]
-    # A case without any mask does not annotate other structures: it is broken, and reported as such.
+    # A case without any mask does not annotate other structures: it is broken, and will fail.
     left_out = sorted(case.name for case in included if case.masks and not case.masks & set(structures))
-    chosen = {case.name: case for case in included if case.name not in left_out}
-    failed: dict[str, STUNetError] = {}
-    for name, case in chosen.items():
-        if not case.masks:
-            failed[name] = DatasetError(f"no masks in {case.folder / 'segmentations'}: add some, or leave it out")
-            on_case(name, 0, False)
     jobs = [
         MaskCase(
-            name=name,
-            outputs=case_files(folder, name, case.split),
-            case=case,
-            structures=tuple(structures),
-            link=link_images,
+            name=c.name, outputs=case_files(folder, c.name, c.split), case=c, structures=structures, link=link_images
         )
-        for name, case in chosen.items()
-        if case.masks
+        for c in included
+        if c.name not in left_out
     ]
     if not allow_unannotated:
-        check_annotated(structures, (case.masks for case in chosen.values() if case.split != "test"), _CHOOSE)
+        check_annotated(structures, (job.case.masks for job in jobs if job.case.split != "test"), _CHOOSE)
     if num_processes is None:
         size = sum(job.case.ct.stat().st_size for job in jobs if job.case.ct.exists())
         num_processes = worthwhile_processes(size, share=_BYTES_PER_START)
     n_masks = {job.name: len(job.case.masks & set(structures)) for job in jobs}
     with importing(folder, settings, n_masks) as work:
-        work.failed.update(failed)
         work.run(
             jobs,
             lambda name, record: case_files(folder, name, record["split"]),

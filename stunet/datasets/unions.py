@@ -60,11 +60,6 @@ class UnionSource:
         """Name in the union of each of its training cases, by name in the source."""
         return {case: f"D{self.id:03d}_{case}" for case in sorted(self.dataset.cases)}
 
-    @cached_property
-    def names(self) -> dict[int, str]:
-        """Structures by label value."""
-        return {value: name for name, value in self.manifest.structures.items()}
-
     def first_fold(self) -> dict[str, list[str]] | None:
         """Return the first fold of its ``splits_final.json`` with the cases' names in the union, if there is one.
 
@@ -113,7 +108,10 @@ def read_union_source(folder: str | os.PathLike[str], *, name: str | None = None
 def merge_sources(sources: Sequence[UnionSource], mapping: UnionMapping | None = None) -> LabelUnion:
     """Merge the labels of datasets; see :func:`stunet.labels.merge_labels`."""
     declared = {
-        s.name: {s.names[value]: [s.names[m] for m in members] for value, members in s.manifest.superclasses.items()}
+        s.name: {
+            s.manifest.names[value]: [s.manifest.names[m] for m in members]
+            for value, members in s.manifest.superclasses.items()
+        }
         for s in sources
     }
     return merge_labels(
@@ -153,33 +151,31 @@ def check_sources(sources: Sequence[UnionSource]) -> None:
     if len(set(names)) < len(names) or len(names) < 2:
         raise DatasetError(f"a union of {', '.join(names) or 'nothing'}: give two or more datasets, each once")
 
-    def check_same(what: str, of: Callable[[UnionSource], str], why: str) -> None:
-        first, *others = ((source.name, of(source)) for source in sources)
-        for name, value in others:
-            if value.casefold() != first[1].casefold():
-                raise DatasetError(f"different {what}, {first[0]}: {first[1]}; {name}: {value}: {why}")
+    def check_same(what: str, values: Sequence[str], why: str) -> None:
+        for name, value in zip(names, values, strict=True):
+            if value.casefold() != values[0].casefold():
+                raise DatasetError(f"different {what}, {names[0]}: {values[0]}; {name}: {value}: {why}")
 
-    def channels(source: UnionSource) -> str:
-        listed = source.dataset.dataset_json["channel_names"]
-        return ", ".join(str(listed[key]) for key in sorted(listed, key=int))
-
-    def unit(source: UnionSource) -> str:
-        """In the first image's header; mm where it says nothing, as all programs take it."""
-        images, _ = next(iter(source.dataset.cases.values()))
-        unit = str(read_volume(images[0], header_only=True).header.get_xyzt_units()[0])
-        return {"unknown": "mm", "meter": "m", "micron": "µm"}.get(unit, unit)
-
-    ending = sources[0].dataset.dataset_json["file_ending"]
+    described = [source.dataset.dataset_json for source in sources]
+    ending = str(described[0]["file_ending"])
+    one_reader = "nnU-Net reads all files of a dataset with one reader; convert one of them"
+    check_same("file endings", [str(content["file_ending"]) for content in described], one_reader)
     if ending not in LABEL_ENDINGS:
         known = ", ".join(LABEL_ENDINGS)
         raise DatasetError(f"{names[0]}: label maps cannot be written as {ending}: convert them to one of {known}")
-    one_reader = "nnU-Net reads all files of a dataset with one reader; convert one of them"
-    check_same("file endings", lambda source: str(source.dataset.dataset_json["file_ending"]), one_reader)
-    check_same("channels", channels, "leave one out, or make its channels those of the other, in the same order")
-    reader = "overwrite_image_reader_writer"
-    check_same("image readers", lambda s: str(s.dataset.dataset_json.get(reader)), f"make {reader} the same")
+    channels = [
+        [str(name) for _, name in sorted((int(key), name) for key, name in d["channel_names"].items())]
+        for d in described
+    ]
+    check_same("channels", list(map(", ".join, channels)), "leave one out, or make its channels those of the other")
+    readers = [str(content.get("overwrite_image_reader_writer")) for content in described]
+    check_same("image readers", readers, "make overwrite_image_reader_writer the same")
     if ending in NIFTI_ENDINGS:
-        check_same("units of spacing", unit, "convert one of them, spacing and position included")
+        firsts = (next(iter(source.dataset.cases.values()))[0][0] for source in sources)
+        units = [str(read_volume(image, header_only=True).header.get_xyzt_units()[0]) for image in firsts]
+        names_of_units = {"unknown": "mm", "meter": "m", "micron": "µm"}  # all programs take mm where nothing is said
+        shown = [names_of_units.get(unit, unit) for unit in units]
+        check_same("units of spacing", shown, "convert one of them, spacing and position included")
 
 
 def annotated_in_union(source: UnionSource, union: LabelUnion, case: str) -> tuple[set[str], set[str]]:
@@ -193,7 +189,7 @@ def annotated_in_union(source: UnionSource, union: LabelUnion, case: str) -> tup
     Raises:
         LabelError: It annotates a superclass of the union and one of its members.
     """
-    own = {source.names[value] for value in source.manifest.annotated(case)}
+    own = {source.manifest.names[value] for value in source.manifest.annotated(case)}
 
     def leaves(labels: set[str]) -> set[int]:
         return {leaf for label in labels for leaf in source.manifest.leaves_of(source.manifest.structures[label])}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
@@ -54,6 +53,11 @@ class AnnotationManifest:
     default: tuple[str, ...] | None  # the same for cases that are not listed; None where each must be
     weights: Mapping[str, float]  # how often a case is drawn relative to others; 1 for cases that are not listed
     source: str  # where this was read
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """Structures by label value."""
+        return {value: name for name, value in self.structures.items()}
 
     @property
     def leaves(self) -> tuple[int, ...]:
@@ -260,41 +264,41 @@ class Coverage:
     source_of: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
-    def _names(self) -> dict[int, str]:
-        return {value: name for name, value in self.manifest.structures.items()}
+    def _annotated(self) -> dict[str, set[int]]:
+        return {case: set(self.manifest.annotated(case)) for case in self.voxels}
 
-    def _count(self, cases: Iterable[str]) -> tuple[dict[str, int], dict[str, int]]:
-        """How many cases annotate and how many have a structure, for those that any does."""
-        annotated = Counter(value for case in cases for value in self.manifest.annotated(case))
-        present = Counter(value for case in cases for value, n in self.voxels[case].items() if n)
-        named = [{name: found[v] for v, name in self._names.items() if v in found} for found in (annotated, present)]
-        return named[0], named[1]
+    def _cover(self, cases: Collection[str]) -> list[StructureCoverage]:
+        rows = []
+        for name, value in self.manifest.structures.items():
+            annotated = sum(value in self._annotated[case] for case in cases)
+            found = [self.voxels[case][value] for case in cases if value in self.voxels[case]]
+            rows.append(StructureCoverage(name, value, annotated, len(found), sum(found)))
+        return rows
 
     @cached_property
     def structures(self) -> list[StructureCoverage]:
         """One row per structure, in the order of label values."""
-        annotated, present = self._count(list(self.voxels))
-        total = Counter[int]()
-        for voxels in self.voxels.values():
-            total.update(voxels)
-        return [
-            StructureCoverage(name, value, annotated.get(name, 0), present.get(name, 0), total[value])
-            for value, name in self._names.items()
-        ]
+        return self._cover(self.voxels)
 
     @cached_property
     def sources(self) -> list[SourceCoverage]:
         """One row per dataset of a union, by name; structures in the order of label values."""
-        names = sorted(set(self.source_of.values()))
-        cases = {source: [case for case in self.voxels if self.source_of.get(case) == source] for source in names}
-        return [SourceCoverage(source, len(own), *self._count(own)) for source, own in cases.items()]
+        rows = []
+        for source in sorted(set(self.source_of.values())):
+            cases = [case for case in self.voxels if self.source_of.get(case) == source]
+            cover = self._cover(cases)
+            annotated, present = (
+                {r.name: getattr(r, n) for r in cover if getattr(r, n)} for n in ("annotated", "present")
+            )
+            rows.append(SourceCoverage(source, len(cases), annotated, present))
+        return rows
 
     @property
     def never_annotated(self) -> list[str]:
         """Structures that no case annotates, not even as a member of a superclass: nothing could teach them."""
-        annotated = {value for case in self.voxels for value in self.manifest.annotated(case)}
+        annotated = {value for values in self._annotated.values() for value in values}
         covered = {leaf for value in annotated for leaf in (value, *self.manifest.leaves_of(value))}
-        return [name for value, name in self._names.items() if value not in covered]
+        return [name for value, name in self.manifest.names.items() if value not in covered]
 
     @property
     def never_present(self) -> list[str]:
@@ -304,28 +308,30 @@ class Coverage:
     @cached_property
     def contradictions(self) -> dict[str, list[str]]:
         """By case, the structures that it has without annotating them."""
-        found = {
-            case: [self._names[v] for v in voxels if v in self._names and v not in self.manifest.annotated(case)]
-            for case, voxels in self.voxels.items()
+        names = self.manifest.names
+        odd = {
+            case: [v for v in self.voxels[case] if v in names and v not in self._annotated[case]]
+            for case in self.voxels
         }
-        return {case: structures for case, structures in found.items() if structures}
+        return {case: [names[value] for value in values] for case, values in odd.items() if values}
 
     @property
     def unknown_values(self) -> dict[str, list[int]]:
         """By case, label values that ``dataset.json`` does not list."""
-        known = {0, self.ignore, *self._names}
+        known = {0, self.ignore, *self.manifest.names}
         found = {case: [v for v in voxels if v not in known] for case, voxels in self.voxels.items()}
         return {case: values for case, values in found.items() if values}
 
     def as_json(self) -> dict[str, Any]:
         """All of it, for programs."""
+        names = self.manifest.names
         return {
             "structures": [vars(row) for row in self.structures],
             "sources": [vars(row) for row in self.sources],
             "cases": {
                 case: {
-                    "annotated": [self._names[value] for value in self.manifest.annotated(case)],
-                    "voxels": {self._names[v]: n for v, n in voxels.items() if v in self._names},
+                    "annotated": [names[value] for value in self.manifest.annotated(case)],
+                    "voxels": {names[v]: n for v, n in voxels.items() if v in names},
                 }
                 for case, voxels in self.voxels.items()
             },

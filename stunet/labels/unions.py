@@ -28,20 +28,13 @@ _HEADER = """\
 _REMEDY = "say what they are under superclasses of a mapping file (--mapping)"
 
 
-class _Mapping(msgspec.Struct, forbid_unknown_fields=True):
-    sources: dict[int | Name, dict[Name, Name] | None] | None = None
-    superclasses: dict[Name, list[Name]] | msgspec.UnsetType | None = msgspec.UNSET
-
-
-@dataclass(frozen=True)
-class UnionMapping:
+class UnionMapping(msgspec.Struct, forbid_unknown_fields=True):
     """The content of a mapping file."""
 
     # structure of the union by label, by the source's name or id as it stands in the file
-    sources: Mapping[str | int, Mapping[str, str]]
-    # members by superclass, superclasses among them where they are nested; None where the file does not mention them
-    superclasses: Mapping[str, Sequence[str]] | None
-    path: str  # the file
+    sources: dict[int | Name, dict[Name, Name] | None]
+    superclasses: dict[Name, list[Name]] | None  # members by superclass; None where the file does not mention them
+    path: str
 
 
 def read_mapping(path: str | os.PathLike[str]) -> UnionMapping:
@@ -51,15 +44,15 @@ def read_mapping(path: str | os.PathLike[str]) -> UnionMapping:
         LabelError: Missing, not YAML, a key twice, or of another form than :func:`dump_mapping` writes.
     """
     try:
-        content: _Mapping = decode(read_document(path), _Mapping)
+        content = read_document(path)
+        if isinstance(content, dict):
+            superclasses = content["superclasses"] or {} if "superclasses" in content else None
+            content |= {"sources": content.get("sources") or {}, "superclasses": superclasses, "path": str(path)}
+        mapping: UnionMapping = decode(content, UnionMapping)
     except FormError as error:
-        remedy = (
-            "correct the file: names between quotes, one for each label; list under superclasses what it stands for"
-        )
+        remedy = "put names between quotes, one for each label, and list under superclasses what it stands for"
         raise LabelError(f"{path}: {error}; {remedy}") from error
-    sources = {source: labels or {} for source, labels in (content.sources or {}).items()}
-    unset = isinstance(content.superclasses, msgspec.UnsetType)
-    return UnionMapping(sources, None if unset else content.superclasses or {}, str(path))
+    return mapping
 
 
 def dump_mapping(mapping: Mapping[str, Mapping[str, str]], superclasses: Mapping[str, tuple[str, ...]]) -> str:
@@ -96,19 +89,13 @@ class LabelUnion:
         """
         together = [set(labels.values()) for labels in self.mapping.values()]
         words = {name: set(canonical_name(name).split("_")) for name in (*self.leaves, *self.superclasses)}
-        related = {frozenset((name, leaf)) for name, leaves in self.superclasses.items() for leaf in leaves}
-        nested = {
-            frozenset((one, other))
-            for one, leaves in self.superclasses.items()
-            for other, others in self.superclasses.items()
-            if set(others) < set(leaves)
-        }
+        leaves = {name: {*self.superclasses.get(name, (name,))} for name in words}
         return [
             (one, other)
             for one in words
             for other in words
             if (words[one] < words[other] or (words[one] == words[other] and one < other))
-            and frozenset((one, other)) not in related | nested
+            and not (leaves[one] <= leaves[other] or leaves[other] <= leaves[one])
             and not any({one, other} <= names for names in together)
         ]
 
@@ -163,7 +150,7 @@ def merge_labels(
 def _bind_overrides(sources: Mapping[str, Sequence[str]], overrides: UnionMapping | None) -> dict[str, dict[str, str]]:
     bound: dict[str, dict[str, str]] = {}
     for key, labels in overrides.sources.items() if overrides is not None else ():
-        path = overrides.path if overrides is not None else ""
+        labels, path = labels or {}, overrides.path if overrides is not None else ""
         matches = [s for s in sources if s == key or (isinstance(key, int) and s.startswith(f"Dataset{key:03d}_"))]
         if not matches or matches[0] in bound:
             found = f"source {key} twice" if matches else f"the unknown source {key!r}{did_you_mean(str(key), sources)}"
