@@ -200,7 +200,9 @@ def test_a_case_that_breaks_later_stays_as_it_was(source: Path, folder: Path) ->
 def test_nothing_can_be_imported(source: Path, folder: Path) -> None:
     for case in ("a0", "a1", "a2"):
         truncate_ct(source / case)
-    with pytest.raises(DatasetError, match=r"no training case annotates aorta, heart, liver, spleen.*3 cases failed, a0 first: unreadable image file"):
+    with pytest.raises(
+        DatasetError, match=r"no training case annotates aorta, heart.*3 cases failed, a0 first: unreadable"
+    ):
         run(source, folder, allow_unannotated=True)
     assert not (folder / "dataset.json").exists()
 

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -53,13 +53,15 @@ class ImportReport:
     """What an import has done."""
 
     folder: Path
+    settings: Mapping[str, Any]  # what a later run must agree with
+    began: set[str]  # cases that this or an earlier run has begun to write
     records: dict[str, Record]  # what is known of each case of the dataset
     reused: int  # how many of them an earlier run had finished
-    left_out: list[str]  # cases left out because they annotate none of the structures
     failed: dict[str, STUNetError]  # errors of the cases that could not be imported
     kept: list[str]  # cases of an earlier run that this one could not import again, and that stay as they were
-    has_folds: bool  # whether the source's split was written as nnU-Net's only fold
-    stale: list[Path]  # files of the preprocessed folder that differ from the new ones and were left alone
+    left_out: list[str] = field(default_factory=list)  # cases that annotate none of the structures
+    has_folds: bool = False  # whether the source's split was written as nnU-Net's only fold
+    stale: list[Path] = field(default_factory=list)  # files of the preprocessed folder that differ and were left alone
 
     @property
     def splits(self) -> dict[str, str]:
@@ -74,6 +76,56 @@ class ImportReport:
             for loser, winners in record.get("overlaps", {}).items():
                 total.update({(loser, winner): n for winner, n in winners.items()})
         return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+
+    def finish(
+        self,
+        manifest: Mapping[str, Any],
+        fold: Mapping[str, Sequence[str]],
+        dataset_json: Mapping[str, Any],
+        left_out: list[str],
+        preprocessed: str | os.PathLike[str] | None,
+    ) -> ImportReport:
+        """Write the files that are no cases, ``dataset.json`` last, since it makes them a dataset.
+
+        Where the fold lacks ``train`` or ``val``, nnU-Net makes five folds of its own.
+
+        Raises:
+            DatasetError: The folder holds files that no import wrote.
+        """
+        folder, has_folds = self.folder, bool(fold.get("train") and fold.get("val"))
+        self._tidy(str(dataset_json["file_ending"]))
+        if not has_folds:
+            (folder / SPLITS_NAME).unlink(missing_ok=True)
+        overlaps: dict[str, dict[str, int]] = {}
+        for (loser, winner), n in sorted(self.overlaps.items()):
+            overlaps.setdefault(loser, {})[winner] = n
+        found = {"left_out": left_out, "failed": {name: str(error) for name, error in self.failed.items()}}
+        found |= {"kept": self.kept, "overlaps": overlaps, "cases": self.records}
+        files: dict[Path, Any] = {folder / MANIFEST_NAME: order_manifest(manifest, source=str(folder / MANIFEST_NAME))}
+        files |= {folder / SPLITS_NAME: [fold]} if has_folds else {}
+        files |= {folder / REPORT_NAME: {**self.settings, **found}, folder / "dataset.json": dataset_json}
+        write_json_files(files)
+        stale = []
+        if preprocessed is not None:
+            for name in (MANIFEST_NAME, SPLITS_NAME):
+                remove_leftovers(Path(preprocessed) / folder.name, name)
+            stale = sync_to_preprocessed(folder, Path(preprocessed) / folder.name)
+        return replace(self, left_out=left_out, has_folds=has_folds, stale=stale)
+
+    def _tidy(self, ending: str) -> None:
+        """Remove files of cases that an import began and that are not part of the dataset, or of another part now."""
+        for part in ("Tr", "Ts"):
+            mine = {name for name, split in self.splits.items() if (split == "test") == (part == "Ts")}
+            for kind, tail in (("images", f"_0000{ending}"), ("labels", ending)):
+                sub = self.folder / f"{kind}{part}"
+                for path in sorted(sub.iterdir()) if sub.is_dir() else ():
+                    case = path.name.removesuffix(tail)
+                    if case not in self.began or not path.name.endswith(tail):
+                        raise DatasetError(f"the import did not write {path}: move it elsewhere and run again")
+                    if case not in mine:
+                        path.unlink()
+                if sub.is_dir() and not any(sub.iterdir()):
+                    sub.rmdir()
 
 
 def case_files(folder: Path, case: str, split: str = "train", ending: str = ENDING) -> tuple[Path, Path]:
@@ -148,132 +200,67 @@ def _is_whole(record: Record, outputs: Sequence[Path]) -> bool:
     return all(path.exists() for path in outputs) and record.get("output") == fingerprint(outputs)
 
 
-class DatasetImport:
-    """An import at work in a dataset's folder; made by :func:`importing`.
-
-    Attributes:
-        records: Record of each case, of this run and of earlier ones.
-        failed: Errors of the cases that could not be imported.
-    """
-
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.folder, self._settings, self._journal = folder, settings, folder / _JOURNAL
-        self.records, self._began = _read_state(folder, settings)
-        self.failed: dict[str, STUNetError] = {}
-        self._kept: list[str] = []
-        self._reused = 0
-
-    def begin(self, cases: Iterable[str]) -> None:
-        """Note in the journal what is known of earlier runs, and the names of the cases to come."""
-        self._began |= set(cases)
-        lines = [{**self._settings, "began": sorted(self._began)}]
-        lines += [{"case": name, "record": record} for name, record in self.records.items()]
-        with atomic_path(self._journal) as temporary:
-            temporary.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-        (self.folder / "dataset.json").unlink(missing_ok=True)  # cases may change
-
-    def run(
-        self,
-        cases: Sequence[ImportCase],
-        outputs_of: Callable[[str, Record], Sequence[Path]],
-        *,
-        may_keep: Callable[[str], bool],
-        num_processes: int,
-        on_case: Callable[[str, bool], None],
-    ) -> None:
-        """Import cases."""
-        jobs = [replace(case, earlier=self.records.get(case.name)) for case in cases]
-        done: dict[str, Record] = {}
-        with self._journal.open("a", encoding="utf-8") as journal:
-            for job, result in run_jobs(import_case, jobs, num_processes=num_processes):
-                if isinstance(result, STUNetError):
-                    self.failed[job.name] = result
-                    on_case(job.name, False)
-                    continue
-                done[job.name], reused = result
-                self._reused += reused
-                with naming_file(self._journal):
-                    print(json.dumps({"case": job.name, "record": result[0]}), file=journal, flush=True)
-                on_case(job.name, reused)
-        old = {name: record for name, record in self.records.items() if name not in done and may_keep(name)}
-        kept = {name: record for name, record in sorted(old.items()) if _is_whole(record, outputs_of(name, record))}
-        self._kept, self.failed = list(kept), dict(sorted(self.failed.items()))
-        self.records = dict(sorted({**done, **kept}.items()))
-
-    def finish(
-        self,
-        *,
-        manifest: Mapping[str, Any],
-        fold: Mapping[str, Sequence[str]],
-        dataset_json: Mapping[str, Any],
-        left_out: list[str],
-        preprocessed: str | os.PathLike[str] | None,
-    ) -> ImportReport:
-        """Write the files that are no cases, ``dataset.json`` last, since it makes them a dataset.
-
-        Raises:
-            DatasetError: The folder holds files that no import wrote.
-        """
-        folder, has_folds = self.folder, bool(fold.get("train") and fold.get("val"))
-        report = ImportReport(folder, self.records, self._reused, left_out, self.failed, self._kept, has_folds, [])
-        self._tidy(report.splits, str(dataset_json["file_ending"]))
-        if not has_folds:
-            (folder / SPLITS_NAME).unlink(missing_ok=True)
-        overlaps: dict[str, dict[str, int]] = {}
-        for (loser, winner), n in sorted(report.overlaps.items()):
-            overlaps.setdefault(loser, {})[winner] = n
-        content = {
-            **self._settings,
-            "left_out": left_out,
-            "failed": {name: str(error) for name, error in self.failed.items()},
-            "kept": self._kept,
-            "overlaps": overlaps,
-            "cases": self.records,
-        }
-        files: dict[Path, Any] = {folder / MANIFEST_NAME: order_manifest(manifest, source=str(folder / MANIFEST_NAME))}
-        files |= {folder / SPLITS_NAME: [fold]} if has_folds else {}
-        write_json_files({**files, folder / REPORT_NAME: content, folder / "dataset.json": dataset_json})
-        if preprocessed is not None:
-            for name in (MANIFEST_NAME, SPLITS_NAME):
-                remove_leftovers(Path(preprocessed) / folder.name, name)
-            report.stale.extend(sync_to_preprocessed(folder, Path(preprocessed) / folder.name))
-        return report
-
-    def _tidy(self, splits: Mapping[str, str], ending: str) -> None:
-        """Remove files of cases that an import began and that are not part of the dataset, or of another part now."""
-        for part in ("Tr", "Ts"):
-            mine = {name for name, split in splits.items() if (split == "test") == (part == "Ts")}
-            for kind, tail in (("images", f"_0000{ending}"), ("labels", ending)):
-                sub = self.folder / f"{kind}{part}"
-                for path in sorted(sub.iterdir()) if sub.is_dir() else ():
-                    case = path.name.removesuffix(tail)
-                    if case not in self._began or not path.name.endswith(tail):
-                        raise DatasetError(f"the import did not write {path}: move it elsewhere and run again")
-                    if case not in mine:
-                        path.unlink()
-                if sub.is_dir() and not any(sub.iterdir()):
-                    sub.rmdir()
-
-
 @contextmanager
-def importing(folder: Path, settings: Mapping[str, Any], cases: Iterable[str]) -> Iterator[DatasetImport]:
-    """Make a folder ours for one import, new or resumed, for the length of the block.
+def importing(
+    folder: Path,
+    settings: Mapping[str, Any],
+    cases: Sequence[ImportCase],
+    outputs_of: Callable[[str, Record], Sequence[Path]],
+    *,
+    may_keep: Callable[[str], bool],
+    num_processes: int,
+    on_case: Callable[[str, bool], None],
+) -> Iterator[ImportReport]:
+    """Import cases into a folder that is ours for the length of the block, in which the report is to be finished.
 
-    ``dataset.json`` is removed at the start. A journal of finished cases disappears when the block ends without an
-    error; the lock file stays.
+    ``dataset.json`` is removed at the start, since cases may change. A journal of finished cases, from which an
+    interrupted import resumes, disappears when the block ends without an error; the lock file stays.
+
+    Args:
+        folder: The dataset's folder in ``nnUNet_raw``.
+        settings: What earlier runs must agree with.
+        cases: The cases.
+        outputs_of: The files of a case of an earlier run.
+        may_keep: Whether a case of an earlier run that this one cannot import may stay: its copy may be all that is
+            left of it.
+        num_processes: Cases at a time.
+        on_case: Called as a case is done, with its name and whether an earlier run had finished it.
 
     Raises:
         DatasetError: The folder holds something else, or an import with other settings.
         CommandError: Another import is at work there.
     """
+    journal = folder / _JOURNAL
     _read_state(folder, settings)  # before anything is written there
     with locked(folder / _LOCK, "import into the same dataset"):
-        work = DatasetImport(folder, settings)  # another import may have ended in between
+        earlier, began = _read_state(folder, settings)  # another import may have ended in between
         for sub in ("imagesTr", "labelsTr", "imagesTs", "labelsTs", "."):
             remove_leftovers(folder / sub, "*")
-        work.begin(cases)
-        yield work
-        (folder / _JOURNAL).unlink()
+        began |= {case.name for case in cases}
+        lines = [{**settings, "began": sorted(began)}, *({"case": n, "record": r} for n, r in earlier.items())]
+        with atomic_path(journal) as temporary:
+            temporary.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+        (folder / "dataset.json").unlink(missing_ok=True)
+        records: dict[str, Record] = {}
+        failed: dict[str, STUNetError] = {}
+        n_reused = 0
+        jobs = [replace(case, earlier=earlier.get(case.name)) for case in cases]
+        with naming_file(journal), journal.open("a", encoding="utf-8") as file:
+            for job, result in run_jobs(import_case, jobs, num_processes=num_processes):
+                if isinstance(result, STUNetError):
+                    failed[job.name] = result
+                    on_case(job.name, False)
+                    continue
+                records[job.name], reused = result
+                n_reused += reused
+                file.write(f"{json.dumps({'case': job.name, 'record': result[0]})}\n")
+                file.flush()
+                on_case(job.name, reused)
+        old = {name: record for name, record in earlier.items() if name not in records and may_keep(name)}
+        kept = {name: record for name, record in sorted(old.items()) if _is_whole(record, outputs_of(name, record))}
+        records, failed = dict(sorted({**records, **kept}.items())), dict(sorted(failed.items()))
+        yield ImportReport(folder, settings, began, records, n_reused, failed, list(kept))
+        journal.unlink()
 
 
 def _read_state(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Record], set[str]]:

@@ -343,28 +343,25 @@ def import_cases(
         size = sum(job.case.ct.stat().st_size for job in jobs if job.case.ct.exists())
         num_processes = worthwhile_processes(size, share=_BYTES_PER_START)
     n_masks = {job.name: len(job.case.masks & set(structures)) for job in jobs}
-    with importing(folder, settings, n_masks) as work:
-        work.run(
-            jobs,
-            lambda name, record: case_files(folder, name, record["split"]),
-            may_keep=lambda name: name not in excluded,
-            num_processes=num_processes,
-            on_case=lambda name, reused: on_case(name, n_masks[name], reused),
-        )
-        records = work.records
+    with importing(
+        folder,
+        settings,
+        jobs,
+        lambda name, record: case_files(folder, name, record["split"]),
+        may_keep=lambda name: name not in excluded,
+        num_processes=num_processes,
+        on_case=lambda name, reused: on_case(name, n_masks[name], reused),
+    ) as report:
+        records = report.records
         training = [record["voxels"] for record in records.values() if record["split"] != "test"]
         if not records or not allow_unannotated:
-            check_annotated(structures, training, _CHOOSE, failed=work.failed)
+            check_annotated(structures, training, _CHOOSE, failed=report.failed)
         dataset_json = {
             "channel_names": {"0": "CT"},
             "labels": {BACKGROUND: 0, **{name: value for value, name in enumerate(structures, start=1)}},
             "numTraining": len(training),
             "file_ending": ENDING,
         }
-        return work.finish(
-            manifest=group_cases({name: record["voxels"] for name, record in records.items()}, structures),
-            fold={part: [name for name in records if records[name]["split"] == part] for part in ("train", "val")},
-            dataset_json=dataset_json,
-            left_out=left_out,
-            preprocessed=preprocessed,
-        )
+        manifest = group_cases({name: record["voxels"] for name, record in records.items()}, structures)
+        fold = {part: [name for name in records if records[name]["split"] == part] for part in ("train", "val")}
+        return report.finish(manifest, fold, dataset_json, left_out, preprocessed)

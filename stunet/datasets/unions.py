@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -256,8 +256,8 @@ class LabelCase(ImportCase):
 class UnionReport(ImportReport):
     """What has become of a union."""
 
-    cases: Mapping[str, list[str]]  # names of the union's cases, by source
-    weights: Mapping[str, float]  # how often each case is drawn, relative to the others
+    cases: Mapping[str, list[str]] = field(default_factory=dict)  # names of the union's cases, by source
+    weights: Mapping[str, float] = field(default_factory=dict)  # how often each case is drawn, relative to the others
 
 
 def import_union(
@@ -336,17 +336,18 @@ def import_union(
     if not allow_unannotated:
         check_annotated(order, (job.annotated for job in jobs), remedy, superclasses=superclasses)
     chosen = {job.name: job for job in jobs if job.annotated}
-    with importing(folder, settings, chosen) as work:
-        work.run(
-            list(chosen.values()),
-            lambda name, record: chosen[name].outputs,
-            may_keep=chosen.__contains__,
-            num_processes=num_processes,
-            on_case=on_case,
-        )
-        annotated = {name: record["annotated"] for name, record in work.records.items()}
+    with importing(
+        folder,
+        settings,
+        list(chosen.values()),
+        lambda name, record: chosen[name].outputs,
+        may_keep=chosen.__contains__,
+        num_processes=num_processes,
+        on_case=on_case,
+    ) as report:
+        annotated = {name: record["annotated"] for name, record in report.records.items()}
         if not annotated or not allow_unannotated:
-            check_annotated(order, annotated.values(), remedy, superclasses=superclasses, failed=work.failed)
+            check_annotated(order, annotated.values(), remedy, superclasses=superclasses, failed=report.failed)
         cases = {source.name: [case for case in source.cases if source.cases[case] in annotated] for source in sources}
         weight_of = {
             source.cases[case]: weight
@@ -357,31 +358,22 @@ def import_union(
         if superclasses:
             manifest["superclasses"] = superclasses
         bind_manifest(manifest, labels=union.labels, cases=annotated, source=str(folder / MANIFEST_NAME))
-        reader = "overwrite_image_reader_writer"
-        dataset_json = {
-            "channel_names": first["channel_names"],
-            "labels": union.labels,
-            "numTraining": len(annotated),
-            "file_ending": ending,
-            **({reader: first[reader]} if reader in first else {}),
-            "dataset": {
-                name: {
-                    "images": [_reference(image, folder) for image in chosen[name].images],
-                    "label": f"labelsTr/{name}{ending}",
-                }
-                for name in annotated
-            },
+        listed = {
+            name: {
+                "images": [_reference(image, folder) for image in chosen[name].images],
+                "label": f"labelsTr/{name}{ending}",
+            }
+            for name in annotated
         }
+        described = {"channel_names": first["channel_names"], "labels": union.labels, "numTraining": len(annotated)}
+        described |= {key: first[key] for key in ("file_ending", "overwrite_image_reader_writer") if key in first}
+        dataset_json = {**described, "dataset": listed}
         parts = ("train", "val") if all(folds) else ()
-        report = work.finish(
-            manifest=manifest,
-            fold={part: sorted(n for fold in folds if fold for n in fold[part] if n in annotated) for part in parts},
-            dataset_json=dataset_json,
-            left_out=sorted(job.name for job in jobs if not job.annotated),
-            preprocessed=preprocessed,
-        )
+        fold = {part: sorted(n for fold in folds if fold for n in fold[part] if n in annotated) for part in parts}
+        left_out = sorted(job.name for job in jobs if not job.annotated)
+        done = report.finish(manifest, fold, dataset_json, left_out, preprocessed)
     names = {source.name: [source.cases[case] for case in cases[source.name]] for source in sources}
-    return UnionReport(**vars(report), cases=names, weights=weight_of)
+    return UnionReport(**vars(done), cases=names, weights=weight_of)
 
 
 def _reference(image: Path, folder: Path) -> str:
