@@ -257,7 +257,7 @@ def test_images_can_be_linked(source: Path, folder: Path) -> None:
 def test_a_folder_that_holds_something_else_is_kept(source: Path, folder: Path) -> None:
     run(source, folder)
     before = contents(folder)
-    with pytest.raises(DatasetError, match="there already, an import with other structures"):
+    with pytest.raises(DatasetError, match=r"there already, .*, an import with other structures"):
         run(source, folder, ["liver", "aorta"])
     assert contents(folder) == before
     stray = folder / "imagesTr" / "mine_0000.nii.gz"
@@ -270,7 +270,7 @@ def test_a_folder_that_holds_something_else_is_kept(source: Path, folder: Path) 
     shutil.rmtree(folder)
     folder.mkdir()
     (folder / "dataset.json").write_text("{}")
-    with pytest.raises(DatasetError, match="there already, no import of this kind"):
+    with pytest.raises(DatasetError, match=r"there already, .*, no import of this kind"):
         run(source, folder)
     assert contents(folder) == {"dataset.json": b"{}"}
 
@@ -290,7 +290,7 @@ def test_two_imports_at_once(source: Path, folder: Path) -> None:
 def test_ids_and_names(tmp_path: Path) -> None:
     assert dataset_folder(7, "A_b", raw=tmp_path) == tmp_path / "Dataset007_A_b"
     (tmp_path / "Dataset007_Other").mkdir()
-    with pytest.raises(DatasetError, match=r"id 7 is taken by \S*Dataset007_Other"):
+    with pytest.raises(DatasetError, match=r"id that is taken, 7 by \S*Dataset007_Other"):
         dataset_folder(7, "A", raw=tmp_path / "raw", others=[tmp_path])
     for number, name in ((0, "A"), (1000, "A"), (1, "../A"), (1, "")):
         with pytest.raises(UsageError, match="impossible id or name"):

@@ -109,7 +109,7 @@ def test_channels_are_compared_in_order_and_without_case(raw: Path) -> None:
     check_sources(sources)
     with pytest.raises(DatasetError, match=r"different channels.*A, b; Dataset007_A: CT"):
         check_sources([*sources, read_union_source(raw / NAMES[0])])
-    with pytest.raises(DatasetError, match=r"Dataset001_A, Dataset001_A: .*each once"):
+    with pytest.raises(DatasetError, match="Dataset001_A twice"):
         check_sources([sources[0], sources[0]])
     with pytest.raises(DatasetError, match="two or more"):
         check_sources(sources[:1])
@@ -144,9 +144,9 @@ def test_a_folder_that_holds_something_else_is_kept(raw: Path) -> None:
     run(raw)
     before = contents(raw)
     mapping = UnionMapping({}, {}, "m.yaml")
-    with pytest.raises(DatasetError, match="there already, an import with other labels, superclasses"):
+    with pytest.raises(DatasetError, match=r"there already, .*, an import with other labels, superclasses"):
         run(raw, mapping=mapping)
-    with pytest.raises(DatasetError, match="there already, no import of this kind"):
+    with pytest.raises(DatasetError, match=r"there already, .*, no import of this kind"):
         run(raw, NAMES[0])
     assert contents(raw) == before
 

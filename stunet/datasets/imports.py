@@ -153,7 +153,7 @@ def dataset_folder(dataset_id: int, name: str, *, raw: Path, others: Collection[
     full_name = f"Dataset{dataset_id:03d}_{name}"
     taken = [d for root in (raw, *others) for d in sorted(root.glob(f"Dataset{dataset_id:03d}_*"))]
     if taken := [d for d in taken if d.name != full_name]:
-        raise DatasetError(f"dataset id {dataset_id} is taken by {taken[0]}: choose another one with -d")
+        raise DatasetError(f"a dataset id that is taken, {dataset_id} by {taken[0]}: choose another one with -d")
     return raw / full_name
 
 
@@ -277,7 +277,9 @@ def _read_state(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Re
     present = folder.iterdir() if folder.is_dir() else ()
     if others and (known or any(not path.name.lstrip(".").startswith("import.") for path in present)):
         found = f"an import with other {', '.join(others)}" if known else "no import of this kind"
-        raise DatasetError(f"{folder} is there already, {found}: choose another id with -d, or remove the folder")
+        raise DatasetError(
+            f"a dataset that is there already, {folder}, {found}: choose another id with -d, or remove it"
+        )
     return records, {*known.get("began", ()), *records}
 
 

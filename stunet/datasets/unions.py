@@ -149,7 +149,8 @@ def check_sources(sources: Sequence[UnionSource]) -> None:
     """
     names = [source.name for source in sources]
     if len(set(names)) < len(names) or len(names) < 2:
-        raise DatasetError(f"a union of {', '.join(names) or 'nothing'}: give two or more datasets, each once")
+        found = next((f"{name} twice" for name in names if names.count(name) > 1), f"{len(names)} datasets")
+        raise DatasetError(f"no union of {found}: give two or more datasets, each once")
 
     def check_same(what: str, values: Sequence[str], why: str) -> None:
         for name, value in zip(names, values, strict=True):
