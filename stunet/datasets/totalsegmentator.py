@@ -39,7 +39,7 @@ OnCase = Callable[[str, int, bool], None]
 
 @dataclass(frozen=True)
 class SourceCase:
-    """A case as it lies in the source."""
+    """A case of the source."""
 
     name: str
     folder: Path  # the folder, with ct.nii.gz and segmentations

@@ -61,7 +61,9 @@ class Labels:
         try:
             listed = decode(dataset_json.get("labels"), _LABELS)
         except FormError as error:
-            raise LabelError(f"{source}: labels{error}; give each name a whole number, or a list of them") from error
+            raise LabelError(
+                f"{source}: no label values ({error}): give each name a whole number, or several"
+            ) from error
         self.source = source
         self.values = {name: tuple(v) if isinstance(v, list) else (v,) for name, v in listed.items()}
         self.ignore = self.values[IGNORE][0] if IGNORE in self.values else None
@@ -126,7 +128,7 @@ class Labels:
         """Value of each name in predictions: with regions that of ``regions_class_order``, without background."""
         if self._class_order is None:
             return {name: values[0] for name, values in self.values.items() if name != IGNORE}
-        return dict(zip(self.outputs.names, self._class_order, strict=True))
+        return dict(zip(self.structures, self._class_order, strict=True))
 
     def as_predicted(self, truth: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Merge the values of a label map, which may be finer, as nnU-Net writes regions: later ones over earlier."""

@@ -109,10 +109,6 @@ def merge_labels(
 ) -> LabelUnion:
     """Merge the labels of several datasets.
 
-    >>> union = merge_labels({"Dataset001_A": ["Left Kidney", "kidney_right"], "Dataset002_B": ["kidneys", "liver"]})
-    >>> union.labels, union.superclasses["kidney"]
-    ({'background': 0, 'kidney_left': 1, 'kidney_right': 2, 'liver': 3, 'kidney': 4}, ('kidney_left', 'kidney_right'))
-
     Labels whose names mean the same (:func:`canonical_name`) are one structure. It is called as TotalSegmentator calls
     it, or, where that has no name for it, as the first source that has it does. Where spelling cannot tell two labels
     of one source apart, both keep their names. A structure is a superclass where the union has all its parts (left and
@@ -128,6 +124,10 @@ def merge_labels(
     Raises:
         LabelError: The mapping file speaks of what does not exist or makes no sense; a structure that contains another
             and is no union of structures; superclasses of two meanings.
+
+    >>> union = merge_labels({"Dataset001_A": ["Left Kidney", "kidney_right"], "Dataset002_B": ["kidneys", "liver"]})
+    >>> union.labels, union.superclasses["kidney"]
+    ({'background': 0, 'kidney_left': 1, 'kidney_right': 2, 'liver': 3, 'kidney': 4}, ('kidney_left', 'kidney_right'))
     """
     overriding = _bind_overrides(sources, overrides)
     mapping = _name_all(sources, overriding)
