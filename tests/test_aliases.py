@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stunet.labels import canonical_name, load_vocabulary, match_names, outputs_of
+from stunet.labels import canonical_name, load_vocabulary, match_names
 
 # As the datasets of STU-Net's direct evaluation write them, and TotalSegmentator.
 PAIRS = [
@@ -86,12 +86,3 @@ def test_equal_names_go_before_spellings_and_none_is_used_twice() -> None:
     # "ivc" and "postcava" mean the same: spelling cannot tell which of the two is meant
     assert match_names(["ivc", "postcava"], ["inferior_vena_cava"]) == {"inferior_vena_cava": None}
     assert match_names(["liver"], ["liver", "Liver"]) == {"liver": "liver", "Liver": None}
-
-
-def test_outputs_as_nnunet_counts_them() -> None:
-    labels = {"background": 0, "spleen": 2, "liver": 1, "ignore": 3}
-    assert outputs_of({"labels": labels}).names == ("background", "liver", "spleen")
-    assert outputs_of({"labels": labels}).exclusive
-    regions = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "ignore": 4}
-    assert outputs_of({"labels": regions}).names == ("whole", "core")
-    assert not outputs_of({"labels": regions}).exclusive

@@ -84,14 +84,14 @@ def test_there_are_fourteen_systems_and_they_bind_by_value() -> None:
 def test_systems_go_by_any_spelling_of_their_names() -> None:
     assert load_label_system("Task011_BTCV") == load_label_system("BTCV") == load_label_system("btcv")
     assert load_label_system("ct-org").origin == "ct_org"
-    with pytest.raises(LabelError, match=r"btvc[\s\S]*one of abdomenct_1k, amos22, btcv, .*word"):
+    with pytest.raises(LabelError, match=r"btvc.*one of abdomenct_1k, amos22, btcv, .*word"):
         load_label_system("btvc")
 
 
 def test_a_system_of_another_dataset_is_refused() -> None:
     model = load_vocabulary("totalsegmentator_104").as_dataset_labels()
     labels = {"background": 0, "spleen": 1, "left kidney": 2, "right kidney": 3}
-    with pytest.raises(LabelError, match=r"label 2 is left kidney in dataset.json[\s\S]*right kidney, as btcv has it"):
+    with pytest.raises(LabelError, match=r"label 2 is left kidney in dataset.json, not right kidney, as btcv has it"):
         relate_labels(model, labels, load_label_system("btcv"))
 
 
@@ -145,22 +145,22 @@ def test_regions_on_both_sides(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("Kidnys: liver", r"unknown structure 'Kidnys'[\s\S]*close names are Kidneys"),
-        ("Kidneys: [kidney_left, kidney_rigt]", r"'kidney_rigt'[\s\S]*close names are kidney_right, kidney_left"),
+        ("Kidnys: liver", r"unknown structure 'Kidnys'.*close names are Kidneys"),
+        ("Kidneys: [kidney_left, kidney_rigt]", r"'kidney_rigt'.*close names are kidney_right, kidney_left"),
         ("prostate: zzz", r"'zzz'[\s\S]*one of kidney_left, kidney_right, liver, heart"),
         ("prostate: background", "unknown structure 'background'"),
         ("ignore: heart", "unknown structure 'ignore'"),
-        ("x: {target: [Liver], sauce: [liver]}", "x has target, sauce"),
-        ("x: {target: [], source: [liver]}", "x, target is empty"),
+        ("x: {target: [Liver], sauce: [liver]}", "\\['x'\\].*unknown field sauce"),
+        ("x: {target: [], source: [liver]}", r"\['x'\].target: .*length >= 1"),
         ("x: {target: [Liver, Liver], source: [liver]}", "'Liver' twice"),
-        ("Kidneys: 3", r"Kidneys has 3[\s\S]*quotes"),
-        ("no: liver", r"the top has False[\s\S]*quotes"),
-        ("Kidneys: liver\nKidneys: heart", "'Kidneys' stands twice"),
+        ("Kidneys: 3", r"\['Kidneys'\]: .*got int.*quotes"),
+        ("no: liver", "a key: .*got bool.*quotes"),
+        ("Kidneys: liver\nKidneys: heart", "duplicate key 'Kidneys'"),
         ("x: {target: [Liver], source: [liver]}\nLiver: heart", r"x \(Liver\) and Liver \(Liver\)"),
         ("Liver: {target: [prostate], source: [liver]}", r"Liver \(prostate\) and Liver \(Liver\)"),
-        ("Kidneys: null\nLiver: null\n'liver tumour': null\nprostate: null", "nothing that could be compared"),
-        ("- a", "list at the top"),
-        ("{", "a YAML file"),
+        ("Kidneys: null\nLiver: null\n'liver tumour': null\nprostate: null", "nothing to compare: the dataset has K"),
+        ("- a", "got array"),
+        ("{", "m.yaml.*expected the node content"),
         ("Kidneys: !!python/object/apply:os.system ['echo']", "could not determine a constructor"),
     ],
 )
@@ -170,7 +170,7 @@ def test_label_maps_that_cannot_be_used(tmp_path: Path, text: str, expected: str
 
 
 def test_without_anything_in_common() -> None:
-    with pytest.raises(LabelError, match=r"the dataset has prostate; the model kidney_left, .*[\s\S]*--suggest-map"):
+    with pytest.raises(LabelError, match=r"the dataset has prostate; the model kidney_left, .*--suggest-map"):
         relate_labels(MODEL, {"background": 0, "prostate": 1})
 
 

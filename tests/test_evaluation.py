@@ -298,8 +298,8 @@ def test_files_that_are_no_label_maps(tmp_path: Path) -> None:
     colour = sitk.GetImageFromArray(np.zeros((3, 3, 3), np.uint8), isVector=True)
     sitk.WriteImage(colour, str(tmp_path / "colour.png"))
     for name, expected in (
-        ("broken.nii.gz", "unreadable NIfTI"), ("broken.mha", "unreadable label map"), ("gone.mha", "missing"),
-        ("gone.nii.gz", "missing"), ("a.npz", r"cannot be scored[\s\S]*\.nii\.gz"), ("colour.png", "not a colour"),
+        ("broken.nii.gz", "unreadable"), ("broken.mha", "unreadable"), ("gone.mha", "missing"),
+        ("gone.nii.gz", "missing"), ("a.npz", r"cannot be scored[\s\S]*\.nii\.gz"), ("colour.png", "3 values in each"),
     ):  # fmt: skip
         with pytest.raises(DatasetError, match=expected):
             score_case(make_case(empty, tmp_path / name, {"a": 1}, {"a": 1}))

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from stunet.errors import LabelError
-from stunet.labels import list_vocabularies, load_vocabulary, read_label_file, vocabulary_for
+from stunet.labels import Labels, list_vocabularies, load_vocabulary, read_label_file, vocabulary_for
 
 
 def test_published_orders() -> None:
@@ -41,7 +43,7 @@ def test_orders_are_the_facts(shared: Path, n: int, file: str) -> None:
 
 
 def test_outputs_that_no_published_weights_have() -> None:
-    with pytest.raises(LabelError, match=r"7 outputs[\s\S]*--labels FILE\.json"):
+    with pytest.raises(LabelError, match=r"7 outputs.*--labels FILE\.json"):
         vocabulary_for(7)
     with pytest.raises(LabelError, match="unknown label vocabulary"):
         load_vocabulary("../labels/abdomenatlas_9")
@@ -65,18 +67,18 @@ def test_forms_of_label_files(tmp_path: Path, content: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (["background", "liver"], "2 names[\\s\\S]*3 names, background included"),
-        (["background", "a", "b", "c"], "4 names"),
+        (["background", "liver"], "2 names for 3 outputs"),
+        (["background", "a", "b", "c"], "4 names for 3"),
         (["background", "liver", "liver"], "liver twice"),
         (["liver", "spleen", "background"], "label 0 is 'liver'"),
         ({"background": 0, "liver": 1, "spleen": 3}, "no name for label 2"),
         ({"background": 0, "liver": 1, "spleen": 1}, "no name for label 2"),
-        ({"background": 0, "organs": [1, 2], "spleen": 2}, "neither"),
-        ({"a": "background"}, "neither"),
-        (["background", "", "b"], "not text"),
-        (["background", 1, 2], "not text"),
-        (3, "neither"),
-        ("{", "not JSON"),
+        ({"background": 0, "organs": [1, 2], "spleen": 2}, "background"),
+        ({"a": "background"}, "a key"),
+        (["background", "", "b"], r"\[1\]: Expected str"),
+        (["background", 1, 2], r"\[1\]: Expected str, got int"),
+        (3, "got int"),
+        ("{", "Expecting property name"),
     ],
 )
 def test_label_files_that_cannot_be_used(tmp_path: Path, content: Any, expected: str) -> None:
@@ -86,7 +88,7 @@ def test_label_files_that_cannot_be_used(tmp_path: Path, content: Any, expected:
 
 
 def test_missing_label_file(tmp_path: Path) -> None:
-    with pytest.raises(LabelError, match="missing label file"):
+    with pytest.raises(LabelError, match="No such file"):
         read_label_file(tmp_path / "l.json", 3)
 
 
@@ -108,3 +110,41 @@ def test_the_five_groups_share_out_all_structures(version: int, sizes: list[int]
 
 def test_the_published_order_is_alphabetical() -> None:
     assert tuple(sorted(load_vocabulary("totalsegmentator_v1").labels[1:])) == vocabulary_for(105).labels[1:]
+
+
+def test_outputs_as_nnunet_counts_them() -> None:
+    labels = Labels({"labels": {"background": 0, "spleen": 2, "liver": 1, "ignore": 3}})
+    assert labels.outputs == (("background", "liver", "spleen"), True)
+    assert (labels.exclusive, labels.ignore) == ({"liver": 1, "spleen": 2}, 3)
+    regions = Labels({"labels": {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "ignore": 4}})
+    assert regions.outputs == (("whole", "core"), False)
+    assert regions.structures == {"whole": (1, 2, 3), "core": (2, 3)}
+
+
+def test_truth_of_region_datasets_is_merged_as_nnunet_merges_predictions() -> None:
+    labels = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": [3], "ignore": 4}
+    read = Labels({"labels": labels, "regions_class_order": [2, 1, 3]})
+    assert read.predicted == {"whole": 2, "core": 1, "enhancing": 3}
+    truth = np.array([[[0, 1, 2, 3, 4]]])
+    manager = LabelManager(labels, [2, 1, 3])
+    regions = np.stack([np.isin(truth, region) for region in manager.foreground_regions]).astype(np.float32)
+    expected = manager.convert_probabilities_to_segmentation(regions)
+    assert read.as_predicted(truth).tolist() == expected.tolist()
+    plain = Labels({"labels": {"background": 0, "liver": 1, "ignore": 2}})
+    assert plain.predicted == {"background": 0, "liver": 1}
+    assert plain.as_predicted(truth) is truth
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ({"background": 0, "liver": 1, "Liver": 2}, "'liver' and 'Liver'"),
+        ({"background": 0, "whole": [1, 2], "core": 2}, r"whole is a region, \[1, 2\]"),
+        ({"background": 0, "a": 1, "b": 1}, "duplicate values"),
+        ({"background": 0}, "no structures"),
+        ({"background": 0, "a": True}, r"\['a'\]: Expected int \| array, got bool"),
+    ],
+)
+def test_labels_that_cannot_be_annotated_in_part(labels: dict[str, Any], expected: str) -> None:
+    with pytest.raises(LabelError, match=expected):
+        _ = Labels({"labels": labels}).exclusive

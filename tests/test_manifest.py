@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from stunet.errors import LabelError
-from stunet.labels import bind_manifest, group_cases, manifest_schema, read_manifest, structures_of, write_manifest
+from stunet.labels import bind_manifest, group_cases, manifest_schema, read_manifest, write_manifest
 
 LABELS = {"background": 0, "kidney_left": 1, "kidney_right": 2, "liver": 3, "kidney": 4, "ignore": 5}
 FULL = {
@@ -30,32 +30,32 @@ GOOD: list[Any] = [
 ]
 
 BAD_FORM: list[tuple[Any, str]] = [
-    ([], "list at the top"),
-    ({"cases": {}}, "version None"),
-    ({"version": 2, "cases": {}}, "version 2"),
-    ({"version": True, "cases": {}}, "version True"),
-    ({"version": "1", "cases": {}}, "version '1'"),
-    ({"version": 1}, "no cases"),
-    ({"version": 1, "cases": []}, "cases is list"),
-    ({"version": 1, "cases": {"a": 3}}, r"cases\['a'\] is 3"),
-    ({"version": 1, "cases": {"a": None}}, r"cases\['a'\] is None"),
-    ({"version": 1, "cases": {"a": ""}}, r"cases\['a'\] is empty"),
-    ({"version": 1, "cases": {"a": []}}, r"cases\['a'\] has 0 structures"),
-    ({"version": 1, "cases": {"a": ["liver", "liver"]}}, "'liver' twice"),
-    ({"version": 1, "cases": {"a": ["liver", 3]}}, r"cases\['a'\] is \['liver', 3\]"),
-    ({"version": 1, "cases": {"a": [""]}}, r"cases\['a'\] is \[''\]"),
-    ({"version": 1, "cases": {"": ["liver"]}}, "an empty name"),
-    ({"version": 1, "cases": {}, "case": {}}, "unknown key 'case'"),
-    ({"version": 1, "cases": {}, "groups": {"g": "liver"}}, r"groups\['g'\] is 'liver'"),
-    ({"version": 1, "cases": {}, "groups": {"g": []}}, r"groups\['g'\] has 0"),
-    ({"version": 1, "cases": {}, "groups": None}, "groups is NoneType"),
-    ({"version": 1, "cases": {}, "default": None}, "default is None"),
-    ({"version": 1, "cases": {}, "weights": {"a": 0}}, r"weights\['a'\] is 0"),
-    ({"version": 1, "cases": {}, "weights": {"a": -1.5}}, "a number above 0"),
-    ({"version": 1, "cases": {}, "weights": {"a": True}}, "a number above 0"),
-    ({"version": 1, "cases": {}, "weights": {"a": "2"}}, "a number above 0"),
-    ({"version": 1, "cases": {}, "superclasses": {"kidney": ["kidney_left"]}}, "at least 2"),
-    ({"version": 1, "cases": {}, "superclasses": {"kidney": "kidney_left"}}, "a list of names"),
+    ([], "got array"),
+    ({"cases": {}}, "version"),
+    ({"version": 2, "cases": {}}, "version: Expected float <= 1"),
+    ({"version": True, "cases": {}}, "version: .*got bool"),
+    ({"version": "1", "cases": {}}, "version: .*got str"),
+    ({"version": 1}, "cases"),
+    ({"version": 1, "cases": []}, "cases: .*got array"),
+    ({"version": 1, "cases": {"b": ["liver"], "a": 3}}, r"cases\['a'\]: .*got int"),
+    ({"version": 1, "cases": {"a": None}}, r"cases\['a'\]: .*got null"),
+    ({"version": 1, "cases": {"a": ""}}, r"cases\['a'\]: .*length >= 1"),
+    ({"version": 1, "cases": {"a": []}}, r"cases\['a'\]: .*length >= 1"),
+    ({"version": 1, "cases": {"a": ["liver", "liver"]}}, r"cases\['a'\] has 'liver' twice"),
+    ({"version": 1, "cases": {"a": ["liver", 3]}}, r"cases\['a'\]\[1\]: .*got int"),
+    ({"version": 1, "cases": {"a": [""]}}, r"cases\['a'\]\[0\]: .*length >= 1"),
+    ({"version": 1, "cases": {"": ["liver"]}}, "a key of cases: .*length >= 1"),
+    ({"version": 1, "cases": {}, "case": {}}, "unknown field case"),
+    ({"version": 1, "cases": {}, "groups": {"g": "liver"}}, r"groups\['g'\]: .*got str"),
+    ({"version": 1, "cases": {}, "groups": {"g": []}}, r"groups\['g'\]: .*length >= 1"),
+    ({"version": 1, "cases": {}, "groups": None}, "groups: .*got null"),
+    ({"version": 1, "cases": {}, "default": None}, "default: .*got null"),
+    ({"version": 1, "cases": {}, "weights": {"b": 1, "a": 0}}, r"weights\['a'\]: .*> 0"),
+    ({"version": 1, "cases": {}, "weights": {"a": -1.5}}, r"weights\['a'\]: .*> 0"),
+    ({"version": 1, "cases": {}, "weights": {"a": True}}, r"weights\['a'\]: .*got bool"),
+    ({"version": 1, "cases": {}, "weights": {"a": "2"}}, r"weights\['a'\]: .*got str"),
+    ({"version": 1, "cases": {}, "superclasses": {"kidney": ["kidney_left"]}}, r"\['kidney'\]: .*length >= 2"),
+    ({"version": 1, "cases": {}, "superclasses": {"kidney": "kidney_left"}}, r"\['kidney'\]: .*got str"),
 ]
 
 BAD_FIT: list[tuple[dict[str, Any], str]] = [
@@ -81,7 +81,7 @@ BAD_FIT: list[tuple[dict[str, Any], str]] = [
         {"cases": {"a": ["kidney", "kidney_left"]}, "superclasses": {"kidney": ["kidney_left", "kidney_right"]}},
         "'kidney' and 'kidney_left', which overlap",
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("content", GOOD)
@@ -95,7 +95,7 @@ def test_what_the_schema_refuses_is_refused_with_its_place(tmp_path: Path, conte
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(content, manifest_schema())
     (tmp_path / "m.json").write_text(json.dumps(content))
-    with pytest.raises(LabelError, match=rf"m\.json: .*{expected}|{expected}"):
+    with pytest.raises(LabelError, match=rf"m\.json.*{expected}"):
         read_manifest(tmp_path / "m.json", labels=LABELS)
 
 
@@ -119,7 +119,7 @@ def test_files_that_are_no_json_or_name_a_case_twice(tmp_path: Path, text: str) 
     with pytest.raises(LabelError, match="cannot be used"):
         read_manifest(tmp_path / "m.json", labels=LABELS)
     (tmp_path / "m.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(LabelError, match="text file"):
+    with pytest.raises(LabelError, match="decode byte"):
         read_manifest(tmp_path / "m.json", labels=LABELS)
 
 
@@ -148,28 +148,13 @@ def test_a_case_that_is_not_listed_is_no_background() -> None:
         manifest.annotated("b")
 
 
-@pytest.mark.parametrize(
-    ("labels", "expected"),
-    [
-        ({"background": 0, "liver": 1, "Liver": 2}, "'liver' and 'Liver'"),
-        ({"background": 0, "whole": [1, 2], "core": 2}, "no regions"),
-        ({"background": 0, "a": 1, "b": 1}, "a value that stands twice"),
-        ({"background": 0}, "no structures"),
-        ({"background": 0, "a": True}, "one whole number"),
-    ],
-)
-def test_labels_that_cannot_be_annotated_in_part(labels: dict[str, Any], expected: str) -> None:
-    with pytest.raises(LabelError, match=expected):
-        structures_of(labels)
-
-
 def test_written_manifests_are_read_again_and_equal_bytes(tmp_path: Path) -> None:
     write_manifest(FULL, tmp_path / "a.json")
     again = {key: dict(reversed(v.items())) if isinstance(v, dict) else v for key, v in reversed(FULL.items())}
     write_manifest(again, tmp_path / "b.json")
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
     assert json.loads((tmp_path / "a.json").read_text()) == FULL
-    with pytest.raises(LabelError, match="has 0 structures"):
+    with pytest.raises(LabelError, match=r"cases\['a'\].*length >= 1"):
         write_manifest({"version": 1, "cases": {"a": []}}, tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text()) == FULL
     assert len(list(tmp_path.iterdir())) == 2

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stunet.datasets import carry_side_files, read_annotations
+from stunet.datasets import read_annotations, sync_to_preprocessed
 from stunet.errors import DatasetError
 
 NAME = "Dataset101_T"
@@ -41,15 +41,15 @@ def test_what_has_changed_since_is_refused_until_it_is_carried(folders: tuple[Pa
     raw, preprocessed = folders
     read_annotations(NAME, DATASET)
     write(raw, {"x": ["a", "b"]})
-    with pytest.raises(DatasetError, match=r"changed since[\s\S]*cases, x[\s\S]*stunet labels carry -d Dataset101_T"):
+    with pytest.raises(DatasetError, match=r"changed since.*\(cases, x\).*stunet labels carry -d Dataset101_T"):
         read_annotations(NAME, DATASET)
-    assert carry_side_files(raw, preprocessed) == [preprocessed / "annotated_labels.json"]
-    assert carry_side_files(raw, preprocessed, overwrite=True) == []
+    assert sync_to_preprocessed(raw, preprocessed) == [preprocessed / "annotated_labels.json"]
+    assert sync_to_preprocessed(raw, preprocessed, overwrite=True) == []
     assert read_annotations(NAME, DATASET).annotated("x") == (1, 2)
     (raw / "annotated_labels.json").unlink()
     with pytest.raises(DatasetError, match="it was removed"):
         read_annotations(NAME, DATASET)
-    carry_side_files(raw, preprocessed, overwrite=True)
+    sync_to_preprocessed(raw, preprocessed, overwrite=True)
     assert not (preprocessed / "annotated_labels.json").exists()
     assert read_annotations(NAME, DATASET).is_complete
 

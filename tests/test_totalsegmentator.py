@@ -70,13 +70,11 @@ def test_a_missing_mask_is_not_annotated_and_a_blank_one_is(source: Path, folder
         "numTraining": 3,
         "file_ending": ".nii.gz",
     }
-    manifest = read_manifest(
-        folder / "annotated_labels.json", labels=dataset["labels"], cases=["a0", "a1", "a2"]
-    )  # fmt: skip
+    manifest = read_manifest(folder / "annotated_labels.json", labels=dataset["labels"], cases=["a0", "a1", "a2"])
     assert [manifest.annotated(case) for case in ("a0", "a1", "a2")] == [(1, 2, 3, 4), (1, 3), (2,)]
     assert not random_masks(0)["spleen"].any()
     assert json.loads((folder / "splits_final.json").read_text()) == [{"train": ["a0", "a1"], "val": ["a2"]}]
-    assert not (folder / ".import").exists()
+    assert not (folder / ".import.jsonl").exists()
 
 
 def test_test_cases_go_aside_and_folds_need_both_parts(source: Path, folder: Path) -> None:
@@ -158,12 +156,12 @@ def remove_masks(case: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (truncate, ("unreadable NIfTI", "a1/segmentations/liver.nii.gz")),
-        (truncate_ct, ("unreadable NIfTI", "a1/ct.nii.gz")),
+        (truncate, ("unreadable image file", "a1/segmentations/liver.nii.gz")),
+        (truncate_ct, ("unreadable image file", "a1/ct.nii.gz")),
         (reshape, ("another shape", "a1/segmentations/liver.nii.gz", "(3, 4, 5)", "(11, 9, 7)", "a1/ct.nii.gz")),
         (shift_origin, ("another affine", "a1/segmentations/liver.nii.gz", "1 mm apart", "a1/ct.nii.gz")),
         (remove_ct, ("unreadable file", "a1/ct.nii.gz")),
-        (remove_masks, ("a case without masks", "a1/segmentations")),
+        (remove_masks, ("no masks", "a1/segmentations")),
     ],
 )
 def test_one_bad_case_is_named_and_stops_no_other(
@@ -202,21 +200,23 @@ def test_a_case_that_breaks_later_stays_as_it_was(source: Path, folder: Path) ->
 def test_nothing_can_be_imported(source: Path, folder: Path) -> None:
     for case in ("a0", "a1", "a2"):
         truncate_ct(source / case)
-    with pytest.raises(DatasetError, match=r"no training cases[\s\S]*3 cases failed, a0 first: an unreadable NIfTI"):
+    with pytest.raises(
+        DatasetError, match=r"no training case annotates aorta, heart.*3 cases failed, a0 first: unreadable"
+    ):
         run(source, folder, allow_unannotated=True)
     assert not (folder / "dataset.json").exists()
 
 
 def test_a_structure_annotated_nowhere(source: Path, folder: Path) -> None:
-    with pytest.raises(DatasetError, match=r"no training case annotates[\s\S]*brain[\s\S]*--allow-unannotated"):
+    with pytest.raises(DatasetError, match=r"no training case annotates brain, .*--allow-unannotated"):
         run(source, folder, [*STRUCTURES, "brain"])
     assert not folder.exists()
     write_meta(source, {"a0": "test", "a1": "train", "a2": "val"})
-    with pytest.raises(DatasetError, match="got:      spleen"):  # a test case teaches nothing
+    with pytest.raises(DatasetError, match="annotates spleen, and"):  # a test case teaches nothing
         run(source, folder)
     write_meta(source, {"a0": "train", "a1": "train", "a2": "val"})
     truncate(source / "a0")
-    with pytest.raises(DatasetError, match=r"spleen; 1 cases failed, a0 first: an unreadable NIfTI file, \S*liver"):
+    with pytest.raises(DatasetError, match=r"spleen \(1 cases failed, a0 first: unreadable image file \S*liver"):
         run(source, folder)
     report = run(source, folder, allow_unannotated=True)
     assert list(report.splits) == ["a1", "a2"]
@@ -257,12 +257,12 @@ def test_images_can_be_linked(source: Path, folder: Path) -> None:
 def test_a_folder_that_holds_something_else_is_kept(source: Path, folder: Path) -> None:
     run(source, folder)
     before = contents(folder)
-    with pytest.raises(DatasetError, match=r"there already[\s\S]*an import with other structures"):
+    with pytest.raises(DatasetError, match=r"there already, .*, an import with other structures"):
         run(source, folder, ["liver", "aorta"])
     assert contents(folder) == before
     stray = folder / "imagesTr" / "mine_0000.nii.gz"
     stray.write_bytes(b"precious")
-    with pytest.raises(DatasetError, match=r"did not write[\s\S]*mine_0000"):
+    with pytest.raises(DatasetError, match=r"did not write \S*mine_0000"):
         run(source, folder)
     stray.rename(folder.parent / stray.name)
     run(source, folder)
@@ -270,7 +270,7 @@ def test_a_folder_that_holds_something_else_is_kept(source: Path, folder: Path) 
     shutil.rmtree(folder)
     folder.mkdir()
     (folder / "dataset.json").write_text("{}")
-    with pytest.raises(DatasetError, match=r"there already[\s\S]*no import of this kind"):
+    with pytest.raises(DatasetError, match=r"there already, .*, no import of this kind"):
         run(source, folder)
     assert contents(folder) == {"dataset.json": b"{}"}
 
@@ -287,28 +287,10 @@ def test_two_imports_at_once(source: Path, folder: Path) -> None:
     assert len(errors) == 3
 
 
-def test_the_next_import_begins_when_nothing_is_left_to_remove(
-    source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usual, seen = shutil.rmtree, []
-
-    def intrude(path: Path, *args: Any, **kwargs: Any) -> None:
-        seen.append(path.name)
-        with pytest.raises(CommandError, match="another import"):
-            run(source, folder)
-        usual(path, *args, **kwargs)
-
-    monkeypatch.setattr(shutil, "rmtree", intrude)
-    run(source, folder)
-    assert seen == [".import"]
-    assert not (folder / ".import").exists()
-    assert run(source, folder).reused == 3
-
-
 def test_ids_and_names(tmp_path: Path) -> None:
     assert dataset_folder(7, "A_b", raw=tmp_path) == tmp_path / "Dataset007_A_b"
     (tmp_path / "Dataset007_Other").mkdir()
-    with pytest.raises(DatasetError, match=r"id that is taken[\s\S]*Dataset007_Other"):
+    with pytest.raises(DatasetError, match=r"id that is taken, 7 by \S*Dataset007_Other"):
         dataset_folder(7, "A", raw=tmp_path / "raw", others=[tmp_path])
     for number, name in ((0, "A"), (1000, "A"), (1, "../A"), (1, "")):
         with pytest.raises(UsageError, match="impossible id or name"):
@@ -318,9 +300,9 @@ def test_ids_and_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("meta", "expected"),
     [
-        ("image_id;split\na0;train\na0;val\n", "duplicate case name a0"),
+        ("image_id;split\na0;train\na0;val\n", "case a0 2 times"),
         ("image_id;split\na0;training\n", "'training'"),
-        ("image_id,split\na0,train\n", "the columns image_id and split"),
+        ("image_id,split\na0,train\n", "image_id and split"),
         ("", "no rows"),
     ],
 )
@@ -334,14 +316,14 @@ def test_sources_that_are_none(tmp_path: Path, source: Path) -> None:
     with pytest.raises(DatasetError, match="no such folder"):
         read_totalsegmentator(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DatasetError, match="a folder without cases"):
+    with pytest.raises(DatasetError, match="no cases in"):
         read_totalsegmentator(tmp_path / "empty")
     shutil.copytree(source / "a0", source / "A0")
-    with pytest.raises(DatasetError, match=r"duplicate case names[\s\S]*A0 and a0"):
+    with pytest.raises(DatasetError, match="'A0' and 'a0'"):
         read_totalsegmentator(source)
     shutil.rmtree(source / "A0")
     (source / "a0" / "segmentations" / "brain.nii").touch()
-    with pytest.raises(DatasetError, match=r"uncompressed mask[\s\S]*brain\.nii"):
+    with pytest.raises(DatasetError, match=r"uncompressed mask \S*brain\.nii"):
         read_totalsegmentator(source)
 
 
@@ -349,7 +331,7 @@ def test_versions_orders_and_groups(tmp_path: Path) -> None:
     source = tmp_path / "s"
     masks = random_masks(0)
     write_case(source, "a", {"liver": masks["liver"]})
-    with pytest.raises(DatasetError, match=r"cannot be told[\s\S]*1 and 2 both have[\s\S]*--version"):
+    with pytest.raises(DatasetError, match=r"cannot be told: .*1 and 2 both have.*--version"):
         choose_structures(read_totalsegmentator(source))
     write_case(source, "b", {"face": masks["liver"]})
     version, structures = choose_structures(read_totalsegmentator(source))
@@ -366,7 +348,7 @@ def test_versions_orders_and_groups(tmp_path: Path) -> None:
     assert (len(ribs), ribs[0]) == (27, "liver")
     for options, expected in (
         ({"groups": ["rib"]}, "unknown group"),
-        ({"structures": ["Liver"]}, r"unknown structure[\s\S]*liver"),
+        ({"structures": ["Liver"]}, "unknown structure Liver: .*liver"),
         ({"version": "3"}, "unknown version"),
         ({"label_order": "random"}, "unknown label order"),
         ({"task": "nothing"}, "unknown task"),
@@ -374,7 +356,7 @@ def test_versions_orders_and_groups(tmp_path: Path) -> None:
         with pytest.raises((LabelError, UsageError), match=expected):
             choose_structures(found, **{"version": "2", **options})
     write_case(source, "d", {"Aorta": masks["liver"]})
-    with pytest.raises(DatasetError, match=r"differs from its structure's in case[\s\S]*Aorta\.nii\.gz"):
+    with pytest.raises(DatasetError, match=r"Aorta\.nii\.gz must be spelled aorta"):
         choose_structures(read_totalsegmentator(source), version="2")
 
 
@@ -386,9 +368,9 @@ def test_tasks_of_ones_own(tmp_path: Path, source: Path) -> None:
     for content, expected in (
         (["a", "A"], "'a' and 'A'"),
         (["a", "a"], "a twice"),
-        (["background", "a"], "background, which is no structure"),
-        ([], "no list of names"),
-        ({"a": 1}, "no list of names"),
+        (["background", "a"], "background twice, or"),
+        ([], "length >= 1"),
+        ({"a": 1}, "got object"),
     ):
         task.write_text(json.dumps(content))
         with pytest.raises(LabelError, match=expected):

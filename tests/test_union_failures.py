@@ -49,10 +49,10 @@ def stretch(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (truncate, "unreadable NIfTI"),
-        (unlisted_value, r"does not list[\s\S]*: 9\n"),
+        (truncate, "unreadable image file"),
+        (unlisted_value, "does not list: 9"),
         (fraction, "values that are no labels"),
-        (reshape, r"another shape[\s\S]*\(2, 5, 4\)[\s\S]*\(6, 5, 4\), as .*a1_0000"),
+        (reshape, r"another shape, \(2, 5, 4\), than .*a1_0000.*, \(6, 5, 4\)"),
         (stretch, "another spacing"),
     ],
 )
@@ -82,14 +82,14 @@ def test_a_bad_label_map_is_named_and_stops_no_other(raw: Path, damage: Callable
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"channel_names": {"0": "MRI"}}, r"different channels[\s\S]*Dataset007_A: CT; Dataset123_B: MRI"),
-        ({"file_ending": ".nii"}, r"different file endings[\s\S]*one reader"),
-        ({"unit": "micron"}, r"different units of spacing[\s\S]*Dataset007_A: mm; Dataset123_B: µm"),
+        ({"channel_names": {"0": "MRI"}}, "different channels, Dataset007_A: CT; Dataset123_B: MRI"),
+        ({"file_ending": ".nii"}, "different file endings.*one reader"),
+        ({"unit": "micron"}, "different units of spacing, Dataset007_A: mm; Dataset123_B: µm"),
         ({"overwrite_image_reader_writer": "NibabelIO"}, "different image readers"),
-        ({"labels": {"background": 0, "a": [1, 2], "b": 2}}, r"regions[\s\S]*Dataset123_B: a is \[1, 2\]"),
+        ({"labels": {"background": 0, "a": [1, 2], "b": 2}}, r"Dataset123_B: a is a region, \[1, 2\]"),
         ({"labels": {"background": 0, "a": 1, "A": 2}}, r"Dataset123_B: 'a' and 'A'"),
         ({"manifest": {"cases": {"x": ["lung"]}}}, r"Dataset123_B/annotated_labels.json.*unknown structure 'lung'"),
-        ({"cases": ["x", "X"]}, r"duplicate case names[\s\S]*Dataset123_B"),
+        ({"cases": ["x", "X"]}, "Dataset123_B: 'x' and 'X'"),
     ],
 )
 def test_sources_that_do_not_fit(raw: Path, options: dict[str, Any], expected: str) -> None:
@@ -107,7 +107,7 @@ def test_channels_are_compared_in_order_and_without_case(raw: Path) -> None:
         write_raw(raw / folder, B_LABELS, ["x"], **names)
     sources = [read_union_source(raw / name) for name in ("Dataset001_A", "Dataset002_B")]
     check_sources(sources)
-    with pytest.raises(DatasetError, match=r"different channels[\s\S]*A, b; Dataset007_A: CT"):
+    with pytest.raises(DatasetError, match=r"different channels.*A, b; Dataset007_A: CT"):
         check_sources([*sources, read_union_source(raw / NAMES[0])])
     with pytest.raises(DatasetError, match="Dataset001_A twice"):
         check_sources([sources[0], sources[0]])
@@ -117,7 +117,7 @@ def test_channels_are_compared_in_order_and_without_case(raw: Path) -> None:
 
 def test_a_case_that_annotates_a_superclass_and_a_member(raw: Path) -> None:
     write_raw(raw / NAMES[1], {"background": 0, "kidney": 1, "kidney_left": 2}, ["x", "y"])
-    with pytest.raises(LabelError, match=r"overlapping[\s\S]*Dataset123_B, case x: kidney and kidney_left"):
+    with pytest.raises(LabelError, match="Dataset123_B, case x annotates kidney and kidney_left, which overlap"):
         run(raw)
     manifest = {"cases": {"x": ["kidney"], "y": ["kidney_left"]}}
     write_raw(raw / NAMES[1], {"background": 0, "kidney": 1, "kidney_left": 2}, ["x", "y"], manifest=manifest)
@@ -128,14 +128,14 @@ def test_a_case_that_annotates_a_superclass_and_a_member(raw: Path) -> None:
 def test_a_structure_annotated_nowhere(raw: Path) -> None:
     manifest = {"cases": {"x": ["kidneys", "Spleen"]}}
     write_raw(raw / NAMES[1], B_LABELS, ["x"], manifest=manifest)
-    with pytest.raises(DatasetError, match=r"no case annotates[\s\S]*liver tumour[\s\S]*--allow-unannotated"):
+    with pytest.raises(DatasetError, match=r"no training case annotates liver tumour.*--allow-unannotated"):
         run(raw)
     assert not (raw / "Dataset700_U").exists()
     run(raw, allow_unannotated=True)
     shutil.rmtree(raw / "Dataset700_U")
     (raw / NAMES[1] / "annotated_labels.json").unlink()
     truncate(raw / NAMES[1] / "labelsTr" / "x.nii.gz")
-    with pytest.raises(DatasetError, match=r"spleen, liver tumour.*; 1 cases failed, D123_x first: an unreadable"):
+    with pytest.raises(DatasetError, match=r"spleen, liver tumour.*1 cases failed, D123_x first: unreadable"):
         run(raw)
     assert not (raw / "Dataset700_U" / "dataset.json").exists()
 
@@ -144,9 +144,9 @@ def test_a_folder_that_holds_something_else_is_kept(raw: Path) -> None:
     run(raw)
     before = contents(raw)
     mapping = UnionMapping({}, {}, "m.yaml")
-    with pytest.raises(DatasetError, match=r"there already[\s\S]*an import with other labels, superclasses"):
+    with pytest.raises(DatasetError, match=r"there already, .*, an import with other labels, superclasses"):
         run(raw, mapping=mapping)
-    with pytest.raises(DatasetError, match=r"there already[\s\S]*no import of this kind"):
+    with pytest.raises(DatasetError, match=r"there already, .*, no import of this kind"):
         run(raw, NAMES[0])
     assert contents(raw) == before
 
@@ -201,5 +201,5 @@ def test_killed_at_each_change_and_continued(raw: Path, after: bool, broken: boo
             assert there.items() <= expected.items()
         run(raw, **options)
         assert contents(raw / "Dataset700_U") | contents(raw / "preprocessed") == expected, moment
-    assert moment > 15
+    assert moment > 12
     assert dataset_seen

@@ -219,17 +219,18 @@ def _print_dice(columns: Mapping[str, Sequence[StructureDice]]) -> None:
 
 def _draw_cases(workspace: Workspace, dataset: str, predictions: Mapping[str, Path]) -> Path:
     """Draw three test cases with truth and predictions side by side."""
-    from stunet.datasets import exclusive_labels, read_image, read_plane_names
+    from stunet.datasets import read_image, read_plane_names
+    from stunet.labels import Labels
     from stunet.reports import side_by_side
 
     description, raw = workspace.dataset_json(dataset), workspace.raw(dataset)
     ending, path = description["file_ending"], workspace.root / "demo.png"
-    names, merge = exclusive_labels(description)
+    labels = Labels(description)
     cases: list[Any] = []
     for truth in sorted((raw / "labelsTs").glob(f"*{ending}"))[:3]:
         name = truth.name.removesuffix(ending)
         image, spacing = read_image(raw / "imagesTs" / f"{name}_0000{ending}")
         predicted = {title: read_image(folder / truth.name)[0] for title, folder in predictions.items()}
-        cases.append((name, image, {"truth": merge(read_image(truth)[0]), **predicted}))
-    side_by_side(cases, names, path, spacing=spacing, plane_name=read_plane_names(truth)[0])
+        cases.append((name, image, {"truth": labels.as_predicted(read_image(truth)[0]), **predicted}))
+    side_by_side(cases, labels.predicted, path, spacing=spacing, plane_name=read_plane_names(truth)[0])
     return path

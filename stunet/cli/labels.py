@@ -107,9 +107,9 @@ def carry(dataset: Dataset) -> None:
     Training reads them there. Importing and training do this by themselves while nothing differs; where the raw files
     have changed since, check that the preprocessed data is of after the change.
     """
-    from stunet.datasets import carry_side_files
+    from stunet.datasets import sync_to_preprocessed
 
     name = find_dataset(dataset)
     folder = nnunet_folder("nnUNet_preprocessed") / name
-    carry_side_files(nnunet_folder("nnUNet_raw") / name, folder, overwrite=True)
+    sync_to_preprocessed(nnunet_folder("nnUNet_raw") / name, folder, overwrite=True)
     print_line(f"{folder} is up to date")

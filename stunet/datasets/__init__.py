@@ -1,40 +1,38 @@
 """Datasets in nnU-Net's raw layout that stunet makes or imports."""
 
-from stunet.datasets.import_state import REPORT_NAME, dataset_folder
-from stunet.datasets.labelled import read_test_dataset, read_validation_dataset
-from stunet.datasets.mask_import import ImportReport, import_cases
-from stunet.datasets.phantoms import (
-    PHANTOM_LABELS,
-    Contrast,
-    Phantom,
-    make_phantom,
-    phantom_labels,
-    write_phantom_dataset,
-    write_phantom_masks,
-)
+from stunet.datasets.imports import ImportReport, dataset_folder
+from stunet.datasets.phantoms import PHANTOM_LABELS, make_phantom, write_phantom_dataset, write_phantom_masks
 from stunet.datasets.raw import (
     RawDataset,
+    carry_side_files,
     case_names,
     check_hold_out,
     exclusive_labels,
+    has_annotations,
     hold_out,
     plane_names,
+    read_annotations,
     read_image,
     read_plane_names,
     read_raw_dataset,
+    read_test_dataset,
+    read_validation_dataset,
+    sync_to_preprocessed,
 )
-from stunet.datasets.side_files import SPLITS_NAME, carry_side_files, has_annotations, read_annotations
 from stunet.datasets.totalsegmentator import (
     KNOWN_BAD_CASES,
+    OnCase,
     SourceCase,
     TotalSegmentatorSource,
     choose_structures,
+    import_cases,
     read_totalsegmentator,
 )
-from stunet.datasets.union_checks import check_sources
-from stunet.datasets.union_import import UnionReport, import_union
-from stunet.datasets.union_sources import (
+from stunet.datasets.unions import (
+    UnionReport,
     UnionSource,
+    check_sources,
+    import_union,
     merge_sources,
     read_union_source,
     sampling_weights,
@@ -44,11 +42,8 @@ from stunet.datasets.union_sources import (
 __all__ = [
     "KNOWN_BAD_CASES",
     "PHANTOM_LABELS",
-    "REPORT_NAME",
-    "SPLITS_NAME",
-    "Contrast",
     "ImportReport",
-    "Phantom",
+    "OnCase",
     "RawDataset",
     "SourceCase",
     "TotalSegmentatorSource",
@@ -67,7 +62,6 @@ __all__ = [
     "import_union",
     "make_phantom",
     "merge_sources",
-    "phantom_labels",
     "plane_names",
     "read_annotations",
     "read_image",
@@ -79,6 +73,7 @@ __all__ = [
     "read_validation_dataset",
     "sampling_weights",
     "sources_of_cases",
+    "sync_to_preprocessed",
     "write_phantom_dataset",
     "write_phantom_masks",
 ]

@@ -12,16 +12,6 @@ import numpy.typing as npt
 
 from stunet.files import write_json
 
-__all__ = [
-    "PHANTOM_LABELS",
-    "Contrast",
-    "Phantom",
-    "make_phantom",
-    "phantom_labels",
-    "write_phantom_dataset",
-    "write_phantom_masks",
-]
-
 Volume = npt.NDArray[np.float32]
 
 _SHAPE = (24, 48, 56)  # voxels, z y x
@@ -38,31 +28,28 @@ class _Organ:
     name: str
     centre: tuple[float, float, float]  # fraction of the body's half axes from its centre, z y x
     radii: tuple[float, float, float]  # mm, z y x
-    attenuation: dict[Contrast, float]  # HU
+    venous: float  # attenuation, HU
+    arterial: float
     texture: float = 0.0  # standard deviation, HU
     wavelength: tuple[float, float, float] = (12.0, 12.0, 12.0)  # of the texture, mm, z y x
     core: float = 0.0  # HU that an inner part differs by, as a kidney's medulla does
 
 
-def _organ(name: str, centre: Any, radii: Any, venous: float, arterial: float, **others: Any) -> _Organ:
-    return _Organ(name, centre, radii, {"venous": venous, "arterial": arterial}, **others)
-
-
 _MUSCLE: dict[str, Any] = {"texture": 14.0, "wavelength": (30.0, 8.0, 14.0)}
 # x runs from the patient's right to the left, y from front to back. Later organs are painted over earlier ones.
 _ORGANS = (
-    _organ("muscle", (0.0, 0.45, -0.42), (400.0, 26.0, 30.0), 58.0, 54.0, **_MUSCLE),
-    _organ("muscle", (0.0, 0.45, 0.42), (400.0, 26.0, 30.0), 58.0, 54.0, **_MUSCLE),
-    _organ("liver", (0.15, -0.12, -0.44), (46.0, 40.0, 38.0), 112.0, 104.0, texture=18.0),
-    _organ(
+    _Organ("muscle", (0.0, 0.45, -0.42), (400.0, 26.0, 30.0), 58.0, 54.0, **_MUSCLE),
+    _Organ("muscle", (0.0, 0.45, 0.42), (400.0, 26.0, 30.0), 58.0, 54.0, **_MUSCLE),
+    _Organ("liver", (0.15, -0.12, -0.44), (46.0, 40.0, 38.0), 112.0, 104.0, texture=18.0),
+    _Organ(
         "stomach", (0.15, -0.32, 0.36), (34.0, 24.0, 28.0), 265.0, 265.0, texture=30.0, wavelength=(16.0, 16.0, 10.0)
     ),
-    _organ("spleen", (0.20, 0.24, 0.62), (32.0, 24.0, 19.0), 145.0, 150.0, texture=10.0, wavelength=(6.0, 6.0, 6.0)),
-    _organ("kidneys", (-0.25, 0.36, 0.38), (36.0, 21.0, 20.0), 180.0, 190.0, core=-45.0),
-    _organ("kidneys", (-0.30, 0.36, -0.38), (36.0, 21.0, 20.0), 180.0, 190.0, core=-45.0),
-    _organ("spine", (0.0, 0.58, 0.0), (400.0, 15.0, 17.0), 200.0, 205.0, texture=45.0, wavelength=(5.0, 5.0, 5.0)),
-    _organ("aorta", (0.0, 0.22, 0.12), (400.0, 11.0, 11.0), 200.0, 215.0),
-    _organ("vena cava", (0.0, 0.20, -0.14), (400.0, 10.0, 12.0), 165.0, 125.0),
+    _Organ("spleen", (0.20, 0.24, 0.62), (32.0, 24.0, 19.0), 145.0, 150.0, texture=10.0, wavelength=(6.0, 6.0, 6.0)),
+    _Organ("kidneys", (-0.25, 0.36, 0.38), (36.0, 21.0, 20.0), 180.0, 190.0, core=-45.0),
+    _Organ("kidneys", (-0.30, 0.36, -0.38), (36.0, 21.0, 20.0), 180.0, 190.0, core=-45.0),
+    _Organ("spine", (0.0, 0.58, 0.0), (400.0, 15.0, 17.0), 200.0, 205.0, texture=45.0, wavelength=(5.0, 5.0, 5.0)),
+    _Organ("aorta", (0.0, 0.22, 0.12), (400.0, 11.0, 11.0), 200.0, 215.0),
+    _Organ("vena cava", (0.0, 0.20, -0.14), (400.0, 10.0, 12.0), 165.0, 125.0),
 )
 _LABELS: dict[Contrast, tuple[str, ...]] = {
     "venous": ("liver", "spleen", "kidneys", "spine", "aorta"),
@@ -84,27 +71,15 @@ PHANTOM_LABELS: dict[str, int] = phantom_labels("venous")
 
 @dataclass(frozen=True)
 class Phantom:
-    """One generated case.
+    """One generated case."""
 
-    Attributes:
-        image: Attenuation in HU, float32 of shape ``(Z, Y, X)``.
-        segmentation: Labels as in :func:`phantom_labels`, uint8 of the same shape.
-        spacing: mm along ``(z, y, x)``.
-    """
-
-    image: Volume
-    segmentation: npt.NDArray[np.uint8]
-    spacing: tuple[float, float, float]
+    image: Volume  # attenuation in HU, float32 of shape (Z, Y, X)
+    segmentation: npt.NDArray[np.uint8]  # label values, uint8 of the same shape
+    spacing: tuple[float, float, float]  # mm along (z, y, x)
 
 
 def make_phantom(seed: int, case: int, contrast: Contrast = "venous") -> Phantom:
-    """Make one phantom: a body with organs whose surface, place, size and contrast vary from case to case.
-
-    Args:
-        seed: Seed of the dataset.
-        case: Number of the case. Equal arguments give equal voxels.
-        contrast: Attenuation of the organs, noise, and labelled structures.
-    """
+    """Make one phantom: a body with organs whose surface, place, size and contrast vary from case to case."""
     labels = phantom_labels(contrast)
     rng = np.random.default_rng([seed, case])
     shape = tuple(int(n + rng.integers(-2, 3)) for n in _SHAPE)
@@ -124,7 +99,7 @@ def make_phantom(seed: int, case: int, contrast: Contrast = "venous") -> Phantom
         radii = np.array(organ.radii) * rng.uniform(0.82, 1.18, 3)
         distance = _distance(grid, centre, radii, 0.35, spacing, rng)
         inside = distance < 1
-        image[inside] = organ.attenuation[contrast] + rng.normal(0, _VARIATION)
+        image[inside] = getattr(organ, contrast) + rng.normal(0, _VARIATION)
         image[distance < 0.62] += organ.core
         if organ.texture:
             texture = _blur(rng.normal(size=shape), [w / s / 2 for w, s in zip(organ.wavelength, spacing, strict=True)])

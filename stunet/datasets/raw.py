@@ -1,4 +1,4 @@
-"""Reading nnU-Net's raw datasets and holding cases out of them.
+"""nnU-Net's raw datasets: reading them, holding cases out, and keeping their preprocessed folder in step.
 
 Parts of nnU-Net are imported where they are needed: that takes longer than importing some cases does.
 """
@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +18,20 @@ import numpy.typing as npt
 from nibabel.orientations import io_orientation
 
 from stunet.errors import DatasetError
-from stunet.files import write_json
+from stunet.files import atomic_path, write_json
+from stunet.labels import MANIFEST_NAME, AnnotationManifest, Labels, read_manifest
 
-__all__ = [
-    "RawDataset",
-    "case_names",
-    "check_hold_out",
-    "exclusive_labels",
-    "hold_out",
-    "plane_names",
-    "read_image",
-    "read_plane_names",
-    "read_raw_dataset",
-]
+SPLITS_NAME = "splits_final.json"
+"""Name of nnU-Net's file with the folds, which it reads from the preprocessed folder alone."""
 
 
 @dataclass(frozen=True)
 class RawDataset:
-    """A dataset in nnU-Net's raw layout.
-
-    Attributes:
-        folder: The dataset's folder.
-        dataset_json: Content of its ``dataset.json``.
-        cases: Image files, one for each channel, and label file of each training case.
-    """
+    """A dataset in nnU-Net's raw layout."""
 
     folder: Path
-    dataset_json: dict[str, Any]
-    cases: dict[str, tuple[list[Path], Path]]
+    dataset_json: dict[str, Any]  # content of its dataset.json
+    cases: dict[str, tuple[list[Path], Path]]  # image files, one for each channel, and label file of each training case
 
 
 def read_raw_dataset(folder: str | os.PathLike[str]) -> RawDataset:
@@ -56,42 +42,88 @@ def read_raw_dataset(folder: str | os.PathLike[str]) -> RawDataset:
     """
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-    folder = Path(folder).resolve()
-    if not folder.is_dir():
-        raise DatasetError(
-            "no such folder",
-            got=folder,
-            expected="the folder of an nnU-Net raw dataset",
-            remedy="Check the path, for example $nnUNet_raw/Dataset004_Hippocampus.",
-        )
+    folder, dataset_json, channels = _read_description(folder)
     try:
-        dataset_json = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-        channels, _ = len(dataset_json["channel_names"]), dataset_json["labels"]
         listing = get_filenames_of_train_images_and_targets(str(folder), dataset_json)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DatasetError(
-            "not an nnU-Net raw dataset",
-            got=f"{folder}: {type(error).__name__}: {error}",
-            expected="dataset.json with channel_names, labels and file_ending, imagesTr and labelsTr",
-            remedy="Bring the data into nnU-Net's raw layout (nnU-Net, documentation/dataset_format.md).",
-        ) from error
-    cases = {
-        case: ([Path(image) for image in files["images"]], Path(files["label"])) for case, files in listing.items()
-    }
+        cases = {case: (list(map(Path, f["images"])), Path(f["label"])) for case, f in listing.items()}
+    except (OSError, KeyError, TypeError) as error:
+        raise _no_raw_dataset(folder, error) from error
     problems = [f"{f} is missing" for images, label in cases.values() for f in (*images, label) if not f.is_file()]
     problems += [f"{case} has {len(i)} of {channels} channels" for case, (i, _) in cases.items() if len(i) != channels]
     if problems or not cases:
-        raise DatasetError(
-            "an incomplete dataset",
-            got="; ".join(problems[:3]) or f"no cases in {folder}",
-            expected=f"{channels} images and one label file for each case",
-            remedy="Add the missing files, or remove the cases.",
-        )
+        found = "; ".join(problems[:3]) or f"no cases in {folder}"
+        raise DatasetError(f"incomplete dataset: {found}; each case needs {channels} images and one label file")
     return RawDataset(folder, dataset_json, cases)
 
 
+def _read_description(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], int]:
+    folder = Path(folder).resolve()
+    if not folder.is_dir():
+        raise DatasetError(f"no such folder {folder}: give a raw dataset, such as $nnUNet_raw/Dataset004_Hippocampus")
+    try:
+        content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        channels, _, _ = len(content["channel_names"]), content["labels"], content["file_ending"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _no_raw_dataset(folder, error) from error
+    return folder, content, channels
+
+
+def _no_raw_dataset(folder: Path, error: Exception) -> DatasetError:
+    wanted = "dataset.json with channel_names, labels and file_ending, imagesTr and labelsTr"
+    return DatasetError(f"{folder} is not an nnU-Net raw dataset ({type(error).__name__}: {error}): give {wanted}")
+
+
+def read_test_dataset(folder: str | os.PathLike[str]) -> RawDataset:
+    """Return a raw dataset whose cases are those of ``imagesTs`` that have a label map in ``labelsTs``.
+
+    Raises:
+        DatasetError: No ``dataset.json``, no label maps, or a label map without its images.
+    """
+    folder, dataset_json, channels = _read_description(folder)
+    ending = dataset_json["file_ending"]
+    cases = {}
+    for label in sorted((folder / "labelsTs").glob(f"*{ending}")):
+        case = label.name.removesuffix(ending)
+        cases[case] = ([folder / "imagesTs" / f"{case}_{c:04d}{ending}" for c in range(channels)], label)
+    missing = [image for images, _ in cases.values() for image in images if not image.is_file()]
+    if missing or not cases:
+        found = f"{missing[0]} is missing" if missing else f"no *{ending} in {folder / 'labelsTs'}"
+        raise DatasetError(f"test cases that cannot be scored: {found}; add it, or take --split train")
+    return RawDataset(folder, dataset_json, cases)
+
+
+def read_validation_dataset(
+    folder: str | os.PathLike[str], fold: int, *, preprocessed: str | os.PathLike[str] | None = None
+) -> RawDataset:
+    """Return a raw dataset whose cases are the validation cases of a fold.
+
+    Args:
+        folder: The raw dataset.
+        fold: Number of the fold.
+        preprocessed: The dataset's preprocessed folder, whose ``splits_final.json`` goes before the raw folder's.
+
+    Raises:
+        DatasetError: No such fold, or cases that the dataset does not have.
+    """
+    dataset = read_raw_dataset(folder)
+    places = [Path(place) / SPLITS_NAME for place in (preprocessed, folder) if place is not None]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        both = " and no ".join(map(str, places))
+        raise DatasetError(f"missing folds: no {both}; set nnUNet_preprocessed to where it was trained, or omit --fold")
+    try:
+        folds = [[str(name) for name in split["val"]] for split in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f'unreadable folds {path} ({error!r}): give [{{"train": […], "val": […]}}, …]') from error
+    if not 0 <= fold < len(folds) or not folds[fold]:
+        raise DatasetError(f"fold {fold} has no validation cases: choose one of {len(folds)} folds of {path}, from 0")
+    if unknown := next((name for name in folds[fold] if name not in dataset.cases), None):
+        raise DatasetError(f"{path} has case {unknown}, which {dataset.folder} has not: correct {SPLITS_NAME}")
+    return replace(dataset, cases={name: dataset.cases[name] for name in sorted(folds[fold])})
+
+
 def case_names(dataset: RawDataset) -> set[str]:
-    """Names of all cases that have a label map: those to train on, and those of ``labelsTs``."""
+    """Return the names of all cases that have a label map: those to train on, and those of ``labelsTs``."""
     ending = dataset.dataset_json["file_ending"]
     test = (path.name for path in (dataset.folder / "labelsTs").glob(f"*{ending}"))
     return {*dataset.cases, *(name.removesuffix(ending) for name in test)}
@@ -104,12 +136,7 @@ def check_hold_out(dataset: RawDataset, n_held_out: int) -> None:
         DatasetError: Fewer than five cases would be left for nnU-Net's five folds.
     """
     if len(dataset.cases) - n_held_out < 5:
-        raise DatasetError(
-            "too few cases",
-            got=f"{len(dataset.cases)} cases, of which {n_held_out} shall be held out",
-            expected="five or more left for training, as nnU-Net makes five folds",
-            remedy="Add cases.",
-        )
+        raise DatasetError(f"too few cases: {len(dataset.cases)} without {n_held_out} to test on; five folds need five")
 
 
 def hold_out(dataset: RawDataset, folder: str | os.PathLike[str], *, n_held_out: int, seed: int = 0) -> list[str]:
@@ -151,9 +178,6 @@ def hold_out(dataset: RawDataset, folder: str | os.PathLike[str], *, n_held_out:
 def read_image(path: str | os.PathLike[str]) -> tuple[npt.NDArray[Any], tuple[float, float, float]]:
     """Read one channel of a case, or its labels, with the reader that nnU-Net takes for such files.
 
-    Args:
-        path: An image file of any format that nnU-Net reads.
-
     Returns:
         Array of shape ``(Z, Y, X)``, and the spacing in mm along these axes.
     """
@@ -163,7 +187,7 @@ def read_image(path: str | os.PathLike[str]) -> tuple[npt.NDArray[Any], tuple[fl
 
 
 def read_plane_names(path: str | os.PathLike[str]) -> tuple[str, str, str]:
-    """The planes that lie across the axes of :func:`read_image`'s array: axial, coronal and sagittal in some order."""
+    """Return the planes across the axes of :func:`read_image`'s array: axial, coronal and sagittal in some order."""
     return plane_names(_read(path)[1])
 
 
@@ -178,10 +202,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[npt.NDArray[Any], dict[str, Any
 
 
 def plane_names(properties: Mapping[str, Any]) -> tuple[str, str, str]:
-    """The anatomical planes across the axes of an array, told by the image's directions.
-
-    Args:
-        properties: What nnU-Net's reader notes of an image.
+    """Return the anatomical planes across the axes of an array, told by the image's directions.
 
     Returns:
         Names along ``(Z, Y, X)``; those of the axes for images without directions in the patient, such as photographs.
@@ -200,30 +221,98 @@ def plane_names(properties: Mapping[str, Any]) -> tuple[str, str, str]:
     return z, y, x
 
 
-def exclusive_labels(
-    dataset_json: dict[str, Any],
-) -> tuple[dict[str, int], Callable[[npt.NDArray[Any]], npt.NDArray[Any]]]:
-    """Names for the label values that predictions of a dataset have, and a function that merges truth into these.
-
-    Regions overlap; nnU-Net writes them into one label map in the order of ``regions_class_order``, later ones over
-    earlier ones. Truth has the dataset's own values, which may be finer.
+def sync_to_preprocessed(
+    raw: str | os.PathLike[str], preprocessed: str | os.PathLike[str], *, overwrite: bool = False
+) -> list[Path]:
+    """Copy manifest and folds from a dataset's raw folder into its preprocessed one.
 
     Args:
-        dataset_json: Content of a ``dataset.json``, with regions or without.
+        raw: For example ``$nnUNet_raw/Dataset101_TotalSegmentator``.
+        preprocessed: The folder of the same name in ``nnUNet_preprocessed``; made where it does not exist.
+        overwrite: Whether files that differ are replaced. Otherwise they are left alone: they may belong to data that
+            was preprocessed before the raw dataset changed.
 
     Returns:
-        Label value by name, and the function.
+        The files that differ and were left alone.
     """
-    labels = {name: value for name, value in dataset_json["labels"].items() if name != "ignore"}
-    if "regions_class_order" not in dataset_json:
-        return labels, lambda truth: truth
-    regions = [(name, v if isinstance(v, list) else [v]) for name, v in labels.items() if v not in (0, [0])]
-    names = {name: value for (name, _), value in zip(regions, dataset_json["regions_class_order"], strict=True)}
+    left = []
+    for name in (MANIFEST_NAME, SPLITS_NAME):
+        source, target = Path(raw) / name, Path(preprocessed) / name
+        content, present = (path.read_bytes() if path.is_file() else None for path in (source, target))
+        if content == present or (content is None and name == SPLITS_NAME):
+            continue  # nnU-Net makes folds of its own where the raw folder has none
+        if present is not None and not overwrite:
+            left.append(target)
+        elif content is None:
+            target.unlink()
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(target) as temporary:
+                temporary.write_bytes(content)
+    return left
 
-    def merge(truth: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        merged = np.zeros_like(truth)
-        for name, values in regions:
-            merged[np.isin(truth, values)] = names[name]
-        return merged
 
-    return names, merge
+carry_side_files = sync_to_preprocessed
+
+
+def exclusive_labels(dataset_json: Mapping[str, Any]) -> tuple[dict[str, int], Callable[[Any], Any]]:
+    """Alias of :attr:`Labels.predicted` and :meth:`Labels.as_predicted`."""
+    labels = Labels(dataset_json)
+    return labels.predicted, labels.as_predicted
+
+
+def _dataset_folders(dataset_name: str) -> list[Path]:
+    """The dataset's folders in ``nnUNet_raw`` and ``nnUNet_preprocessed``, those that are set."""
+    variables = ("nnUNet_raw", "nnUNet_preprocessed")
+    return [Path(value) / dataset_name for variable in variables if (value := os.environ.get(variable))]
+
+
+def has_annotations(dataset_name: str) -> bool:
+    """Whether a dataset, such as ``Dataset101_TotalSegmentator``, has a manifest, raw or preprocessed."""
+    return any((folder / MANIFEST_NAME).is_file() for folder in _dataset_folders(dataset_name))
+
+
+def read_annotations(dataset_name: str, dataset_json: Mapping[str, Any]) -> AnnotationManifest:
+    """Read what the cases of a preprocessed dataset annotate; what trainers call, in the process of rank 0 first.
+
+    The preprocessed folder's manifest counts, since it belongs to the data beside it. Where that folder has none and
+    the raw one has, that is copied, with the folds; so it is when the dataset was preprocessed before
+    ``nnUNet_preprocessed`` had a copy. Where both have one and they differ, nobody but the user can know whether the
+    data was preprocessed before or after the change, and training on the wrong one would teach that annotated
+    structures are background.
+
+    Raises:
+        DatasetError: Raw and preprocessed manifest differ.
+        LabelError: The manifest is malformed, or does not fit ``dataset.json``.
+    """
+    folders = _dataset_folders(dataset_name)
+    if not folders:
+        raise DatasetError("neither nnUNet_raw nor nnUNet_preprocessed is set: set at least one of these variables")
+    # Training may run where the raw data is not; then there is nothing to compare with.
+    if len(folders) == 2 and (folders[0] / "dataset.json").is_file():
+        left = [path for path in sync_to_preprocessed(*folders) if path.name == MANIFEST_NAME]
+        changed = _first_difference(left[0], folders[0] / MANIFEST_NAME) if left else ""
+        if changed:
+            raise DatasetError(
+                f"annotations have changed since preprocessing: {left[0]} differs from the raw dataset's ({changed}): "
+                "run nnUNetv2_preprocess again if label maps changed too; then, or if only the list was mended, "
+                f"stunet labels carry -d {dataset_name}"
+            )
+    return read_manifest(folders[-1] / MANIFEST_NAME, labels=dataset_json["labels"])
+
+
+def _first_difference(old_path: Path, new_path: Path) -> str:
+    """Where two manifests differ; nowhere where bytes differ and the meaning does not."""
+    if not new_path.is_file():
+        return "it was removed"
+    try:
+        old, new = (dict(json.loads(path.read_text(encoding="utf-8"))) for path in (old_path, new_path))
+    except (OSError, ValueError, TypeError):
+        return "they cannot be compared"
+    for key in sorted({*old, *new}):
+        a, b = (content.get(key, {}) for content in (old, new))
+        if isinstance(a, dict) and isinstance(b, dict) and a != b:
+            return f"{key}, {min(name for name in {*a, *b} if a.get(name) != b.get(name))}"
+        if a != b:
+            return str(key)
+    return ""

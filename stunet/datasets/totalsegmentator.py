@@ -1,45 +1,50 @@
-"""TotalSegmentator's folder layout: which cases, structures and split a download has."""
+"""TotalSegmentator's layout as a raw dataset: which cases, structures and split a download has, and masks merged."""
 
 from __future__ import annotations
 
 import csv
 import difflib
-import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from stunet.datasets.imports import ENDING, ImportCase, ImportReport, Record, case_files, check_annotated, importing
 from stunet.errors import DatasetError, LabelError, UsageError
-from stunet.labels import list_vocabularies, load_vocabulary
-from stunet.labels.manifest import check_names
-
-__all__ = ["KNOWN_BAD_CASES", "SourceCase", "TotalSegmentatorSource", "choose_structures", "read_totalsegmentator"]
+from stunet.files import atomic_path, clone_or_copy, fingerprint
+from stunet.forms import FormError, Names, decode, read_document
+from stunet.labels import group_cases, list_vocabularies, load_vocabulary
+from stunet.labels.labels import BACKGROUND, IGNORE, check_names
+from stunet.processes import worthwhile_processes
+from stunet.volumes import Volume, check_finite, check_same_grid, read_volume, write_labels
 
 KNOWN_BAD_CASES: dict[str, tuple[str, ...]] = {"1": ("s0864",), "2": ()}
 """Cases of each version that are left out by default: in v1, s0864 has a corrupt CT."""
 
-_MASK_ENDING = ".nii.gz"
 _SPLITS = ("train", "val", "test")
 _LABEL_ORDERS = ("stunet", "official")
+_FORMAT = 1
+_CHOOSE = "choose --structures or --group, see --exclude"
+#: Bytes of images that are imported, with their masks, while a process starts.
+_BYTES_PER_START = 2**25
+
+OnCase = Callable[[str, int, bool], None]
+"""Called as a case is done, with its name, number of masks, and whether an earlier run had finished it."""
 
 
 @dataclass(frozen=True)
 class SourceCase:
-    """A case as it lies in the source.
-
-    Attributes:
-        name: Name of its folder.
-        folder: The folder, with ``ct.nii.gz`` and ``segmentations``.
-        masks: Names of the structures that have a mask file, blank or not: those that it annotates.
-        split: ``train``, ``val`` or ``test``; ``train`` where ``meta.csv`` does not say.
-    """
+    """A case of the source."""
 
     name: str
-    folder: Path
-    masks: frozenset[str]
-    split: str
+    folder: Path  # the folder, with ct.nii.gz and segmentations
+    masks: frozenset[str]  # names of the structures that have a mask file, blank or not: those that it annotates
+    split: str  # train, val or test; train where meta.csv does not say
 
     @property
     def ct(self) -> Path:
@@ -48,123 +53,65 @@ class SourceCase:
 
     def mask(self, structure: str) -> Path:
         """The mask of a structure."""
-        return Path(f"{self.folder}/segmentations/{structure}{_MASK_ENDING}")  # joining parts takes thrice the time
+        return self.folder / "segmentations" / f"{structure}{ENDING}"
 
 
 @dataclass(frozen=True)
 class TotalSegmentatorSource:
-    """A download in TotalSegmentator's layout.
-
-    Attributes:
-        folder: Where it is.
-        cases: Its cases by name, sorted.
-        has_meta: Whether there is a ``meta.csv``.
-        unlisted: Cases that ``meta.csv`` does not list.
-        absent: Cases that ``meta.csv`` lists and that are not there.
-    """
+    """A download in TotalSegmentator's layout."""
 
     folder: Path
-    cases: dict[str, SourceCase]
-    has_meta: bool
-    unlisted: tuple[str, ...]
-    absent: tuple[str, ...]
-
-    def annotated(self, structures: Iterable[str]) -> dict[str, list[str]]:
-        """Which of some structures each case annotates, in their order."""
-        structures = list(structures)
-        return {name: [s for s in structures if s in case.masks] for name, case in self.cases.items()}
+    cases: dict[str, SourceCase]  # its cases by name, sorted
+    unlisted: tuple[str, ...]  # cases that meta.csv does not list
+    absent: tuple[str, ...]  # cases that meta.csv lists and that are not there
 
 
 def read_totalsegmentator(folder: str | os.PathLike[str]) -> TotalSegmentatorSource:
     """List the cases of a download and the masks that each has. No image is opened.
 
     Raises:
-        DatasetError: No cases, names that stand twice or differ only in case, or a split that is none.
+        DatasetError: No cases, duplicate names or names that differ only in case, or a split that is none.
     """
     folder = Path(folder).resolve()
     if not folder.is_dir():
-        raise DatasetError(
-            "no such folder", got=folder, expected="a folder in TotalSegmentator's layout", remedy="Check the path."
-        )
+        raise DatasetError(f"no such folder {folder}: give a folder in TotalSegmentator's layout")
     splits = _read_splits(folder / "meta.csv")
     cases: dict[str, SourceCase] = {}
-    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-        path = folder / entry.name
-        if entry.is_dir() and ((path / "ct.nii.gz").exists() or (path / "segmentations").is_dir()):
-            cases[entry.name] = SourceCase(entry.name, path, _list_masks(path), splits.get(entry.name, "train"))
+
+    for path in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if (path / "ct.nii.gz").exists() or (path / "segmentations").is_dir():
+            cases[path.name] = SourceCase(path.name, path, _list_masks(path), splits.get(path.name, "train"))
+
     if not cases:
-        raise DatasetError(
-            "a folder without cases",
-            got=folder,
-            expected="folders such as s0000 with ct.nii.gz and segmentations/STRUCTURE.nii.gz",
-            remedy="Give the folder that holds the cases.",
-        )
-    _check_case_names(cases)
+        raise DatasetError(f"no cases in {folder}: give the folder of s0000/ct.nii.gz, s0000/segmentations and so on")
+    check_names(cases, folder, DatasetError)
     unlisted = tuple(name for name in cases if splits and name not in splits)
-    absent = tuple(sorted(name for name in splits if name not in cases))
-    return TotalSegmentatorSource(folder, cases, bool(splits), unlisted, absent)
+    return TotalSegmentatorSource(folder, cases, unlisted, tuple(sorted(set(splits) - set(cases))))
 
 
 def _list_masks(folder: Path) -> frozenset[str]:
-    try:
-        names = [path.name for path in (folder / "segmentations").iterdir()]
-    except FileNotFoundError:
-        return frozenset()
-    masks = {name.removesuffix(_MASK_ENDING) for name in names if name.endswith(_MASK_ENDING) and name[0] != "."}
+    names = [path.name for path in (folder / "segmentations").glob("*.nii*") if not path.name.startswith(".")]
     # An uncompressed mask would otherwise count as missing, and its structure silently as not annotated.
-    plain = sorted(name for name in names if name.endswith(".nii"))
-    if plain:
-        raise DatasetError(
-            "an uncompressed mask",
-            got=folder / "segmentations" / plain[0],
-            expected="masks that end in .nii.gz",
-            remedy="Compress it with gzip.",
-        )
-    return frozenset(masks)
-
-
-def _check_case_names(names: Iterable[str]) -> None:
-    seen: dict[str, str] = {}
-    for name in names:
-        other = seen.setdefault(name.casefold(), name)
-        if other != name:
-            raise DatasetError(
-                "duplicate case names",
-                got=f"{other} and {name}",
-                expected="names that differ in more than upper and lower case",
-                remedy="Rename or remove one of them.",
-            )
+    if plain := sorted(name for name in names if name.endswith(".nii")):
+        raise DatasetError(f"uncompressed mask {folder / 'segmentations' / plain[0]}: compress it with gzip")
+    return frozenset(name.removesuffix(ENDING) for name in names if name.endswith(ENDING))
 
 
 def _read_splits(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    remedy = "give image_id and split, separated by semicolons, or remove the file to do without the official split"
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter=";"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise _refuse_meta(path, str(error), "a text file with the columns image_id and split") from error
-    if not rows or not {"image_id", "split"} <= set(rows[0]):
-        columns = ", ".join(map(str, rows[0])) if rows else "no rows"
-        raise _refuse_meta(path, columns, "the columns image_id and split, separated by semicolons")
-    splits: dict[str, str] = {}
-    for row in rows:
-        name, split = (row["image_id"] or "").strip(), (row["split"] or "").strip()
-        if split not in _SPLITS:
-            raise _refuse_meta(path, f"{name} has the split {split!r}", f"one of {', '.join(_SPLITS)}")
-        if name in splits:
-            raise _refuse_meta(path, f"duplicate case name {name}", "each case once")
-        splits[name] = split
-    return splits
-
-
-def _refuse_meta(path: Path, got: str, expected: str) -> DatasetError:
-    return DatasetError(
-        "a meta.csv that cannot be used",
-        got=f"{path}: {got}",
-        expected=expected,
-        remedy="Correct the file, or remove it to do without the official split.",
-    )
+            rows = [(row["image_id"].strip(), row["split"].strip()) for row in csv.DictReader(file, delimiter=";")]
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError, AttributeError) as error:
+        raise DatasetError(f"{path} cannot be used ({type(error).__name__} {error}): {remedy}") from error
+    if other := next((row for row in rows if row[1] not in _SPLITS), None):
+        raise DatasetError(f"{path}: {other[0]} has the split {other[1]!r}, not one of {', '.join(_SPLITS)}: {remedy}")
+    name, n = Counter(name for name, _ in rows).most_common(1)[0] if rows else ("", 0)
+    if n != 1:
+        raise DatasetError(f"{path} has {f'case {name} {n} times' if rows else 'no rows'}: {remedy}")
+    return dict(rows)
 
 
 def choose_structures(
@@ -176,7 +123,7 @@ def choose_structures(
     structures: Collection[str] = (),
     groups: Collection[str] = (),
 ) -> tuple[str, list[str]]:
-    """The structures to import, in the order of their label values.
+    """Choose the structures to import, in the order of their label values.
 
     Args:
         source: Where they are from, which tells the version.
@@ -196,36 +143,29 @@ def choose_structures(
         DatasetError: The version cannot be told, or masks whose names differ only in case from a structure's.
     """
     if label_order not in (None, *_LABEL_ORDERS):
-        raise UsageError(
-            "unknown label order", got=label_order, expected=" or ".join(_LABEL_ORDERS), remedy="Correct --label-order."
-        )
+        raise UsageError(f"unknown label order {label_order}: give {' or '.join(_LABEL_ORDERS)} as --label-order")
     if version not in ("auto", "1", "2"):
-        raise UsageError("unknown version", got=version, expected="auto, 1 or 2", remedy="Correct --version.")
-    known_groups: dict[str, tuple[str, ...]] = {}
+        raise UsageError(f"unknown version {version}: give auto, 1 or 2 as --version")
+    known_groups: Mapping[str, Collection[str]] = {}
     if task == "total":
         version = _tell_version(source) if version == "auto" else version
         vocabulary = load_vocabulary(f"totalsegmentator_v{version}")
-        known, known_groups = list(vocabulary.labels[1:]), dict(vocabulary.groups)
+        known, known_groups = list(vocabulary.labels[1:]), vocabulary.groups
     else:
         version, known = "", _read_task(task)
-    for group in groups:
-        if group not in known_groups:
-            raise LabelError(
-                "unknown group",
-                got=group,
-                expected=f"one of {', '.join(known_groups) or 'none'}",
-                remedy="Correct --group, or name the structures with --structures.",
-            )
-    _check_masks(source, known)
+    if unknown := next((group for group in groups if group not in known_groups), None):
+        listed = ", ".join(known_groups) or "none"
+        raise LabelError(f"unknown group {unknown}: give one of {listed} as --group, or name --structures")
+    # liver.nii.gz written Liver.nii.gz would silently count as not annotated.
+    folded = {name.casefold(): name for name in known}
+    for case in source.cases.values():
+        for mask in sorted(case.masks - set(known)):
+            if mask.casefold() in folded:
+                raise DatasetError(f"{case.mask(mask)} must be spelled {folded[mask.casefold()]}{ENDING}: rename it")
     wanted = {*structures, *(name for group in groups for name in known_groups[group])} or set(known)
-    for name in sorted(wanted - set(known)):
-        close = difflib.get_close_matches(name, known, 3) or known[:3]
-        raise LabelError(
-            "unknown structure",
-            got=name,
-            expected=f"one of the task's, such as {', '.join(close)}",
-            remedy="Correct --structures, or choose another --task or --version.",
-        )
+    if odd := sorted(wanted - set(known)):
+        close = ", ".join(difflib.get_close_matches(odd[0], known, 3) or known[:3])
+        raise LabelError(f"unknown structure {odd[0]}: give --structures of the task, such as {close}")
     alphabetical = (label_order or ("stunet" if task == "total" else "official")) == "stunet"
     return version, [name for name in (sorted(known) if alphabetical else known) if name in wanted]
 
@@ -238,56 +178,190 @@ def _tell_version(source: TotalSegmentatorSource) -> str:
     if len(versions) == 1:
         return versions[0]
     got = "; ".join(f"only version {v} has {', '.join(only[v][:3])}" for v in versions)
-    raise DatasetError(
-        "a source whose version cannot be told",
-        got=got or "masks that versions 1 and 2 both have",
-        expected="masks that one of the versions alone has",
-        remedy="Say which with --version 1 or --version 2.",
-    )
+    got = got or "all masks are such as versions 1 and 2 both have"
+    raise DatasetError(f"the version cannot be told: {got}; say which with --version 1 or --version 2")
 
 
 def _read_task(task: str) -> list[str]:
     if task in list_vocabularies():
         return list(load_vocabulary(task).labels[1:])
     try:
-        names = json.loads(Path(task).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LabelError(
-            "unknown task",
-            got=f"{task}: {error}",
-            expected=f"total, {', '.join(list_vocabularies())}, or a JSON file with a list of structures",
-            remedy="Correct --task.",
-        ) from error
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) and n for n in names):
-        raise _refuse_task(task, "no list of names")
-    twice = [name for name, n in Counter(names).items() if n > 1]
-    if twice:
-        raise _refuse_task(task, f"{twice[0]} twice")
-    reserved = {"background", "ignore"} & set(names)
-    if reserved:
-        raise _refuse_task(task, f"{reserved.pop()}, which is no structure")
-    check_names(names)
+        names: list[str] = decode(read_document(task), Names)
+    except FormError as error:
+        known = ", ".join(list_vocabularies())
+        raise LabelError(f"unknown task {task} ({error}): give total, {known}, or a JSON list of structures") from error
+    odd = [name for name, n in Counter(names).items() if n > 1 or name in (BACKGROUND, IGNORE)]
+    if odd:
+        raise LabelError(f"{task} lists {odd[0]} twice, or as what is no structure: correct the file")
+    check_names(names, task)
     return names
 
 
-def _refuse_task(task: str, got: str) -> LabelError:
-    return LabelError(
-        "a list of structures that cannot be used",
-        got=f"{task}: {got}",
-        expected='["liver", "spleen", …]',
-        remedy="Correct the file.",
-    )
+@dataclass(frozen=True)
+class MergedMasks:
+    """A label map made of masks."""
+
+    labels: npt.NDArray[Any]  # label values, uint8 or uint16 of shape (X, Y, Z)
+    voxels: dict[int, int]  # voxels by label value, for each mask; 0 where a mask is blank or others cover it wholly
+    # how many voxels one structure has lost to another, by (loser's value, winner's value). A voxel that three masks
+    # claim is lost by the first to the second and by the second to the third
+    overlaps: dict[tuple[int, int], int]
 
 
-def _check_masks(source: TotalSegmentatorSource, known: Sequence[str]) -> None:
-    # liver.nii.gz written Liver.nii.gz would silently count as not annotated.
-    folded = {name.casefold(): name for name in known}
-    for case in source.cases.values():
-        for mask in sorted(case.masks - set(known)):
-            if mask.casefold() in folded:
-                raise DatasetError(
-                    "a mask whose name differs from its structure's in case",
-                    got=case.mask(mask),
-                    expected=f"{folded[mask.casefold()]}{_MASK_ENDING}",
-                    remedy="Rename it.",
-                )
+def merge_masks(masks: Sequence[tuple[int, Path]], reference: Volume, n_labels: int) -> MergedMasks:
+    """Merge one mask per structure into one label map; later masks are painted over earlier ones.
+
+    Raises:
+        DatasetError: A mask that cannot be read, lies on another grid, or has other values.
+    """
+    labels = np.zeros(reference.voxels.shape, np.uint8 if n_labels <= 255 else np.uint16, order="F")
+    voxels: Counter[int] = Counter({value: 0 for value, _ in masks})
+    overlaps: Counter[tuple[int, int]] = Counter()
+    for value, path in masks:
+        mask = read_volume(path)
+        check_same_grid(mask, reference)
+        inside = _inside(mask)
+        for loser, n in enumerate(np.bincount(labels[inside]).tolist()):
+            if loser and n:
+                overlaps[loser, value] += n
+                voxels[loser] -= n
+        labels[inside] = value
+        voxels[value] = int(inside.sum())
+    return MergedMasks(labels, dict(voxels), dict(overlaps))
+
+
+def _inside(mask: Volume) -> npt.NDArray[np.bool_]:
+    """Where a mask is 1, or 255, after its header's scaling, and 0 elsewhere."""
+    # Slope and intercept have 32 bits: 255 times 1/255 is not quite 1.
+    values = mask.values if mask.scaling is None else mask.values.round(4)
+    inside: npt.NDArray[np.bool_] = values != 0
+    found = np.unique(values[inside])
+    remedy = "write 0 outside and 1 (or 255) inside, of probabilities what is above 0.5"
+    if found.tolist() not in ([], [1], [255]):
+        shown = ", ".join(f"{v:g}" for v in found[:5]) + ", …" * (len(found) > 5)
+        raise DatasetError(f"{mask.path}: values {shown}, not 0 and 1, or 0 and 255: {remedy}")
+    if inside.all() and mask.scaling is not None:
+        slope, inter = mask.scaling
+        raise DatasetError(f"{mask.path}: 1 everywhere, by slope {slope:g} and intercept {inter:g}: {remedy}")
+    return inside
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskCase(ImportCase):
+    """A case of one image and separate masks."""
+
+    case: SourceCase
+    structures: Sequence[str]  # all structures of the dataset, later ones painted over earlier ones
+    link: bool  # whether the image is linked instead of copied
+
+    def source(self) -> Record:
+        """Return split and fingerprint."""
+        if not self.case.masks:
+            raise DatasetError(f"no masks in {self.case.folder / 'segmentations'}: add some, or leave it out")
+        names = self._names.items()
+        files = [self.case.ct, *(self.case.mask(name) for _, name in names)]
+        return {"split": self.case.split, "source": fingerprint(files, list(map(str, names)))}
+
+    @property
+    def _names(self) -> dict[int, str]:
+        """The structures that it annotates, by label value."""
+        return {value: s for value, s in enumerate(self.structures, start=1) if s in self.case.masks}
+
+    def write(self) -> Record:
+        """Write image and label map; return voxels by structure, and overlaps by loser and winner."""
+        ct, names = read_volume(self.case.ct), self._names
+        check_finite(ct)
+        merged = merge_masks([(value, self.case.mask(s)) for value, s in names.items()], ct, len(self.structures))
+        image, label = self.outputs
+        if self.link:
+            image.unlink(missing_ok=True)
+            try:
+                os.link(self.case.ct.resolve(), image)
+            except OSError:  # another file system, or one without hard links
+                image.symlink_to(self.case.ct.resolve())
+        else:
+            with atomic_path(image) as temporary:
+                clone_or_copy(self.case.ct, temporary)
+        write_labels(merged.labels, ct, label)
+        overlaps: dict[str, dict[str, int]] = {}
+        for (loser, winner), n in sorted(merged.overlaps.items()):
+            overlaps.setdefault(names[loser], {})[names[winner]] = n
+        return {"voxels": {names[value]: n for value, n in merged.voxels.items()}, "overlaps": overlaps}
+
+
+def import_cases(
+    cases: Sequence[SourceCase],
+    structures: Sequence[str],
+    folder: str | os.PathLike[str],
+    *,
+    details: Mapping[str, Any],
+    excluded: Collection[str] = (),
+    link_images: bool = False,
+    allow_unannotated: bool = False,
+    preprocessed: str | os.PathLike[str] | None = None,
+    num_processes: int | None = 1,
+    on_case: OnCase = lambda case, n_masks, reused: None,
+) -> ImportReport:
+    """Import cases, or resume an import of the same structures into the same folder.
+
+    Each case is written atomically. ``dataset.json`` appears last, with the cases that could be imported; those that
+    could not are reported, and tried again by the next run. Cases that an earlier run has imported leave the dataset
+    only where they are excluded by name. The same source gives the same bytes, however often the import was
+    interrupted.
+
+    Args:
+        cases: What the source has.
+        structures: Names in the order of their label values, from 1; later ones are painted over earlier ones.
+        folder: The dataset's folder in ``nnUNet_raw``.
+        details: What else the report shall say and a later run must agree with.
+        excluded: Names of cases to leave out.
+        link_images: Hard links (symbolic ones to other file systems) in place of copies of the images.
+        allow_unannotated: Whether structures may stay that no training case annotates.
+        preprocessed: nnU-Net's ``nnUNet_preprocessed``, where manifest and folds are needed too.
+        num_processes: Cases at a time; None for as many as there are processor cores and as the images are worth.
+        on_case: Called as a case is done.
+
+    Raises:
+        DatasetError: The folder holds something else, nothing could be imported, or no training case annotates one of
+            the structures.
+    """
+    folder, mode = Path(folder), "link" if link_images else "copy"
+    settings = {"format": _FORMAT, **details, "images": mode, "structures": list(structures)}
+    included = [case for case in cases if case.name not in excluded]
+    # A case without any mask does not annotate other structures: it is broken, and will fail.
+    left_out = sorted(case.name for case in included if case.masks and not case.masks & set(structures))
+    jobs = [
+        MaskCase(
+            name=c.name, outputs=case_files(folder, c.name, c.split), case=c, structures=structures, link=link_images
+        )
+        for c in included
+        if c.name not in left_out
+    ]
+    if not allow_unannotated:
+        check_annotated(structures, (job.case.masks for job in jobs if job.case.split != "test"), _CHOOSE)
+    if num_processes is None:
+        size = sum(job.case.ct.stat().st_size for job in jobs if job.case.ct.exists())
+        num_processes = worthwhile_processes(size, share=_BYTES_PER_START)
+    n_masks = {job.name: len(job.case.masks & set(structures)) for job in jobs}
+    with importing(
+        folder,
+        settings,
+        jobs,
+        lambda name, record: case_files(folder, name, record["split"]),
+        may_keep=lambda name: name not in excluded,
+        num_processes=num_processes,
+        on_case=lambda name, reused: on_case(name, n_masks[name], reused),
+    ) as report:
+        records = report.records
+        training = [record["voxels"] for record in records.values() if record["split"] != "test"]
+        if not records or not allow_unannotated:
+            check_annotated(structures, training, _CHOOSE, failed=report.failed)
+        dataset_json = {
+            "channel_names": {"0": "CT"},
+            "labels": {BACKGROUND: 0, **{name: value for value, name in enumerate(structures, start=1)}},
+            "numTraining": len(training),
+            "file_ending": ENDING,
+        }
+        manifest = group_cases({name: record["voxels"] for name, record in records.items()}, structures)
+        fold = {part: [name for name in records if records[name]["split"] == part] for part in ("train", "val")}
+        return report.finish(manifest, fold, dataset_json, left_out, preprocessed)

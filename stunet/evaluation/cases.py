@@ -17,7 +17,7 @@ from scipy.ndimage import find_objects
 from stunet.evaluation.orientation import CaseOrientation, count_reversed, sided_pairs
 from stunet.evaluation.scores import NOT_ANNOTATED, StructureScore, dice_of, surface_scores, volume_scores
 from stunet.evaluation.volumes import LabelVolume, check_same_geometry, check_values, read_label_volume
-from stunet.labels.relations import Comparison
+from stunet.labels import Comparison
 
 __all__ = ["CaseScores", "EvaluationCase", "score_case"]
 

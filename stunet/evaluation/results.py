@@ -13,7 +13,7 @@ from stunet.evaluation.cases import CaseScores, EvaluationCase
 from stunet.evaluation.orientation import orientation_warnings
 from stunet.evaluation.scores import METRICS, StructureScore
 from stunet.files import atomic_path
-from stunet.labels.relations import Comparison
+from stunet.labels import Comparison
 
 __all__ = ["EvaluationResults", "StructureSummary", "collect_results"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,14 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from stunet.errors import DatasetError
-from stunet.labels.label_cases import LABEL_ENDINGS
-from stunet.labels.label_maps import NIFTI_ENDINGS, array_of, count_values, read_other
-from stunet.labels.nifti import open_volume
+from stunet.volumes import GRID_TOLERANCE, LABEL_ENDINGS, corner_distance, read_labels
 
 __all__ = ["LabelVolume", "check_same_geometry", "check_values", "read_label_volume"]
 
-#: How far apart two grids may lie at any corner and still be one grid, as a fraction of the smallest voxel side.
-_TOLERANCE = 0.05
 _FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -64,21 +59,9 @@ def read_label_volume(path: Path) -> LabelVolume:
             expected=f"a file that ends in {', '.join(LABEL_ENDINGS)}",
             remedy="Convert label maps and predictions to one of these formats.",
         )
-    counts: Counter[int] = Counter()
-    if path.name.endswith(NIFTI_ENDINGS):
-        with open_volume(path) as volume:
-            chunks = [count_values(chunk, path, counts) for _, chunk in volume.chunks()]
-            labels = np.concatenate(chunks).reshape(volume.shape[::-1])
-            return LabelVolume(path, labels, _FROM_RAS @ volume.affine, frozenset(counts))
-    if not path.is_file():
-        raise DatasetError("missing label map", got=path, expected="a file", remedy="Add it, or leave its case out.")
-    image = read_other(path)
-    labels = count_values(array_of(image), path, counts)
-    n = image.GetDimension()
-    affine = np.eye(4)
-    affine[:n, :n] = np.reshape(image.GetDirection(), (n, n)) * image.GetSpacing()
-    affine[:n, 3] = image.GetOrigin()
-    return LabelVolume(path, labels.reshape((1,) * (3 - n) + labels.shape), affine, frozenset(counts))
+    volume = read_labels(path)
+    values = frozenset(np.unique(volume.voxels).tolist())
+    return LabelVolume(path, volume.voxels.T, _FROM_RAS @ volume.affine, values)
 
 
 def check_values(volume: LabelVolume, known: Collection[int], *, of: str) -> None:
@@ -111,9 +94,8 @@ def check_same_geometry(prediction: LabelVolume, reference: LabelVolume) -> None
     if prediction.labels.shape != reference.labels.shape:
         _refuse(prediction, reference, "shape", prediction.labels.shape, reference.labels.shape)
     last = np.array(reference.labels.shape[::-1]) - 1
-    corners = np.array([[*(last * bits), 1] for bits in np.ndindex(2, 2, 2)])
-    apart = np.linalg.norm((corners @ (prediction.affine - reference.affine).T)[:, :3], axis=1).max()
-    tolerance = _TOLERANCE * min(reference.spacing)
+    apart = corner_distance(prediction.affine, reference.affine, reference.labels.shape[::-1])
+    tolerance = GRID_TOLERANCE * min(reference.spacing)
     if apart <= tolerance:
         return
     mine, theirs = _parts(prediction), _parts(reference)

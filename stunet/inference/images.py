@@ -18,7 +18,7 @@ import SimpleITK as sitk
 from nibabel.openers import ImageOpener
 
 from stunet.errors import DatasetError, STUNetError, UsageError
-from stunet.labels.nifti import check_finite, open_volume
+from stunet.volumes import check_finite, read_volume
 
 __all__ = ["Case", "Geometry", "as_nifti", "check_voxels", "find_cases", "read_geometry", "readable"]
 
@@ -223,8 +223,7 @@ def check_voxels(path: Path) -> None:
     """
     if not path.name.endswith(_NIFTI) or len(_nifti_shape(_nifti_header(path))) != 3:
         return
-    with open_volume(path) as volume:
-        check_finite(volume)
+    check_finite(read_volume(path))
 
 
 def _describe(geometry: Geometry) -> str:

@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from stunet.errors import DatasetError, UsageError
-from stunet.files import file_sha256, read_json, write_json
+from stunet.files import file_sha256, fingerprint, read_json, write_json
 from stunet.inference.images import Case, readable
 from stunet.inference.pipeline import Listener, Prediction
 from stunet.inference.statistics import find_structures
-from stunet.labels.mask_cases import fingerprint
 
 __all__ = ["MANIFEST_NAME", "Manifest", "check_output", "remove_predictions"]
 

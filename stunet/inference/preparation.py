@@ -18,7 +18,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from stunet.errors import DatasetError
 from stunet.inference.image_resampling import resample_image
 from stunet.inference.images import Case, Geometry, as_nifti, check_voxels, readable
-from stunet.labels.nifti import not_numbers
+from stunet.volumes import not_numbers
 
 __all__ = ["PreparationJob", "Prepared", "network_grid", "prepare", "save_array", "spacing_of_network"]
 

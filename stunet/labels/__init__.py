@@ -1,30 +1,42 @@
 """Which output is which structure, under which names, and which case annotates what."""
 
 from stunet.labels.aliases import canonical_name, match_names
-from stunet.labels.coverage import Coverage, SourceCoverage, StructureCoverage, measure_coverage
-from stunet.labels.direct_maps import (
-    LabelMap,
-    MapEntry,
-    list_label_systems,
-    load_label_system,
-    read_label_map,
-    suggest_label_map,
-)
-from stunet.labels.label_maps import MergedMasks, count_labels, merge_masks
-from stunet.labels.manifest import (
+from stunet.labels.annotations import (
     MANIFEST_NAME,
     AnnotationManifest,
+    Coverage,
     bind_manifest,
     group_cases,
+    manifest_schema,
+    measure_coverage,
     read_manifest,
-    structures_of,
+    write_manifest,
 )
-from stunet.labels.manifest_format import manifest_schema, write_manifest
-from stunet.labels.outputs import Outputs, declared_values, outputs_of
-from stunet.labels.relations import Comparison, LabelRelation, observed_values, relate_labels, structure_values
-from stunet.labels.union_mapping import UnionMapping, dump_mapping, read_mapping
-from stunet.labels.unions import LabelUnion, merge_labels
-from stunet.labels.vocabularies import Vocabulary, list_vocabularies, load_vocabulary, read_label_file, vocabulary_for
+from stunet.labels.comparisons import (
+    Comparison,
+    LabelMap,
+    LabelRelation,
+    list_label_systems,
+    load_label_system,
+    observed_values,
+    read_label_map,
+    relate_labels,
+    structure_values,
+    suggest_label_map,
+)
+from stunet.labels.labels import (
+    Labels,
+    Outputs,
+    Vocabulary,
+    declared_values,
+    list_vocabularies,
+    load_vocabulary,
+    outputs_of,
+    read_label_file,
+    vocabulary_for,
+)
+from stunet.labels.unions import LabelUnion, UnionMapping, dump_mapping, merge_labels, read_mapping
+from stunet.volumes import count_labels
 
 __all__ = [
     "MANIFEST_NAME",
@@ -34,11 +46,8 @@ __all__ = [
     "LabelMap",
     "LabelRelation",
     "LabelUnion",
-    "MapEntry",
-    "MergedMasks",
+    "Labels",
     "Outputs",
-    "SourceCoverage",
-    "StructureCoverage",
     "UnionMapping",
     "Vocabulary",
     "bind_manifest",
@@ -55,7 +64,6 @@ __all__ = [
     "match_names",
     "measure_coverage",
     "merge_labels",
-    "merge_masks",
     "observed_values",
     "outputs_of",
     "read_label_file",
@@ -64,7 +72,6 @@ __all__ = [
     "read_mapping",
     "relate_labels",
     "structure_values",
-    "structures_of",
     "suggest_label_map",
     "vocabulary_for",
     "write_manifest",

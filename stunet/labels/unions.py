@@ -2,38 +2,78 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
+
+import msgspec
+import yaml
 
 from stunet.errors import LabelError
-from stunet.labels.aliases import PARTS, canonical_name, canonical_parts
-from stunet.labels.manifest import check_names
-from stunet.labels.mapping_files import close_names, refuse_mapping
-from stunet.labels.union_mapping import UnionMapping
-from stunet.labels.vocabularies import load_vocabulary
+from stunet.forms import FormError, Name, decode, read_document
+from stunet.labels.aliases import PARTS, canonical_name, canonical_parts, did_you_mean
+from stunet.labels.labels import BACKGROUND, IGNORE, check_names, load_vocabulary
 
-__all__ = ["BACKGROUND", "IGNORE", "LabelUnion", "merge_labels"]
+_HEADER = """\
+# Which structure of the union each label of a source is: edit, and give it back with --mapping.
+# Labels that are left out keep the name that they get without this file. "background" drops a label, as if its voxels
+# were background; "ignore" leaves its voxels out of training.
+# superclasses: structures that stand for others, for sources that do not tell these apart. Where this key is present,
+# it holds all of them; where it is absent, they are found by their names.
+"""
 
-BACKGROUND, IGNORE = "background", "ignore"
+
+_REMEDY = "say what they are under superclasses of a mapping file (--mapping)"
+
+
+class UnionMapping(msgspec.Struct, forbid_unknown_fields=True):
+    """The content of a mapping file."""
+
+    # structure of the union by label, by the source's name or id as it stands in the file
+    sources: dict[int | Name, dict[Name, Name] | None]
+    superclasses: dict[Name, list[Name]] | None  # members by superclass; None where the file does not mention them
+    path: str
+
+
+def read_mapping(path: str | os.PathLike[str]) -> UnionMapping:
+    """Read a mapping file and check its form. Nothing in it is run.
+
+    Raises:
+        LabelError: Missing, not YAML, a key twice, or of another form than :func:`dump_mapping` writes.
+    """
+    try:
+        content = read_document(path)
+        if isinstance(content, dict):
+            superclasses = content["superclasses"] or {} if "superclasses" in content else None
+            content |= {"sources": content.get("sources") or {}, "superclasses": superclasses, "path": str(path)}
+        mapping: UnionMapping = decode(content, UnionMapping)
+    except FormError as error:
+        remedy = "put names between quotes, one for each label, and list under superclasses what it stands for"
+        raise LabelError(f"{path}: {error}; {remedy}") from error
+    return mapping
+
+
+def dump_mapping(mapping: Mapping[str, Mapping[str, str]], superclasses: Mapping[str, tuple[str, ...]]) -> str:
+    """Write a mapping as YAML that :func:`read_mapping` reads."""
+    content = {
+        "sources": {source: dict(labels) for source, labels in mapping.items()},
+        "superclasses": {name: list(members) for name, members in superclasses.items()},
+    }
+    return f"{_HEADER}{yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)}"
 
 
 @dataclass(frozen=True)
 class LabelUnion:
-    """The labels of a union of datasets.
+    """The labels of a union of datasets."""
 
-    Attributes:
-        leaves: Structures that stand for themselves, in the order of their label values, from 1.
-        superclasses: Structures that stand for several leaves, and these; their label values follow the leaves'.
-        mapping: For each source by name, the structure that each of its labels is, or ``background`` or ``ignore``.
-        has_ignore: Whether there is an ignore label; it has the highest value.
-    """
-
-    leaves: tuple[str, ...]
+    leaves: tuple[str, ...]  # structures that stand for themselves, in the order of their label values, from 1
+    # structures that stand for several leaves, and these; their label values follow the leaves'
     superclasses: Mapping[str, tuple[str, ...]]
+    # for each source by name, the structure that each of its labels is, or background or ignore
     mapping: Mapping[str, Mapping[str, str]]
-    has_ignore: bool
+    has_ignore: bool  # whether there is an ignore label; it has the highest value
 
     @cached_property
     def labels(self) -> dict[str, int]:
@@ -49,19 +89,13 @@ class LabelUnion:
         """
         together = [set(labels.values()) for labels in self.mapping.values()]
         words = {name: set(canonical_name(name).split("_")) for name in (*self.leaves, *self.superclasses)}
-        related = {frozenset((name, leaf)) for name, leaves in self.superclasses.items() for leaf in leaves}
-        nested = {
-            frozenset((one, other))
-            for one, leaves in self.superclasses.items()
-            for other, others in self.superclasses.items()
-            if set(others) < set(leaves)
-        }
+        leaves = {name: {*self.superclasses.get(name, (name,))} for name in words}
         return [
             (one, other)
             for one in words
             for other in words
             if (words[one] < words[other] or (words[one] == words[other] and one < other))
-            and frozenset((one, other)) not in related | nested
+            and not (leaves[one] <= leaves[other] or leaves[other] <= leaves[one])
             and not any({one, other} <= names for names in together)
         ]
 
@@ -90,6 +124,10 @@ def merge_labels(
     Raises:
         LabelError: The mapping file speaks of what does not exist or makes no sense; a structure that contains another
             and is no union of structures; superclasses of two meanings.
+
+    >>> union = merge_labels({"Dataset001_A": ["Left Kidney", "kidney_right"], "Dataset002_B": ["kidneys", "liver"]})
+    >>> union.labels, union.superclasses["kidney"]
+    ({'background': 0, 'kidney_left': 1, 'kidney_right': 2, 'liver': 3, 'kidney': 4}, ('kidney_left', 'kidney_right'))
     """
     overriding = _bind_overrides(sources, overrides)
     mapping = _name_all(sources, overriding)
@@ -97,41 +135,29 @@ def merge_labels(
     has_ignore = has_ignore or IGNORE in structures
     structures = [name for name in structures if name not in (BACKGROUND, IGNORE)]
     if not structures:
-        raise LabelError(
-            "a union without structures",
-            got="labels that are all background",
-            expected="at least one structure",
-            remedy="Correct the mapping.",
-        )
-    check_names(structures)
+        raise LabelError("a union whose labels are all background: keep at least one structure in the mapping")
+    check_names(structures, "the union")
     if overrides is not None and overrides.superclasses is not None:
-        superclasses = _flatten(overrides.superclasses, structures, overrides.path)
+        parts = _check_superclasses(overrides.superclasses, structures, overrides.path)
     else:
-        superclasses = _find_superclasses(structures, _translate(declared or {}, mapping), mapping)
-    _check_same_members(superclasses)
+        parts = _find_parts(structures, _translate(declared or {}, mapping))
+    superclasses = _flatten(structures, parts, mapping)
     leaves = tuple(name for name in structures if name not in superclasses)
-    order = {name: i for i, name in enumerate(leaves)}
-    members = {
-        name: tuple(sorted(superclasses[name], key=order.__getitem__)) for name in structures if name in superclasses
-    }
+    members = {name: tuple(leaf for leaf in leaves if leaf in superclasses[name]) for name in superclasses}
     return LabelUnion(leaves, members, mapping, has_ignore)
 
 
 def _bind_overrides(sources: Mapping[str, Sequence[str]], overrides: UnionMapping | None) -> dict[str, dict[str, str]]:
     bound: dict[str, dict[str, str]] = {}
-    for key, labels in (overrides.sources if overrides is not None else {}).items():
-        path = overrides.path if overrides is not None else ""
+    for key, labels in overrides.sources.items() if overrides is not None else ():
+        labels, path = labels or {}, overrides.path if overrides is not None else ""
         matches = [s for s in sources if s == key or (isinstance(key, int) and s.startswith(f"Dataset{key:03d}_"))]
         if not matches or matches[0] in bound:
-            got = f"source {key} twice" if matches else f"unknown source {key!r}{_similar(str(key), sources)}"
-            raise refuse_mapping(path, got, f"each of {', '.join(sources)} at most once")
-        for label in labels:
-            if label not in sources[matches[0]]:
-                raise refuse_mapping(
-                    path,
-                    f"sources, {key} has the unknown structure {label!r}{_similar(label, sources[matches[0]])}",
-                    "labels that the dataset.json of the source lists, without background and ignore",
-                )
+            found = f"source {key} twice" if matches else f"the unknown source {key!r}{did_you_mean(str(key), sources)}"
+            raise LabelError(f"{path} has {found}: list each of {', '.join(sources)} at most once")
+        if unknown := next((label for label in labels if label not in sources[matches[0]]), None):
+            similar = did_you_mean(unknown, sources[matches[0]])
+            raise LabelError(f"{path}: source {key} has the unknown structure {unknown!r}{similar}")
         bound[matches[0]] = dict(labels)
     return bound
 
@@ -139,7 +165,8 @@ def _bind_overrides(sources: Mapping[str, Sequence[str]], overrides: UnionMappin
 def _name_all(
     sources: Mapping[str, Sequence[str]], overriding: Mapping[str, Mapping[str, str]]
 ) -> dict[str, dict[str, str]]:
-    known = _totalsegmentator_names()
+    vocabularies = (load_vocabulary(f"totalsegmentator_{version}") for version in ("v1", "v2"))
+    known = {canonical_name(name): name for vocabulary in vocabularies for name in vocabulary.labels[1:]}
     keys: dict[str, dict[str, str]] = {}
     for source, labels in sources.items():
         counts = Counter(map(canonical_name, labels))
@@ -157,12 +184,6 @@ def _name_all(
     }
 
 
-@lru_cache(maxsize=1)
-def _totalsegmentator_names() -> dict[str, str]:
-    names = (n for v in ("v1", "v2") for n in load_vocabulary(f"totalsegmentator_{v}").labels[1:])
-    return {canonical_name(name): name for name in names}
-
-
 def _translate(
     declared: Mapping[str, Mapping[str, Sequence[str]]], mapping: Mapping[str, Mapping[str, str]]
 ) -> dict[str, tuple[str, ...]]:
@@ -174,31 +195,44 @@ def _translate(
             if name in (BACKGROUND, IGNORE) or parts == (name,):
                 continue
             if translated.setdefault(name, parts) != parts or name in parts or {BACKGROUND, IGNORE} & set(parts):
-                raise LabelError(
-                    "a superclass of unclear meaning",
-                    got=f"{name}: {', '.join(parts)} in {source}; {', '.join(translated[name])} before",
-                    expected="the same members, all of them structures of the union, wherever it occurs",
-                    remedy="Say what it is under superclasses of a mapping file (--mapping).",
-                )
+                both = f"{', '.join(parts)} in {source}, {', '.join(translated[name])} before"
+                raise LabelError(f"superclass {name} of unclear meaning ({both}): {_REMEDY}")
     return translated
 
 
-def _find_superclasses(
-    structures: Sequence[str], declared: Mapping[str, tuple[str, ...]], mapping: Mapping[str, Mapping[str, str]]
-) -> dict[str, tuple[str, ...]]:
+def _find_parts(structures: Sequence[str], declared: Mapping[str, tuple[str, ...]]) -> Callable[[str], Iterable[str]]:
+    """Parts of a structure, where it has any: those declared, or by canonical name, called as the union calls them."""
     counts = Counter(map(canonical_name, structures))
     by_canonical = {c: name for name in structures if counts[c := canonical_name(name)] == 1}
 
-    def parts_of(name: str) -> tuple[str, ...]:
-        """Parts by name where the union has such, else by canonical name."""
-        if name in declared:
-            return declared[name]
-        return tuple(by_canonical.get(part, part) for part in canonical_parts(canonical_name(name)))
+    def parts_of(name: str) -> Iterable[str]:
+        return declared.get(name) or [by_canonical.get(p, p) for p in canonical_parts(canonical_name(name))]
+
+    return parts_of
+
+
+def _check_superclasses(
+    superclasses: Mapping[str, Sequence[str]], structures: Sequence[str], path: str
+) -> Callable[[str], Iterable[str]]:
+    for name, members in superclasses.items():
+        if unknown := next((each for each in (name, *members) if each not in structures), None):
+            similar = did_you_mean(unknown, structures)
+            raise LabelError(f"{path}: superclasses has the unknown structure {unknown!r}{similar}")
+        if len(set(members)) < max(2, len(members)):
+            found = f"{len(members)} members" if len(members) < 2 else "a member twice"
+            raise LabelError(f"{path}: superclass {name} has {found}: list two or more, each once")
+    return lambda name: superclasses.get(name, ())
+
+
+def _flatten(
+    structures: Sequence[str], parts_of: Callable[[str], Iterable[str]], mapping: Mapping[str, Mapping[str, str]]
+) -> dict[str, set[str]]:
+    """Structures that stand for others, and the leaves that they stand for."""
 
     def divide(name: str, above: tuple[str, ...]) -> tuple[set[str], list[str]]:
         """The leaves that a structure consists of, and the parts that the union lacks."""
         if name in above:
-            raise _refuse_cycle("the sources' manifests", (*above, name))
+            raise LabelError(f"superclasses go round, {' → '.join((*above, name))}: {_REMEDY}")
         found: set[str] = set()
         lacking: list[str] = []
         for part in parts_of(name):
@@ -209,84 +243,22 @@ def _find_superclasses(
             return found, lacking
         return ({name}, []) if name in structures else (set(), [name])
 
-    superclasses = {}
+    def where(structure: str) -> str:
+        return f"{structure} ({', '.join(s for s, labels in mapping.items() if structure in labels.values())})"
+
+    superclasses: dict[str, set[str]] = {}
     for name in structures:
         leaves, lacking = divide(name, ())
         if lacking:
-            raise _refuse_part(name, sorted(leaves), lacking, mapping)
-        if leaves != {name}:
-            superclasses[name] = tuple(leaves)
-    return superclasses
-
-
-def _refuse_part(
-    name: str, parts: Sequence[str], lacking: Sequence[str], mapping: Mapping[str, Mapping[str, str]]
-) -> LabelError:
-    def where(structure: str) -> str:
-        return ", ".join(s for s, labels in mapping.items() if structure in labels.values())
-
-    source = next(s for s, labels in mapping.items() if name in labels.values())
-    label = next(label for label, structure in mapping[source].items() if structure == name)
-    return LabelError(
-        "a structure that contains another",
-        got=f"{name} ({where(name)}) contains {parts[0]} ({where(parts[0])}), and no source has {lacking[0]}",
-        expected="structures that do not overlap, or all parts of the larger one, which makes it a superclass",
-        remedy=f"Say what it is in a mapping file (--mapping), for example: sources: {{{source}: {{{label}: ignore}}}}",
-    )
-
-
-def _flatten(
-    superclasses: Mapping[str, tuple[str, ...]], structures: Sequence[str], path: str
-) -> dict[str, tuple[str, ...]]:
-    def leaves_of(name: str, above: tuple[str, ...]) -> set[str]:
-        if name in above:
-            raise refuse_mapping(
-                path,
-                f"superclasses go round: {' → '.join((*above, name))}",
-                "superclasses that do not contain themselves",
-            )
-        if name not in structures:
-            raise refuse_mapping(
-                path,
-                f"superclasses has the unknown structure {name!r}{_similar(name, structures)}",
-                "structures that a label of a source is",
-            )
-        if name not in superclasses:
-            return {name}
-        return {leaf for member in superclasses[name] for leaf in leaves_of(member, (*above, name))}
-
-    flat = {}
-    for name, members in superclasses.items():
-        leaves = leaves_of(name, ())
-        if len(leaves) < 2 or len(set(members)) < len(members):
-            got = f"{len(leaves)} members" if len(leaves) < 2 else "a member twice"
-            raise refuse_mapping(path, f"superclasses, {name} has {got}", "two or more, each once")
-        flat[name] = tuple(leaves)
-    return flat
-
-
-def _check_same_members(superclasses: Mapping[str, Sequence[str]]) -> None:
-    seen: dict[frozenset[str], str] = {}
-    for name, leaves in superclasses.items():
-        other = seen.setdefault(frozenset(leaves), name)
-        if other != name:
+            source, label = next((s, n) for s, labels in mapping.items() for n in labels if labels[n] == name)
             raise LabelError(
-                "two superclasses of the same members",
-                got=f"{other} and {name}: {', '.join(sorted(leaves))}",
-                expected="one name for one structure",
-                remedy="Give them one name in a mapping file (--mapping).",
+                f"{where(name)} contains {where(min(leaves))}, and no source has {lacking[0]}: "
+                f"say what it is in a mapping file (--mapping), for example sources: {{{source}: {{{label}: ignore}}}}"
             )
-
-
-def _refuse_cycle(place: str, names: tuple[str, ...]) -> LabelError:
-    return LabelError(
-        "superclasses that go round",
-        got=f"{place}: {' → '.join(names)}",
-        expected="superclasses that do not contain themselves",
-        remedy="Say what they are under superclasses of a mapping file (--mapping).",
-    )
-
-
-def _similar(name: str, known: Iterable[str]) -> str:
-    close = close_names(name, known)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+        if leaves == {name}:
+            continue
+        if other := next((other for other, members in superclasses.items() if members == leaves), None):
+            members = ", ".join(sorted(leaves))
+            raise LabelError(f"{other} and {name} have the same members ({members}): give them one name (--mapping)")
+        superclasses[name] = leaves
+    return superclasses

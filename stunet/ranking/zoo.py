@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stunet.errors import UsageError
-from stunet.yaml_files import UnreadableYAMLError, read_yaml
+from stunet.forms import FormError, read_document
 
 __all__ = ["ZooEntry", "name_checkpoints", "read_zoo"]
 
@@ -45,8 +45,8 @@ def read_zoo(path: str | os.PathLike[str]) -> list[ZooEntry]:
     """
     path = Path(path)
     try:
-        content = read_yaml(path)
-    except UnreadableYAMLError as error:
+        content = read_document(path)
+    except FormError as error:
         raise _refuse(path, str(error), "a YAML file") from error
     if (
         not isinstance(content, dict)

@@ -38,8 +38,8 @@ import nibabel as nib
 import numpy as np
 
 from stunet.datasets import SourceCase, choose_structures, import_cases, read_totalsegmentator
-from stunet.labels import merge_masks
-from stunet.labels.nifti import open_volume
+from stunet.datasets.totalsegmentator import merge_masks
+from stunet.volumes import read_volume
 
 VOXELS = 12e6  # 1.5 mm scans of the trunk have about so many
 
@@ -107,9 +107,7 @@ def measure(
 
 def unpack(paths: list[Path]) -> None:
     for path in paths:
-        with open_volume(path) as volume:
-            for _ in volume.chunks():
-                pass
+        read_volume(path)
 
 
 def read_one_by_one(paths: list[Path]) -> None:
@@ -120,8 +118,7 @@ def read_one_by_one(paths: list[Path]) -> None:
 def merge_all(cases: list[SourceCase], structures: list[str]) -> None:
     for case in cases:
         masks = [(i, case.mask(name)) for i, name in enumerate(structures, start=1) if name in case.masks]
-        with open_volume(case.ct) as ct:
-            merge_masks(masks, ct, len(structures))
+        merge_masks(masks, read_volume(case.ct), len(structures))
 
 
 def timed(function: Callable[[], object]) -> tuple[float, float]:
@@ -138,11 +135,12 @@ def spread(values: list[float]) -> dict[str, float]:
 MEMORY = """
 import sys
 from pathlib import Path
-from stunet.labels.mask_cases import MaskCase, import_case
+from stunet.datasets.imports import import_case
+from stunet.datasets.totalsegmentator import MaskCase, SourceCase
 source, out, n = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-masks = sorted((source / "segmentations").glob("*.nii.gz"))[:n]
-masks = tuple((i, path.name, path) for i, path in enumerate(masks, 1))
-job = MaskCase("a", "train", source / "ct.nii.gz", masks, n, out / "i", out / "l", out / "r", False)
+names = tuple(sorted(path.name[:-7] for path in (source / "segmentations").glob("*.nii.gz"))[:n])
+case = SourceCase("a", source, frozenset(names), "train")
+job = MaskCase(name="a", outputs=(out / "i.nii.gz", out / "l.nii.gz"), case=case, structures=names, link=False)
 def peak():
     (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024

@@ -1,0 +1,290 @@
+"""What every import does: write cases atomically, resume what was interrupted, and describe the dataset at last."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from stunet.datasets.raw import SPLITS_NAME, sync_to_preprocessed
+from stunet.errors import DatasetError, STUNetError, UsageError
+from stunet.files import atomic_path, fingerprint, locked, naming_file, remove_leftovers, write_json_files
+from stunet.labels.annotations import MANIFEST_NAME, order_manifest
+from stunet.processes import run_jobs
+
+REPORT_NAME = "import_report.json"
+"""Name of the file that says what an import has found; beside ``dataset.json``."""
+
+ENDING = ".nii.gz"
+"""File ending of images and label maps made of masks."""
+
+_JOURNAL, _LOCK = ".import.jsonl", ".import.lock"
+
+Record = dict[str, Any]
+"""What is known of an imported case: ``source`` and ``output``, fingerprints, and what the kind of import adds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportCase:
+    """A case to import; a subclass for each kind of source."""
+
+    name: str
+    outputs: tuple[Path, ...]  # the files that it becomes
+    earlier: Record | None = None  # the record of an earlier run
+
+    def source(self) -> Record:
+        """Return fingerprint and settings, with which the outputs are what they were."""
+        raise NotImplementedError
+
+    def write(self) -> Record:
+        """Write the outputs, each atomically and none before everything is checked; return what was found."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import has done."""
+
+    folder: Path
+    settings: Mapping[str, Any]  # what a later run must agree with
+    began: set[str]  # cases that this or an earlier run has begun to write
+    records: dict[str, Record]  # what is known of each case of the dataset
+    reused: int  # how many of them an earlier run had finished
+    failed: dict[str, STUNetError]  # errors of the cases that could not be imported
+    kept: list[str]  # cases of an earlier run that this one could not import again, and that stay as they were
+    left_out: list[str] = field(default_factory=list)  # cases that annotate none of the structures
+    has_folds: bool = False  # whether the source's split was written as nnU-Net's only fold
+    stale: list[Path] = field(default_factory=list)  # files of the preprocessed folder that differ and were left alone
+
+    @property
+    def splits(self) -> dict[str, str]:
+        """``train``, ``val`` or ``test`` for each case."""
+        return {name: record.get("split", "train") for name, record in self.records.items()}
+
+    @property
+    def overlaps(self) -> dict[tuple[str, str], int]:
+        """Voxels that a structure has lost to another, by (loser, winner), the most first."""
+        total: Counter[tuple[str, str]] = Counter()
+        for record in self.records.values():
+            for loser, winners in record.get("overlaps", {}).items():
+                total.update({(loser, winner): n for winner, n in winners.items()})
+        return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+
+    def finish(
+        self,
+        manifest: Mapping[str, Any],
+        fold: Mapping[str, Sequence[str]],
+        dataset_json: Mapping[str, Any],
+        left_out: list[str],
+        preprocessed: str | os.PathLike[str] | None,
+    ) -> ImportReport:
+        """Write the files that are no cases, ``dataset.json`` last, since it makes them a dataset.
+
+        Where the fold lacks ``train`` or ``val``, nnU-Net makes five folds of its own.
+
+        Raises:
+            DatasetError: The folder holds files that no import wrote.
+        """
+        folder, has_folds = self.folder, bool(fold.get("train") and fold.get("val"))
+        self._tidy(str(dataset_json["file_ending"]))
+        if not has_folds:
+            (folder / SPLITS_NAME).unlink(missing_ok=True)
+        overlaps: dict[str, dict[str, int]] = {}
+        for (loser, winner), n in sorted(self.overlaps.items()):
+            overlaps.setdefault(loser, {})[winner] = n
+        found = {"left_out": left_out, "failed": {name: str(error) for name, error in self.failed.items()}}
+        found |= {"kept": self.kept, "overlaps": overlaps, "cases": self.records}
+        files: dict[Path, Any] = {folder / MANIFEST_NAME: order_manifest(manifest, source=str(folder / MANIFEST_NAME))}
+        files |= {folder / SPLITS_NAME: [fold]} if has_folds else {}
+        files |= {folder / REPORT_NAME: {**self.settings, **found}, folder / "dataset.json": dataset_json}
+        write_json_files(files)
+        stale = []
+        if preprocessed is not None:
+            for name in (MANIFEST_NAME, SPLITS_NAME):
+                remove_leftovers(Path(preprocessed) / folder.name, name)
+            stale = sync_to_preprocessed(folder, Path(preprocessed) / folder.name)
+        return replace(self, left_out=left_out, has_folds=has_folds, stale=stale)
+
+    def _tidy(self, ending: str) -> None:
+        """Remove files of cases that an import began and that are not part of the dataset, or of another part now."""
+        for part in ("Tr", "Ts"):
+            mine = {name for name, split in self.splits.items() if (split == "test") == (part == "Ts")}
+            for kind, tail in (("images", f"_0000{ending}"), ("labels", ending)):
+                sub = self.folder / f"{kind}{part}"
+                for path in sorted(sub.iterdir()) if sub.is_dir() else ():
+                    case = path.name.removesuffix(tail)
+                    if case not in self.began or not path.name.endswith(tail):
+                        raise DatasetError(f"the import did not write {path}: move it elsewhere and run again")
+                    if case not in mine:
+                        path.unlink()
+                if sub.is_dir() and not any(sub.iterdir()):
+                    sub.rmdir()
+
+
+def case_files(folder: Path, case: str, split: str = "train", ending: str = ENDING) -> tuple[Path, Path]:
+    """Return where image and label map of a case belong."""
+    part = "Ts" if split == "test" else "Tr"
+    return folder / f"images{part}" / f"{case}_0000{ending}", folder / f"labels{part}" / f"{case}{ending}"
+
+
+def dataset_folder(dataset_id: int, name: str, *, raw: Path, others: Collection[Path] = ()) -> Path:
+    """Return the folder of a new raw dataset, which need not exist yet.
+
+    Args:
+        dataset_id: From 1 to 999.
+        name: What follows ``Dataset101_``.
+        raw: The folder that ``nnUNet_raw`` names.
+        others: nnU-Net's other folders, where the id must be free too.
+
+    Raises:
+        UsageError: An id or name that nnU-Net cannot take.
+        DatasetError: The id belongs to a dataset of another name.
+    """
+    if not 1 <= dataset_id <= 999 or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        rule = "give an id from 1 to 999 with -d, and letters, digits, hyphens and underscores with --name"
+        raise UsageError(f"impossible id or name {dataset_id}, {name!r}: {rule}")
+    full_name = f"Dataset{dataset_id:03d}_{name}"
+    taken = [d for root in (raw, *others) for d in sorted(root.glob(f"Dataset{dataset_id:03d}_*"))]
+    if taken := [d for d in taken if d.name != full_name]:
+        raise DatasetError(f"a dataset id that is taken, {dataset_id} by {taken[0]}: choose another one with -d")
+    return raw / full_name
+
+
+def check_annotated(
+    structures: Iterable[str],
+    annotated: Iterable[Collection[str]],
+    remedy: str,
+    *,
+    superclasses: Mapping[str, Collection[str]] = MappingProxyType({}),
+    failed: Mapping[str, STUNetError] = MappingProxyType({}),
+) -> None:
+    """Check that training cases annotate each structure, be it as a member of a superclass.
+
+    Raises:
+        DatasetError: One is not annotated; mentions the cases that failed, as they may be why.
+    """
+    names = {name for each in annotated for name in each}
+    covered = names | {leaf for name in names for leaf in superclasses.get(name, ())}
+    missing = [name for name in structures if name not in covered]
+    if missing:
+        why = "".join(f" ({len(failed)} cases failed, {name} first: {failed[name]})" for name in [*failed][:1])
+        shown = ", ".join(missing[:5]) + " …" * (len(missing) > 5)
+        raise DatasetError(
+            f"no training case annotates {shown}{why}, and nothing else could teach it: "
+            f"{remedy}, or keep it with --allow-unannotated"
+        )
+
+
+def import_case(case: ImportCase) -> tuple[Record, bool]:
+    """Import a case unless an earlier run has, and neither source nor outputs have changed; what processes do.
+
+    Returns:
+        Its record, and whether an earlier run had finished it.
+    """
+    source = case.source()
+    if case.earlier and source.items() <= case.earlier.items() and _is_whole(case.earlier, case.outputs):
+        return case.earlier, True
+    for path in case.outputs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return {**source, **case.write(), "output": fingerprint(case.outputs)}, False
+
+
+def _is_whole(record: Record, outputs: Sequence[Path]) -> bool:
+    return all(path.exists() for path in outputs) and record.get("output") == fingerprint(outputs)
+
+
+@contextmanager
+def importing(
+    folder: Path,
+    settings: Mapping[str, Any],
+    cases: Sequence[ImportCase],
+    outputs_of: Callable[[str, Record], Sequence[Path]],
+    *,
+    may_keep: Callable[[str], bool],
+    num_processes: int,
+    on_case: Callable[[str, bool], None],
+) -> Iterator[ImportReport]:
+    """Import cases into a folder that is ours for the length of the block, in which the report is to be finished.
+
+    ``dataset.json`` is removed at the start, since cases may change. A journal of finished cases, from which an
+    interrupted import resumes, disappears when the block ends without an error; the lock file stays.
+
+    Args:
+        folder: The dataset's folder in ``nnUNet_raw``.
+        settings: What earlier runs must agree with.
+        cases: The cases.
+        outputs_of: The files of a case of an earlier run.
+        may_keep: Whether a case of an earlier run that this one cannot import may stay: its copy may be all that is
+            left of it.
+        num_processes: Cases at a time.
+        on_case: Called as a case is done, with its name and whether an earlier run had finished it.
+
+    Raises:
+        DatasetError: The folder holds something else, or an import with other settings.
+        CommandError: Another import is at work there.
+    """
+    journal = folder / _JOURNAL
+    _read_state(folder, settings)  # before anything is written there
+    with locked(folder / _LOCK, "import into the same dataset"):
+        earlier, began = _read_state(folder, settings)  # another import may have ended in between
+        for sub in ("imagesTr", "labelsTr", "imagesTs", "labelsTs", "."):
+            remove_leftovers(folder / sub, "*")
+        began |= {case.name for case in cases}
+        lines = [{**settings, "began": sorted(began)}, *({"case": n, "record": r} for n, r in earlier.items())]
+        with atomic_path(journal) as temporary:
+            temporary.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+        (folder / "dataset.json").unlink(missing_ok=True)
+        records: dict[str, Record] = {}
+        failed: dict[str, STUNetError] = {}
+        n_reused = 0
+        jobs = [replace(case, earlier=earlier.get(case.name)) for case in cases]
+        with naming_file(journal), journal.open("a", encoding="utf-8") as file:
+            for job, result in run_jobs(import_case, jobs, num_processes=num_processes):
+                if isinstance(result, STUNetError):
+                    failed[job.name] = result
+                    on_case(job.name, False)
+                    continue
+                records[job.name], reused = result
+                n_reused += reused
+                file.write(f"{json.dumps({'case': job.name, 'record': result[0]})}\n")
+                file.flush()
+                on_case(job.name, reused)
+        old = {name: record for name, record in earlier.items() if name not in records and may_keep(name)}
+        kept = {name: record for name, record in sorted(old.items()) if _is_whole(record, outputs_of(name, record))}
+        records, failed = dict(sorted({**records, **kept}.items())), dict(sorted(failed.items()))
+        yield ImportReport(folder, settings, began, records, n_reused, failed, list(kept))
+        journal.unlink()
+
+
+def _read_state(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Record], set[str]]:
+    """Records and begun cases of the import that a folder holds, unfinished (journal) or finished (report)."""
+    known: dict[str, Any] = {}
+    records: dict[str, Record] = {}
+    if (folder / _JOURNAL).exists():
+        known, *lines = map(_parse, (folder / _JOURNAL).read_text(encoding="utf-8").splitlines())
+        records = {line["case"]: line["record"] for line in lines if line}
+    elif (folder / REPORT_NAME).exists():
+        known = _parse((folder / REPORT_NAME).read_text(encoding="utf-8"))
+        records = known.get("cases", {})
+    others = [key for key in settings if known.get(key) != settings[key]]
+    present = folder.iterdir() if folder.is_dir() else ()
+    if others and (known or any(not path.name.lstrip(".").startswith("import.") for path in present)):
+        found = f"an import with other {', '.join(others)}" if known else "no import of this kind"
+        raise DatasetError(
+            f"a dataset that is there already, {folder}, {found}: choose another id with -d, or remove it"
+        )
+    return records, {*known.get("began", ()), *records}
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError):  # a line whose writing was interrupted
+        return {}

@@ -1,0 +1,383 @@
+"""A union of datasets as an nnU-Net raw dataset: images stay where they are, label maps are written anew."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from stunet.datasets.imports import (
+    REPORT_NAME,
+    ImportCase,
+    ImportReport,
+    Record,
+    case_files,
+    check_annotated,
+    importing,
+)
+from stunet.datasets.raw import SPLITS_NAME, RawDataset, case_names, read_raw_dataset
+from stunet.errors import DatasetError, LabelError, UsageError
+from stunet.files import fingerprint
+from stunet.labels import (
+    MANIFEST_NAME,
+    AnnotationManifest,
+    Labels,
+    LabelUnion,
+    UnionMapping,
+    bind_manifest,
+    group_cases,
+    merge_labels,
+    read_manifest,
+)
+from stunet.labels.labels import check_names
+from stunet.volumes import LABEL_ENDINGS, NIFTI_ENDINGS, check_shape, read_labels, read_volume, write_labels
+
+_FORMAT = 1
+_SPACING_TOLERANCE = 1e-5  # of the spacing, as nnU-Net's integrity check has it
+
+
+@dataclass(frozen=True)
+class UnionSource:
+    """A dataset that goes into a union."""
+
+    name: str  # for example Dataset004_Hippocampus
+    dataset: RawDataset
+    manifest: AnnotationManifest  # what its cases annotate
+    ignore: int | None  # value of its ignore label, if it has one
+
+    @property
+    def id(self) -> int:
+        """The number in its name."""
+        return int(self.name.removeprefix("Dataset").partition("_")[0])
+
+    @cached_property
+    def cases(self) -> dict[str, str]:
+        """Name in the union of each of its training cases, by name in the source."""
+        return {case: f"D{self.id:03d}_{case}" for case in sorted(self.dataset.cases)}
+
+    def first_fold(self) -> dict[str, list[str]] | None:
+        """Return the first fold of its ``splits_final.json`` with the cases' names in the union, if there is one.
+
+        Raises:
+            DatasetError: Not of nnU-Net's form, or with cases that it does not have.
+        """
+        path = self.dataset.folder / SPLITS_NAME
+        if not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return {part: [self.cases[case] for case in content[0][part]] for part in ("train", "val")}
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            raise DatasetError(
+                f"{path} cannot be used ({type(error).__name__} {error}): list folds of the dataset's own training "
+                "cases, or move the file elsewhere to do without"
+            ) from error
+
+
+def sources_of_cases(folder: str | os.PathLike[str], cases: Iterable[str]) -> dict[str, str]:
+    """Return the dataset that each case of a union is from; nothing where a folder is no union."""
+    try:
+        report = json.loads((Path(folder) / REPORT_NAME).read_text(encoding="utf-8"))
+        source_of = {f"D{source[7:10]}": source for source in report["mapping"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    return {case: source_of[start] for case in cases if (start := case.partition("_")[0]) in source_of}
+
+
+def read_union_source(folder: str | os.PathLike[str], *, name: str | None = None) -> UnionSource:
+    """Read a dataset that goes into a union.
+
+    Raises:
+        DatasetError: Incomplete, or with case names that differ only in case.
+        LabelError: Its labels or its manifest are malformed, or it has regions: a voxel of a union has one label.
+    """
+    name = name or Path(folder).name
+    dataset = read_raw_dataset(folder)
+    labels = Labels(dataset.dataset_json, name)
+    structures = {**labels.exclusive, **({} if labels.ignore is None else {"ignore": labels.ignore})}
+    check_names(dataset.cases, name, DatasetError)
+    manifest = read_manifest(dataset.folder / MANIFEST_NAME, labels=structures, cases=case_names(dataset))
+    return UnionSource(name, dataset, manifest, labels.ignore)
+
+
+def merge_sources(sources: Sequence[UnionSource], mapping: UnionMapping | None = None) -> LabelUnion:
+    """Merge the labels of datasets; see :func:`stunet.labels.merge_labels`."""
+    declared = {
+        s.name: {
+            s.manifest.names[value]: [s.manifest.names[m] for m in members]
+            for value, members in s.manifest.superclasses.items()
+        }
+        for s in sources
+    }
+    return merge_labels(
+        {source.name: list(source.manifest.structures) for source in sources},
+        declared=declared,
+        has_ignore=any(source.ignore is not None for source in sources),
+        overrides=mapping,
+    )
+
+
+def sampling_weights(
+    source: UnionSource, cases: Sequence[str], given: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Return how often each case of a source is drawn, relative to all others.
+
+    By default inversely to the square root of the number of cases (arXiv 2303.14444), so that a source of n cases is
+    drawn in proportion to sqrt(n). Where the source's own manifest weighs its cases, they keep their proportions.
+
+    Args:
+        source: The source.
+        cases: Its cases that are part of the union, by their names in the source.
+        given: Mean weight of a case by source, in place of that.
+    """
+    mean = (given or {}).get(source.name, len(cases) ** -0.5 if cases else 1.0)
+    own = {case: source.manifest.weight(case) for case in cases}
+    scale = mean * len(own) / sum(own.values()) if own else 1.0
+    return {case: float(f"{weight * scale:.6g}") for case, weight in own.items()}
+
+
+def check_sources(sources: Sequence[UnionSource]) -> None:
+    """Check that one dataset can hold all these.
+
+    Raises:
+        DatasetError: A dataset twice, or datasets of different channels, readers, file endings or units of spacing.
+    """
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names) or len(names) < 2:
+        found = next((f"{name} twice" for name in names if names.count(name) > 1), f"{len(names)} datasets")
+        raise DatasetError(f"no union of {found}: give two or more datasets, each once")
+
+    def check_same(what: str, values: Sequence[str], why: str) -> None:
+        for name, value in zip(names, values, strict=True):
+            if value.casefold() != values[0].casefold():
+                raise DatasetError(f"different {what}, {names[0]}: {values[0]}; {name}: {value}: {why}")
+
+    described = [source.dataset.dataset_json for source in sources]
+    ending = str(described[0]["file_ending"])
+    one_reader = "nnU-Net reads all files of a dataset with one reader; convert one of them"
+    check_same("file endings", [str(content["file_ending"]) for content in described], one_reader)
+    if ending not in LABEL_ENDINGS:
+        known = ", ".join(LABEL_ENDINGS)
+        raise DatasetError(f"{names[0]}: label maps cannot be written as {ending}: convert them to one of {known}")
+    channels = [
+        [str(name) for _, name in sorted((int(key), name) for key, name in d["channel_names"].items())]
+        for d in described
+    ]
+    check_same("channels", list(map(", ".join, channels)), "leave one out, or make its channels those of the other")
+    readers = [str(content.get("overwrite_image_reader_writer")) for content in described]
+    check_same("image readers", readers, "make overwrite_image_reader_writer the same")
+    if ending in NIFTI_ENDINGS:
+        firsts = (next(iter(source.dataset.cases.values()))[0][0] for source in sources)
+        units = [str(read_volume(image, header_only=True).header.get_xyzt_units()[0]) for image in firsts]
+        names_of_units = {"unknown": "mm", "meter": "m", "micron": "µm"}  # all programs take mm where nothing is said
+        shown = [names_of_units.get(unit, unit) for unit in units]
+        check_same("units of spacing", shown, "convert one of them, spacing and position included")
+
+
+def annotated_in_union(source: UnionSource, union: LabelUnion, case: str) -> tuple[set[str], set[str]]:
+    """Find what a case of a source annotates in the union.
+
+    A structure that several labels of the source are parts of is annotated where the case annotates all of these.
+
+    Returns:
+        The structures, and the labels that the case annotates without annotating all of the structure.
+
+    Raises:
+        LabelError: It annotates a superclass of the union and one of its members.
+    """
+    own = {source.manifest.names[value] for value in source.manifest.annotated(case)}
+
+    def leaves(labels: set[str]) -> set[int]:
+        return {leaf for label in labels for leaf in source.manifest.leaves_of(source.manifest.structures[label])}
+
+    structures: set[str] = set()
+    partial: set[str] = set()
+    for structure in (*union.leaves, *union.superclasses):
+        labels = {label for label, name in union.mapping[source.name].items() if name == structure}
+        if not labels & own:
+            continue
+        if leaves(labels & own) == leaves(labels):
+            structures.add(structure)
+        else:
+            partial |= labels & own
+    owner: dict[str, str] = {}
+    for name in (name for name in (*union.superclasses, *union.leaves) if name in structures):
+        for leaf in union.superclasses.get(name, (name,)):
+            if (other := owner.setdefault(leaf, name)) != name:
+                raise LabelError(
+                    f"{source.name}, case {case} annotates {other} and {name}, which overlap: "
+                    "say what the labels are in a mapping file (--mapping), or correct the source's manifest"
+                )
+    return structures, partial
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelCase(ImportCase):
+    """A case whose label map is written anew."""
+
+    images: tuple[Path, ...]  # its images, which stay where they are
+    label: Path  # its label map in the source
+    # value in the union by value in the source, for all values that the source lists
+    lookup: tuple[tuple[int, int], ...]
+    highest: int  # the highest label value of the union, which decides the type: uint8 up to 255, else uint16
+    annotated: tuple[str, ...]  # structures of the union that it annotates
+
+    def source(self) -> Record:
+        """Return fingerprint and annotated structures."""
+        details = [str(self.lookup), str(self.highest)]
+        return {"source": fingerprint([self.label], details), "annotated": list(self.annotated)}
+
+    def write(self) -> Record:
+        """Write the label map with other values."""
+        labels = read_labels(self.label)
+        for path in self.images:
+            # What nnU-Net's integrity check insists on. Of position and direction it only warns.
+            image = read_volume(path, header_only=True)
+            check_shape(labels, image)
+            mine, others = labels.spacing, image.spacing
+            if not np.allclose(mine, others, rtol=_SPACING_TOLERANCE, atol=0):
+                both = f"{mine.tolist()}, than its image {path}, {others.tolist()}"
+                raise DatasetError(f"{self.label} has another spacing, {both}: resample it, or leave the case out")
+        lookup = dict(self.lookup)
+        if unknown := sorted(set(np.unique(labels.voxels).tolist()) - set(lookup)):
+            shown = ", ".join(map(str, unknown[:5])) + " …" * (len(unknown) > 5)
+            raise DatasetError(f"{self.label} has values that its dataset.json does not list: {shown}; correct either")
+        table = np.zeros(2**16, np.uint8 if self.highest <= 255 else np.uint16)
+        table[list(lookup)] = list(lookup.values())
+        write_labels(table[labels.voxels], labels, self.outputs[0])
+        return {}
+
+
+@dataclass(frozen=True)
+class UnionReport(ImportReport):
+    """What has become of a union."""
+
+    cases: Mapping[str, list[str]] = field(default_factory=dict)  # names of the union's cases, by source
+    weights: Mapping[str, float] = field(default_factory=dict)  # how often each case is drawn, relative to the others
+
+
+def import_union(
+    sources: Sequence[UnionSource],
+    union: LabelUnion,
+    folder: str | os.PathLike[str],
+    *,
+    weights: Mapping[str, float] | None = None,
+    allow_unannotated: bool = False,
+    preprocessed: str | os.PathLike[str] | None = None,
+    num_processes: int = 1,
+    on_case: Callable[[str, bool], None] = lambda case, reused: None,
+) -> UnionReport:
+    """Make a union of datasets' training cases, or resume making it.
+
+    ``dataset.json`` refers to the sources' images by paths relative to its folder where they lie in the same
+    ``nnUNet_raw``. Each label map is written atomically, ``dataset.json`` last. Cases that cannot be read are
+    reported, and tried again by the next run. The same sources give the same bytes, however often it was interrupted.
+
+    The first folds of the sources' ``splits_final.json`` become the union's only fold where each source has such a file
+    in ``nnUNet_raw``; otherwise nnU-Net makes five folds of its own.
+
+    Args:
+        sources: The datasets.
+        union: Their labels, as of ``merge_sources``.
+        folder: The new dataset's folder in ``nnUNet_raw``.
+        weights: Mean sampling weight of a case by source, in place of the default; see ``sampling_weights``.
+        allow_unannotated: Whether structures may stay that no case annotates.
+        preprocessed: nnU-Net's ``nnUNet_preprocessed``, where manifest and folds are needed too.
+        num_processes: Cases at a time.
+        on_case: Called as a case is done, with its name and whether an earlier run had finished it.
+
+    Raises:
+        DatasetError: Sources that do not fit together, a folder that holds something else, no room, or a structure that
+            no case annotates.
+        LabelError: A case that annotates two overlapping structures.
+        UsageError: A weight that is none.
+    """
+    folder, given = Path(folder), weights or {}
+    check_sources(sources)
+    known = [source.name for source in sources]
+    if odd := [f"{name}={w:g}" for name, w in given.items() if name not in known or not 0 < w < float("inf")]:
+        raise UsageError(f"impossible sampling weight {odd[0]}: give --weights above 0 for {', '.join(known)}")
+    folds = [source.first_fold() for source in sources]
+    superclasses = {name: list(members) for name, members in union.superclasses.items()}
+    settings = {
+        "format": _FORMAT,
+        "kind": "union",
+        "labels": union.labels,
+        "superclasses": superclasses,
+        "mapping": {source: dict(labels) for source, labels in union.mapping.items()},
+    }
+    order = [*union.leaves, *union.superclasses]
+    first = sources[0].dataset.dataset_json
+    ending = first["file_ending"]
+    jobs = []
+    for source in sources:
+        for case, name in source.cases.items():
+            structures, partial = annotated_in_union(source, union, case)
+            values = {label: union.labels[name] for label, name in union.mapping[source.name].items()}
+            lookup = {0: 0, **{v: 0 if n in partial else values[n] for n, v in source.manifest.structures.items()}}
+            if source.ignore is not None:
+                lookup[source.ignore] = union.labels["ignore"]
+            images, label = source.dataset.cases[case]
+            job = LabelCase(
+                name=name,
+                images=tuple(images),
+                label=label,
+                lookup=tuple(sorted(lookup.items())),
+                highest=max(union.labels.values()),
+                annotated=tuple(structure for structure in order if structure in structures),
+                outputs=case_files(folder, name, ending=ending)[1:],
+            )
+            jobs.append(job)
+    remedy = 'drop it in a mapping file ("background", --mapping)'
+    if not allow_unannotated:
+        check_annotated(order, (job.annotated for job in jobs), remedy, superclasses=superclasses)
+    chosen = {job.name: job for job in jobs if job.annotated}
+    with importing(
+        folder,
+        settings,
+        list(chosen.values()),
+        lambda name, record: chosen[name].outputs,
+        may_keep=chosen.__contains__,
+        num_processes=num_processes,
+        on_case=on_case,
+    ) as report:
+        annotated = {name: record["annotated"] for name, record in report.records.items()}
+        if not annotated or not allow_unannotated:
+            check_annotated(order, annotated.values(), remedy, superclasses=superclasses, failed=report.failed)
+        cases = {source.name: [case for case in source.cases if source.cases[case] in annotated] for source in sources}
+        weight_of = {
+            source.cases[case]: weight
+            for source in sources
+            for case, weight in sampling_weights(source, cases[source.name], given).items()
+        }
+        manifest = {**group_cases(annotated, order), "weights": weight_of}
+        if superclasses:
+            manifest["superclasses"] = superclasses
+        bind_manifest(manifest, labels=union.labels, cases=annotated, source=str(folder / MANIFEST_NAME))
+        listed = {
+            name: {
+                "images": [_reference(image, folder) for image in chosen[name].images],
+                "label": f"labelsTr/{name}{ending}",
+            }
+            for name in annotated
+        }
+        described = {"channel_names": first["channel_names"], "labels": union.labels, "numTraining": len(annotated)}
+        described |= {key: first[key] for key in ("file_ending", "overwrite_image_reader_writer") if key in first}
+        dataset_json = {**described, "dataset": listed}
+        parts = ("train", "val") if all(folds) else ()
+        fold = {part: sorted(n for fold in folds if fold for n in fold[part] if n in annotated) for part in parts}
+        left_out = sorted(job.name for job in jobs if not job.annotated)
+        done = report.finish(manifest, fold, dataset_json, left_out, preprocessed)
+    names = {source.name: [source.cases[case] for case in cases[source.name]] for source in sources}
+    return UnionReport(**vars(done), cases=names, weights=weight_of)
+
+
+def _reference(image: Path, folder: Path) -> str:
+    """A path for ``dataset.json``: relative to its folder where it stays right when ``nnUNet_raw`` is moved."""
+    raw = folder.resolve().parent
+    return f"../{image.relative_to(raw).as_posix()}" if image.is_relative_to(raw) else str(image)

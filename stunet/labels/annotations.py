@@ -1,0 +1,365 @@
+"""Annotation manifests: which structures each case of a dataset annotates, and whether its label maps agree."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from stunet.errors import LabelError, STUNetError
+from stunet.files import write_json
+from stunet.forms import FormError, Name, Names, decode, read_document
+from stunet.labels.aliases import did_you_mean
+from stunet.labels.labels import Labels
+from stunet.processes import run_jobs
+from stunet.volumes import count_labels
+
+MANIFEST_NAME = "annotated_labels.json"
+"""Name of the file, which lies beside ``dataset.json``."""
+
+_VERSION = 1
+_EVERYTHING = "everything"
+
+
+class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
+    """The form of ``annotated_labels.json``, of which the JSON schema says the same for programs of others."""
+
+    version: Annotated[float, msgspec.Meta(ge=_VERSION, le=_VERSION)]
+    cases: dict[Name, Name | Names]
+    groups: dict[Name, Names] = {}
+    default: Name | Names | msgspec.UnsetType = msgspec.UNSET
+    weights: dict[Name, Annotated[float, msgspec.Meta(gt=0)]] = {}
+    superclasses: dict[Name, Annotated[list[Name], msgspec.Meta(min_length=2)]] = {}
+
+
+@dataclass(frozen=True)
+class AnnotationManifest:
+    """What the cases of one dataset annotate."""
+
+    # label value of each structure, without background and ignore label, in the order of values
+    structures: Mapping[str, int]
+    # values of the members of each structure that stands for several, by its own value
+    superclasses: Mapping[int, tuple[int, ...]]
+    cases: Mapping[str, tuple[str, ...]]  # names of the structures that each listed case annotates
+    default: tuple[str, ...] | None  # the same for cases that are not listed; None where each must be
+    weights: Mapping[str, float]  # how often a case is drawn relative to others; 1 for cases that are not listed
+    source: str  # where this was read
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """Structures by label value."""
+        return {value: name for name, value in self.structures.items()}
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        """Values of the structures that stand for themselves: those that a network has outputs for."""
+        return tuple(value for value in self.structures.values() if value not in self.superclasses)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every case annotates every leaf, so that no partial supervision is needed."""
+        leaves = set(self.leaves)
+        lists = [*self.cases.values(), *([] if self.default is None else [self.default])]
+        return all(leaves <= {self.structures[name] for name in names} for names in lists)
+
+    def leaves_of(self, value: int) -> set[int]:
+        """Values of the members of a superclass; of another structure its own."""
+        return set(self.superclasses.get(value, (value,)))
+
+    def annotated(self, case: str) -> tuple[int, ...]:
+        """Label values that a case annotates, in order; a superclass by its own value.
+
+        Raises:
+            LabelError: The manifest says nothing about this case.
+        """
+        names = self.cases.get(case, self.default)
+        if names is None:
+            raise LabelError(f"{self.source} says nothing about case {case}: add the case, or a default")
+        return tuple(sorted(self.structures[name] for name in names))
+
+    def annotated_mask(self, case: str) -> npt.NDArray[np.bool_]:
+        """What a case annotates over label values, ``(1 + highest value,)``; entry 0, the background, is True."""
+        mask = np.zeros(1 + max(self.structures.values()), np.bool_)
+        mask[[0, *self.annotated(case)]] = True
+        return mask
+
+    def weight(self, case: str) -> float:
+        """How often a case is drawn in training, relative to the others."""
+        return float(self.weights.get(case, 1.0))
+
+
+def manifest_schema() -> dict[str, Any]:
+    """Return the JSON schema of ``annotated_labels.json``."""
+    schema = files("stunet.labels") / "schemas" / "annotated_labels.schema.json"
+    return dict(json.loads(schema.read_text(encoding="utf-8")))
+
+
+def read_manifest(
+    path: str | os.PathLike[str], *, labels: Mapping[str, Any], cases: Iterable[str] | None = None
+) -> AnnotationManifest:
+    """Read a manifest and check it against the dataset that it belongs to.
+
+    Args:
+        path: ``annotated_labels.json``; where it is absent, every case annotates everything.
+        labels: ``labels`` of the dataset's ``dataset.json``.
+        cases: Names of the dataset's cases. Where given, the manifest must speak of each of them and of no other.
+
+    Raises:
+        LabelError: Not JSON, of another form, or speaking of structures, groups or cases that do not exist.
+    """
+    if not Path(path).exists():
+        structures = Labels({"labels": labels}).exclusive
+        return AnnotationManifest(structures, {}, {}, tuple(structures), {}, f"{path} (absent)")
+    try:
+        content = read_document(path)
+    except FormError as error:
+        raise LabelError(f"{path} cannot be used: {error}; correct the file") from error
+    return bind_manifest(content, labels=labels, cases=cases, source=str(path))
+
+
+def bind_manifest(
+    content: Any, *, labels: Mapping[str, Any], cases: Iterable[str] | None = None, source: str
+) -> AnnotationManifest:
+    """Check the content of a manifest against a dataset; arguments and errors as in :func:`read_manifest`."""
+    form = _check_form(content, source)
+    structures = Labels({"labels": labels}).exclusive
+
+    def check(place: str, names: Iterable[str]) -> tuple[str, ...]:
+        owner: dict[int, str] = {}
+        for name in names:
+            if name not in structures:
+                similar = did_you_mean(name, structures)
+                raise LabelError(f"{source}: {place} has the unknown structure {name!r}{similar}: see dataset.json")
+            # A voxel labelled with one of two overlapping structures would say nothing certain about the other.
+            for leaf in superclasses.get(structures[name], (structures[name],)):
+                if leaf in owner:
+                    found = f"{name!r} twice" if owner[leaf] == name else f"{owner[leaf]!r} and {name!r}, which overlap"
+                    raise LabelError(f"{source}: {place} has {found}: list either a superclass or its members, once")
+                owner[leaf] = name
+        return tuple(names)
+
+    def check_entry(place: str, entry: str | list[str]) -> tuple[str, ...]:
+        if not isinstance(entry, str):
+            return check(place, entry)
+        if entry not in form.groups:
+            known = ", ".join(form.groups) or "the groups, of which there are none"
+            raise LabelError(f"{source}: {place} is the unknown group {entry!r}: name one of {known}")
+        return tuple(form.groups[entry])
+
+    superclasses: dict[int, tuple[int, ...]] = {}
+    for name, members in form.superclasses.items():
+        if nested := next((member for member in members if member in form.superclasses), None):
+            raise LabelError(f"{source}: superclasses[{name!r}] has the superclass {nested!r} as a member")
+        check(f"superclasses[{name!r}]", [name, *members])
+    for name, members in form.superclasses.items():
+        superclasses[structures[name]] = tuple(sorted(structures[member] for member in members))
+    for group, names in form.groups.items():
+        check(f"groups[{group!r}]", names)
+    listed = {case: check_entry(f"cases[{case!r}]", entry) for case, entry in form.cases.items()}
+    default = None if isinstance(form.default, msgspec.UnsetType) else check_entry("default", form.default)
+    if cases is not None:
+        known = set(cases)
+        if unknown := sorted({*listed, *form.weights} - known):
+            similar = did_you_mean(unknown[0], known)
+            raise LabelError(f"{source}: unknown case {unknown[0]!r}{_and_more(unknown)}{similar}: correct the name")
+        if missing := [] if default is not None else sorted(known - set(listed)):
+            raise LabelError(f"{source} says nothing about case {missing[0]}{_and_more(missing)}: add it, or a default")
+    return AnnotationManifest(structures, superclasses, listed, default, form.weights, source)
+
+
+def _check_form(content: Any, source: object) -> _Manifest:
+    try:
+        form: _Manifest = decode(content, _Manifest)
+    except FormError as error:
+        raise LabelError(f"{source} cannot be used: {error}; correct the file") from error
+    return form
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def write_manifest(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a manifest atomically; equal contents give equal bytes.
+
+    Raises:
+        LabelError: The content is not of the form that the schema says.
+    """
+    write_json(order_manifest(content, source=str(path)), path)
+
+
+def order_manifest(content: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    """Return the content of a manifest in the order in which it is written; errors as of :func:`write_manifest`."""
+    _check_form(dict(content), source)
+    keys = [key for key in ("groups", "cases", "default", "weights", "superclasses") if key in content]
+    ordered = {key: dict(sorted(value.items())) if isinstance(value := content[key], dict) else value for key in keys}
+    return {"version": _VERSION, **ordered}
+
+
+def group_cases(annotated: Mapping[str, Iterable[str]], structures: Iterable[str]) -> dict[str, Any]:
+    """Return the content of a manifest for cases that each annotate some structures.
+
+    Cases that annotate the same share a group: ``everything``, or ``group_1`` and so on in the order of the cases'
+    names. A list that only one case has stands in the case.
+    """
+    order = {name: i for i, name in enumerate(structures)}
+    lists = {case: tuple(sorted(annotated[case], key=order.__getitem__)) for case in sorted(annotated)}
+    groups: dict[str, list[str]] = {}
+    cases: dict[str, str | list[str]] = {}
+    for names in dict.fromkeys(lists.values()):
+        members = [case for case in lists if lists[case] == names]
+        if len(names) < len(order) and len(members) == 1:
+            cases[members[0]] = list(names)
+            continue
+        group = _EVERYTHING if len(names) == len(order) else f"group_{1 + len(groups) - (_EVERYTHING in groups)}"
+        groups[group] = list(names)
+        cases.update(dict.fromkeys(members, group))
+    return {"version": _VERSION, "groups": groups, "cases": dict(sorted(cases.items()))}
+
+
+@dataclass(frozen=True)
+class StructureCoverage:
+    """How far one structure is covered."""
+
+    name: str
+    value: int
+    annotated: int  # cases that annotate it
+    present: int  # cases that have a voxel of it
+    voxels: int  # its voxels in all cases
+
+
+@dataclass(frozen=True)
+class SourceCoverage:
+    """What one dataset of a union contributes."""
+
+    name: str
+    cases: int  # how many of its cases could be read
+    annotated: Mapping[str, int]  # how many of them annotate a structure, by structure, for those that any annotates
+    present: Mapping[str, int]  # how many of them have a voxel of a structure, by structure, for those that any has
+
+    @property
+    def never_present(self) -> list[str]:
+        """Structures that some of its cases annotate and none has: often a label mapped to the wrong structure."""
+        return [name for name in self.annotated if name not in self.present]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What the label maps of a dataset hold, beside what its manifest says."""
+
+    manifest: AnnotationManifest
+    voxels: Mapping[str, Mapping[int, int]]  # voxels by label value, of each case that could be read
+    unreadable: Mapping[str, STUNetError]  # errors of the cases that could not
+    ignore: int | None = None  # value of the ignore label, if there is one
+    # the dataset that each case of a union is from; empty where the dataset is no union
+    source_of: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def _annotated(self) -> dict[str, set[int]]:
+        return {case: set(self.manifest.annotated(case)) for case in self.voxels}
+
+    def _cover(self, cases: Collection[str]) -> list[StructureCoverage]:
+        rows = []
+        for name, value in self.manifest.structures.items():
+            annotated = sum(value in self._annotated[case] for case in cases)
+            found = [self.voxels[case][value] for case in cases if value in self.voxels[case]]
+            rows.append(StructureCoverage(name, value, annotated, len(found), sum(found)))
+        return rows
+
+    @cached_property
+    def structures(self) -> list[StructureCoverage]:
+        """One row per structure, in the order of label values."""
+        return self._cover(self.voxels)
+
+    @cached_property
+    def sources(self) -> list[SourceCoverage]:
+        """One row per dataset of a union, by name; structures in the order of label values."""
+        rows = []
+        for source in sorted(set(self.source_of.values())):
+            cases = [case for case in self.voxels if self.source_of.get(case) == source]
+            cover = self._cover(cases)
+            annotated, present = (
+                {r.name: getattr(r, n) for r in cover if getattr(r, n)} for n in ("annotated", "present")
+            )
+            rows.append(SourceCoverage(source, len(cases), annotated, present))
+        return rows
+
+    @property
+    def never_annotated(self) -> list[str]:
+        """Structures that no case annotates, not even as a member of a superclass: nothing could teach them."""
+        annotated = {value for values in self._annotated.values() for value in values}
+        covered = {leaf for value in annotated for leaf in (value, *self.manifest.leaves_of(value))}
+        return [name for value, name in self.manifest.names.items() if value not in covered]
+
+    @property
+    def never_present(self) -> list[str]:
+        """Structures that some case annotates and none has."""
+        return [row.name for row in self.structures if row.annotated and not row.present]
+
+    @cached_property
+    def contradictions(self) -> dict[str, list[str]]:
+        """By case, the structures that it has without annotating them."""
+        names = self.manifest.names
+        odd = {
+            case: [v for v in self.voxels[case] if v in names and v not in self._annotated[case]]
+            for case in self.voxels
+        }
+        return {case: [names[value] for value in values] for case, values in odd.items() if values}
+
+    @property
+    def unknown_values(self) -> dict[str, list[int]]:
+        """By case, label values that ``dataset.json`` does not list."""
+        known = {0, self.ignore, *self.manifest.names}
+        found = {case: [v for v in voxels if v not in known] for case, voxels in self.voxels.items()}
+        return {case: values for case, values in found.items() if values}
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, for programs."""
+        names = self.manifest.names
+        return {
+            "structures": [vars(row) for row in self.structures],
+            "sources": [vars(row) for row in self.sources],
+            "cases": {
+                case: {
+                    "annotated": [names[value] for value in self.manifest.annotated(case)],
+                    "voxels": {names[v]: n for v, n in voxels.items() if v in names},
+                }
+                for case, voxels in self.voxels.items()
+            },
+            "never_annotated": self.never_annotated,
+            "never_present": self.never_present,
+            "occurs_without_annotation": self.contradictions,
+            "unknown_values": self.unknown_values,
+            "unreadable": {case: str(error) for case, error in self.unreadable.items()},
+        }
+
+
+def measure_coverage(
+    manifest: AnnotationManifest,
+    label_files: Mapping[str, Path],
+    *,
+    ignore: int | None = None,
+    source_of: Mapping[str, str] | None = None,
+    num_processes: int = 1,
+    on_case: Callable[[str], None] = lambda case: None,
+) -> Coverage:
+    """Count the labels of all cases."""
+    case_of = {path: case for case, path in label_files.items()}
+    voxels: dict[str, dict[int, int]] = {}
+    unreadable: dict[str, STUNetError] = {}
+    for path, counts in run_jobs(count_labels, list(case_of), num_processes=num_processes):
+        if isinstance(counts, STUNetError):
+            unreadable[case_of[path]] = counts
+        else:
+            voxels[case_of[path]] = counts
+        on_case(case_of[path])
+    return Coverage(manifest, dict(sorted(voxels.items())), dict(sorted(unreadable.items())), ignore, source_of or {})
