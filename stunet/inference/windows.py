@@ -20,8 +20,6 @@ from torch import Tensor, nn
 
 from stunet.errors import CheckpointError
 
-__all__ = ["WindowGrid", "average", "mirror_and_predict", "predict_planes", "window_grid"]
-
 #: Elements that are added at a time on a CPU: PyTorch makes a copy in single precision of what it adds to.
 _CHUNK_ELEMENTS = 2**18
 
@@ -190,19 +188,19 @@ def _add(
     for i in range(0, n_classes, at_once):
         group = prediction[i : i + at_once]
         group *= gaussian
-        for slab, window in _pieces(start, len(gaussian)):
+        for slab, window in _slab_parts(start, len(gaussian)):
             rows, columns = _in_plane(corner, gaussian)
             sums[i : i + at_once, slab, rows, columns] += group[:, window]
 
 
 @torch.inference_mode()
 def _add_weights(weights: Tensor, gaussian: Tensor, start: int, corner: Sequence[int]) -> None:
-    for slab, window in _pieces(start, len(gaussian)):
+    for slab, window in _slab_parts(start, len(gaussian)):
         rows, columns = _in_plane(corner, gaussian)
         weights[slab, rows, columns] += gaussian[window]
 
 
-def _pieces(start: int, thickness: int) -> Iterator[tuple[slice, slice]]:
+def _slab_parts(start: int, thickness: int) -> Iterator[tuple[slice, slice]]:
     """The two parts of a window in a slab that is used in turn, as slices of the slab and of the window."""
     offset = start % thickness
     yield slice(offset, thickness), slice(0, thickness - offset)
@@ -220,11 +218,9 @@ def _finish(of_folds: Sequence[Tensor], weights: Tensor) -> Tensor:
     for logits in of_folds:
         torch.div(logits, weights, out=logits)
         if not torch.isfinite(logits).all():
+            most = torch.finfo(torch.half).max
             raise CheckpointError(
-                "logits that half precision cannot hold",
-                got="infinity, or no number",
-                expected=f"logits below {torch.finfo(torch.half).max:.0f}",
-                remedy="Look at the training: such weights have diverged, or belong to images of other intensities.",
+                f"logits beyond {most:.0f}, which half precision cannot hold: the training has diverged"
             )
     mean, *more = of_folds
     for logits in more:
