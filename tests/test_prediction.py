@@ -21,12 +21,14 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from prediction_models import smooth_image, write_image, write_model
 
 from stunet.errors import CommandError, LabelError, UsageError
-from stunet.inference import Case, FolderRequest, OutputOptions, mirror_and_predict, predict_folder, predict_labels
+from stunet.inference import Case, Progress, load_model, predict_folder
+from stunet.inference.predict import predict_labels
+from stunet.inference.windows import mirror_and_predict
 
 SPACING = (1.5, 0.7, 0.8)
 
 
-class Recorder:
+class Recorder(Progress):
     """Remembers what it is told."""
 
     def __init__(self) -> None:
@@ -53,11 +55,11 @@ class Recorder:
         self.failures[case.name] = problem
 
 
-def predict(images: Path, output: Path, model: Path, **options: Any) -> Recorder:
-    listener = Recorder()
-    request = FolderRequest(images=images, output=output, model=model, **{"n_preparing": 0, "n_writing": 0, **options})
-    predict_folder(request, listener)
-    return listener
+def predict(images: Path, output: Path, model: Path, folds: Sequence[str] | None = None, **options: Any) -> Recorder:
+    recorder = Recorder()
+    options = {"n_preparing": 0, "n_writing": 0, "progress": recorder, **options}
+    predict_folder(load_model(model, folds), images, output, **options)
+    return recorder
 
 
 def predict_with_nnunet(images: Path, output: Path, model: Path, folds: Sequence[int] = (0,), **options: Any) -> None:
@@ -138,8 +140,8 @@ def test_along_another_axis_labels_differ_at_near_ties_alone(tmp_path: Path) -> 
     assert np.quantile(first - second, 0.01) > 0.02
     for axis in (1, 2):
         got = predict_labels(
-            image, properties, [mirror_and_predict(predictor.network, (0,))],
-            plans=plans, configuration=configuration, label_manager=labels, axis=axis, device=torch.device("cpu"),
+            load_model(model), image, properties, [mirror_and_predict(predictor.network, (0,))], axis=axis,
+            device=torch.device("cpu"),
         )  # fmt: skip
         differ = got != expected
         assert differ.mean() < 5e-4
@@ -162,8 +164,8 @@ def test_options_reach_the_prediction(tmp_path: Path, changed: dict[str, Any]) -
 
 def test_all_files(made: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
-    options = OutputOptions(masks=True, statistics=True, names_in_header=True, preview=True)
-    listener = predict(made / "images", out, made / "model", folds=["0"], options=options)
+    options = {"masks": True, "statistics": True, "names_in_header": True, "preview": True}
+    listener = predict(made / "images", out, made / "model", folds=["0"], **options)
     assert listener.plan == (2, 0)
     assert listener.finished_cases == ["case_0", "case_1"]
     structures = [f"structure_{i}" for i in range(1, 8)]
@@ -225,7 +227,7 @@ def test_chosen_structures_have_the_labels_of_the_full_prediction(made: Path, tm
     present = [int(v) for v in np.unique(labels) if v][:2]
     chosen = [f"Structure {present[1]}", f"structure_{present[0]}"]  # any spelling, any order
     predict(made / "images", tmp_path / "out", made / "model", folds=["0"], structures=chosen,
-            options=OutputOptions(masks=True))  # fmt: skip
+            masks=True)  # fmt: skip
     expected = np.where(np.isin(labels, present), labels, 0)
     assert np.array_equal(read(tmp_path / "out" / "case_0.nii.gz"), expected)
     assert json.loads((tmp_path / "out" / "labels.json").read_text()) == {"0": "background"} | {
@@ -265,9 +267,8 @@ def test_processes_give_the_same_and_one_failure_stops_no_other(made: Path, tmp_
     values[3, 4, 5:7] = np.nan
     write_image(images / "nan_0000.nii.gz", values)
     listener = Recorder()
-    request = FolderRequest(images=images, output=tmp_path / "out", model=made / "model", folds=["0"])
     with pytest.raises(CommandError, match=r"2 of 4 failed[\s\S]*broken[\s\S]*nan") as caught:
-        predict_folder(request, listener)
+        predict_folder(load_model(made / "model", ["0"]), images, tmp_path / "out", progress=listener)
     assert "--continue" in str(caught.value)
     assert listener.finished_cases == ["case_0", "case_1"]
     assert "2 voxels are NaN" in listener.failures["nan"]
@@ -289,7 +290,7 @@ def test_what_cannot_be_streamed_goes_to_nnunets_predictor(tmp_path: Path, kind:
     write_image(tmp_path / "images" / "a_0000.nii.gz", smooth_image((16, 20, 18)), SPACING)
     predict_with_nnunet(tmp_path / "images", tmp_path / "nnunet", model)
     listener = predict(tmp_path / "images", tmp_path / "ours", model, save_probabilities=kind == "probabilities",
-                       options=OutputOptions(masks=True))  # fmt: skip
+                       masks=True)  # fmt: skip
     assert "nnU-Net's own predictor" in listener.notes[-1]
     labels = read(tmp_path / "nnunet" / "a.nii.gz")
     assert np.array_equal(read(tmp_path / "ours" / "a.nii.gz"), labels)
