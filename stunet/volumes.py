@@ -1,14 +1,11 @@
-"""Images and label maps as files: what their headers say, their voxels, and whether two of them share a grid.
-
-Imports neither PyTorch nor nnU-Net, which every process that scores a case would load anew.
-"""
+"""Images, masks and label maps on disk, NIfTI by nibabel and other formats by SimpleITK; and their grids."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import gzip
+import os
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,142 +14,221 @@ import numpy as np
 import numpy.typing as npt
 from nibabel.openers import ImageOpener
 
-from stunet.errors import DatasetError, STUNetError
+from stunet.errors import DatasetError
+from stunet.files import atomic_path, move_into_place, temporary_path
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
-_LABEL_ENDINGS = (*NIFTI_ENDINGS, ".nrrd", ".mha", ".png")
-#: How far apart two grids may lie at any corner and still be one grid, as a fraction of the smallest voxel side.
-_TOLERANCE = 0.05
-_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+#: Endings of label maps that are one file with values and geometry.
+LABEL_ENDINGS = (*NIFTI_ENDINGS, ".nrrd", ".mha", ".png")
+#: As a fraction of the smallest voxel side, how far apart two grids may lie at any corner and still be one grid.
+GRID_TOLERANCE = 0.05
+
+_NIFTI2 = (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")  # 540, the size of its header, in either byte order
+_GEOMETRY_FIELDS = (
+    *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("sform_code", "srow_x", "srow_y", "srow_z", "xyzt_units"),
+)
 
 
 @dataclass(frozen=True)
-class LabelVolume:
-    """A label map with its place in space.
+class Volume:
+    """A volume as its file holds it.
 
     Attributes:
-        path: Its file.
-        labels: Label values, uint8 or uint16 of shape ``(Z, Y, X)``; a flat image has one plane.
-        affine: Indices ``(x, y, z, 1)`` to mm, ``(4, 4)``; x runs to the patient's left, y backwards, z upwards (LPS).
+        path: The file.
+        voxels: ``(X, Y, Z)`` as stored. Zeros that take no memory where only the header was read.
+        affine: Voxel indices to mm, ``(4, 4)``; x runs to the patient's right, y forwards, z upwards (RAS).
+        header: nibabel's header, or SimpleITK's image.
+        scaling: Slope and intercept of the values; None where they are as stored.
     """
 
     path: Path
-    labels: npt.NDArray[Any]
+    voxels: npt.NDArray[Any]
     affine: npt.NDArray[np.float64]
+    header: Any
+    scaling: tuple[float, float] | None = None
 
     @property
-    def spacing(self) -> tuple[float, float, float]:
-        """Sides of a voxel in mm along ``(z, y, x)``."""
-        x, y, z = np.linalg.norm(self.affine[:3, :3], axis=0).tolist()
-        return z, y, x
+    def values(self) -> npt.NDArray[Any]:
+        """The voxels, scaled as the header says, which makes them float64."""
+        return self.voxels if self.scaling is None else self.voxels * self.scaling[0] + self.scaling[1]
+
+    @property
+    def spacing(self) -> npt.NDArray[np.float64]:
+        """Sides of a voxel in mm, ``(x, y, z)``."""
+        return np.asarray(np.linalg.norm(self.affine[:3, :3], axis=0), np.float64)
 
 
-@contextmanager
-def readable(source: object, problem: str = "cannot be read") -> Iterator[None]:
-    """Name the image where reading it fails: readers raise whatever they like for files that are none.
+def read_volume(path: str | os.PathLike[str], *, header_only: bool = False) -> Volume:
+    """Read a volume to its end, so that damage shows here.
 
-    Raises:
-        DatasetError: Reading failed.
-    """
-    try:
-        yield
-    except STUNetError:
-        raise
-    except Exception as error:
-        said = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-        raise DatasetError(f"{source} {problem} ({said[:200]}): get it again, or leave its case out") from error
-
-
-def nifti_header(path: Path) -> tuple[Any, tuple[int, ...]]:
-    """Return a NIfTI header as it is, which nibabel and ITK repair, and its shape without trailing axes of length 1."""
-    with ImageOpener(path) as file:
-        content = file.read(540)
-    kind: Any = nib.Nifti2Header if content[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") else nib.Nifti1Header
-    header = kind(content[: kind.template_dtype.itemsize], check=False)
-    shape = tuple(int(n) for n in header["dim"][1 : 1 + int(header["dim"][0])])
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    return header, shape
-
-
-def count_values(labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Count the voxels of each label value, plane by plane: numpy takes 8 bytes for each voxel that it counts."""
-    counts = np.zeros(np.iinfo(labels.dtype).max + 1, np.int64)
-    for plane in labels:
-        counts += np.bincount(plane.reshape(-1), minlength=len(counts))
-    return counts
-
-
-def read_label_volume(path: Path) -> LabelVolume:
-    """Read a label map.
+    Args:
+        path: A NIfTI file of format 1 or 2, or what SimpleITK reads; a flat image has one plane.
+        header_only: Whether voxels are left out, and damage with them.
 
     Raises:
-        DatasetError: Missing, unreadable, of another format, or with values that are no labels.
+        DatasetError: Missing, damaged, of values that are no single numbers, or with more axes than three.
     """
-    if not path.name.endswith(_LABEL_ENDINGS):
-        raise DatasetError(f"{path} is of a format that cannot be scored: convert it to {', '.join(_LABEL_ENDINGS)}")
+    path = Path(path)
     if not path.is_file():
-        raise DatasetError(f"the label map {path} is missing: add it, or leave its case out")
-    with readable(path), np.errstate(invalid="ignore"):
-        read = _read_nifti if path.name.endswith(NIFTI_ENDINGS) else _read_other
-        voxels, affine = read(path)
-        labels = voxels if voxels.dtype in (np.uint8, np.uint16) else voxels.astype(np.uint16)
-        if labels.ndim != 3 or not np.isfinite(affine).all() or not np.linalg.det(affine):
-            raise ValueError(f"shape {voxels.shape[::-1]} and affine {affine.tolist()}, not a volume in space")
-    if labels is not voxels and not np.array_equal(labels, voxels):
-        found = f"{voxels.dtype} from {voxels.min()} to {voxels.max()}"
-        raise DatasetError(f"{path} has values that are no labels ({found}): write it with whole numbers up to 65535")
-    return LabelVolume(path, labels, affine)
+        raise DatasetError(f"missing image file {path}: add it, or leave its case out")
+    try:
+        return (_read_nifti if path.name.endswith(NIFTI_ENDINGS) else _read_other)(path, header_only)
+    except Exception as error:  # the errors of nibabel's and SimpleITK's readers have no class in common
+        said = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise DatasetError(f"unreadable image file {path} ({said}): get it again, or leave its case out") from error
 
 
-def _read_nifti(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
-    image: Any = nib.load(path)
-    voxels = np.asanyarray(image.dataobj)
-    return voxels.reshape(voxels.shape[:3]).T, _FROM_RAS @ image.affine  # without trailing axes of length 1
+def _read_nifti(path: Path, header_only: bool) -> Volume:
+    with ImageOpener(path) as file:
+        kind = nib.Nifti2Image if file.read(4) in _NIFTI2 else nib.Nifti1Image
+        file.seek(0)
+        holder = nib.FileHolder(fileobj=file)
+        image = kind.from_file_map({"header": holder, "image": holder}, mmap=False)
+        shape = image.shape
+        while len(shape) > 3 and shape[-1] == 1:
+            shape = shape[:-1]
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"shape {shape}, not three axes")
+        if image.get_data_dtype().kind not in "uif":
+            raise ValueError(f"values of type {image.get_data_dtype()}, not single numbers")
+        if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-12:
+            raise ValueError("an affine that cannot be inverted")
+        slope, inter = (float(v) for v in (image.dataobj.slope, image.dataobj.inter))
+        scaling = None if (slope, inter) == (1, 0) else (slope, inter)
+        voxels = np.broadcast_to(np.uint8(0), shape)
+        if not header_only:
+            voxels = image.dataobj.get_unscaled().reshape(shape, order="F")
+            while file.read(2**20):  # gzip's checksum stands at the end
+                pass
+    return Volume(path, voxels, np.asarray(image.affine, np.float64), image.header, scaling)
 
 
-def _read_other(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
+def _read_other(path: Path, header_only: bool) -> Volume:
     import SimpleITK as sitk
 
-    image: Any = sitk.ReadImage(str(path))
-    if image.GetNumberOfComponentsPerPixel() != 1:
-        raise ValueError(f"{image.GetNumberOfComponentsPerPixel()} values in each voxel, a colour and not a label")
-    n, voxels, affine = image.GetDimension(), sitk.GetArrayFromImage(image), np.eye(4)
+    image: Any = sitk.ImageFileReader()  # type: ignore[no-untyped-call]
+    image.SetFileName(str(path))
+    if header_only:
+        image.ReadImageInformation()
+    else:
+        image = image.Execute()
+        if image.GetNumberOfComponentsPerPixel() != 1:
+            raise ValueError(f"{image.GetNumberOfComponentsPerPixel()} values in each voxel, not one")
+    n = image.GetDimension()
+    affine = np.eye(4)
     affine[:n, :n] = np.reshape(image.GetDirection(), (n, n)) * image.GetSpacing()
     affine[:n, 3] = image.GetOrigin()
-    return voxels.reshape((1,) * (3 - n) + voxels.shape), affine
+    shape = (*image.GetSize(), *(1,) * (3 - n))
+    voxels = np.broadcast_to(np.uint8(0), shape) if header_only else sitk.GetArrayFromImage(image).T.reshape(shape)
+    return Volume(path, voxels, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, image)  # ITK's x and y run the other way
 
 
-def check_same_grid(prediction: LabelVolume, reference: LabelVolume) -> None:
-    """Check that a prediction lies on the grid of the label map, to a twentieth of a voxel's side at each corner.
+def read_labels(path: str | os.PathLike[str]) -> Volume:
+    """Read a label map; its voxels become uint8 or uint16.
 
     Raises:
-        DatasetError: Another shape, spacing, direction or origin; names the first that differs, and both files.
+        DatasetError: Unreadable, or with values that are no whole numbers from 0 to 65535.
     """
-    shapes = prediction.labels.shape, reference.labels.shape
-    if shapes[0] != shapes[1]:
-        raise _another(prediction, reference, "shape", *shapes)
-    last = np.array(shapes[1][::-1]) - 1
-    corners = np.array([[*(last * bits), 1] for bits in np.ndindex(2, 2, 2)])
-    apart = np.linalg.norm((corners @ (prediction.affine - reference.affine).T)[:, :3], axis=1).max()
-    tolerance = _TOLERANCE * min(reference.spacing)
-    if apart <= tolerance:
+    volume = read_volume(path)
+    values = volume.values
+    labels = values
+    if values.dtype not in (np.uint8, np.uint16):
+        with np.errstate(invalid="ignore"):
+            labels = values.astype(np.uint16)
+        if not np.array_equal(labels, values):
+            found = f"{values.dtype} from {values.min()} to {values.max()}"
+            raise DatasetError(f"{path} has values that are no labels, {found}: write whole numbers up to 65535")
+    return replace(volume, voxels=labels, scaling=None)
+
+
+def count_labels(path: str | os.PathLike[str]) -> dict[int, int]:
+    """Count the voxels of each label value in a label map of any format that nnU-Net takes.
+
+    Returns:
+        Voxels by label value, for the values that occur.
+
+    Raises:
+        DatasetError: Unreadable, or with values that are no labels.
+    """
+    values, counts = np.unique(read_labels(path).voxels, return_counts=True)
+    return dict(zip(values.tolist(), counts.tolist(), strict=True))
+
+
+def write_labels(labels: npt.NDArray[Any], like: Volume, path: str | os.PathLike[str]) -> None:
+    """Write a label map atomically, on the grid of another volume. Equal labels and grids give equal bytes.
+
+    Args:
+        labels: uint8 or uint16 of shape ``(X, Y, Z)``.
+        like: The volume whose shape, spacing, position, orientation and kind of format it has.
+        path: A file of the same format.
+    """
+    path = Path(path)
+    if path.name.endswith(NIFTI_ENDINGS):
+        header = type(like.header)(endianness="<")
+        header["pixdim"][:4] = like.header["pixdim"][:4]
+        for name in _GEOMETRY_FIELDS:
+            header[name] = like.header[name]
+        header.set_data_dtype(labels.dtype)
+        kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+        content = kind(labels, like.affine, header).to_bytes()
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(gzip.compress(content, 1, mtime=0) if path.suffix == ".gz" else content)
         return
-    sides = [np.array(volume.spacing[::-1]) for volume in (prediction, reference)]
-    axes = [volume.affine[:3, :3] / side for volume, side in zip((prediction, reference), sides, strict=True)]
-    origins = prediction.affine[:3, 3], reference.affine[:3, 3]
-    extent = math.hypot(*(last * sides[1])) or 1.0
-    # Which difference by itself could move a corner so far, or else where a corner lies.
-    for what, (mine, theirs), scale in (
-        ("spacing", sides, max(last.max(), 1)), ("direction", axes, extent), ("origin", origins, 1),
-    ):  # fmt: skip
-        if np.abs(mine - theirs).max() * scale > tolerance / 2:
-            raise _another(prediction, reference, what, *(np.round(part, 4).tolist() for part in (mine, theirs)))
-    raise _another(prediction, reference, "position", f"{apart:.3g} mm apart", "the same place")
+    import SimpleITK as sitk
+
+    image: Any = sitk.GetImageFromArray(labels.reshape(like.header.GetSize()).T)
+    image.CopyInformation(like.header)
+    staging = temporary_path(path)  # a folder, since SimpleITK goes by the file's ending
+    staging.mkdir()
+    try:
+        sitk.WriteImage(image, str(staging / path.name), useCompression=True)
+        move_into_place(staging / path.name, path)
+    except RuntimeError as error:
+        raise OSError(f"{path}: {str(error).strip().splitlines()[-1]}") from error
+    finally:
+        shutil.rmtree(staging)
 
 
-def _another(prediction: LabelVolume, reference: LabelVolume, what: str, mine: object, theirs: object) -> DatasetError:
-    return DatasetError(
-        f"{prediction.path} has another {what} ({mine}) than its label map {reference.path} ({theirs}): predict the "
-        "images that these label maps belong to; resampling would change the scores"
-    )
+def check_finite(volume: Volume) -> None:
+    """Check that all voxels are numbers; one NaN makes all logits around it NaN.
+
+    Raises:
+        DatasetError: Some are NaN or infinite.
+    """
+    if volume.voxels.dtype.kind == "f" and (n_bad := volume.voxels.size - int(np.isfinite(volume.voxels).sum())):
+        raise not_numbers(volume.path, n_bad)
+
+
+def not_numbers(source: object, n_bad: int) -> DatasetError:
+    """The error for an image with voxels that are NaN or infinite."""
+    return DatasetError(f"{source}: {n_bad} voxels are NaN or infinite: replace them, for example by that of air")
+
+
+def corner_distance(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64], shape: tuple[int, ...]) -> float:
+    """How far apart two grids of one shape ``(X, Y, Z)`` lie at most, in mm: at one of their corners."""
+    corners = np.array([[*((np.array(shape) - 1) * bits), 1] for bits in np.ndindex(2, 2, 2)])
+    return float(np.linalg.norm((corners @ (one - other).T)[:, :3], axis=1).max())
+
+
+def check_same_grid(volume: Volume, reference: Volume) -> None:
+    """Check that a mask has the voxels of its image, to a twentieth of a voxel's side at each corner.
+
+    Raises:
+        DatasetError: Another shape or affine; names both files.
+    """
+    check_shape(volume, reference)
+    apart = corner_distance(volume.affine, reference.affine, volume.voxels.shape)
+    if apart > GRID_TOLERANCE * reference.spacing.min():
+        raise DatasetError(f"{volume.path} has another affine than {reference.path} (up to {apart:.3g} mm apart)")
+
+
+def check_shape(volume: Volume, reference: Volume) -> None:
+    """Check that a mask or label map has the shape of its image.
+
+    Raises:
+        DatasetError: It has another one; names both files.
+    """
+    mine, others = volume.voxels.shape, reference.voxels.shape
+    if mine != others:
+        raise DatasetError(f"{volume.path} has another shape, {mine}, than {reference.path}, {others}")

@@ -5,19 +5,23 @@ from __future__ import annotations
 import csv
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from stunet.evaluation.cases import CaseScores, EvaluationCase
-from stunet.evaluation.orientation import orientation_warnings
-from stunet.evaluation.scores import METRICS, StructureScore
-from stunet.files import atomic_path
-from stunet.labels.relations import Comparison
+import numpy as np
 
-__all__ = ["EvaluationResults", "StructureSummary", "collect_results"]
+from stunet.errors import STUNetError
+from stunet.evaluation.scores import CaseOrientation, CaseScores, EvaluationCase, score_case
+from stunet.files import atomic_path
+from stunet.labels import Comparison
+from stunet.processes import run_jobs
 
 _COLUMNS = ("Dice", "IoU", "NSD", "HD95", "TP", "FP", "FN", "TN", "n_pred", "n_ref")
+_STATES = ("scored", "missed", "spurious", "absent", "not_annotated")
+#: How much higher the mean Dice of sided structures must be with left and right swapped before a case is suspicious.
+_MUCH_BETTER = 0.2
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,12 @@ class StructureSummary:
         """Cases whose Hausdorff distance is infinite and not part of its mean."""
         return self.missed + self.spurious
 
+    @property
+    def key(self) -> str:
+        """nnU-Net's key in ``summary.json``: a label value, or several in brackets."""
+        values = self.comparison.target_values
+        return str(values[0]) if len(values) == 1 else str(values)
+
 
 @dataclass(frozen=True)
 class EvaluationResults:
@@ -58,6 +68,7 @@ class EvaluationResults:
         jobs: What was scored, by case.
         mean: Mean over structures of their means, for each metric; None where no structure has it.
         warnings: What is suspicious about left and right.
+        failed: Why cases could not be scored, by case.
     """
 
     structures: tuple[StructureSummary, ...]
@@ -65,16 +76,11 @@ class EvaluationResults:
     jobs: Mapping[str, EvaluationCase]
     mean: Mapping[str, float | None]
     warnings: tuple[str, ...]
+    failed: Mapping[str, STUNetError] = field(default_factory=dict)
 
     def summary(self, **more: Any) -> dict[str, Any]:
-        """The content of a ``summary.json`` as nnU-Net's evaluation writes it, with more metrics and more keys.
-
-        Keys of structures are nnU-Net's: a label value, or several in brackets. ``structures`` says what they are.
-
-        Args:
-            more: Further entries.
-        """
-        keys = [_key(structure.comparison) for structure in self.structures]
+        """Return the content of a ``summary.json`` as nnU-Net's evaluation writes it, with more metrics and entries."""
+        keys = [structure.key for structure in self.structures]
         per_case = [
             {
                 "reference_file": str(self.jobs[name].reference),
@@ -85,11 +91,14 @@ class EvaluationResults:
             }
             for name, case in self.cases.items()
         ]
-        structures = {key: _describe(structure) for key, structure in zip(keys, self.structures, strict=True)}
+        described = {}
+        for structure in self.structures:
+            counts = {state: getattr(structure, state) for state in _STATES}
+            described[structure.key] = {**asdict(structure.comparison), **counts, "HD95_infinite": structure.infinite}
         return {
             "foreground_mean": dict(self.mean),
-            "mean": {key: dict(structure.mean) for key, structure in zip(keys, self.structures, strict=True)},
-            "structures": structures,
+            "mean": {structure.key: dict(structure.mean) for structure in self.structures},
+            "structures": described,
             "metric_per_case": per_case,
             "warnings": list(self.warnings),
             **more,
@@ -97,15 +106,15 @@ class EvaluationResults:
 
     def values(self, metric: str) -> dict[str, list[float]]:
         """Scores of all cases that have one, by structure."""
-        return {
-            structure.comparison.name: [
-                value for case in self.cases.values() if (value := case.scores[i].metrics[metric]) is not None
-            ]
-            for i, structure in enumerate(self.structures)
-        }
+        found = {structure.comparison.name: list[float]() for structure in self.structures}
+        for case in self.cases.values():
+            for values, score in zip(found.values(), case.scores, strict=True):
+                if (value := score.metrics[metric]) is not None:
+                    values.append(value)
+        return found
 
     def write_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write one row for each case and structure, whole or not at all; a score that there is not is left empty."""
+        """Write one row for each case and structure, atomically; a score that there is not is left empty."""
         with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["case", "structure", "status", *(f"{c}_mm" if c == "HD95" else c for c in _COLUMNS)])
@@ -115,35 +124,47 @@ class EvaluationResults:
                     writer.writerow([name, structure.comparison.name, score.status, *values])
 
 
-def collect_results(scores: Mapping[str, CaseScores], jobs: Sequence[EvaluationCase]) -> EvaluationResults:
+def score_cases(
+    jobs: Sequence[EvaluationCase], *, num_processes: int = 1, on_case: Callable[[], None] = lambda: None
+) -> EvaluationResults:
+    """Score cases, several at a time. One that fails stops no other.
+
+    Args:
+        jobs: The cases.
+        num_processes: Cases at a time.
+        on_case: Called after each case.
+    """
+    scores: dict[str, CaseScores] = {}
+    failed: dict[str, STUNetError] = {}
+    for job, result in run_jobs(score_case, jobs, num_processes=num_processes):
+        if isinstance(result, STUNetError):
+            failed[job.name] = result
+        else:
+            scores[job.name] = result
+        on_case()
+    return collect_results(scores, jobs, failed)
+
+
+def collect_results(
+    scores: Mapping[str, CaseScores], jobs: Sequence[EvaluationCase], failed: Mapping[str, STUNetError] | None = None
+) -> EvaluationResults:
     """Bring the scores of cases together.
 
     Args:
-        scores: Scores by case, in any order; not empty.
-        jobs: What was to be scored; cases without scores have failed and do not count.
+        scores: Scores by case, in any order.
+        jobs: What was to be scored; not empty. Cases without scores do not count.
+        failed: Why cases have no scores.
     """
     by_name = {job.name: job for job in sorted(jobs, key=lambda job: job.name) if job.name in scores}
-    cases = {name: scores[name] for name in by_name}
-    comparisons = next(iter(by_name.values())).comparisons
-    structures = tuple(
-        _summarise(comparison, [case.scores[i] for case in cases.values()]) for i, comparison in enumerate(comparisons)
-    )
+    cases, structures = {name: scores[name] for name in by_name}, []
+    for i, comparison in enumerate(jobs[0].comparisons):
+        own = [case.scores[i] for case in cases.values()]
+        states = Counter(score.status.replace(" ", "_") for score in own)
+        mean = {column: _mean(score.metrics[column] for score in own) for column in _COLUMNS}
+        structures.append(StructureSummary(comparison, mean, **{state: states[state] for state in _STATES}))
     mean = {column: _mean(structure.mean[column] for structure in structures) for column in _COLUMNS}
     warnings = orientation_warnings({name: case.orientation for name, case in cases.items()})
-    return EvaluationResults(structures, cases, by_name, mean, tuple(warnings))
-
-
-def _summarise(comparison: Comparison, scores: Sequence[StructureScore]) -> StructureSummary:
-    status = Counter(score.status for score in scores)
-    return StructureSummary(
-        comparison,
-        {column: _mean(score.metrics[column] for score in scores) for column in _COLUMNS},
-        scored=status["scored"],
-        missed=status["missed"],
-        spurious=status["spurious"],
-        absent=status["absent"],
-        not_annotated=status["not annotated"],
-    )
+    return EvaluationResults(tuple(structures), cases, by_name, mean, tuple(warnings), failed or {})
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -151,13 +172,31 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-def _describe(structure: StructureSummary) -> dict[str, Any]:
-    content = asdict(structure)
-    comparison = content.pop("comparison")
-    del content["mean"]
-    return {**comparison, **content, f"{METRICS[2]}_infinite": structure.infinite}
+def orientation_warnings(cases: Mapping[str, CaseOrientation]) -> list[str]:
+    """Say what the cases of a dataset, by name, tell about left and right; nothing where all is well."""
+    warnings = []
+    scored = {name: (case.dice, case.swapped_dice) for name, case in cases.items() if case.dice is not None}
+    better = [name for name, (dice, swapped) in scored.items() if swapped > dice + _MUCH_BETTER]
+    for what, verb, wrong, n, few in (
+        ("label maps", "labelled", [name for name, case in cases.items() if case.reference.suspicious],
+         sum(case.reference.pairs > 0 for case in cases.values()), True),
+        ("predictions", "predicted", [name for name, case in cases.items() if case.prediction.suspicious],
+         sum(case.prediction.pairs > 0 for case in cases.values()), False),
+    ):  # fmt: skip
+        if wrong and (few or 2 * len(wrong) > n):
+            warnings.append(
+                f"left and right are swapped in the {what} of {len(wrong)} of {n} cases: by the image's own axes, what is "
+                f"{verb} as left lies to the patient's right ({_shortened(wrong)}). The image's direction is wrong, names "
+                "are swapped, or the model was trained on images with another orientation."
+            )
+    if 2 * len(better) > len(scored):
+        dice, swapped = np.mean(list(scored.values()), axis=0)
+        warnings.append(
+            f"with left and right of the predictions swapped, sided structures would score a Dice of {swapped:.3f} "
+            f"instead of {dice:.3f}; {len(better)} of {len(scored)} cases would score much better ({_shortened(better)})."
+        )
+    return warnings
 
 
-def _key(comparison: Comparison) -> str:
-    values = comparison.target_values
-    return str(values[0]) if len(values) == 1 else str(values)
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

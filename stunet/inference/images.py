@@ -6,8 +6,8 @@ import errno
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,13 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk
+from nibabel.openers import ImageOpener
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
-from stunet.errors import DatasetError, UsageError
+from stunet.errors import DatasetError, STUNetError, UsageError
 from stunet.inference.model import Model
 from stunet.inference.resampling import is_default_resampling, resample_image
-from stunet.volumes import NIFTI_ENDINGS, nifti_header, readable
+from stunet.volumes import NIFTI_ENDINGS, check_finite, not_numbers, read_volume
 
 #: Formats of volumes that SimpleITK reads, so that a model of one of them can take any.
 _VOLUMES = (*NIFTI_ENDINGS, ".mha", ".mhd", ".nrrd")
@@ -99,8 +100,8 @@ def find_cases(
             return [Case(images.name, (), slices)]
         shown = ", ".join(path.name for path in files[:3]) + (", …" if len(files) > 3 else "") or "no files"
         raise UsageError(
-            f"{images} has no images for this model, but {shown}: give CASE_0000{file_ending} for each case, files that "
-            f"end with {', '.join(dict.fromkeys(endings))}, or the folder of a DICOM series"
+            f"{images} has no images for this model, but {shown}: give CASE_0000{file_ending} for each case, files "
+            f"that end with {', '.join(dict.fromkeys(endings))}, or the folder of a DICOM series"
         )
     if series is not None:
         raise UsageError(f"{images} is no folder of DICOM files: leave --series out")
@@ -146,12 +147,40 @@ def read_geometry(case: Case, n_channels: int) -> Geometry:
     return first
 
 
+@contextmanager
+def readable(source: object, problem: str = "cannot be read") -> Iterator[None]:
+    """Name the image where reading it fails: readers raise whatever they like for files that are none.
+
+    Raises:
+        DatasetError: Reading failed.
+    """
+    try:
+        yield
+    except STUNetError:
+        raise
+    except Exception as error:
+        said = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        raise DatasetError(f"{source} {problem} ({said[:200]}): get it again, or leave its case out") from error
+
+
+def _nifti_header(path: Path) -> tuple[Any, tuple[int, ...]]:
+    """The header as it is, which nibabel and ITK repair, and the shape without trailing axes of length 1."""
+    with ImageOpener(path) as file:
+        content = file.read(540)
+    kind: Any = nib.Nifti2Header if content[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") else nib.Nifti1Header
+    header = kind(content[: kind.template_dtype.itemsize], check=False)
+    shape = tuple(int(n) for n in header["dim"][1 : 1 + int(header["dim"][0])])
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    return header, shape
+
+
 def _read_header(path: Path) -> Geometry:
     has_unit = True
     with readable(path):
         if path.name.endswith(NIFTI_ENDINGS):
             # ITK repairs what a header must not have; nnU-Net would then predict on a grid that nobody meant.
-            header, shape = nifti_header(path)
+            header, shape = _nifti_header(path)
             _check_grid(path, shape, [float(side) for side in header["pixdim"][1 : 1 + len(shape)]])
             has_unit = bool(int(header["xyzt_units"]) & 7)  # the bits for lengths
         reader: Any = sitk.ImageFileReader()  # type: ignore[no-untyped-call]
@@ -275,7 +304,7 @@ def _read_series(slices: Sequence[Path]) -> Any:
     return image
 
 
-# What the network sees --------------------------------------------------------------------------------------------------
+# What the network sees ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -351,20 +380,15 @@ def preprocess(model: Model, read: list[tuple[npt.NDArray[Any], dict[str, Any]]]
 
 
 def read_images(case: Case, model: Model) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
-    n_bad = 0
+    """Read the images ``(C, Z, Y, X)`` of a case with the model's reader, and check that they are whole and finite."""
     with readable(", ".join(map(str, case.files))):
         for path in case.files:  # ITK takes what is missing from a truncated file, and what is no number, for 0
-            if path.name.endswith(NIFTI_ENDINGS):
-                image: Any = nib.load(path)
-                n_bad += _count_bad(image.dataobj.get_unscaled())
+            if path.name.endswith(NIFTI_ENDINGS) and len(_nifti_header(path)[1]) == 3:
+                check_finite(read_volume(path))
         voxels, properties = model.plans_manager.image_reader_writer_class().read_images(list(map(str, case.files)))
-    if n_bad := n_bad or sum(map(_count_bad, voxels)):
-        raise DatasetError(f"{case.name}: {n_bad} voxels are NaN or infinite: replace them, for example by that of air")
+    if n_bad := sum(int(plane.size - np.isfinite(plane).sum()) for channel in voxels for plane in channel):
+        raise not_numbers(case.name, n_bad)
     return voxels, properties
-
-
-def _count_bad(voxels: npt.NDArray[Any]) -> int:
-    return sum(int(plane.size - np.isfinite(plane).sum()) for plane in voxels)
 
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:

@@ -31,10 +31,10 @@ import numpy.typing as npt
 from stunet.datasets import plane_names
 from stunet.errors import DatasetError, UsageError, reading
 from stunet.files import atomic_path, file_sha256, move_into_place, read_json, write_json
-from stunet.inference.images import Case, CaseArray
+from stunet.inference.images import Case, CaseArray, readable
 from stunet.inference.model import Model
 from stunet.inference.resampling import resample_image
-from stunet.volumes import NIFTI_ENDINGS, count_values, readable
+from stunet.volumes import NIFTI_ENDINGS
 
 MANIFEST_NAME = "manifest.json"
 """Beside the predictions; under ``settings`` and ``images`` is what later predictions must agree with."""
@@ -146,11 +146,13 @@ def measure(
         For each structure ``labels``, ``voxels``, ``volume_ml`` (None where the image is flat) and ``mean_intensity``:
         one number for each channel, None where the structure has no voxels.
     """
-    counts, voxel = count_values(labels), math.prod(float(side) for side in spacing) / _MM3_PER_ML
+    n_labels, voxel = np.iinfo(labels.dtype).max + 1, math.prod(float(side) for side in spacing) / _MM3_PER_ML
+    # Plane by plane, as counting takes 8 bytes for each voxel.
+    counts: Any = sum(np.bincount(plane.reshape(-1), minlength=n_labels) for plane in labels)
     sums: list[Any] = []
     for channel in image:
         of_planes = zip(labels, channel, strict=True)
-        sums.append(sum(np.bincount(p.reshape(-1), of.reshape(-1), minlength=len(counts)) for p, of in of_planes))
+        sums.append(sum(np.bincount(p.reshape(-1), of.reshape(-1), minlength=n_labels) for p, of in of_planes))
     measured = {}
     for name, values in structures.items():
         n = int(counts[list(values)].sum())

@@ -266,7 +266,7 @@ def why_not_streamed(model: Model) -> str | None:
     if model.configuration_manager.previous_stage_name is not None:
         return "it is the second stage of a cascade"
     if not is_default_resampling(configuration, "probabilities"):
-        return f"its plans resample probabilities with {configuration['resampling_fn_probabilities']}({', '.join(options)})"
+        return f"its plans resample probabilities with {configuration['resampling_fn_probabilities']}"
     if options.get("order", 3) != 1 or options.get("order_z", 0) not in (0, 1):
         return f"its plans resample probabilities with order {options.get('order', 3)}, not 1"
     return None if reader in _VOLUME_READERS else f"its images are read by {reader}"
@@ -374,7 +374,7 @@ def predict_folder(
         (names_in_header and not ending.startswith(".nii"), f"--names-in-header needs NIfTI files, not {ending}"),
         (lowres and reason, f"--lowres needs a model that is predicted plane by plane, but {reason}"),
         (not is_file and output.exists() and not output.is_dir(), f"-o {output} is no folder"),
-        (any(place.resolve() in inputs for place in places), f"-o {output} is a place where an image is replaced"),
+        (any(place.resolve() in inputs for place in places), f"-o {output} would replace an image"),
         (is_file and len(found) != 1, f"-o {output} is no folder, as {len(found)} images need one"),
         (is_file and not output.name.endswith(ending), f"-o {output} is no folder, and the model writes {ending}"),
         (is_file and output.exists() and not beside.exists(), f"-o {output} is there, and no prediction to replace"),
