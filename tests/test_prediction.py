@@ -22,8 +22,8 @@ from prediction_models import smooth_image, write_image, write_model
 
 from stunet.errors import CommandError, LabelError, UsageError
 from stunet.inference import Case, Progress, load_model, predict_folder
-from stunet.inference.predict import predict_labels
-from stunet.inference.windows import mirror_and_predict
+from stunet.inference.outputs import EXTRAS
+from stunet.inference.predictor import MemoryPlan, Predictor
 
 SPACING = (1.5, 0.7, 0.8)
 
@@ -139,10 +139,7 @@ def test_along_another_axis_labels_differ_at_near_ties_alone(tmp_path: Path) -> 
     # Two logits are this close, a few times the last bit of half precision, at less than 1 % of the voxels.
     assert np.quantile(first - second, 0.01) > 0.02
     for axis in (1, 2):
-        got = predict_labels(
-            load_model(model), image, properties, [mirror_and_predict(predictor.network, (0,))], axis=axis,
-            device=torch.device("cpu"),
-        )  # fmt: skip
+        got = Predictor(load_model(model), plan=MemoryPlan(axis=axis)).predict(image, properties)
         differ = got != expected
         assert differ.mean() < 5e-4
         assert (first - second)[differ].max(initial=0) < 0.02
@@ -164,8 +161,7 @@ def test_options_reach_the_prediction(tmp_path: Path, changed: dict[str, Any]) -
 
 def test_all_files(made: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
-    options = {"masks": True, "statistics": True, "names_in_header": True, "preview": True}
-    listener = predict(made / "images", out, made / "model", folds=["0"], **options)
+    listener = predict(made / "images", out, made / "model", folds=["0"], write=EXTRAS)
     assert listener.plan == (2, 0)
     assert listener.finished_cases == ["case_0", "case_1"]
     structures = [f"structure_{i}" for i in range(1, 8)]
@@ -227,7 +223,7 @@ def test_chosen_structures_have_the_labels_of_the_full_prediction(made: Path, tm
     present = [int(v) for v in np.unique(labels) if v][:2]
     chosen = [f"Structure {present[1]}", f"structure_{present[0]}"]  # any spelling, any order
     predict(made / "images", tmp_path / "out", made / "model", folds=["0"], structures=chosen,
-            masks=True)  # fmt: skip
+            write=["masks"])  # fmt: skip
     expected = np.where(np.isin(labels, present), labels, 0)
     assert np.array_equal(read(tmp_path / "out" / "case_0.nii.gz"), expected)
     assert json.loads((tmp_path / "out" / "labels.json").read_text()) == {"0": "background"} | {
@@ -290,7 +286,7 @@ def test_what_cannot_be_streamed_goes_to_nnunets_predictor(tmp_path: Path, kind:
     write_image(tmp_path / "images" / "a_0000.nii.gz", smooth_image((16, 20, 18)), SPACING)
     predict_with_nnunet(tmp_path / "images", tmp_path / "nnunet", model)
     listener = predict(tmp_path / "images", tmp_path / "ours", model, save_probabilities=kind == "probabilities",
-                       masks=True)  # fmt: skip
+                       write=["masks"])  # fmt: skip
     assert "nnU-Net's own predictor" in listener.notes[-1]
     labels = read(tmp_path / "nnunet" / "a.nii.gz")
     assert np.array_equal(read(tmp_path / "ours" / "a.nii.gz"), labels)

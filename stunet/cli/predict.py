@@ -126,6 +126,7 @@ def predict(
     budget = None if memory is None else parse_memory(memory)
     chosen = choose_device(device)
     torch.backends.cudnn.benchmark = True  # windows are all of one size
+    extras = {"masks": masks, "statistics": statistics, "preview": preview, "names_in_header": names_in_header}
     with show_progress(bar=not disable_progress_bar) as progress:
         predict_folder(
             load_model(str(model), folds, checkpoint, trust=trust or []),
@@ -138,10 +139,7 @@ def predict(
             mirroring=not disable_tta,
             results_on_device=not not_on_device,
             lowres=lowres,
-            masks=masks,
-            statistics=statistics,
-            preview=preview,
-            names_in_header=names_in_header,
+            write=[name for name, wanted in extras.items() if wanted],
             save_probabilities=save_probabilities,
             previous_stage=previous_stage,
             series=series,

@@ -194,7 +194,5 @@ def check_predictions(jobs: Sequence[EvaluationCase], predictions: Path) -> None
         raise UsageError(f"--predictions {predictions} is no such folder")
     missing = [job.prediction for job in jobs if not job.prediction.is_file()]
     if missing:
-        raise DatasetError(
-            f"{missing[0]} and others, {len(missing)} of {len(jobs)} predictions, are missing: choose cases with --cases, "
-            "or score those that are there with --chill"
-        )
+        count = f"{len(missing)} of {len(jobs)} predictions are missing"
+        raise DatasetError(f"{count}, the first {missing[0]}: choose cases with --cases, or score the others with --chill")

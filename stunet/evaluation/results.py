@@ -22,6 +22,7 @@ _STATES = ("scored", "missed", "spurious", "absent", "not_annotated")
 #: How much higher the mean Dice of sided structures must be with left and right swapped before a case is suspicious.
 _MUCH_BETTER = 0.2
 _SHOWN = 8
+_OF_PREDICTIONS = ("predictions", "The model was trained on images with another orientation")
 
 
 @dataclass(frozen=True)
@@ -175,25 +176,24 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def orientation_warnings(cases: Mapping[str, CaseOrientation]) -> list[str]:
     """Say what the cases of a dataset, by name, tell about left and right; nothing where all is well."""
     warnings = []
+    for what in ("reference", "prediction"):
+        sides = {name: getattr(case, what) for name, case in cases.items()}
+        wrong, n = [name for name, of in sides.items() if of.suspicious], sum(of.pairs > 0 for of in sides.values())
+        if wrong and (what == "reference" or 2 * len(wrong) > n):
+            place, reason = ("label maps", "Their names are swapped") if what == "reference" else _OF_PREDICTIONS
+            warnings.append(
+                f"left and right are swapped in the {place} of {len(wrong)} of {n} cases: by the image's own axes, what "
+                f"is left in them lies to the patient's right ({_shortened(wrong)}). {reason}, or the image's direction "
+                "is wrong."
+            )
     scored = {name: (case.dice, case.swapped_dice) for name, case in cases.items() if case.dice is not None}
     better = [name for name, (dice, swapped) in scored.items() if swapped > dice + _MUCH_BETTER]
-    for what, verb, wrong, n, few in (
-        ("label maps", "labelled", [name for name, case in cases.items() if case.reference.suspicious],
-         sum(case.reference.pairs > 0 for case in cases.values()), True),
-        ("predictions", "predicted", [name for name, case in cases.items() if case.prediction.suspicious],
-         sum(case.prediction.pairs > 0 for case in cases.values()), False),
-    ):  # fmt: skip
-        if wrong and (few or 2 * len(wrong) > n):
-            warnings.append(
-                f"left and right are swapped in the {what} of {len(wrong)} of {n} cases: by the image's own axes, what is "
-                f"{verb} as left lies to the patient's right ({_shortened(wrong)}). The image's direction is wrong, names "
-                "are swapped, or the model was trained on images with another orientation."
-            )
     if 2 * len(better) > len(scored):
         dice, swapped = np.mean(list(scored.values()), axis=0)
         warnings.append(
             f"with left and right of the predictions swapped, sided structures would score a Dice of {swapped:.3f} "
-            f"instead of {dice:.3f}; {len(better)} of {len(scored)} cases would score much better ({_shortened(better)})."
+            f"instead of {dice:.3f}; {len(better)} of {len(scored)} cases would score much better "
+            f"({_shortened(better)})."
         )
     return warnings
 

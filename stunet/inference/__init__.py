@@ -1,13 +1,15 @@
 """Prediction in bounded memory: nnU-Net's labels without nnU-Net's arrays of all logits."""
 
+from stunet.inference.folders import Progress, predict_folder
 from stunet.inference.images import Case, find_cases, read_geometry
 from stunet.inference.memory import parse_memory
 from stunet.inference.model import Model, load_model, published_model
-from stunet.inference.predict import Progress, predict, predict_folder
+from stunet.inference.predictor import Predictor, predict
 
 __all__ = [
     "Case",
     "Model",
+    "Predictor",
     "Progress",
     "find_cases",
     "load_model",

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from stunet.errors import UsageError
 from stunet.inference.images import Geometry
 from stunet.inference.model import Model
+from stunet.inference.predictor import MemoryPlan, Predictor, network_spacing
 from stunet.network import peak_forward_bytes
 
 _HALF, _SINGLE = 2, 4
@@ -26,51 +26,18 @@ _TEMPORARY_BYTES = 100 * 2**20
 _CONVOLUTION_FACTOR = 1.5
 
 
-@dataclass(frozen=True)
-class MemoryPlan:
-    """How a prediction uses memory.
-
-    Attributes:
-        axis: The axis along which logits are held a window's thickness at a time. Along the first, labels are nnU-Net's
-            for the prepared image; along another, where two logits are equal to the last bit or so, either may win.
-        average_folds: Whether the logits of several folds are averaged window by window, which takes as much memory as
-            one fold and rounds in another order, instead of image by image as nnU-Net does.
-        n_preparing: Processes that read and preprocess the next cases; 0 for none beside this one.
-        n_writing: Processes that write the last cases.
-    """
-
-    axis: int = 0
-    average_folds: bool = False
-    n_preparing: int = 1
-    n_writing: int = 1
-
-    @property
-    def exact(self) -> bool:
-        """Whether logits are added up in nnU-Net's order."""
-        return self.axis == 0 and not self.average_folds
-
-
 def plan_memory(
-    model: Model,
-    geometries: Sequence[Geometry],
-    *,
-    budget: int | None,
-    n_preparing: int = 1,
-    n_writing: int = 1,
-    mirroring: bool = True,
-    on_device: bool = False,
+    predictor: Predictor, geometries: Sequence[Geometry], budget: int | None, n_preparing: int = 1, n_writing: int = 1
 ) -> tuple[MemoryPlan, int]:
     """Choose the first plan that fits: nnU-Net's order of additions before any other, and processes that overlap first.
 
     Args:
-        model: The model.
+        predictor: How is predicted.
         geometries: Images to predict, from their headers.
         budget: Bytes for all processes together; None for what the machine has to spare, and the least where even that
             is not enough.
         n_preparing: Processes that may prepare.
         n_writing: Processes that may write.
-        mirroring: Whether the model's mirroring axes are used.
-        on_device: Whether network and logits are in the memory of a device.
 
     Returns:
         The plan, and the bytes that it is estimated to take.
@@ -78,22 +45,21 @@ def plan_memory(
     Raises:
         UsageError: None fits; names the least that works.
     """
-    network = 0 if on_device else _network_bytes(model, mirroring=mirroring)
+    on_device = predictor.device.type != "cpu" and predictor.results_on_device
+    network = 0 if on_device else _network_bytes(predictor)
     limit = available_bytes() if budget is None else budget
     estimates: list[tuple[int, MemoryPlan]] = []
-    for plan in _plans(model, n_preparing, n_writing):
-        need = max(network + _case_bytes(model, g, plan, on_device=on_device) for g in geometries)
+    for plan in _plans(predictor.model, n_preparing, n_writing):
+        need = network + max(_case_bytes(predictor.model, g, plan, on_device=on_device) for g in geometries)
         if limit is None or need <= limit:
             return plan, need
         estimates.append((need, plan))
     least, plan = min(estimates, key=lambda estimate: estimate[0])
     if budget is None:
         return plan, least
-    largest = max(geometries, key=lambda geometry: geometry.n_voxels)
-    raise UsageError(
-        f"--memory {budget / 2**30:.2f}GB is too little for {largest}: give {math.ceil(least / 2**30 * 10) / 10:.1f}GB at "
-        "least, or fewer folds with -f"
-    )
+    largest, gigabytes = max(geometries, key=lambda geometry: geometry.n_voxels), math.ceil(least / 2**30 * 10) / 10
+    given = f"--memory {budget / 2**30:.2f}GB"
+    raise UsageError(f"{given} is too little for {largest}: give {gigabytes:.1f}GB at least, or fewer folds with -f")
 
 
 def _plans(model: Model, n_preparing: int, n_writing: int) -> Iterator[MemoryPlan]:
@@ -130,21 +96,15 @@ def _case_bytes(model: Model, geometry: Geometry, plan: MemoryPlan, *, on_device
     return fixed + predicting + plan.n_preparing * preparing + plan.n_writing * writing
 
 
-def _network_bytes(model: Model, *, mirroring: bool) -> int:
+def _network_bytes(predictor: Predictor) -> int:
     """Weights of all folds and a forward pass."""
-    patch = model.configuration_manager.patch_size
+    model, patch = predictor.model, predictor.model.configuration_manager.patch_size
     with torch.device("meta"):
         network = model.build_network()
-    n_logits = int(mirroring and bool(model.mirroring_axes)) + int(len(model.checkpoints) > 1)
+    n_logits = int(predictor.mirroring and bool(model.mirroring_axes)) + int(len(model.checkpoints) > 1)
     weights = sum(parameter.numel() for parameter in network.parameters()) * len(model.checkpoints)
     forward = int(_CONVOLUTION_FACTOR * peak_forward_bytes(network, (1, model.n_channels, *patch)))
     return _SINGLE * (weights + n_logits * model.n_outputs * math.prod(patch)) + forward
-
-
-def network_spacing(model: Model, spacing: Sequence[float]) -> list[float]:
-    """Spacing of the network's grid for an image; a 2D network keeps the image's along the first axis."""
-    target = [float(side) for side in model.configuration_manager.spacing]
-    return target if len(target) == len(spacing) else [float(spacing[0]), *target]
 
 
 def parse_memory(text: str, option: str = "--memory") -> int:

@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -241,8 +241,8 @@ def _find_checkpoints(folder: Path, folds: Sequence[str] | None, name: str) -> d
     if missing:
         others = sorted(str(path.relative_to(folder)) for path in folder.glob("fold_*/checkpoint_*.pth"))
         raise CheckpointError(
-            f"{folder} has no {', '.join(missing)}, but {', '.join(others) or 'no checkpoint at all'}: name a fold that "
-            "is there with -f, or a file with -chk"
+            f"{folder} has no {', '.join(missing)}, but {', '.join(others) or 'no checkpoint at all'}: name a fold with "
+            "-f, or a file with -chk"
         )
     return {fold: present[fold] for fold in folds}
 

@@ -15,9 +15,8 @@ import os
 import shutil
 import struct
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -31,10 +30,13 @@ import numpy.typing as npt
 from stunet.datasets import plane_names
 from stunet.errors import DatasetError, UsageError, reading
 from stunet.files import atomic_path, file_sha256, move_into_place, read_json, write_json
-from stunet.inference.images import Case, CaseArray, readable
+from stunet.inference.images import Case, CaseArray
 from stunet.inference.model import Model
 from stunet.inference.resampling import resample_image
 from stunet.volumes import NIFTI_ENDINGS
+
+EXTRAS = ("masks", "statistics", "names_in_header", "preview")
+"""What can be written beside the label map of a case."""
 
 MANIFEST_NAME = "manifest.json"
 """Beside the predictions; under ``settings`` and ``images`` is what later predictions must agree with."""
@@ -46,31 +48,21 @@ Array = npt.NDArray[Any]
 Structures = Mapping[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """What is written of each case.
+def write_case(
+    labelled: CaseArray, model: Model, folder: Path, structures: Structures, write: Collection[str], *, lowres: bool
+) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """Write all files of a case whose labels were predicted.
 
-    Attributes:
+    Args:
+        labelled: The labels.
+        model: The model.
         folder: Folder of the predictions.
         structures: Label values of the structures that are kept, by name.
+        write: ``masks``, one for each structure in ``CASE/segmentations/NAME.nii.gz`` as TotalSegmentator lays them
+            out; ``statistics``, volume and mean intensity of each structure in ``statistics/CASE.json``; ``preview``,
+            three planes through the image with the labels over them in ``previews/CASE.png``; and ``names_in_header``,
+            the structures' names in the header of the label map.
         lowres: Whether labels are on the network's grid instead of the image's.
-        masks: One mask for each structure, ``CASE/segmentations/NAME.nii.gz`` as TotalSegmentator lays them out.
-        statistics: Volume and mean intensity of each structure, ``statistics/CASE.json``.
-        names_in_header: Names of the structures in the header of the label map.
-        preview: Three planes through the image with the labels over them, ``previews/CASE.png``.
-    """
-
-    folder: Path
-    structures: dict[str, tuple[int, ...]]
-    lowres: bool = False
-    masks: bool = False
-    statistics: bool = False
-    names_in_header: bool = False
-    preview: bool = False
-
-
-def write_case(labelled: CaseArray, model: Model, outputs: Outputs) -> tuple[dict[str, dict[str, Any]], str | None]:
-    """Write all files of a case whose labels were predicted.
 
     Returns:
         Labels, voxels and volume of each structure that was found; and what is missing and why, as a picture that
@@ -79,47 +71,47 @@ def write_case(labelled: CaseArray, model: Model, outputs: Outputs) -> tuple[dic
     Raises:
         OSError: The disk is full.
     """
-    case, properties, scratch, folder = labelled.case, labelled.properties, labelled.path.parent, outputs.folder
+    case, properties, scratch = labelled.case, labelled.properties, labelled.path.parent
     reader = model.plans_manager.image_reader_writer_class()
-    labels = restrict(np.load(labelled.path, mmap_mode="r"), outputs.structures)
+    labels = restrict(np.load(labelled.path, mmap_mode="r"), structures)
     crop = None
-    if outputs.lowres:
+    if lowres:
         properties, crop = coarse_grid(properties, labels.shape, model.plans_manager.transpose_backward)
     finished = scratch / f"{case.name}{model.file_ending}"
     _write_labels(reader, labels, properties, finished)
-    if outputs.names_in_header:
+    if "names_in_header" in write:
         image: Any = nib.load(finished)
         named, header = finished.with_name(f"named.{finished.name}"), image.header
-        header.extensions.append(name_extension(outputs.structures))
+        header.extensions.append(name_extension(structures))
         nib.save(nib.Nifti1Image(np.asanyarray(image.dataobj), None, header), named)
         os.replace(named, finished)
-    for name, values in outputs.structures.items() if outputs.masks else ():
+    for name, values in structures.items() if "masks" in write else ():
         mask, place = scratch / "mask.nii.gz", folder / case.name / "segmentations"
         place.mkdir(parents=True, exist_ok=True)
         _write_labels(reader, np.isin(labels, values).view(np.uint8), properties, mask)
         move_into_place(mask, place / f"{name.replace(os.sep, '_')}.nii.gz")
     problem, spacing = None, properties["spacing"]
-    if outputs.statistics or outputs.preview:
+    if "statistics" in write or "preview" in write:
         voxels, original = reader.read_images([str(path) for path in case.files])
         if crop is not None:
             voxels = np.stack([channel[crop] for channel in voxels])
             spacings = original["spacing"], spacing
             voxels = resample_image(voxels, labels.shape, *spacings, order=1, force_separate_z=False)
-    if outputs.statistics:
+    if "statistics" in write:
         (folder / "statistics").mkdir(exist_ok=True)
-        measured = measure(labels, outputs.structures, spacing, voxels)
+        measured = measure(labels, structures, spacing, voxels)
         content = {name: {key: of[key] for key in of if key != "labels"} for name, of in measured.items()}
         write_json(content, folder / "statistics" / f"{case.name}.json")
-    if outputs.preview:
+    if "preview" in write:
         (folder / "previews").mkdir(exist_ok=True)
         picture, planes = folder / "previews" / f"{case.name}.png", plane_names(properties)
         try:
             with atomic_path(picture) as path:
-                draw_preview(voxels[0], labels, outputs.structures, spacing, path, title=case.name, planes=planes)
+                draw_preview(voxels[0], labels, structures, spacing, path, title=case.name, planes=planes)
         except Exception as error:
             problem = f"no preview: {type(error).__name__}: {str(error)[:200]}"
     move_into_place(finished, folder / finished.name)
-    return find_structures(labels, outputs.structures, spacing), problem
+    return find_structures(labels, structures, spacing), problem
 
 
 def restrict(labels: Array, structures: Structures) -> Array:
@@ -303,8 +295,8 @@ def draw_preview(
         plot.set_title(f"{planes[axis]}, plane {index}", fontsize=9)
         plot.set_axis_off()
     found = [(name, values[0]) for name, values in structures.items() if seen & set(values)]
-    figure.suptitle(title)
     with mpl.rc_context({"text.parse_math": False}):  # a $ in a name is a dollar
+        figure.suptitle(title)
         if handles := [Patch(color=_colour(value), label=name) for name, value in found[:_MAX_IN_LEGEND]]:
             figure.legend(handles=handles, loc="outside lower center", ncols=8, frameon=False, fontsize=6)
         figure.savefig(path, format="png", dpi=110)
@@ -329,9 +321,14 @@ class Manifest:
     """
 
     def __init__(
-        self, model: Model, folder: Path, record: Mapping[str, Any], device: object, waiting: Sequence[Case],
+        self,
+        model: Model,
+        folder: Path,
+        record: Mapping[str, Any],
+        device: str,
+        waiting: Sequence[Case],
         part: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._path, self._clock = folder / MANIFEST_NAME, time.monotonic()
         if part is not None:
             write_json(record, self._path)
@@ -348,41 +345,28 @@ class Manifest:
         card = {}
         with suppress(OSError, ValueError):
             card = read_json(model.folder / "model_card.json")
-        checkpoints = {
+        place = model.folder.resolve()
+        described = {"name": place.name, "folder": str(place)}
+        described |= {"licence": card.get("licence"), "sources": card.get("sources", [])}
+        described["checkpoints"] = {
             fold: {"file": path.name, "sha256": record["settings"][f"fold_{fold}"]}
             for fold, path in model.checkpoints.items()
         }
-        place = model.folder.resolve()
-        self._content: dict[str, Any] = {
-            **record,
-            "versions": {name: version(name) for name in ("stunet", "nnunetv2", "torch")},
-            "model": {
-                "name": place.name, "folder": str(place), "licence": card.get("licence"),
-                "sources": card.get("sources", []), "checkpoints": checkpoints,
-            },
-            "device": str(device), "started": _now(), "finished": None, "seconds": None, **kept,
-        }  # fmt: skip
-        write_json(self._content, self._path)
+        versions = {name: version(name) for name in ("stunet", "nnunetv2", "torch")}
+        times = {"started": _now(), "finished": None, "seconds": None}
+        self.content = {**record, "versions": versions, "model": described, "device": device, **times, **kept}
+        write_json(self.content, self._path)
 
     def add(self, case: Case, found: Mapping[str, Any]) -> None:
         """Add the structures of a case."""
-        self._content["cases"][case.name] = {"structures": found}
-        write_json(self._content, self._path)
-
-    def keep(self, case: Case, model: Model, outputs: Outputs) -> None:
-        """Add a case that was predicted before, where it is missing: a process was killed, or other commands shared."""
-        path = outputs.folder / f"{case.name}{model.file_ending}"
-        if case.name not in self._content["cases"]:
-            with suppress(DatasetError), readable(path):
-                labels, properties = model.plans_manager.image_reader_writer_class().read_seg(str(path))
-                labels = labels[0].astype(np.uint16)
-                self.add(case, find_structures(labels, outputs.structures, properties["spacing"]))
+        self.content["cases"][case.name] = {"structures": found}
+        write_json(self.content, self._path)
 
     def close(self, failures: Mapping[str, str]) -> None:
         """Note the end."""
-        self._content |= {"finished": _now(), "seconds": round(time.monotonic() - self._clock, 1)}
-        self._content["failures"] |= failures
-        write_json(self._content, self._path)
+        self.content |= {"finished": _now(), "seconds": round(time.monotonic() - self._clock, 1)}
+        self.content["failures"] |= failures
+        write_json(self.content, self._path)
 
 
 def check_folder(

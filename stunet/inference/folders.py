@@ -1,0 +1,313 @@
+"""Prediction of folders of images, with all that is written of them.
+
+While the network works on one case, the next is prepared and the last is written, in processes of their own.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stunet.errors import CommandError, DatasetError, STUNetError, UsageError
+from stunet.files import move_into_place, scratch_folder, temporary_path, write_json_files
+from stunet.inference.images import Case, CaseArray, Geometry, convert, find_cases, prepare, read_geometry, save_array
+from stunet.inference.memory import available_bytes, plan_memory
+from stunet.inference.model import Model
+from stunet.inference.outputs import (
+    EXTRAS,
+    MANIFEST_NAME,
+    Manifest,
+    check_folder,
+    collect_statistics,
+    find_structures,
+    model_settings,
+    remove_predictions,
+    write_case,
+)
+from stunet.inference.predictor import VOLUME_READERS, Labels, Predictor, choose_structures
+from stunet.processes import in_order
+from stunet.volumes import NIFTI_ENDINGS
+
+#: Makes labels of a prepared case, and says what is noted of their grid.
+Label = Callable[[CaseArray], tuple[Labels, dict[str, Any]]]
+
+
+class Progress:
+    """What a prediction tells of itself; silent unless methods are replaced."""
+
+    def note(self, text: str) -> None:
+        """Say something worth knowing."""
+
+    def planned(self, n_cases: int, n_finished: int) -> None:
+        """So many cases will be predicted; so many were before."""
+
+    def window(self, case: Case, n_windows: int) -> None:
+        """One window of a case, of so many, was predicted."""
+
+    def finished(self, case: Case, found: Mapping[str, Any]) -> None:
+        """All files of a case are written; these structures were found in it."""
+
+    def failed(self, case: Case, problem: str) -> None:
+        """A case was given up."""
+
+
+def predict_folder(
+    model: Model,
+    images: Path | Sequence[Case],
+    output: Path,
+    *,
+    structures: Sequence[str] | None = None,
+    write: Collection[str] = (),
+    lowres: bool = False,
+    device: str = "cpu",
+    budget: int | None = None,
+    step_size: float = 0.5,
+    mirroring: bool = True,
+    results_on_device: bool = True,
+    save_probabilities: bool = False,
+    previous_stage: Path | None = None,
+    series: str | None = None,
+    continue_prediction: bool = False,
+    n_preparing: int = 1,
+    n_writing: int = 1,
+    part_id: int = 0,
+    n_parts: int = 1,
+    progress: Progress | None = None,
+) -> None:
+    """Predict the images of a folder, or a single one; ``nnUNetv2_predict``'s options mean the same here.
+
+    Args:
+        model: The model.
+        images: What :func:`find_cases` takes; or the cases themselves, wherever they lie.
+        output: Folder for the predictions, made where it is missing; or of a single case the label map, a name that
+            ends in ``.nii.gz`` or ``.nii``.
+        structures: Structures to keep; None for all.
+        write: What is written beside labels, see :func:`write_case`: some of ``masks``, ``statistics``, ``preview``
+            and ``names_in_header``.
+        lowres: Whether labels are written on the network's grid instead of the image's.
+        device: Where the network runs.
+        budget: Bytes that all processes may take together; None for no limit.
+        step_size: Distance between windows as a fraction of the patch.
+        mirroring: Whether the axes that the checkpoint allows are mirrored.
+        results_on_device: Whether logits are added up on the device too.
+        save_probabilities: Whether nnU-Net's files with probabilities are written; its own predictor does it.
+        previous_stage: Predictions of a cascade's first stage.
+        series: SeriesInstanceUID, where the input is a folder with several DICOM series.
+        continue_prediction: Whether cases that are predicted already are left as they are.
+        n_preparing: Processes that read and preprocess.
+        n_writing: Processes that write.
+        part_id: Which part of the cases, where several commands share them.
+        n_parts: Into how many parts they are split.
+        progress: Told of the progress.
+
+    Raises:
+        UsageError: An argument that cannot be, a memory budget that is too small, or an output folder with files that
+            were made with other settings and would stay.
+        OSError: No room or no permission to write.
+        LabelError: A structure that the model does not know.
+        CommandError: Cases failed; the others are predicted.
+    """
+    progress, ending, kept = progress or Progress(), model.file_ending, choose_structures(model, structures)
+    predictor = Predictor(model, torch.device(device), step_size, mirroring, results_on_device, lowres)
+    folds = f"{len(model.checkpoints)} fold{'s' * (len(model.checkpoints) > 1)}"
+    progress.note(f"Model {model.folder}, {folds} ({', '.join(model.checkpoints)})")
+    volumes = model.plans_manager.image_reader_writer_class.__name__ in VOLUME_READERS
+    stock = "probabilities are asked for" if save_probabilities else predictor.why_stock
+    n_channels = model.n_channels if volumes else 1
+    found = find_cases(images, ending, n_channels, series) if isinstance(images, Path) else list(images)
+    own = found[part_id::n_parts]
+    is_file = output.name.endswith(NIFTI_ENDINGS) and not output.is_dir()
+    beside = output.with_name(f"{output.name.removesuffix(ending)}.{MANIFEST_NAME}")
+    first_stage = model.configuration_manager.previous_stage_name
+    inputs = {file.resolve() for case in found for file in case.files}
+    places = [output] if is_file else [output / f"{case.name}{ending}" for case in found]
+    for wrong, said in (
+        (not 0 < step_size <= 1, f"-step_size {step_size} is not above 0 and at most 1"),
+        (part_id >= n_parts, f"-part_id {part_id} is not one of 0 to {n_parts - 1}, below -num_parts"),
+        (first_stage and not previous_stage, f"the model takes predictions of {first_stage}: -prev_stage_predictions"),
+        ("masks" in write and not volumes, f"--masks are NIfTI files, but the model's images {ending}"),
+        ("names_in_header" in write and ending not in NIFTI_ENDINGS, f"--names-in-header is for NIfTI, not {ending}"),
+        (lowres and stock, f"--lowres needs a model that is predicted plane by plane, but {stock}"),
+        (not is_file and output.exists() and not output.is_dir(), f"-o {output} is no folder"),
+        (any(place.resolve() in inputs for place in places), f"-o {output} would replace an image"),
+        (is_file and len(found) != 1, f"-o {output} is no folder, as {len(found)} images need one"),
+        (is_file and not output.name.endswith(ending), f"-o {output} is no folder, and the model writes {ending}"),
+        (is_file and output.exists() and not beside.exists(), f"-o {output} is there, and no prediction to replace"),
+        (is_file and {*write} - {"names_in_header"}, f"-o {output} is no folder, which more than a label map needs"),
+        (is_file and (save_probabilities or continue_prediction or n_parts > 1), f"-o {output} is no folder"),
+    ):
+        if wrong:
+            raise UsageError(f"{said}: correct the option, or leave it out")
+    folder = temporary_path(output.parent / "scratch") / "output" if is_file else output
+    before = None if previous_stage is None else str(previous_stage.resolve())
+    settings = {"structures": list(kept), "mirroring": mirroring, "step_size": step_size, "lowres": lowres}
+    settings |= {"previous_stage": before, **{extra: extra in write for extra in EXTRAS}, **model_settings(model)}
+    record, outdated = check_folder(folder, ending, settings, found, own, keep=continue_prediction)
+    endings = (ending, ".npz") if save_probabilities else (ending,)
+    done = [case for case in own if all((folder / f"{case.name}{each}").is_file() for each in endings)]
+    waiting = [case for case in own if not (continue_prediction and case in done)]
+    progress.planned(len(waiting), len(own) - len(waiting))
+    failures: dict[str, str] = {}
+    geometries = _read_geometries(waiting, model, failures, progress) if volumes else {}
+    ready = list(geometries) if volumes else waiting
+    if stock is not None:
+        progress.note(f"Predicted by nnU-Net's own predictor, which holds all logits, since {stock}.")
+    elif ready:
+        n_processes = min(n_preparing, len(ready) - 1), min(n_writing, len(ready) - 1)
+        predictor.plan, need = plan_memory(predictor, list(geometries.values()), budget, *n_processes)
+        note, spare = f"Estimated memory: {need / 2**30:.1f} GB", available_bytes()
+        if budget is None and spare is not None and need > spare:
+            note += f", of which this machine has {spare / 2**30:.1f} GB to spare"
+        if not predictor.plan.exact:
+            note += "; to fit, logits are added up in another order than nnU-Net's: of two equal ones either may win"
+        progress.note(note)
+    with ExitStack() as stack:
+        if is_file:
+            stack.enter_context(scratch_folder(output.parent))
+        scratch = stack.enter_context(scratch_folder(folder))
+        remove_predictions(folder, ending, outdated)
+        manifest = Manifest(model, folder, record, device, waiting, None if n_parts == 1 else part_id)
+        listed = os.fspath(images) if isinstance(images, Path) else [list(map(os.fspath, c.files)) for c in images]
+        by_values = sorted((values, name) for name, values in kept.items())
+        arguments = {  # under the names of nnU-Net's own
+            "list_of_lists_or_source_folder": listed,
+            "output_folder_or_list_of_truncated_output_files": os.fspath(output),
+            "save_probabilities": save_probabilities,
+            "overwrite": not continue_prediction,
+            "num_processes_preprocessing": n_preparing,
+            "num_processes_segmentation_export": n_writing,
+            "folder_with_segs_from_prev_stage": None if previous_stage is None else os.fspath(previous_stage),
+            "num_parts": n_parts,
+            "part_id": part_id,
+        }
+        contents = {
+            "predict_from_raw_data_args": arguments,
+            "dataset": model.dataset_json,
+            "plans": model.plans,
+            "labels": {"0": "background"} | {",".join(map(str, values)): name for values, name in by_values},
+        }
+        write_json_files({folder / f"{name}.json": content for name, content in contents.items()})
+        reader = model.plans_manager.image_reader_writer_class()
+        for case in done:
+            if case not in waiting and case.name not in manifest.content["cases"]:  # written by a part, or a killed one
+                with suppress(Exception):
+                    labels, properties = reader.read_seg(str(folder / f"{case.name}{ending}"))
+                    manifest.add(case, find_structures(labels[0].astype(np.uint16), kept, properties["spacing"]))
+
+        def fail(case: Case, error: Exception) -> None:
+            shutil.rmtree(scratch / case.name, ignore_errors=True)
+            failures[case.name] = _describe(error)
+            progress.failed(case, failures[case.name])
+
+        label: Label = partial(_label_streamed, predictor, progress)
+        if stock is not None:
+            label = partial(_label_stock, predictor, before, folder if save_probabilities else None)
+        labelled = _labelled(ready, predictor, scratch, label, fail, prepare if stock is None else convert)
+        writing = partial(
+            write_case, model=model, folder=folder, structures=kept, write=frozenset(write), lowres=lowres
+        )
+        for job, result in in_order(writing, labelled, num_processes=predictor.plan.n_writing):
+            if isinstance(result, Exception):
+                fail(job.case, result)
+                continue
+            shutil.rmtree(job.path.parent, ignore_errors=True)
+            structures_found, problem = result
+            if problem:
+                progress.note(f"warning: {job.case.name}: {problem}")
+            manifest.add(job.case, structures_found)
+            progress.finished(job.case, structures_found)
+        manifest.close(failures)
+        if "statistics" in write and (folder / "statistics").is_dir():
+            collect_statistics(folder / "statistics", folder / "statistics.csv")
+        if is_file and not failures:
+            move_into_place(folder / MANIFEST_NAME, beside)
+            move_into_place(folder / f"{own[0].name}{ending}", output)
+    if failures:
+        lines = "".join(f"\n    {name}: {problem.splitlines()[0]}" for name, problem in sorted(failures.items()))
+        count = f"{len(failures)} of {len(waiting)} failed"
+        raise CommandError(f"{count}; mend or remove them, and run this again with --continue to do no other:{lines}")
+
+
+def _read_geometries(
+    cases: Sequence[Case], model: Model, failures: dict[str, str], progress: Progress
+) -> dict[Case, Geometry]:
+    geometries = {}
+    for case in cases:
+        try:
+            geometries[case] = read_geometry(case, model.n_channels)
+        except DatasetError as error:
+            failures[case.name] = str(error)
+            progress.failed(case, str(error))
+    if n := sum(not geometry.has_unit for geometry in geometries.values()):
+        progress.note(f"{n} case{'s' * (n > 1)} without a unit of spacing in the header; mm are assumed.")
+    return geometries
+
+
+def _labelled(
+    cases: Sequence[Case],
+    predictor: Predictor,
+    scratch: Path,
+    label: Label,
+    fail: Callable[[Case, Exception], None],
+    prepare_case: Callable[..., CaseArray],
+) -> Iterator[CaseArray]:
+    """Yield the labels of cases as arrays in files."""
+
+    def feed() -> Iterator[Case]:
+        for case in cases:
+            yield case
+            _ = prepare_case is convert or predictor.networks  # are loaded while the first case is prepared
+
+    step = partial(prepare_case, model=predictor.model, scratch=scratch)
+    for case, prepared in in_order(step, feed(), num_processes=predictor.plan.n_preparing):
+        _ = predictor.stock if prepare_case is convert else predictor.networks  # what is wrong with them ends all
+        try:
+            if isinstance(prepared, Exception):
+                raise prepared
+            labels, properties = label(prepared)
+            path = prepared.path.with_name("labels.npy")
+            save_array(path, labels)
+        except Exception as error:  # whatever it is, the other cases can do without this one
+            fail(case, error)
+        else:
+            yield CaseArray(prepared.case, path, properties)
+
+
+def _label_streamed(predictor: Predictor, progress: Progress, prepared: CaseArray) -> tuple[Labels, dict[str, Any]]:
+    image, on_window = np.load(prepared.path, mmap_mode="r"), partial(progress.window, prepared.case)
+    return predictor.predict(image, prepared.properties, on_window), prepared.properties
+
+
+def _label_stock(
+    predictor: Predictor, previous_stage: str | None, probabilities: Path | None, converted: CaseArray
+) -> tuple[Labels, dict[str, Any]]:
+    """Labels by nnU-Net's own predictor, and its files with probabilities in a folder that is given."""
+    stem, model = str(converted.path.with_name("stock")), predictor.model
+    predictor.stock.predict_from_files_sequential(
+        [list(map(str, converted.case.files))],
+        [stem],
+        save_probabilities=probabilities is not None,
+        folder_with_segs_from_prev_stage=previous_stage,
+    )
+    labels, properties = model.plans_manager.image_reader_writer_class().read_seg(stem + model.file_ending)
+    for ending in (".npz", ".pkl") if probabilities is not None else ():
+        move_into_place(stem + ending, probabilities / f"{converted.case.name}{ending}")
+    return np.asarray(labels[0]).astype(predictor.label_type), properties
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, STUNetError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        return f"the disk is full: {error}"
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {said[:300]}"
