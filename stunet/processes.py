@@ -13,7 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from threading import Thread
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from stunet.errors import CommandError, STUNetError
 
@@ -54,7 +54,7 @@ def run_jobs(
             yield futures[future], future.result()
     except BrokenProcessPool:
         raise CommandError(
-            f"one of {num_processes} processes was killed: if memory has run out, take fewer with -np; finished work is kept"
+            f"one of {num_processes} processes was killed: where memory has run out, take fewer with -np"
         ) from None
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
@@ -81,15 +81,17 @@ def in_order(
     running: deque[tuple[Job, Future[Result]]] = deque()
     try:
         for i, job in enumerate(jobs):
-            finished = running.popleft() if len(running) == num_processes else None
-            outcome = finished and _outcome(finished[1].result)
+            done = None
+            if len(running) == num_processes:
+                first, future = running.popleft()
+                done = first, _outcome(future.result)
             try:
                 running.append((job, executors[i % num_processes].submit(function, job)))
             except BrokenProcessPool:
                 executors[i % num_processes] = _spawn(1)
                 running.append((job, executors[i % num_processes].submit(function, job)))
-            if finished:
-                yield finished[0], outcome
+            if done is not None:
+                yield done
         yield from ((job, _outcome(future.result)) for job, future in running)
     finally:
         for executor in executors:

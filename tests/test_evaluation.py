@@ -280,10 +280,14 @@ def test_files_that_are_no_label_maps(tmp_path: Path) -> None:
     (tmp_path / "a.npz").write_bytes(b"")
     colour = sitk.GetImageFromArray(np.zeros((3, 3, 3), np.uint8), isVector=True)
     sitk.WriteImage(colour, str(tmp_path / "colour.png"))
-    for name, expected in (
-        ("broken.nii.gz", "unreadable image file .*broken.nii"), ("broken.mha", "unreadable image file .*broken.mha"), ("gone.mha", "missing"),
-        ("gone.nii.gz", "missing"), ("a.npz", r"cannot be scored[\s\S]*\.nii\.gz"), ("colour.png", "3 values in each voxel"),
-    ):  # fmt: skip
+    for name, expected in {
+        "broken.nii.gz": "unreadable image file .*broken.nii",
+        "broken.mha": "unreadable image file .*broken.mha",
+        "gone.mha": "missing",
+        "gone.nii.gz": "missing",
+        "a.npz": r"cannot be scored[\s\S]*\.nii\.gz",
+        "colour.png": "3 values in each voxel",
+    }.items():
         with pytest.raises(DatasetError, match=expected):
             score_case(make_case(empty, tmp_path / name, {"a": 1}, {"a": 1}))
 

@@ -136,7 +136,7 @@ def test_weights_of_another_network(model: Path, tmp_path: Path) -> None:
         _ = load_model(damaged).networks
     checkpoint["trainer_name"] = "nnUNetTrainerOfMine"
     torch.save(checkpoint, path)
-    with pytest.raises(CheckpointError, match="nnUNetTrainerOfMine .* not installed"):
+    with pytest.raises(CheckpointError, match=r"nnUNetTrainerOfMine .* not installed"):
         load_model(damaged).build_network()
 
 

@@ -34,7 +34,7 @@ def test_our_errors_stop_no_other_job_and_others_end_all(num_processes: int) -> 
 
 
 def test_a_process_that_dies_is_reported() -> None:
-    with pytest.raises(CommandError, match="one of 2 processes was killed.*-np"):
+    with pytest.raises(CommandError, match=r"one of 2 processes was killed.*-np"):
         list(run_jobs(os._exit, [3, 3], num_processes=2))
 
 

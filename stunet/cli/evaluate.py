@@ -81,13 +81,8 @@ def evaluate(
     """
     from rich.progress import Progress
 
-    from stunet.evaluation.evaluate import (
-        check_predictions,
-        choose_cases,
-        compare_labels,
-        read_description,
-        score_cases,
-    )
+    from stunet.evaluation import score_cases
+    from stunet.evaluation.evaluate import check_predictions, choose_cases, compare_labels, read_description
 
     place = model or predictions
     if place is None:

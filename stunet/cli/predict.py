@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -198,7 +198,7 @@ def show_progress(*, bar: bool, notes: Console = stdout) -> Iterator[Progress]:
                     bars.reset(shown, description=case.name, total=n_windows)
                 bars.advance(shown)
 
-            def finished(self, case: inference.Case, found: object) -> None:
+            def finished(self, case: inference.Case, found: Mapping[str, object]) -> None:
                 self.note(f"Predicted {case.name}: {len(found)} structure{'s' * (len(found) != 1)} found")
 
             def failed(self, case: inference.Case, problem: str) -> None:

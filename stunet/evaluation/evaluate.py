@@ -195,4 +195,4 @@ def check_predictions(jobs: Sequence[EvaluationCase], predictions: Path) -> None
     missing = [job.prediction for job in jobs if not job.prediction.is_file()]
     if missing:
         count = f"{len(missing)} of {len(jobs)} predictions are missing"
-        raise DatasetError(f"{count}, the first {missing[0]}: choose cases with --cases, or score the others with --chill")
+        raise DatasetError(f"{count}, first {missing[0]}: choose cases with --cases, or score the others with --chill")

@@ -182,11 +182,11 @@ def orientation_warnings(cases: Mapping[str, CaseOrientation]) -> list[str]:
         if wrong and (what == "reference" or 2 * len(wrong) > n):
             place, reason = ("label maps", "Their names are swapped") if what == "reference" else _OF_PREDICTIONS
             warnings.append(
-                f"left and right are swapped in the {place} of {len(wrong)} of {n} cases: by the image's own axes, what "
-                f"is left in them lies to the patient's right ({_shortened(wrong)}). {reason}, or the image's direction "
-                "is wrong."
+                f"left and right are swapped in the {place} of {len(wrong)} of {n} cases: by the image's own axes, "
+                f"what is left in them lies to the patient's right ({_shortened(wrong)}). {reason}, or the image's "
+                "direction is wrong."
             )
-    scored = {name: (case.dice, case.swapped_dice) for name, case in cases.items() if case.dice is not None}
+    scored = {n: np.array([c.dice, c.swapped_dice], float) for n, c in cases.items() if c.dice is not None}
     better = [name for name, (dice, swapped) in scored.items() if swapped > dice + _MUCH_BETTER]
     if 2 * len(better) > len(scored):
         dice, swapped = np.mean(list(scored.values()), axis=0)

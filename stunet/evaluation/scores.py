@@ -154,13 +154,13 @@ def score_case(case: EvaluationCase) -> CaseScores:
             masks = inside.squeeze(flat), (predicted & ~np.isin(labels, ignored)).squeeze(flat)
             score.metrics["NSD"], score.metrics["HD95"] = surface_scores(*masks, spacing, tolerance=case.tolerance)
         scores.append(score)
-    sides = (
+    sides = [
         _count_reversed(volume, of, labels)
         for volume, of, labels in zip(
             (reference, prediction), boxes, (case.target_labels, case.source_labels), strict=True
         )
-    )
-    return CaseScores(tuple(scores), CaseOrientation(*sides, *_swapped_dice(case, overlap)))
+    ]
+    return CaseScores(tuple(scores), CaseOrientation(sides[0], sides[1], *_swapped_dice(case, overlap)))
 
 
 def volume_scores(tp: int, n_ref: int, n_pred: int, n_voxels: int) -> StructureScore:

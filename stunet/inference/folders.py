@@ -299,8 +299,9 @@ def _label_stock(
         folder_with_segs_from_prev_stage=previous_stage,
     )
     labels, properties = model.plans_manager.image_reader_writer_class().read_seg(stem + model.file_ending)
-    for ending in (".npz", ".pkl") if probabilities is not None else ():
-        move_into_place(stem + ending, probabilities / f"{converted.case.name}{ending}")
+    if probabilities is not None:
+        for ending in (".npz", ".pkl"):
+            move_into_place(stem + ending, probabilities / f"{converted.case.name}{ending}")
     return np.asarray(labels[0]).astype(predictor.label_type), properties
 
 

@@ -103,8 +103,8 @@ def _network_bytes(predictor: Predictor) -> int:
         network = model.build_network()
     n_logits = int(predictor.mirroring and bool(model.mirroring_axes)) + int(len(model.checkpoints) > 1)
     weights = sum(parameter.numel() for parameter in network.parameters()) * len(model.checkpoints)
-    forward = int(_CONVOLUTION_FACTOR * peak_forward_bytes(network, (1, model.n_channels, *patch)))
-    return _SINGLE * (weights + n_logits * model.n_outputs * math.prod(patch)) + forward
+    forward = _CONVOLUTION_FACTOR * peak_forward_bytes(network, (1, model.n_channels, *patch))
+    return int(_SINGLE * (weights + n_logits * model.n_outputs * math.prod(patch)) + forward)
 
 
 def parse_memory(text: str, option: str = "--memory") -> int:

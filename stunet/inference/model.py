@@ -241,7 +241,7 @@ def _find_checkpoints(folder: Path, folds: Sequence[str] | None, name: str) -> d
     if missing:
         others = sorted(str(path.relative_to(folder)) for path in folder.glob("fold_*/checkpoint_*.pth"))
         raise CheckpointError(
-            f"{folder} has no {', '.join(missing)}, but {', '.join(others) or 'no checkpoint at all'}: name a fold with "
+            f"{folder} has no {', '.join(missing)}, but {', '.join(others) or 'no checkpoint'}: name a fold with "
             "-f, or a file with -chk"
         )
     return {fold: present[fold] for fold in folds}

@@ -346,7 +346,7 @@ class Manifest:
         with suppress(OSError, ValueError):
             card = read_json(model.folder / "model_card.json")
         place = model.folder.resolve()
-        described = {"name": place.name, "folder": str(place)}
+        described: dict[str, Any] = {"name": place.name, "folder": str(place)}
         described |= {"licence": card.get("licence"), "sources": card.get("sources", [])}
         described["checkpoints"] = {
             fold: {"file": path.name, "sha256": record["settings"][f"fold_{fold}"]}
