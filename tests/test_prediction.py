@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import doctest
 import json
 import os
 import shutil
@@ -21,7 +22,9 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from prediction_models import smooth_image, write_image, write_model
 
 from stunet.errors import CommandError, LabelError, UsageError
-from stunet.inference import Case, Progress, load_model, predict_folder
+from stunet.evaluation import evaluate
+from stunet.inference import Case, Progress, load_model, parse_memory, predict_folder
+from stunet.inference import predict as predict_one
 from stunet.inference.outputs import EXTRAS
 from stunet.inference.predictor import MemoryPlan, Predictor
 
@@ -313,3 +316,45 @@ def test_leftovers_of_killed_predictions_are_removed(made: Path, tmp_path: Path)
         (folder / "half").touch()
     predict(made / "images", out, made / "model", folds=["0"], part_id=0, n_parts=2)
     assert [path.name for path in out.glob(".scratch*")] == [alive.name]
+
+
+def test_one_image_of_any_kind_from_python(made: Path) -> None:
+    path, expected = made / "images" / "case_0_0000.nii.gz", read(made / "nnunet" / "case_0.nii.gz")
+    image = sitk.ReadImage(str(path))
+    model = load_model(made / "model" / "fold_0" / "checkpoint_final.pth")  # which describes itself
+    assert np.array_equal(predict_one(model, sitk.GetArrayFromImage(image), spacing=SPACING), expected)
+    for given in (path, image, [str(path)]):
+        labels = predict_one(load_model(made / "model", ["0"]), given)
+        assert np.array_equal(sitk.GetArrayFromImage(labels), expected)
+        assert labels.GetOrigin() == image.GetOrigin()
+    chosen = predict_one(model, image, structures=["structure_1", "Structure 2"])
+    assert np.array_equal(sitk.GetArrayFromImage(chosen), np.where(expected < 3, expected, 0))
+    with pytest.raises(UsageError, match="spacing"):
+        predict_one(model, np.zeros((9, 9, 9)))
+
+
+def test_regions_from_python(tmp_path: Path) -> None:
+    labels = {"background": 0, "organs": [1, 2], "spleen": [2]}
+    model = write_model(tmp_path / "model", num_classes=2, labels=labels)
+    path = write_image(tmp_path / "images" / "a_0000.nii.gz", smooth_image((16, 20, 18)), SPACING)
+    predict_with_nnunet(tmp_path / "images", tmp_path / "nnunet", model)
+    found = sitk.GetArrayFromImage(predict_one(model, path))
+    assert np.array_equal(found, read(tmp_path / "nnunet" / "a.nii.gz"))
+
+
+def test_the_examples(made: Path, tmp_path: Path) -> None:
+    dataset = tmp_path / "Dataset009_Example"
+    for name in ("imagesTr", "labelsTr"):
+        shutil.copytree(made / ("images" if name == "imagesTr" else "nnunet"), dataset / name)
+    content = json.loads((made / "model" / "dataset.json").read_text()) | {"numTraining": 2}
+    (dataset / "dataset.json").write_text(json.dumps(content))
+    names = {
+        "model_folder": write_model(tmp_path / "model", num_classes=3),
+        "prediction_folder": made / "nnunet",
+        "dataset_folder": dataset,
+    }
+    for function in (load_model, predict_one, evaluate, parse_memory):
+        globs = {"np": np, "torch": torch, function.__name__: function, **names}
+        (example,) = doctest.DocTestFinder(recurse=False).find(function, globs=globs)
+        assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example) == (0, len(example.examples))
+        assert example.examples

@@ -213,13 +213,13 @@ def _report(
 
 def _table(results: EvaluationResults, tolerance: float) -> PlainTable:
     states = ("missed", "spurious", "absent", "not_annotated")
-    shown = [state for state in states if any(getattr(structure, state) for structure in results.structures)]
+    shown = [state for state in states if any(structure.counts[state] for structure in results.structures)]
     numbers = ("Dice", "NSD", "HD95", "cases", *(state.replace("_", " ") for state in shown))
     title = f"Means over {len(results.cases)} cases"
     caption = f"NSD: surface Dice at {tolerance:g} mm. HD95: in mm, where finite."
     table = PlainTable("structure", *numbers, title=title, caption=caption, numbers=numbers)
     for structure in results.structures:
-        counts = [structure.scored + structure.infinite, *(getattr(structure, state) or "" for state in shown)]
+        counts = [structure.counts["scored"] + structure.infinite, *(structure.counts[state] or "" for state in shown)]
         table.add_row(structure.comparison.name, *_numbers(structure.mean), *map(str, counts))
     table.add_section()
     table.add_row("mean", *_numbers(results.mean))

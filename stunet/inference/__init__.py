@@ -1,8 +1,7 @@
 """Prediction in bounded memory: nnU-Net's labels without nnU-Net's arrays of all logits."""
 
-from stunet.inference.folders import Progress, predict_folder
+from stunet.inference.folders import Progress, parse_memory, predict_folder
 from stunet.inference.images import Case, find_cases, read_geometry
-from stunet.inference.memory import parse_memory
 from stunet.inference.model import Model, load_model, published_model
 from stunet.inference.predictor import Predictor, predict
 

@@ -88,7 +88,8 @@ def write_case(
     for name, values in structures.items() if "masks" in write else ():
         mask, place = scratch / "mask.nii.gz", folder / case.name / "segmentations"
         place.mkdir(parents=True, exist_ok=True)
-        _write_labels(reader, np.isin(labels, values).view(np.uint8), properties, mask)
+        inside = labels == values[0] if len(values) == 1 else np.isin(labels, values)
+        _write_labels(reader, inside.view(np.uint8), properties, mask)
         move_into_place(mask, place / f"{name.replace(os.sep, '_')}.nii.gz")
     problem, spacing = None, properties["spacing"]
     if "statistics" in write or "preview" in write:
@@ -316,18 +317,12 @@ class Manifest:
         folder: Folder of the predictions.
         record: From :func:`check_folder`.
         device: Where the network runs.
-        waiting: Cases that will be predicted. What the manifest says of others is kept where the settings are equal.
+        waiting: Names of cases that will be predicted; what the manifest said of others is kept if settings are equal.
         part: Which of several commands this is; None where it is alone.
     """
 
     def __init__(
-        self,
-        model: Model,
-        folder: Path,
-        record: Mapping[str, Any],
-        device: str,
-        waiting: Sequence[Case],
-        part: int | None = None,
+        self, model: Model, folder: Path, record: dict[str, Any], device: str, waiting: set[str], part: int | None
     ) -> None:
         self._path, self._clock = folder / MANIFEST_NAME, time.monotonic()
         if part is not None:
@@ -336,22 +331,17 @@ class Manifest:
         else:
             for other in folder.glob("manifest.[0-9]*.json"):  # this one describes all cases
                 other.unlink()
-        before, names = _read_manifest(self._path), {case.name for case in waiting}
-        known = before if before.get("settings") == record["settings"] else {}
-        kept = {
-            key: {name: value for name, value in known.get(key, {}).items() if name not in names}
-            for key in ("cases", "failures")
-        }
-        card = {}
+        before = _read_manifest(self._path)
+        kept: dict[str, Any] = {"cases": {}, "failures": {}}
+        for key, of in kept.items() if before.get("settings") == record["settings"] else ():
+            of |= {name: value for name, value in before.get(key, {}).items() if name not in waiting}
+        card, place, checkpoints = {}, model.folder.resolve(), {}
         with suppress(OSError, ValueError):
             card = read_json(model.folder / "model_card.json")
-        place = model.folder.resolve()
-        described: dict[str, Any] = {"name": place.name, "folder": str(place)}
-        described |= {"licence": card.get("licence"), "sources": card.get("sources", [])}
-        described["checkpoints"] = {
-            fold: {"file": path.name, "sha256": record["settings"][f"fold_{fold}"]}
-            for fold, path in model.checkpoints.items()
-        }
+        for fold, path in model.checkpoints.items():
+            checkpoints[fold] = {"file": path.name, "sha256": record["settings"][f"fold_{fold}"]}
+        described = {"name": place.name, "folder": str(place), "licence": card.get("licence")}
+        described |= {"sources": card.get("sources", []), "checkpoints": checkpoints}
         versions = {name: version(name) for name in ("stunet", "nnunetv2", "torch")}
         times = {"started": _now(), "finished": None, "seconds": None}
         self.content = {**record, "versions": versions, "model": described, "device": device, **times, **kept}
@@ -396,13 +386,11 @@ def check_folder(
     again = {case.name for case in own} if changed else set(images)  # the other commands may have other settings
     if staying := sorted(outdated if keep or not known else outdated - again):
         differing = [f"{key}: {_show(settings.get(key))} instead of {_show(known.get(key))}" for key in changed[:3]]
-        said = (
+        what = (
             f"of other {'settings' if changed else 'images'} ({'; '.join(differing)})" if known else "without a record"
         )
-        raise UsageError(
-            f"{folder} has {staying[0]}{ending}, a prediction {said} in {MANIFEST_NAME}: choose another -o, give what "
-            "was given before, or remove the predictions"
-        )
+        said = f"{folder} has {staying[0]}{ending}, a prediction {what} in {MANIFEST_NAME}"
+        raise UsageError(f"{said}: choose another -o, give what was given before, or remove the predictions")
     return {"settings": settings, "images": images if changed else {**of, **images}}, outdated
 
 
@@ -433,17 +421,15 @@ def _show(value: Any) -> str:
 
 def _digest(case: Case) -> str:
     """Digest the images of a case, of gzip files their size and trailer, which has a checksum; "" if unreadable."""
-    digest = hashlib.sha256(b"null")
+    content = b"null"
     with suppress(OSError):  # which reading it will say, and that stops no other case
         for path in (*case.files, *case.slices):  # of another series of a folder it is another one
-            if path.suffix != ".gz":
-                digest.update(file_sha256(path).encode())
-                continue
             with path.open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(size - 8, 0))
-                digest.update(size.to_bytes(8, "little") + file.read(8))
-        return digest.hexdigest()
+                short = size.to_bytes(8, "little") + file.read(8)
+            content += short if path.suffix == ".gz" else file_sha256(path).encode()
+        return hashlib.sha256(content).hexdigest()
     return ""
 
 
