@@ -95,11 +95,7 @@ def evaluate(
 
 
 def read_description(place: Path, option: str = "-m") -> ModelDescription:
-    """Read what the values in a model's segmentations mean.
-
-    Args:
-        place: A model folder, a ``dataset.json``, or a folder of segmentations, beside which nnU-Net writes it.
-        option: Where it was given, for the message.
+    """Read what the values in segmentations mean: of a model folder, a ``dataset.json``, or a folder of segmentations.
 
     Raises:
         DatasetError: There is no ``dataset.json``, or an incomplete one.
@@ -122,14 +118,7 @@ def read_description(place: Path, option: str = "-m") -> ModelDescription:
 def choose_cases(
     dataset: str, split: str, fold: int | None, names: Sequence[str] | None = None, predictions: Path | None = None
 ) -> RawDataset:
-    """Return the dataset to score on, with the cases that were asked for.
-
-    Args:
-        dataset: Id, name, or path of a raw dataset.
-        split: ``train`` or ``test``.
-        fold: A fold whose validation cases are taken.
-        names: Cases; all by default.
-        predictions: A folder; only cases with a segmentation in it are taken.
+    """Return the dataset to score on, with the cases that were asked for, or have a segmentation in ``predictions``.
 
     Raises:
         DatasetError: The dataset is unknown, or cases are missing.
@@ -163,13 +152,6 @@ def compare_labels(
 ) -> tuple[LabelRelation, list[EvaluationCase]]:
     """Relate the model's labels to the dataset's, and return how, and what is to be scored.
 
-    Args:
-        model: What the segmentations' values mean.
-        target: The dataset, with the cases to score.
-        label_map: YAML file, or the name of a published label system.
-        predictions: Folder of the segmentations.
-        tolerance: Tolerance of the normalised surface Dice in mm.
-
     Raises:
         LabelError: A malformed annotation manifest or label map, or nothing that can be compared.
         UsageError: An impossible tolerance.
@@ -196,12 +178,7 @@ def compare_labels(
 
 
 def check_predictions(jobs: Sequence[EvaluationCase], predictions: Path) -> None:
-    """Check that each case has a prediction.
-
-    Raises:
-        DatasetError: One has none.
-        UsageError: No such folder.
-    """
+    """Check that each case has a prediction."""
     if not predictions.is_dir():
         raise UsageError(f"--predictions {predictions} is no such folder")
     missing = [job.prediction for job in jobs if not job.prediction.is_file()]
@@ -310,13 +287,7 @@ class EvaluationResults:
 def score_cases(
     jobs: Sequence[EvaluationCase], *, num_processes: int = 1, on_case: Callable[[], None] = lambda: None
 ) -> EvaluationResults:
-    """Score cases, several at a time. One that fails stops no other.
-
-    Args:
-        jobs: The cases.
-        num_processes: Cases at a time.
-        on_case: Called after each case.
-    """
+    """Score cases, several at a time, and call ``on_case`` after each. One that fails stops no other."""
     scores: dict[str, CaseScores] = {}
     failed: dict[str, STUNetError] = {}
     for job, result in run_jobs(score_case, jobs, num_processes=num_processes):
@@ -331,13 +302,7 @@ def score_cases(
 def collect_results(
     scores: Mapping[str, CaseScores], jobs: Sequence[EvaluationCase], failed: Mapping[str, STUNetError] | None = None
 ) -> EvaluationResults:
-    """Bring the scores of cases together.
-
-    Args:
-        scores: Scores by case, in any order.
-        jobs: What was to be scored; not empty. Cases without scores do not count.
-        failed: Why cases have no scores.
-    """
+    """Bring the scores of cases together; jobs without scores have failed and do not count."""
     by_name = {job.name: job for job in sorted(jobs, key=lambda job: job.name) if job.name in scores}
     cases, structures = {name: scores[name] for name in by_name}, []
     for i, comparison in enumerate(jobs[0].comparisons):

@@ -66,10 +66,9 @@ class EvaluationCase:
         reference: Its label map.
         prediction: The model's segmentation.
         comparisons: What is compared.
-        observed: For each comparison the values that its structures have in this label map; None where the case does
-            not annotate them.
-        target_labels: Values of each structure of the dataset, by name.
-        source_labels: Values of each structure of the model, by name.
+        observed: Values of each comparison's structures in this label map; None where the case does not annotate them.
+        target_labels: Values of each structure of the dataset.
+        source_labels: Values of each structure of the model.
         ignore: The dataset's ignore label: its voxels count for nothing.
         tolerance: Tolerance of the normalised surface Dice in mm.
     """
@@ -86,7 +85,7 @@ class EvaluationCase:
 
 
 class Sides(NamedTuple):
-    """How many pairs of a left and a right structure were looked at in a case, and how many lie the wrong way round."""
+    """How many pairs of a left and a right structure were looked at, and how many lie the wrong way round."""
 
     pairs: int = 0
     reversed: int = 0
@@ -166,11 +165,8 @@ def score_case(case: EvaluationCase) -> CaseScores:
 def volume_scores(tp: int, n_ref: int, n_pred: int, n_voxels: int) -> StructureScore:
     """Scores that need no more than counts of voxels; NSD and HD95 only where a structure is absent.
 
-    Args:
-        tp: Voxels inside the structure in label map and prediction.
-        n_ref: Voxels inside it in the label map.
-        n_pred: Voxels inside it in the prediction.
-        n_voxels: All voxels that count.
+    ``tp`` voxels are inside the structure in label map and prediction, ``n_ref`` and ``n_pred`` in one of them, and
+    ``n_voxels`` count at all.
     """
     fp, fn = n_pred - tp, n_ref - tp
     counts = dict(zip(_COUNTS, (tp, fp, fn, n_voxels - tp - fp - fn, n_pred, n_ref), strict=True))
@@ -184,7 +180,7 @@ def volume_scores(tp: int, n_ref: int, n_pred: int, n_voxels: int) -> StructureS
 def surface_scores(
     reference: Mask, prediction: Mask, spacing: Sequence[float], *, tolerance: float
 ) -> tuple[float, float]:
-    """Normalised surface Dice and 95th percentile Hausdorff distance, both weighted by surface area.
+    """Normalised surface Dice and 95th percentile Hausdorff distance in mm, both weighted by surface area.
 
     They are those of the ``surface-distance`` package: surfaces run between voxel centres, through the eight voxels of
     each cube that the structure does not fill (arXiv 1809.04430, section 4.4). Voxels beyond the arrays are outside.
@@ -194,10 +190,6 @@ def surface_scores(
         prediction: The structure in the prediction, of the same shape; not empty.
         spacing: mm along each axis.
         tolerance: How far surfaces may lie apart and still agree, in mm.
-
-    Returns:
-        Fraction of both surfaces that lies within the tolerance of the other; and the larger of the two distances in
-        mm within which 95% of one surface lies from the other.
     """
     (box,) = find_objects((reference | prediction).astype(np.uint8))
     masks = (np.ascontiguousarray(mask[box]) for mask in (reference, prediction))

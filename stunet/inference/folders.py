@@ -22,7 +22,7 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 
 from stunet.errors import CommandError, DatasetError, STUNetError, UsageError
 from stunet.files import move_into_place, scratch_folder, temporary_path, write_json_files
-from stunet.inference.images import Case, CaseArray, Geometry, convert, find_cases, prepare, read_geometry, save_array
+from stunet.inference.images import Case, CaseArray, Geometry, convert, find_cases, prepare, read_geometry
 from stunet.inference.model import Model
 from stunet.inference.outputs import (
     EXTRAS,
@@ -99,18 +99,16 @@ def predict_folder(
     Args:
         model: The model.
         images: What :func:`find_cases` takes; or the cases themselves, wherever they lie.
-        output: Folder for the predictions, made where it is missing; or of a single case the label map, a name that
-            ends in ``.nii.gz`` or ``.nii``.
+        output: Folder for the predictions; or of a single case the label map, a name in ``.nii.gz`` or ``.nii``.
         structures: Structures to keep; None for all.
-        write: What is written beside labels, see :func:`write_case`: some of ``masks``, ``statistics``, ``preview``
-            and ``names_in_header``.
+        write: What is written beside labels: some of :data:`stunet.inference.outputs.EXTRAS`.
         lowres: Whether labels are written on the network's grid instead of the image's.
         device: Where the network runs.
         budget: Bytes that all processes may take together; None for no limit.
         step_size: Distance between windows as a fraction of the patch.
         mirroring: Whether the axes that the checkpoint allows are mirrored.
         results_on_device: Whether logits are added up on the device too.
-        save_probabilities: Whether nnU-Net's files with probabilities are written; its own predictor does it.
+        save_probabilities: Whether nnU-Net's own predictor shall write its files with probabilities.
         previous_stage: Predictions of a cascade's first stage.
         series: SeriesInstanceUID, where the input is a folder with several DICOM series.
         continue_prediction: Whether cases that are predicted already are left as they are.
@@ -121,8 +119,7 @@ def predict_folder(
         progress: Told of the progress.
 
     Raises:
-        UsageError: An argument that cannot be, a memory budget that is too small, or an output folder with files that
-            were made with other settings and would stay.
+        UsageError: An option that cannot be, too small a memory budget, or predictions with other settings in the way.
         OSError: No room or no permission to write.
         LabelError: A structure that the model does not know.
         CommandError: Cases failed; the others are predicted.
@@ -178,7 +175,7 @@ def predict_folder(
         note, spare = f"Estimated memory: {need / 2**30:.1f} GB", available_bytes()
         if budget is None and spare is not None and need > spare:
             note += f", of which this machine has {spare / 2**30:.1f} GB to spare"
-        if not predictor.plan.exact:
+        if predictor.plan.axis or predictor.plan.average_folds:
             note += "; to fit, logits are added up in another order than nnU-Net's: of two equal ones either may win"
         progress.note(note)
     with ExitStack() as stack:
@@ -288,7 +285,7 @@ def _labelled(
                 raise prepared
             labels, properties = label(prepared)
             path = prepared.path.with_name("labels.npy")
-            save_array(path, labels)
+            np.save(path, labels)
         except Exception as error:  # whatever it is, the other cases can do without this one
             fail(case, error)
         else:
@@ -321,7 +318,7 @@ def _label_stock(
 def _describe(error: Exception) -> str:
     if isinstance(error, STUNetError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (None, errno.ENOSPC, errno.EFBIG, errno.EDQUOT):  # None: numpy's
         return f"the disk is full: {error}"
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {said[:300]}"
@@ -335,16 +332,8 @@ def plan_memory(
 ) -> tuple[MemoryPlan, int]:
     """Choose the first plan that fits: nnU-Net's order of additions before any other, and processes that overlap first.
 
-    Args:
-        predictor: How is predicted.
-        geometries: Images to predict, from their headers.
-        budget: Bytes for all processes together; None for what the machine has to spare, and the least where even that
-            is not enough.
-        n_preparing: Processes that may prepare.
-        n_writing: Processes that may write.
-
-    Returns:
-        The plan, and the bytes that it is estimated to take.
+    Without a budget, the plan must fit in what the machine has to spare, or is the least. Also return the bytes that it
+    is estimated to take.
 
     Raises:
         UsageError: None fits; names the least that works.
@@ -414,12 +403,8 @@ def _network_bytes(predictor: Predictor) -> int:
 def parse_memory(text: str, option: str = "--memory") -> int:
     """Read a size such as ``8GB``, ``700M`` or ``0.5TB`` as bytes; 1 GB is 1024^3 bytes.
 
-    Args:
-        text: The size.
-        option: Where it stands, for the message.
-
     Raises:
-        UsageError: No such size.
+        UsageError: No such size; names the option that it was given with.
 
     >>> parse_memory("1.5GB") / 2**30
     1.5

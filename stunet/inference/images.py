@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import re
@@ -122,10 +121,6 @@ def find_cases(
 def read_geometry(case: Case, n_channels: int) -> Geometry:
     """Read and check the headers of a case.
 
-    Args:
-        case: The case.
-        n_channels: Channels that the model takes.
-
     Raises:
         DatasetError: Another number of channels, a file that is no image, more or fewer axes than three (or two),
             impossible spacings, or channels of different size.
@@ -149,11 +144,7 @@ def read_geometry(case: Case, n_channels: int) -> Geometry:
 
 @contextmanager
 def readable(source: object, problem: str = "cannot be read") -> Iterator[None]:
-    """Name the image where reading it fails: readers raise whatever they like for files that are none.
-
-    Raises:
-        DatasetError: Reading failed.
-    """
+    """Name the image where reading it fails: readers raise whatever they like for files that are none."""
     try:
         yield
     except STUNetError:
@@ -243,30 +234,26 @@ def _slice_header(path: Path) -> Any:
 def _slice_grid(slices: Sequence[Path]) -> tuple[list[int], tuple[float, float, float], npt.NDArray[np.float64]]:
     """Order of the slices, spacing ``(Z, Y, X)``, and directions of the axes X, Y and Z, one in each row.
 
-    Raises:
-        DatasetError: The slices make no regular grid: some are missing, doubled, tilted or of another kind.
+    Slices that make no regular grid are refused: some are missing, doubled, tilted or of another kind.
     """
     irregular = f"{slices[0].parent} is no regular volume: "
     remedy = "; add missing slices, or make a NIfTI file of the right ones, for example with dcm2niix"
-    sizes, numbers, positions = [], [], []
+    rows = []
     for path in slices:
         with readable(path):
             header = _slice_header(path)
             place, axes = ([float(v) for v in header.GetMetaData(t).split("\\")] for t in ("0020|0032", "0020|0037"))
-        sizes.append(header.GetSize())
-        numbers.append([*header.GetSpacing()[:2], *axes])
-        positions.append(place)
-    for path, size, described in zip(slices, sizes, numbers, strict=True):
-        if size != sizes[0] or not np.allclose(described, numbers[0], atol=1e-3):
-            names = f"{path.name} and {slices[0].name}"
-            raise DatasetError(f"{irregular}{names} differ in size, spacing of pixels or orientation{remedy}")
-    if len(slices) < 2 or sizes[0][2:] not in ((), (1,)):
+            rows.append([*(*header.GetSize(), 1)[:3], *header.GetSpacing()[:2], *axes, *place])
+    table = np.array(rows)
+    if len(other := np.flatnonzero(np.abs(table - table[0])[:, :11].max(axis=1) > 1e-3)):
+        names = f"{slices[other[0]].name} and {slices[0].name}"
+        raise DatasetError(f"{irregular}{names} differ in size, spacing of pixels or orientation{remedy}")
+    if len(slices) < 2 or rows[0][2] != 1:
         raise DatasetError(f"{irregular}one file alone, which holds one slice or all of them{remedy}")
-    x, y, *axes = numbers[0]
-    row, column = np.array(axes).reshape(2, 3)
+    x, y, row, column, places = *rows[0][3:5], table[0, 5:8], table[0, 8:11], table[:, 11:]
     normal = np.cross(row, column)
-    order = np.argsort(np.array(positions) @ normal, kind="stable")
-    places = np.array(positions)[order]
+    order = np.argsort(places @ normal, kind="stable")
+    places = places[order]
     gaps = np.diff(places @ normal)
     distance, usual = float(gaps.mean()), float(np.median(gaps))
     off = np.linalg.norm(places - places[0] - np.outer(np.arange(len(slices)) * distance, normal), axis=1).max()
@@ -344,13 +331,12 @@ def prepare(case: Case, model: Model, scratch: Path) -> CaseArray:
 
     Raises:
         DatasetError: The files cannot be read, hold values that are no numbers, or cannot be preprocessed.
-        OSError: The disk is full.
     """
     converted = convert(case, model, scratch)
     read = [read_images(converted.case, model)]
     with readable(case.name, "cannot be preprocessed"):
         image, properties = preprocess(model, read)
-    save_array(converted.path, image)
+    np.save(converted.path, image)
     return CaseArray(converted.case, converted.path, properties)
 
 
@@ -362,15 +348,9 @@ def convert(case: Case, model: Model, scratch: Path) -> CaseArray:
 
 
 def preprocess(model: Model, read: list[tuple[npt.NDArray[Any], dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
-    """Bring an image to the network's grid as nnU-Net does.
+    """Bring an image ``(C, Z, Y, X)`` to the network's grid as nnU-Net does, and return it with nnU-Net's properties.
 
-    Args:
-        model: The model.
-        read: Voxels ``(C, Z, Y, X)`` and what is noted of their grid. The list is emptied: it has the only reference
-            to the voxels, so that they are freed once nnU-Net has its own copy.
-
-    Returns:
-        The image ``(C, X, Y, Z)``, and what nnU-Net notes of the original grid.
+    The list is emptied: it has the only reference to the voxels, so that they are freed once nnU-Net has its own copy.
     """
     configuration, properties = _LowMemoryConfiguration(model.configuration_manager.configuration), read[0][1]
     image, _, properties = configuration.preprocessor_class(verbose=False).run_case_npy(
@@ -389,17 +369,3 @@ def read_images(case: Case, model: Model) -> tuple[npt.NDArray[np.float32], dict
     if n_bad := sum(int(plane.size - np.isfinite(plane).sum()) for channel in voxels for plane in channel):
         raise not_numbers(case.name, n_bad)
     return voxels, properties
-
-
-def save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """Save an array.
-
-    Raises:
-        OSError: The disk is full; names the file.
-    """
-    try:
-        np.save(path, array)
-    except OSError as error:
-        if error.errno is None:  # numpy only says how many bytes it could not write
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        raise

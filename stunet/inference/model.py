@@ -104,11 +104,7 @@ class Model:
 
     @cached_property
     def networks(self) -> list[nn.Module]:
-        """The networks of all folds with their weights, in evaluation mode.
-
-        Raises:
-            CheckpointError: Weights that do not fit the network, or a trainer that is not installed.
-        """
+        """The networks of all folds with their weights, in evaluation mode."""
         networks = []
         for fold in self.checkpoints:
             weights, network = self.weights(fold), self.build_network()
@@ -122,11 +118,7 @@ class Model:
         return self.networks[0]
 
     def weights(self, fold: str) -> dict[str, Tensor]:
-        """Map the weights of a fold from its file.
-
-        Raises:
-            CheckpointError: The file cannot be read, or its weights do not fit the network, which takes no memory yet.
-        """
+        """Map the weights of a fold from its file; they must fit the network, which takes no memory yet."""
         weights: dict[str, Tensor] = read_checkpoint(self.checkpoints[fold])["network_weights"]
         with torch.device("meta"):
             network = self.build_network()
@@ -138,24 +130,17 @@ class Model:
         """Build the network without its weights, as the trainer does for prediction.
 
         Raises:
-            CheckpointError: The plans name a class that is not trusted, or the trainer is not installed.
+            CheckpointError: The trainer is not installed.
             PlansError: No network can be built of the plans.
         """
-        said = "not found"
         try:
             trainer: Any = recursive_find_trainer_class_by_name(self.trainer_name)
         except (RuntimeError, ImportError) as error:
-            trainer, said = None, str(error).partition("\n")[0][:200]
-        if trainer is None:
-            raise CheckpointError(
-                f"the trainer {self.trainer_name} of {self.folder} is not installed ({said}): set nnUNet_extTrainer to "
-                "the folder with it"
-            )
+            said = f"the trainer {self.trainer_name} of {self.folder} is not installed"
+            raise CheckpointError(f"{said} ({error}): set nnUNet_extTrainer to the folder with it") from error
         with reading(self.folder, "a model folder that nnU-Net cannot use", PlansError):
             plans, configuration = self.plans_manager, self.configuration_manager
             n_in = determine_num_input_channels(plans, configuration, self.dataset_json)
-            architecture = configuration.configuration.get("architecture")
-            check_network(architecture, source=f"{self.folder / 'plans.json'}", trust=self.trust)
             described: tuple[Any, ...] = (plans, configuration)
             if "plans_manager" not in inspect.signature(trainer.build_network_architecture).parameters:
                 described = (  # as trainers before nnU-Net 2.6 want it
@@ -271,10 +256,6 @@ def _check(model: Model) -> None:
 
 def published_model(entry: WeightsEntry, listener: Listener | None = None) -> Path:
     """Return the model folder of published weights in the cache; fetch and convert them where that was not done.
-
-    Args:
-        entry: The weights.
-        listener: Told of the progress.
 
     Raises:
         CheckpointError: A file is not the published one.

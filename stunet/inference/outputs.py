@@ -53,16 +53,9 @@ def write_case(
 ) -> tuple[dict[str, dict[str, Any]], str | None]:
     """Write all files of a case whose labels were predicted.
 
-    Args:
-        labelled: The labels.
-        model: The model.
-        folder: Folder of the predictions.
-        structures: Label values of the structures that are kept, by name.
-        write: ``masks``, one for each structure in ``CASE/segmentations/NAME.nii.gz`` as TotalSegmentator lays them
-            out; ``statistics``, volume and mean intensity of each structure in ``statistics/CASE.json``; ``preview``,
-            three planes through the image with the labels over them in ``previews/CASE.png``; and ``names_in_header``,
-            the structures' names in the header of the label map.
-        lowres: Whether labels are on the network's grid instead of the image's.
+    These are ``masks``, one for each structure in ``CASE/segmentations/NAME.nii.gz`` as TotalSegmentator lays them out;
+    ``statistics``, volume and mean intensity of each structure; ``preview``, three planes through the image with the
+    labels over them; and ``names_in_header``, the structures' names in the header of the label map.
 
     Returns:
         Labels, voxels and volume of each structure that was found; and what is missing and why, as a picture that
@@ -127,13 +120,7 @@ def restrict(labels: Array, structures: Structures) -> Array:
 def measure(
     labels: Array, structures: Structures, spacing: Sequence[float], image: Iterable[Array] = ()
 ) -> dict[str, dict[str, Any]]:
-    """Measure the structures of a case.
-
-    Args:
-        labels: ``(Z, Y, X)``.
-        structures: Label values of each structure.
-        spacing: mm between voxels along ``(Z, Y, X)``.
-        image: Original intensities, ``(Z, Y, X)`` of each channel.
+    """Measure the structures of labels ``(Z, Y, X)``, with an image of any number of channels ``(Z, Y, X)``.
 
     Returns:
         For each structure ``labels``, ``voxels``, ``volume_ml`` (None where the image is flat) and ``mean_intensity``:
@@ -163,11 +150,7 @@ def find_structures(labels: Array, structures: Structures, spacing: Sequence[flo
 
 
 def collect_statistics(folder: Path, path: Path) -> None:
-    """Write a table of all cases that were measured, one row for each case and structure.
-
-    Args:
-        folder: With one JSON file for each case.
-        path: CSV file to write.
+    """Write a CSV table of the JSON files of all cases that were measured, one row for each case and structure.
 
     Raises:
         DatasetError: A file in the folder that was not written by this command.
@@ -189,15 +172,10 @@ def collect_statistics(folder: Path, path: Path) -> None:
 def coarse_grid(
     properties: Mapping[str, Any], shape: Sequence[int], transpose_backward: Sequence[int]
 ) -> tuple[dict[str, Any], tuple[slice, ...]]:
-    """What a reader would note of an image on the network's grid, which begins and ends where the cropped image does.
-
-    Args:
-        properties: What nnU-Net's reader and preprocessing noted of the image.
-        shape: Voxels of the network's grid, axes in the order of the reader.
-        transpose_backward: From the network's axes to the reader's.
+    """Describe the network's grid in the order of the reader's axes; it begins and ends where the cropped image does.
 
     Returns:
-        The properties, for the reader's ``write_seg``; and the part of the image that was not cropped.
+        What a reader would note of an image on it, for ``write_seg``; and the part of the image that was not cropped.
     """
     crop = tuple(slice(*properties["bbox_used_for_cropping"][i]) for i in transpose_backward)
     ratio = np.array([(part.stop - part.start) / n for part, n in zip(crop, shape, strict=True)])
@@ -263,17 +241,7 @@ def draw_preview(
     title: str,
     planes: Sequence[str],
 ) -> None:
-    """Draw the planes along each axis that hold most labelled voxels.
-
-    Args:
-        image: ``(Z, Y, X)``.
-        labels: ``(Z, Y, X)``.
-        structures: Label values of each structure; those with voxels are in the legend.
-        spacing: mm between voxels along ``(Z, Y, X)``, for the proportions.
-        path: PNG to write.
-        title: Name of the case.
-        planes: Names of the planes across ``(Z, Y, X)``; see :func:`stunet.datasets.plane_names`.
-    """
+    """Draw the planes of ``(Z, Y, X)`` along each axis that hold most labelled voxels, with a legend."""
     import matplotlib as mpl  # spares the other processes matplotlib
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -310,15 +278,8 @@ class Manifest:
     """``manifest.json``: what the predictions of a folder were made with and of, and what is in them.
 
     It is written again after each case. Where several commands share the folder, ``manifest.json`` has only what they
-    agree on, and each of them writes a ``manifest.PART.json`` like that of a command that is alone.
-
-    Args:
-        model: The model.
-        folder: Folder of the predictions.
-        record: From :func:`check_folder`.
-        device: Where the network runs.
-        waiting: Names of cases that will be predicted; what the manifest said of others is kept if settings are equal.
-        part: Which of several commands this is; None where it is alone.
+    agree on, and each of them writes a ``manifest.PART.json`` like that of a command that is alone. What it said of
+    cases that are not ``waiting`` is kept where the settings are equal.
     """
 
     def __init__(
@@ -364,13 +325,7 @@ def check_folder(
 ) -> tuple[dict[str, Any], set[str]]:
     """Return what a manifest must say, and the cases whose predictions it will not describe: they are predicted again.
 
-    Args:
-        folder: Folder of the predictions.
-        ending: Of label maps.
-        settings: All that changes the files of a case.
-        cases: All cases of the input.
-        own: Those of this command, where several share them.
-        keep: Whether predictions that are there stay.
+    ``own`` are the cases of this command, where several share them, and ``keep`` says whether predictions stay.
 
     Raises:
         UsageError: The folder has predictions that the manifest would not describe and that would stay.

@@ -52,11 +52,6 @@ class MemoryPlan:
     n_preparing: int = 0
     n_writing: int = 0
 
-    @property
-    def exact(self) -> bool:
-        """Whether logits are added up in nnU-Net's order."""
-        return self.axis == 0 and not self.average_folds
-
 
 @dataclass
 class Predictor:
@@ -130,18 +125,11 @@ class Predictor:
         properties: Mapping[str, Any],
         on_window: Callable[[int], None] = lambda n_windows: None,
     ) -> Labels:
-        """Predict a prepared image.
+        """Predict a prepared image ``(C, X, Y, Z)``, which may be mapped from a file; return labels on the original grid.
 
-        The labels are those of nnU-Net's predictor, which holds all logits on both grids. With planes along the first
-        axis even the order of its additions is kept; along another one the last bit of a logit may differ.
-
-        Args:
-            image: ``(C, X, Y, Z)`` on the network's grid. May be mapped from a file.
-            properties: What nnU-Net's preprocessing noted of the original grid.
-            on_window: Called after each window with the number of all.
-
-        Returns:
-            Labels on the original grid, or the network's, axes in the order of the image's reader.
+        The labels are those of nnU-Net's predictor, which holds all logits on both grids. With planes along the first axis
+        even the order of its additions is kept; along another one the last bit of a logit may differ. ``on_window`` is
+        called after each window with the number of all.
         """
         run = partial(self._predict, image, properties, on_window)
         if self.results_on_device and self.device.type != "cpu":
@@ -252,11 +240,7 @@ def predict(
 
 
 def choose_structures(model: Model, names: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
-    """Return label values of the model's structures, or of those with these names, in any usual spelling.
-
-    Raises:
-        LabelError: A name that the model does not know.
-    """
+    """Return label values of the model's structures, or of those with these names, in any usual spelling."""
     known = model.structures
     if names is None:
         return known

@@ -66,7 +66,7 @@ def resample_image(
     force_separate_z: bool | None = None,
     **threshold: float,
 ) -> Image:
-    """Resample an image as nnU-Net's ``resample_data_or_seg_to_shape`` does with ``order_z`` 0.
+    """Resample an image ``(C, X, Y, Z)`` as nnU-Net's ``resample_data_or_seg_to_shape`` does with ``order_z`` 0.
 
     Args:
         image: ``(C, X, Y, Z)``.
@@ -74,8 +74,7 @@ def resample_image(
         spacing: mm between voxels.
         new_spacing: mm between voxels of the result.
         order: Order of the spline.
-        force_separate_z: Whether the planes along one axis are resampled each by itself; None where nnU-Net shall
-            decide by the spacings.
+        force_separate_z: Whether the planes along one axis are resampled each by itself; None for nnU-Net's choice.
         **threshold: ``separate_z_anisotropy_threshold`` where it is not nnU-Net's own.
     """
     new_shape = tuple(int(n) for n in new_shape)
@@ -170,16 +169,9 @@ def axis_maps(
     force_separate_z: bool | None = None,
     **threshold: float,
 ) -> tuple[AxisMap, AxisMap, AxisMap]:
-    """How ``resample_data_or_seg_to_shape`` of nnU-Net places voxels when its order is 1.
+    """Place voxels as ``resample_data_or_seg_to_shape`` of nnU-Net does when its order is 1.
 
-    Args:
-        shape: Voxels ``(X, Y, Z)`` of the logits.
-        new_shape: Voxels of the labels.
-        spacing: mm between voxels of the logits.
-        new_spacing: mm between voxels of the labels.
-        order_z: 0 for the nearest plane along an axis that is resampled separately, 1 for linear there too.
-        force_separate_z: Whether one axis is; None where nnU-Net shall decide by the spacings.
-        **threshold: ``separate_z_anisotropy_threshold`` where it is not nnU-Net's own.
+    With ``order_z`` 0 an axis that is resampled separately takes the nearest plane, with 1 it is linear there too.
     """
     separate, axis = determine_do_sep_z_and_axis(force_separate_z, spacing, new_spacing, **threshold)
     nearest = [separate and order_z == 0 and axis == i for i in range(3)]

@@ -45,13 +45,7 @@ class WindowGrid:
 
 
 def window_grid(image_size: Sequence[int], patch_size: Sequence[int], step_size: float) -> WindowGrid:
-    """Place windows as nnU-Net does.
-
-    Args:
-        image_size: Voxels ``(X, Y, Z)``, along no axis fewer than the patch has.
-        patch_size: Voxels of the patch, ``(X, Y, Z)`` or ``(Y, Z)``.
-        step_size: Distance between windows as a fraction of the patch.
-    """
+    """Place windows as nnU-Net does: in an image of ``(X, Y, Z)`` voxels, along no axis fewer than the patch has."""
     flat = len(patch_size) == 2
     steps = compute_steps_for_sliding_window(image_size[-len(patch_size) :], patch_size, step_size)
     if flat:
@@ -114,12 +108,7 @@ def predict_planes(
 
 
 def mirror_and_predict(network: nn.Module, axes: Sequence[int] | None) -> Callable[[Tensor], Tensor]:
-    """A network whose logits are the mean over all mirror images of its input, as nnU-Net's predictor takes it.
-
-    Args:
-        network: From ``(1, C, X, Y, Z)`` to ``(1, K, X, Y, Z)``.
-        axes: Axes that are mirrored, 0 for ``X``; None or none of them for no mirroring.
-    """
+    """Return a network whose logits are the mean over all mirror images of its input, as in nnU-Net's predictor."""
     combined = [
         [a + 2 for a in subset] for n in range(1, len(axes or ()) + 1) for subset in combinations(axes or (), n)
     ]
@@ -142,11 +131,7 @@ def mirror_and_predict(network: nn.Module, axes: Sequence[int] | None) -> Callab
 
 
 def average(networks: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
-    """One network whose logits are the mean of those of several, taken window by window.
-
-    Args:
-        networks: From ``(1, C, X, Y, Z)`` to ``(1, K, X, Y, Z)``.
-    """
+    """Return one network whose logits are the mean of those of several, taken window by window."""
 
     def predict(image: Tensor) -> Tensor:
         with torch.inference_mode():
