@@ -12,8 +12,8 @@ from torch import nn
 
 from stunet.errors import UsageError
 from stunet.inference import Predictor, load_model, parse_memory
-from stunet.inference.images import Geometry
 from stunet.inference.folders import available_bytes, plan_memory
+from stunet.inference.images import Geometry
 from stunet.network import estimate, peak_forward_bytes
 
 GB = 2**30

@@ -140,7 +140,7 @@ def predict_folder(
     places = [output] if is_file else [output / f"{case.name}{ending}" for case in found]
     for wrong, said in (
         (not 0 < step_size <= 1, f"-step_size {step_size} is not above 0 and at most 1"),
-        (part_id >= n_parts, f"-part_id {part_id} is not one of 0 to {n_parts - 1}, below -num_parts"),
+        (not 0 <= part_id < n_parts, f"-part_id {part_id} is not one of 0 to {n_parts - 1}, below -num_parts"),
         (first_stage and not previous_stage, f"the model takes predictions of {first_stage}: -prev_stage_predictions"),
         ("masks" in write and not volumes, f"--masks are NIfTI files, but the model's images {ending}"),
         ("names_in_header" in write and ending not in NIFTI_ENDINGS, f"--names-in-header is for NIfTI, not {ending}"),
