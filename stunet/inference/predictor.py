@@ -265,8 +265,8 @@ def network_spacing(model: Model, spacing: Sequence[float]) -> list[float]:
 #
 # Logits come plane by plane, of which no more are in memory than the sliding window is thick: windows are visited in
 # the order of their position along one axis. Once all that reach a plane were seen, it is normalised and given away,
-# and its memory serves the plane that is one window further on. Weights, positions and precision are nnU-Net's: with the
-# first axis also the order of all additions is, and so is every bit of the result.
+# and its memory serves the plane that is one window further on. Weights, positions and precision are nnU-Net's: with
+# the first axis also the order of all additions is, and so is every bit of the result.
 
 
 @dataclass(frozen=True)
