@@ -35,7 +35,7 @@ from stunet.inference.outputs import (
     remove_predictions,
     write_case,
 )
-from stunet.inference.predictor import VOLUME_READERS, Labels, MemoryPlan, Predictor, choose_structures, network_spacing
+from stunet.inference.predictor import Labels, MemoryPlan, Predictor, choose_structures, network_spacing
 from stunet.network import peak_forward_bytes
 from stunet.processes import in_order
 from stunet.volumes import NIFTI_ENDINGS
@@ -128,10 +128,8 @@ def predict_folder(
     predictor = Predictor(model, torch.device(device), step_size, mirroring, results_on_device, lowres)
     folds = f"{len(model.checkpoints)} fold{'s' * (len(model.checkpoints) > 1)}"
     progress.note(f"Model {model.folder}, {folds} ({', '.join(model.checkpoints)})")
-    volumes = model.plans_manager.image_reader_writer_class.__name__ in VOLUME_READERS
     stock = "probabilities are asked for" if save_probabilities else predictor.why_stock
-    n_channels = model.n_channels if volumes else 1
-    found = find_cases(images, ending, n_channels, series) if isinstance(images, Path) else list(images)
+    found = find_cases(images, model, series) if isinstance(images, Path) else list(images)
     own = found[part_id::n_parts]
     is_file = output.name.endswith(NIFTI_ENDINGS) and not output.is_dir()
     beside = output.with_name(f"{output.name.removesuffix(ending)}.{MANIFEST_NAME}")
@@ -142,7 +140,7 @@ def predict_folder(
         (not 0 < step_size <= 1, f"-step_size {step_size} is not above 0 and at most 1"),
         (not 0 <= part_id < n_parts, f"-part_id {part_id} is not one of 0 to {n_parts - 1}, below -num_parts"),
         (first_stage and not previous_stage, f"the model takes predictions of {first_stage}: -prev_stage_predictions"),
-        ("masks" in write and not volumes, f"--masks are NIfTI files, but the model's images {ending}"),
+        ("masks" in write and not model.reads_volumes, f"--masks are NIfTI files, but the model's images {ending}"),
         ("names_in_header" in write and ending not in NIFTI_ENDINGS, f"--names-in-header is for NIfTI, not {ending}"),
         (lowres and stock, f"--lowres needs a model that is predicted plane by plane, but {stock}"),
         (not is_file and output.exists() and not output.is_dir(), f"-o {output} is no folder"),
@@ -165,8 +163,8 @@ def predict_folder(
     waiting = [case for case in own if not (continue_prediction and case in done)]
     progress.planned(len(waiting), len(own) - len(waiting))
     failures: dict[str, str] = {}
-    geometries = _read_geometries(waiting, model, failures, progress) if volumes else {}
-    ready = list(geometries) if volumes else waiting
+    geometries = _read_geometries(waiting, model, failures, progress) if model.reads_volumes else {}
+    ready = list(geometries) if model.reads_volumes else waiting
     if stock is not None:
         progress.note(f"Predicted by nnU-Net's own predictor, which holds all logits, since {stock}.")
     elif ready:

@@ -70,22 +70,20 @@ class Geometry:
         return math.prod(self.shape)
 
 
-def find_cases(
-    images: str | os.PathLike[str], file_ending: str, n_channels: int = 1, series: str | None = None
-) -> list[Case]:
+def find_cases(images: str | os.PathLike[str], model: Model, series: str | None = None) -> list[Case]:
     """Find the cases of an input.
 
     Args:
         images: A folder with ``NAME_0000.nii.gz``, ``NAME_0001.nii.gz``, … as nnU-Net names the channels of cases; a
             folder of images with other names, one for each case, where there is one channel; one such image; or the
             folder of a DICOM series.
-        file_ending: As in ``dataset.json``. Models of NIfTI, MetaImage or NRRD files take all three formats.
-        n_channels: Files of a case.
+        model: The model. Those of NIfTI, MetaImage or NRRD files take all three formats.
         series: SeriesInstanceUID of the DICOM series to take.
 
     Raises:
         UsageError: No such input, no images in it, two of one name, or more than one DICOM series.
     """
+    file_ending, n_channels = model.file_ending, model.n_channels if model.reads_volumes else 1
     images = Path(images).resolve()
     if not images.exists():
         raise UsageError(f"the input {images} is missing: correct -i")

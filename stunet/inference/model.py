@@ -37,6 +37,7 @@ from stunet.weights import (
 )
 
 CHECKPOINT = "checkpoint_final.pth"
+_VOLUME_READERS = {"SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient"}
 
 
 @dataclass
@@ -93,8 +94,13 @@ class Model:
         return str(self.dataset_json["file_ending"])
 
     @property
+    def reads_volumes(self) -> bool:
+        """Whether its images are volumes, one channel a file."""
+        return self.plans_manager.image_reader_writer_class.__name__ in _VOLUME_READERS
+
+    @property
     def n_channels(self) -> int:
-        """Images of a case."""
+        """Channels of an image."""
         return len(self.dataset_json.get("channel_names", self.dataset_json.get("modality", ())))
 
     @property

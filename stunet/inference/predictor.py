@@ -22,14 +22,12 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compu
 from torch import Tensor, nn
 
 from stunet.errors import CheckpointError, LabelError, UsageError
-from stunet.inference.images import Case, as_nifti, preprocess, read_geometry, read_images
+from stunet.inference.images import Case, as_nifti, find_cases, preprocess, read_geometry, read_images
 from stunet.inference.model import Model, load_model
 from stunet.inference.outputs import restrict
 from stunet.inference.resampling import LabelResampler, axis_maps, is_default_resampling
 from stunet.labels import match_names
 
-#: Readers that give volumes, one channel a file.
-VOLUME_READERS = {"SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient"}
 #: Elements that are added at a time on a CPU: PyTorch makes a copy in single precision of what it adds to.
 _CHUNK_ELEMENTS = 2**18
 _CPU = torch.device("cpu")
@@ -111,7 +109,6 @@ class Predictor:
         """Why the model's logits cannot be turned into labels plane by plane; None where they can."""
         configuration: Mapping[str, Any] = self.model.configuration_manager.configuration
         options = configuration["resampling_fn_probabilities_kwargs"]
-        reader = self.model.plans_manager.image_reader_writer_class.__name__
         if self.model.label_manager.has_regions:
             return "it was trained on regions that overlap"
         if self.model.configuration_manager.previous_stage_name is not None:
@@ -120,7 +117,7 @@ class Predictor:
             return f"its plans resample probabilities with {configuration['resampling_fn_probabilities']}"
         if options.get("order", 3) != 1 or options.get("order_z", 0) not in (0, 1):
             return f"its plans resample probabilities with order {options.get('order', 3)}, not 1"
-        return None if reader in VOLUME_READERS else f"its images are read by {reader}"
+        return None if self.model.reads_volumes else "its images are no volumes"
 
     def predict(
         self,
@@ -194,8 +191,8 @@ def predict(
 
     Args:
         model: A model, or what :func:`load_model` takes.
-        image: An array ``(Z, Y, X)`` or ``(C, Z, Y, X)``; or a SimpleITK image or the path of an image, and of several
-            channels a list of one for each.
+        image: An array ``(Z, Y, X)`` or ``(C, Z, Y, X)``; a SimpleITK image, or of several channels a list of them or
+            of files; or the path of an image, or the folder of a DICOM series.
         spacing: mm between the voxels of an array along ``(Z, Y, X)``.
         structures: Names of structures to keep; None for all.
         device: Where the network runs.
@@ -229,13 +226,20 @@ def predict(
             raise UsageError(f"spacing is {spacing}: give the mm between the voxels of the array along (Z, Y, X)")
         return label(image.reshape(-1, *image.shape[-3:]), {"spacing": [float(side) for side in spacing]})
     with TemporaryDirectory() as folder:
-        files = []
-        for channel, given in enumerate(image if isinstance(image, list | tuple) else [image]):
-            files.append(Path(folder) / f"{channel}.nii" if isinstance(given, sitk.Image) else Path(given))
-            if isinstance(given, sitk.Image):
-                sitk.WriteImage(given, str(files[-1]))
-        case = as_nifti(Case("image", tuple(files)), model.file_ending, Path(folder))
-        read_geometry(case, model.n_channels)
+        if isinstance(image, str | os.PathLike):
+            case, *others = find_cases(image, model)
+            if others:
+                raise UsageError(f"{os.fspath(image)} has {len(others) + 1} images: give one, or use predict_folder")
+        else:
+            files = []
+            for channel, given in enumerate(image if isinstance(image, list | tuple) else [image]):
+                files.append(Path(folder) / f"{channel}.nii" if isinstance(given, sitk.Image) else Path(given))
+                if isinstance(given, sitk.Image):
+                    sitk.WriteImage(given, str(files[-1]))
+            case = Case("image", tuple(files))
+        if model.reads_volumes:
+            read_geometry(case, model.n_channels)
+        case = as_nifti(case, model.file_ending, Path(folder))
         voxels, properties = read_images(case, model)
         written = str(Path(folder) / f"labels{model.file_ending}")
         model.plans_manager.image_reader_writer_class().write_seg(label(voxels, properties), written, properties)
