@@ -21,6 +21,7 @@ from stunet.evaluation.evaluate import orientation_warnings
 from stunet.evaluation.scores import CaseOrientation, Sides, surface_scores
 from stunet.labels import Comparison, relate_labels, structure_values
 from stunet.reports import read_dice
+from stunet.volumes import read_labels
 
 
 def write(path: Path, labels: Any, *, spacing: Any = (1, 1, 1), origin: Any = (0, 0, 0), direction: Any = None) -> Path:
@@ -260,6 +261,10 @@ def test_rounding_is_no_other_grid(tmp_path: Path) -> None:
     reference = write(tmp_path / "r.nii.gz", np.zeros((4, 5, 6)), **grid)
     prediction = write(tmp_path / "p.nrrd", np.zeros((4, 5, 6)), **{**grid, "origin": (-100.3, 51.7001, 8)})
     score_case(make_case(reference, prediction, {"a": 1}, {"a": 1}))
+    # The two formats' axes are told by SimpleITK and by nibabel's header alike; its x and y run the other way.
+    for path in (reference, prediction):
+        corner = np.array(sitk.ReadImage(str(path)).TransformIndexToPhysicalPoint((5, 4, 3))) * (-1, -1, 1)
+        assert (read_labels(path).affine @ [5, 4, 3, 1])[:3] == pytest.approx(corner, abs=1e-3)
 
 
 def test_values_that_nothing_lists(tmp_path: Path) -> None:
