@@ -7,16 +7,17 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from threading import Thread
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from stunet.errors import CommandError, STUNetError
 
-__all__ = ["Worker", "end_with_children", "run_jobs", "worthwhile_processes"]
+__all__ = ["end_with_children", "in_order", "run_jobs", "worthwhile_processes"]
 
 _MOST_PROCESSES = 8  # by default: each needs memory, and what they read comes from one disk
 
@@ -46,86 +47,69 @@ def run_jobs(
         for job in jobs:
             yield job, _call(function, job)
         return
-    executor = ProcessPoolExecutor(
-        num_processes, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent
-    )
+    executor = _spawn(num_processes)
     try:
         futures = {executor.submit(_call, function, job): job for job in jobs}
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool:
         raise CommandError(
-            "a process ended without a word",
-            got=f"one of {num_processes} processes was killed",
-            expected="processes that run to their end",
-            remedy="Where memory has run out, take fewer processes with -np. Finished work is kept.",
+            f"one of {num_processes} processes was killed: where memory has run out, take fewer with -np"
         ) from None
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-class Worker:
-    """Does one job after another beside the process that it belongs to, and is replaced when it dies of one.
+def in_order(
+    function: Callable[[Job], Result], jobs: Iterable[Job], *, num_processes: int
+) -> Iterator[tuple[Job, Result | Exception]]:
+    """Call a function on each job and yield job and result in the jobs' order, while later jobs are worked on.
 
     Args:
-        spawned: Whether it is a process of its own. Otherwise jobs are done in this one, when their result is asked
-            for, which saves a process's memory and its start.
+        function: A module's function, or a ``functools.partial`` of one; must pickle.
+        jobs: Its arguments, taken one by one: as many as there are processes wait for their result to be asked for.
+        num_processes: Processes beside this one; 0 works in this one.
+
+    Yields:
+        A job, and what the function returned or raised; a :class:`CommandError` where its process was killed.
     """
+    if not num_processes:
+        yield from ((job, _outcome(partial(function, job))) for job in jobs)
+        return
+    # Each process has an executor of its own: one that is killed takes no other job with it.
+    executors = [_spawn(1) for _ in range(num_processes)]
+    running: deque[tuple[Job, Future[Result]]] = deque()
+    try:
+        for i, job in enumerate(jobs):
+            done = None
+            if len(running) == num_processes:
+                first, future = running.popleft()
+                done = first, _outcome(future.result)
+            try:
+                running.append((job, executors[i % num_processes].submit(function, job)))
+            except BrokenProcessPool:
+                executors[i % num_processes] = _spawn(1)
+                running.append((job, executors[i % num_processes].submit(function, job)))
+            if done is not None:
+                yield done
+        yield from ((job, _outcome(future.result)) for job, future in running)
+    finally:
+        for executor in executors:
+            executor.shutdown(wait=True, cancel_futures=True)
 
-    def __init__(self, *, spawned: bool) -> None:
-        self._spawned = spawned
-        self._executor: ProcessPoolExecutor | None = None
-        self._running: Future[Any] | Callable[[], Any] | None = None
 
-    @property
-    def busy(self) -> bool:
-        """Whether there is a job whose result nobody has asked for."""
-        return self._running is not None
+def _outcome(call: Callable[[], Result]) -> Result | Exception:
+    try:
+        return call()
+    except BrokenProcessPool:
+        return CommandError("a process was killed from outside: give a smaller --memory, or none with -npp 0 -nps 0")
+    except Exception as error:
+        return error
 
-    def start(self, function: Callable[[Job], Any], job: Job) -> None:
-        """Begin a job.
 
-        Args:
-            function: A module's function, since processes are spawned and import it.
-            job: Its argument; must pickle, as its result must.
-        """
-        if self.busy:
-            raise RuntimeError("the result of the last job was not asked for")
-        if not self._spawned:
-            self._running = partial(function, job)
-            return
-        if self._executor is None:
-            context = multiprocessing.get_context("spawn")
-            self._executor = ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent)
-        self._running = self._executor.submit(function, job)
-
-    def result(self) -> Any:
-        """Wait for the job and return its result, or raise what it raised.
-
-        Raises:
-            CommandError: The process was killed from outside, for want of memory for example.
-        """
-        running, self._running = self._running, None
-        if running is None:
-            raise RuntimeError("no job was started")
-        if not isinstance(running, Future):
-            return running()
-        try:
-            return running.result()
-        except BrokenProcessPool:
-            self.close()
-            raise CommandError(
-                "a process ended without a word",
-                got="it was killed from outside",
-                expected="a process that runs to its end",
-                remedy="Where memory has run out, give a smaller --memory, or no processes with -npp 0 -nps 0.",
-            ) from None
-
-    def close(self) -> None:
-        """End the process, once it has finished what it does."""
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
-            self._executor = None
+def _spawn(n_processes: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(n_processes, mp_context=context, initializer=_end_with_parent)
 
 
 def worthwhile_processes(size: float, *, share: float) -> int:

@@ -26,9 +26,9 @@ from raw_datasets import write_raw
 from safetensors.torch import save_file
 from weights import published, tiny_weights, v1_plans, write_v1
 
-from stunet.cli.evaluate_steps import read_model_names
 from stunet.cli.main import main
 from stunet.errors import CheckpointError, STUNetError
+from stunet.evaluation.evaluate import read_description
 from stunet.inference import load_model
 from stunet.labels import Vocabulary
 from stunet.planning import describe_model
@@ -54,7 +54,7 @@ def read_weights(path: Path) -> None:
 
 def read_model(folder: Path) -> None:
     """As ``stunet predict`` and ``evaluate`` do before they look at an image."""
-    read_model_names(folder, None)
+    read_description(folder)
     load_model(folder).weights("0")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import doctest
 import json
 import os
 import shutil
@@ -21,12 +22,16 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from prediction_models import smooth_image, write_image, write_model
 
 from stunet.errors import CommandError, LabelError, UsageError
-from stunet.inference import Case, FolderRequest, OutputOptions, mirror_and_predict, predict_folder, predict_labels
+from stunet.evaluation import evaluate
+from stunet.inference import Case, Progress, load_model, parse_memory, predict_folder
+from stunet.inference import predict as predict_one
+from stunet.inference.outputs import EXTRAS
+from stunet.inference.predictor import MemoryPlan, Predictor
 
 SPACING = (1.5, 0.7, 0.8)
 
 
-class Recorder:
+class Recorder(Progress):
     """Remembers what it is told."""
 
     def __init__(self) -> None:
@@ -53,11 +58,11 @@ class Recorder:
         self.failures[case.name] = problem
 
 
-def predict(images: Path, output: Path, model: Path, **options: Any) -> Recorder:
-    listener = Recorder()
-    request = FolderRequest(images=images, output=output, model=model, **{"n_preparing": 0, "n_writing": 0, **options})
-    predict_folder(request, listener)
-    return listener
+def predict(images: Path, output: Path, model: Path, folds: Sequence[str] | None = None, **options: Any) -> Recorder:
+    recorder = Recorder()
+    options = {"n_preparing": 0, "n_writing": 0, "progress": recorder, **options}
+    predict_folder(load_model(model, folds), images, output, **options)
+    return recorder
 
 
 def predict_with_nnunet(images: Path, output: Path, model: Path, folds: Sequence[int] = (0,), **options: Any) -> None:
@@ -137,10 +142,7 @@ def test_along_another_axis_labels_differ_at_near_ties_alone(tmp_path: Path) -> 
     # Two logits are this close, a few times the last bit of half precision, at less than 1 % of the voxels.
     assert np.quantile(first - second, 0.01) > 0.02
     for axis in (1, 2):
-        got = predict_labels(
-            image, properties, [mirror_and_predict(predictor.network, (0,))],
-            plans=plans, configuration=configuration, label_manager=labels, axis=axis, device=torch.device("cpu"),
-        )  # fmt: skip
+        got = Predictor(load_model(model), plan=MemoryPlan(axis=axis)).predict(image, properties)
         differ = got != expected
         assert differ.mean() < 5e-4
         assert (first - second)[differ].max(initial=0) < 0.02
@@ -162,8 +164,7 @@ def test_options_reach_the_prediction(tmp_path: Path, changed: dict[str, Any]) -
 
 def test_all_files(made: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
-    options = OutputOptions(masks=True, statistics=True, names_in_header=True, preview=True)
-    listener = predict(made / "images", out, made / "model", folds=["0"], options=options)
+    listener = predict(made / "images", out, made / "model", folds=["0"], write=EXTRAS)
     assert listener.plan == (2, 0)
     assert listener.finished_cases == ["case_0", "case_1"]
     structures = [f"structure_{i}" for i in range(1, 8)]
@@ -225,7 +226,7 @@ def test_chosen_structures_have_the_labels_of_the_full_prediction(made: Path, tm
     present = [int(v) for v in np.unique(labels) if v][:2]
     chosen = [f"Structure {present[1]}", f"structure_{present[0]}"]  # any spelling, any order
     predict(made / "images", tmp_path / "out", made / "model", folds=["0"], structures=chosen,
-            options=OutputOptions(masks=True))  # fmt: skip
+            write=["masks"])  # fmt: skip
     expected = np.where(np.isin(labels, present), labels, 0)
     assert np.array_equal(read(tmp_path / "out" / "case_0.nii.gz"), expected)
     assert json.loads((tmp_path / "out" / "labels.json").read_text()) == {"0": "background"} | {
@@ -265,9 +266,8 @@ def test_processes_give_the_same_and_one_failure_stops_no_other(made: Path, tmp_
     values[3, 4, 5:7] = np.nan
     write_image(images / "nan_0000.nii.gz", values)
     listener = Recorder()
-    request = FolderRequest(images=images, output=tmp_path / "out", model=made / "model", folds=["0"])
     with pytest.raises(CommandError, match=r"2 of 4 failed[\s\S]*broken[\s\S]*nan") as caught:
-        predict_folder(request, listener)
+        predict_folder(load_model(made / "model", ["0"]), images, tmp_path / "out", progress=listener)
     assert "--continue" in str(caught.value)
     assert listener.finished_cases == ["case_0", "case_1"]
     assert "2 voxels are NaN" in listener.failures["nan"]
@@ -289,7 +289,7 @@ def test_what_cannot_be_streamed_goes_to_nnunets_predictor(tmp_path: Path, kind:
     write_image(tmp_path / "images" / "a_0000.nii.gz", smooth_image((16, 20, 18)), SPACING)
     predict_with_nnunet(tmp_path / "images", tmp_path / "nnunet", model)
     listener = predict(tmp_path / "images", tmp_path / "ours", model, save_probabilities=kind == "probabilities",
-                       options=OutputOptions(masks=True))  # fmt: skip
+                       write=["masks"])  # fmt: skip
     assert "nnU-Net's own predictor" in listener.notes[-1]
     labels = read(tmp_path / "nnunet" / "a.nii.gz")
     assert np.array_equal(read(tmp_path / "ours" / "a.nii.gz"), labels)
@@ -316,3 +316,45 @@ def test_leftovers_of_killed_predictions_are_removed(made: Path, tmp_path: Path)
         (folder / "half").touch()
     predict(made / "images", out, made / "model", folds=["0"], part_id=0, n_parts=2)
     assert [path.name for path in out.glob(".scratch*")] == [alive.name]
+
+
+def test_one_image_of_any_kind_from_python(made: Path) -> None:
+    path, expected = made / "images" / "case_0_0000.nii.gz", read(made / "nnunet" / "case_0.nii.gz")
+    image = sitk.ReadImage(str(path))
+    model = load_model(made / "model" / "fold_0" / "checkpoint_final.pth")  # which describes itself
+    assert np.array_equal(predict_one(model, sitk.GetArrayFromImage(image), spacing=SPACING), expected)
+    for given in (path, image, [str(path)]):
+        labels = predict_one(load_model(made / "model", ["0"]), given)
+        assert np.array_equal(sitk.GetArrayFromImage(labels), expected)
+        assert labels.GetOrigin() == image.GetOrigin()
+    chosen = predict_one(model, image, structures=["structure_1", "Structure 2"])
+    assert np.array_equal(sitk.GetArrayFromImage(chosen), np.where(expected < 3, expected, 0))
+    with pytest.raises(UsageError, match="spacing"):
+        predict_one(model, np.zeros((9, 9, 9)))
+
+
+def test_regions_from_python(tmp_path: Path) -> None:
+    labels = {"background": 0, "organs": [1, 2], "spleen": [2]}
+    model = write_model(tmp_path / "model", num_classes=2, labels=labels)
+    path = write_image(tmp_path / "images" / "a_0000.nii.gz", smooth_image((16, 20, 18)), SPACING)
+    predict_with_nnunet(tmp_path / "images", tmp_path / "nnunet", model)
+    found = sitk.GetArrayFromImage(predict_one(model, path))
+    assert np.array_equal(found, read(tmp_path / "nnunet" / "a.nii.gz"))
+
+
+def test_the_examples(made: Path, tmp_path: Path) -> None:
+    dataset = tmp_path / "Dataset009_Example"
+    for name in ("imagesTr", "labelsTr"):
+        shutil.copytree(made / ("images" if name == "imagesTr" else "nnunet"), dataset / name)
+    content = json.loads((made / "model" / "dataset.json").read_text()) | {"numTraining": 2}
+    (dataset / "dataset.json").write_text(json.dumps(content))
+    names = {
+        "model_folder": write_model(tmp_path / "model", num_classes=3),
+        "prediction_folder": made / "nnunet",
+        "dataset_folder": dataset,
+    }
+    for function in (load_model, predict_one, evaluate, parse_memory):
+        globs = {"np": np, "torch": torch, function.__name__: function, **names}
+        (example,) = doctest.DocTestFinder(recurse=False).find(function, globs=globs)
+        assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example) == (0, len(example.examples))
+        assert example.examples

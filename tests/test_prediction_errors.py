@@ -48,7 +48,7 @@ def check_refused(
 ) -> None:
     assert predict(*args) == 2
     message = capsys.readouterr().err
-    for part in (*expected, "got:", "expected:", "remedy:"):
+    for part in expected:
         assert part in message
     assert not outputs(output)
 
@@ -56,8 +56,8 @@ def check_refused(
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ([], ("without images for this model", "no files", "CASE_0000.nii.gz")),
-        (["a_0000.png", "b_0000.tif"], ("without images for this model", "a_0000.png, b_0000.tif", "DICOM")),
+        ([], ("no images for this model", "no files", "CASE_0000.nii.gz")),
+        (["a_0000.png", "b_0000.tif"], ("no images for this model", "a_0000.png, b_0000.tif", "DICOM")),
     ],
 )
 def test_folders_without_images(
@@ -73,17 +73,17 @@ def test_folders_without_images(
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (("-i", "{tmp}/none"), ("missing input",)),
-        (("-m", "{tmp}/none"), ("missing model folder",)),
-        (("-d", "4"), ("two models",)),
-        (("-step_size", "1.5"), ("impossible value of -step_size",)),
-        (("-part_id", "2", "-num_parts", "2"), ("impossible value of -part_id", "0 to 1")),
-        (("--memory", "much"), ("no size", "8GB")),
-        (("--memory", "0GB"), ("no size",)),
-        (("--memory", "300MB"), ("memory budget that is too small", "GB at least", "16 x 16 x 16")),
-        (("--structures", "liver"), ("structures that the model does not know", "structure_1, structure_2")),
-        (("-f", "0", "3"), ("missing checkpoint", "fold_3/checkpoint_final.pth", "-f")),
-        (("-chk", "checkpoint_best.pth"), ("missing checkpoint", "checkpoint_final.pth", "-chk")),
+        (("-i", "{tmp}/none"), ("/none is missing", "-i")),
+        (("-m", "{tmp}/none"), ("/none is missing", "-m")),
+        (("-d", "4"), ("-d 4", "-m MODEL")),
+        (("-step_size", "1.5"), ("-step_size 1.5",)),
+        (("-part_id", "2", "-num_parts", "2"), ("-part_id 2", "0 to 1")),
+        (("--memory", "much"), ("--memory much", "8GB")),
+        (("--memory", "0GB"), ("--memory 0GB",)),
+        (("--memory", "300MB"), ("--memory 0.29GB", "GB at least", "16 x 16 x 16")),
+        (("--structures", "liver"), ("liver", "structure_1, structure_2")),
+        (("-f", "0", "3"), ("fold_3/checkpoint_final.pth", "-f")),
+        (("-chk", "checkpoint_best.pth"), ("fold_0/checkpoint_best.pth", "checkpoint_final.pth", "-chk")),
     ],
 )
 def test_arguments(
@@ -99,7 +99,7 @@ def test_arguments(
             main()
     assert caught.value.code == 2
     message = capsys.readouterr().err
-    for part in (*expected, "got:", "expected:", "remedy:"):
+    for part in expected:
         assert part in message
     assert not outputs(tmp_path / "out")
 
@@ -107,12 +107,12 @@ def test_arguments(
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda m: (m / "plans.json").unlink(), ("without plans.json", "dataset.json, fold_0")),
-        (lambda m: (m / "dataset.json").unlink(), ("without dataset.json",)),
+        (lambda m: (m / "plans.json").unlink(), ("no plans.json", "dataset.json, fold_0")),
+        (lambda m: (m / "dataset.json").unlink(), ("no dataset.json",)),
         (lambda m: (m / "dataset.json").write_text("{"), ("cannot be read", "dataset.json")),
         (lambda m: (m / "dataset.json").write_text('{"labels": {"background": 0}}'), ("cannot use", "channel_names")),
         (lambda m: (m / "plans.json").write_text('{"configurations": {}}'), ("cannot use",)),
-        (lambda m: shutil.rmtree(m / "fold_0"), ("missing checkpoint", "none")),
+        (lambda m: shutil.rmtree(m / "fold_0"), ("fold_0/checkpoint_final.pth", "no checkpoint at all")),
         (lambda m: (m / "fold_0" / "checkpoint_final.pth").write_bytes(b"PK"), ("truncated",)),
     ],
 )
@@ -133,10 +133,10 @@ def test_weights_of_another_network(model: Path, tmp_path: Path) -> None:
     checkpoint["network_weights"].popitem()
     torch.save(checkpoint, path)
     with pytest.raises(CheckpointError, match="does not fit"):
-        load_model(damaged).networks(torch.device("cpu"))
+        _ = load_model(damaged).networks
     checkpoint["trainer_name"] = "nnUNetTrainerOfMine"
     torch.save(checkpoint, path)
-    with pytest.raises(CheckpointError, match=r"not installed[\s\S]*nnUNetTrainerOfMine"):
+    with pytest.raises(CheckpointError, match=r"nnUNetTrainerOfMine .* not installed"):
         load_model(damaged).build_network()
 
 
@@ -178,16 +178,16 @@ def write_nan(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (truncate, ("unreadable NIfTI file", "bad_0000.nii.gz")),
+        (truncate, ("unreadable image file", "bad_0000.nii.gz")),
         (lambda p: p.write_bytes(b"no image at all"), ("cannot be read", "bad_0000.nii.gz")),
         (lambda p: p.write_bytes(b""), ("cannot be read",)),
-        (write_4d, ("wrong number of axes", "4 axes, 8 x 9 x 10 x 3")),
-        (lambda p: patch_header(p, pixdim=[1, 0, 1, 1, 0, 0, 0, 0]), ("impossible spacing", "0 x 1 x 1 mm")),
-        (lambda p: patch_header(p, pixdim=[1, 1, -2, 1, 0, 0, 0, 0]), ("impossible spacing", "1 x -2 x 1 mm")),
+        (write_4d, ("4 axes (8 x 9 x 10 x 3)",)),
+        (lambda p: patch_header(p, pixdim=[1, 0, 1, 1, 0, 0, 0, 0]), ("impossible spacing of 0 x 1 x 1 mm",)),
+        (lambda p: patch_header(p, pixdim=[1, 1, -2, 1, 0, 0, 0, 0]), ("impossible spacing of 1 x -2 x 1 mm",)),
         (lambda p: patch_header(p, pixdim=[1, 1, 1, np.nan, 0, 0, 0, 0]), ("impossible spacing",)),
-        (write_nan, ("no numbers", "2 voxels")),
-        (lambda p: shutil.copy(p, str(p).replace("_0000", "_0001")), ("other channels", "2 channels (0000, 0001)")),
-        (lambda p: p.rename(str(p).replace("_0000", "_0003")), ("other channels", "0003")),
+        (write_nan, ("2 voxels are NaN",)),
+        (lambda p: shutil.copy(p, str(p).replace("_0000", "_0001")), ("2 channels (0000, 0001)",)),
+        (lambda p: p.rename(str(p).replace("_0000", "_0003")), ("1 channels (0003)",)),
     ],
     ids=["truncated", "foreign", "empty", "4d", "zero", "negative", "nan-spacing", "nan", "more", "number"],
 )
@@ -198,7 +198,7 @@ def test_a_bad_case_is_named_and_the_others_are_predicted(
     damage(write_image(tmp_path / "images" / "bad_0000.nii.gz", IMAGE))
     assert predict("-i", tmp_path / "images", "-o", tmp_path / "out", "-m", model) == 2
     captured = capsys.readouterr()
-    for part in ("Failed: bad", *expected, "got:", "remedy:", "1 of 2 failed", "--continue"):
+    for part in ("Failed: bad", *expected, "1 of 2 failed", "--continue"):
         assert part in captured.err
     assert "Predicted a" in captured.out
     assert outputs(tmp_path / "out") == [
@@ -294,22 +294,22 @@ def test_continuing_with_anything_else_is_refused(
     shutil.copytree(other / "fold_1", shutil.copytree(model, tmp_path / "both") / "fold_1")
     capsys.readouterr()
     for changed, *expected in (
-        (("-m", model, "--structures", "structure_2"), "structures: structure_2", "structures: structure_1, as"),
+        (("-m", model, "--structures", "structure_2"), "structures: structure_2 instead of structure_1"),
         (("-m", other, "-f", "0"), "fold_0: "),
-        (("-m", tmp_path / "both"), "fold_1: ", "fold_1: none"),
-        (("-m", model, "-step_size", "0.3"), "step_size: 0.3", "step_size: 0.5"),
-        (("-m", model, "--disable_tta"), "mirroring: False", "mirroring: True"),
+        (("-m", tmp_path / "both"), "fold_1: ", "instead of none"),
+        (("-m", model, "-step_size", "0.3"), "step_size: 0.3 instead of 0.5"),
+        (("-m", model, "--disable_tta"), "mirroring: False instead of True"),
         (("-m", model, "--masks"), "masks: True"),
         (("-m", model, "--names-in-header"), "names_in_header: True"),
     ):
         assert predict(*usual, *changed, "--continue") == 2
         message = capsys.readouterr().err
-        for part in ("predictions of other settings", "out with a.nii.gz", *expected, "as manifest.json has it", "-o"):
+        for part in ("a prediction of other settings", "out has a.nii.gz", *expected, "manifest.json", "-o"):
             assert part in message, changed
         assert contents(out) == before, changed
     write_image(images / "a_0000.nii.gz", IMAGE[::-1])
     assert predict(*usual, "-m", model, "--continue") == 2
-    assert "predictions of other images" in capsys.readouterr().err
+    assert "a prediction of other images" in capsys.readouterr().err
     write_image(images / "a_0000.nii.gz", IMAGE)
     write_image(images / "b_0000.nii.gz", IMAGE)
     assert predict(*usual, "-m", shutil.copytree(model, tmp_path / "moved"), "--continue") == 0  # the same model
@@ -318,7 +318,7 @@ def test_continuing_with_anything_else_is_refused(
     (out / "manifest.json").unlink()
     for arguments in (("--continue",), ()):
         assert predict(*usual, "-m", model, *arguments) == 2
-        assert "no record of it" in capsys.readouterr().err
+        assert "without a record" in capsys.readouterr().err
 
 
 def test_predicting_again_leaves_nothing_of_before(
@@ -340,7 +340,7 @@ def test_predicting_again_leaves_nothing_of_before(
     (images / "b_0000.nii.gz").unlink()
     before = contents(out)
     assert predict(*usual) == 2  # b would stay, without structure_1
-    assert "predictions of other settings" in capsys.readouterr().err
+    assert "a prediction of other settings" in capsys.readouterr().err
     assert contents(out) == before
 
 
@@ -349,7 +349,7 @@ def test_images_are_not_replaced(model: Path, tmp_path: Path, capsys: pytest.Cap
         write_image(tmp_path / f"{name}.nii.gz", IMAGE)
     before = contents(tmp_path)
     assert predict("-i", tmp_path, "-o", tmp_path, "-m", model) == 2
-    assert "no image is replaced" in capsys.readouterr().err
+    assert "would replace an image" in capsys.readouterr().err
     assert contents(tmp_path) == before
 
 
@@ -367,7 +367,7 @@ def test_names_are_no_formulas_and_a_failed_picture_costs_nothing(
     def fail(*_: Any, **__: Any) -> None:
         raise ValueError("no font")
 
-    monkeypatch.setattr("stunet.inference.preview.draw_preview", fail)
+    monkeypatch.setattr("stunet.inference.outputs.draw_preview", fail)
     assert predict(*args, "-o", tmp_path / "again") == 0
     assert "no preview: ValueError: no font" in capsys.readouterr().out
     assert (tmp_path / "again" / "$_$[old].nii.gz").is_file()

@@ -11,7 +11,9 @@ from prediction_models import NARROW, write_model
 from torch import nn
 
 from stunet.errors import UsageError
-from stunet.inference import Geometry, available_bytes, choose_strategy, load_model, parse_memory, stock_bytes
+from stunet.inference import Predictor, load_model, parse_memory
+from stunet.inference.folders import available_bytes, plan_memory
+from stunet.inference.images import Geometry
 from stunet.network import estimate, peak_forward_bytes
 
 GB = 2**30
@@ -40,42 +42,39 @@ def test_forward_pass() -> None:
 
 
 def test_all_classes_of_a_whole_body_fit_in_4_gb(tmp_path: Path) -> None:
-    model = load_model(write_model(tmp_path / "m", num_classes=105, patch=(96,) * 3, spacing=(1.5,) * 3))
-    strategy, need = choose_strategy(model, [WHOLE_BODY], budget=4 * GB, n_preparing=0, n_writing=0)
-    assert strategy.exact
+    predictor = Predictor(load_model(write_model(tmp_path / "m", num_classes=105, patch=(96,) * 3, spacing=(1.5,) * 3)))
+    plan, need = plan_memory(predictor, [WHOLE_BODY], budget=4 * GB, n_preparing=0, n_writing=0)
+    assert (plan.axis, plan.average_folds) == (0, False)
     grid = (480, 273, 273)
     slab = 2 * 96 * grid[1] * grid[2] * 105
     assert need > slab + estimate(NARROW, patch_size=(96,) * 3, batch_size=1, num_classes=105).inference_bytes
-    # nnU-Net holds all logits in half and in double precision, and in half precision on the original grid.
-    assert stock_bytes(model, WHOLE_BODY) > 105 * ((2 + 8) * math.prod(grid) + 2 * WHOLE_BODY.n_voxels)
 
 
 def test_what_is_given_up_first(tmp_path: Path) -> None:
     """Processes, then bits of the result: other axes only where they are shorter, folds one by one last."""
-    model = load_model(
-        write_model(tmp_path / "m", num_classes=60, patch=(96, 32, 32), folds=("0", "1", "2"), spacing=(1.5,) * 3)
-    )
+    folder = write_model(tmp_path / "m", num_classes=60, patch=(96, 32, 32), folds=("0", "1", "2"), spacing=(1.5,) * 3)
+    predictor = Predictor(load_model(folder))
     geometry = Geometry((120, 400, 400), (1.5, 1.5, 1.5), 2)
-    first, need = choose_strategy(model, [geometry], budget=10**12)
+    first, need = plan_memory(predictor, [geometry], budget=10**12)
     assert (first.axis, first.average_folds, first.n_preparing, first.n_writing) == (0, False, 1, 1)
     order = []
     while True:
         try:
-            strategy, need = choose_strategy(model, [geometry], budget=need - 1)
+            plan, need = plan_memory(predictor, [geometry], budget=need - 1)
         except UsageError:
             break
-        order.append((strategy.axis, strategy.average_folds, strategy.n_preparing))
+        order.append((plan.axis, plan.average_folds, plan.n_preparing))
     with pytest.raises(UsageError, match=f"{math.ceil(need / GB * 10) / 10:.1f}GB at least"):
-        choose_strategy(model, [geometry], budget=need - 1)
+        plan_memory(predictor, [geometry], budget=need - 1)
     assert order == [(0, False, 0), (1, False, 0), (1, True, 0)]
 
 
 def test_the_least_is_enough(tmp_path: Path) -> None:
-    model = load_model(write_model(tmp_path / "m", num_classes=5))
+    predictor = Predictor(load_model(write_model(tmp_path / "m", num_classes=5)))
     with pytest.raises(UsageError) as caught:
-        choose_strategy(model, [WHOLE_BODY], budget=1)
-    least = caught.value.expected.split("GB")[0]
-    assert choose_strategy(model, [WHOLE_BODY], budget=parse_memory(f"{least}GB"))[1] <= parse_memory(f"{least}GB")
+        plan_memory(predictor, [WHOLE_BODY], budget=1)
+    least = str(caught.value).split("GB at least")[0].split()[-1]
+    assert plan_memory(predictor, [WHOLE_BODY], budget=parse_memory(f"{least}GB"))[1] <= parse_memory(f"{least}GB")
 
 
 def test_memory_to_spare_is_a_sane_number() -> None:

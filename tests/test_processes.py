@@ -14,7 +14,7 @@ import pytest
 
 from stunet.errors import CommandError, LabelError, STUNetError
 from stunet.labels import load_vocabulary
-from stunet.processes import Worker, run_jobs, worthwhile_processes
+from stunet.processes import in_order, run_jobs, worthwhile_processes
 
 
 @pytest.mark.parametrize("num_processes", [1, 3])
@@ -34,7 +34,7 @@ def test_our_errors_stop_no_other_job_and_others_end_all(num_processes: int) -> 
 
 
 def test_a_process_that_dies_is_reported() -> None:
-    with pytest.raises(CommandError, match=r"ended without a word[\s\S]*fewer processes"):
+    with pytest.raises(CommandError, match=r"one of 2 processes was killed.*-np"):
         list(run_jobs(os._exit, [3, 3], num_processes=2))
 
 
@@ -70,48 +70,37 @@ def test_importing_masks_loads_neither_torch_nor_nnunet() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("module", ["stunet.datasets", "stunet.evaluation.cases"])
+@pytest.mark.parametrize("module", ["stunet.datasets", "stunet.evaluation.scores"])
 def test_workers_load_neither_torch_nor_nnunet(module: str) -> None:
     code = f"import sys, {module}; assert not {{'torch', 'nnunetv2', 'SimpleITK'}} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_worker_does_one_job_after_another_in_its_own_process() -> None:
-    worker = Worker(spawned=True)
-    worker.start(math.sqrt, 9.0)
-    assert worker.busy
-    assert worker.result() == 3
-    assert not worker.busy
-    worker.start(os.getenv, "PATH")
-    with pytest.raises(RuntimeError, match="not asked for"):
-        worker.start(math.sqrt, 4.0)
-    assert worker.result() == os.environ["PATH"]
-    worker.start(math.sqrt, -1.0)
-    with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
-        worker.result()
-    worker.start(load_vocabulary, "nothing")
-    with pytest.raises(LabelError):
-        worker.result()
-    worker.close()
+def test_results_come_in_the_order_of_the_jobs() -> None:
+    jobs = [9.0, -1.0, 16.0, 25.0]
+    for n in (0, 2):
+        done = list(in_order(math.sqrt, iter(jobs), num_processes=n))
+        assert [job for job, _ in done] == jobs
+        assert isinstance(done[1][1], ValueError)
+        assert [done[i][1] for i in (0, 2, 3)] == [3, 4, 5]
+    assert [pid for _, pid in in_order(os.getenv, ["PATH"], num_processes=1)] == [os.environ["PATH"]]
 
 
-def test_a_worker_that_dies_is_replaced() -> None:
-    worker = Worker(spawned=True)
-    worker.start(os._exit, 3)
-    with pytest.raises(CommandError, match="ended without a word"):
-        worker.result()
-    worker.start(math.sqrt, 16.0)
-    assert worker.result() == 4
-    worker.close()
+def test_a_process_that_dies_costs_one_job() -> None:
+    done = list(in_order(end_if_negative, [1, -1, 2, 3], num_processes=1))
+    assert [result for job, result in done if job > 0] == [1, 2, 3]
+    assert isinstance(done[1][1], CommandError)
 
 
-def test_a_worker_without_a_process_works_when_it_is_asked() -> None:
+def end_if_negative(n: int) -> int:
+    if n < 0:
+        os._exit(3)
+    return n
+
+
+def test_without_processes_each_job_is_done_when_it_is_asked_for() -> None:
     done: list[int] = []
-    worker = Worker(spawned=False)
-    worker.start(done.append, 1)
-    assert (worker.busy, done) == (True, [])
-    worker.result()
+    results = in_order(done.append, iter([1, 2]), num_processes=0)
+    assert done == []
+    next(results)
     assert done == [1]
-    with pytest.raises(RuntimeError, match="no job"):
-        worker.result()
-    worker.close()

@@ -17,9 +17,9 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from scipy.spatial.transform import Rotation
 
 from stunet.datasets import plane_names, read_image, read_plane_names
-from stunet.evaluation import CaseOrientation, CaseScores, EvaluationCase, collect_results, volume_scores
-from stunet.inference import label_names
-from stunet.inference.preview import draw_preview
+from stunet.evaluation import CaseScores, EvaluationCase, collect_results
+from stunet.evaluation.scores import CaseOrientation, volume_scores
+from stunet.inference.outputs import draw_preview
 from stunet.labels import Comparison
 from stunet.reports import draw_scores, read_dice, side_by_side
 
@@ -100,8 +100,7 @@ def test_pictures_name_their_planes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     planes = read_plane_names(tmp_path / "a.nii.gz")
     labels = np.zeros(volume.shape, np.uint8)
     labels[1, 2, 3] = 1
-    names = label_names({"labels": {"background": 0, "liver": 1}})
-    draw_preview(volume, labels, names, spacing, tmp_path / "p.png", title="a", planes=planes)
+    draw_preview(volume, labels, {"liver": (1,)}, spacing, tmp_path / "p.png", title="a", planes=planes)
     assert titles == ["sagittal, plane 1", "axial, plane 2", "coronal, plane 3"]
     titles.clear()
     side_by_side(

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from plans import configuration, make_plans
 from stunet.errors import CheckpointError
-from stunet.inference import mirror_and_predict, predict_planes, window_grid
-from stunet.inference.windows import average
+from stunet.inference.predictor import average, mirror_and_predict, predict_planes, window_grid
 
 CPU = torch.device("cpu")
 K = 4

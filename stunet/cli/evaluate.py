@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from stunet.cli.options import Device, complete_label_systems
+from stunet.cli.console import PlainTable, print_error, stderr, stdout
+from stunet.cli.options import Device, choose_device, complete_label_systems
+from stunet.errors import DatasetError, UsageError
+from stunet.files import atomic_path, refuse_existing, write_json
 
 if TYPE_CHECKING:
-    from stunet.cli.evaluate_steps import ModelNames
     from stunet.datasets import RawDataset
-    from stunet.errors import STUNetError
-    from stunet.evaluation import CaseScores, EvaluationCase, EvaluationResults
+    from stunet.evaluation import EvaluationResults
+    from stunet.evaluation.evaluate import ModelDescription
     from stunet.labels import LabelRelation
-
-__all__ = ["evaluate"]
 
 
 def evaluate(
@@ -79,54 +79,59 @@ def evaluate(
     Exit status: 0; 2 where the command cannot be carried out, or where a case could not be scored (the results are
     those of the other cases).
     """
-    from stunet.cli.evaluate_steps import (
-        check_agreement,
-        check_predictions,
-        choose_cases,
-        choose_label_map,
-        find_target,
-        make_jobs,
-        read_model_names,
-    )
-    from stunet.files import refuse_existing
-    from stunet.labels import relate_labels
+    from rich.progress import Progress
 
-    names = read_model_names(model, predictions)
-    target = choose_cases(find_target(dataset, split, fold), cases, predictions if chill else None)
+    from stunet.evaluation import score_cases
+    from stunet.evaluation.evaluate import check_predictions, choose_cases, compare_labels, read_description
+
+    place = model or predictions
+    if place is None:
+        raise UsageError("neither -m nor --predictions is given: give a model folder, or a folder of segmentations")
+    described = read_description(place, "-m" if model else "--predictions")
+    names = None if cases is None else [name.strip() for name in cases.split(",") if name.strip()]
+    target = choose_cases(dataset, split, fold, names, predictions if chill else None)
     if suggest_map:
-        _suggest(names, target, output)
+        _suggest(described, target, output)
         return
-    relation = relate_labels(names.labels, target.dataset_json["labels"], choose_label_map(label_map))
-    _check_tolerance(tolerance)
     folder = output or Path(f"evaluation_{target.folder.name}")
+    given = predictions or folder / "predictions"
+    relation, jobs = compare_labels(described, target, label_map, given, tolerance=tolerance)
     refuse_existing(folder)
     # All that can be wrong before hours of prediction.
-    jobs = make_jobs(target, relation, names, predictions or folder / "predictions", tolerance=tolerance)
     if predictions is None:
-        check_agreement(names, target)
+        _check_agreement(described, target)
     else:
         check_predictions(jobs, predictions)
-    _print_relation(relation, names, target, error=as_json)
-    if split == "train" and names.plans.get("dataset_name") == target.folder.name:
-        _warn_of_training_cases(names.path, fold, folds, predicted=predictions is None)
+    _print_relation(relation, described, target, error=as_json)
+    if split == "train" and described.plans.get("dataset_name") == target.folder.name:
+        _warn_of_training_cases(described.path, fold, folds, predicted=predictions is None)
     if predictions is None:
-        _predict(names, target, folder / "predictions", folds=folds, device=device, mirroring=not disable_tta,
-                 trust=trust or [])  # fmt: skip
-    scores, failed = _score(jobs, num_processes)
-    if scores:
-        _report(scores, jobs, failed, folder, relation, names, target, as_json=as_json)
-    _print_failures(failed)
-    if failed:
+        from stunet.cli.predict import show_progress
+        from stunet.inference import Case, load_model, predict_folder
+
+        images = [Case(case, tuple(files)) for case, (files, _) in target.cases.items()]
+        trained = load_model(place, folds, trust=trust or [])
+        with show_progress(bar=stderr.is_terminal, notes=stderr) as progress:
+            mirroring, chosen = not disable_tta, choose_device(device)
+            predict_folder(trained, images, given, device=chosen, mirroring=mirroring, progress=progress)
+    with Progress(console=stderr, disable=not stderr.is_terminal, transient=True) as bars:
+        bar = bars.add_task("Scoring", total=len(jobs))
+        results = score_cases(jobs, num_processes=num_processes, on_case=lambda: bars.advance(bar))
+    if results.cases:
+        _report(results, tolerance, folder, relation, described, target, as_json=as_json)
+    for case, error in results.failed.items():
+        _print(f"case {case}:", error=True)
+        print_error(error)
+    if results.failed:
+        _print(f"{len(results.failed)} cases could not be scored; the results are without them.", error=True)
         raise typer.Exit(2)
 
 
-def _suggest(names: ModelNames, target: RawDataset, output: Path | None) -> None:
-    from stunet.files import atomic_path, refuse_existing
+def _suggest(model: ModelDescription, target: RawDataset, output: Path | None) -> None:
     from stunet.labels import structure_values, suggest_label_map
 
-    text = suggest_label_map(
-        list(structure_values(names.labels)), list(structure_values(target.dataset_json["labels"]))
-    )
+    names = (list(structure_values(of.dataset_json["labels"])) for of in (model, target))
+    text = suggest_label_map(*names)
     if output is None:
         typer.echo(text, nl=False)
         return
@@ -136,54 +141,30 @@ def _suggest(names: ModelNames, target: RawDataset, output: Path | None) -> None
     _print(f"Wrote {output}. Next: stunet evaluate … --label-map {output}")
 
 
-def _check_tolerance(tolerance: float) -> None:
-    from stunet.errors import UsageError
-
-    if not 0 <= tolerance < float("inf"):
-        raise UsageError(
-            "an impossible tolerance", got=f"{tolerance:g} mm", expected="0 mm or more", remedy="Correct --tolerance."
-        )
-
-
-def _predict(
-    names: ModelNames,
-    target: RawDataset,
-    output: Path,
-    *,
-    folds: Sequence[str] | None,
-    device: str,
-    mirroring: bool,
-    trust: Sequence[str],
-) -> None:
-    from stunet.cli.options import choose_device
-    from stunet.cli.predict_step import predict_cases_of
-
-    cases = {case: images for case, (images, _) in target.cases.items()}
-    chosen = choose_device(device)
-    predict_cases_of(names.path, cases, output, folds=folds, device=chosen, mirroring=mirroring, trust=trust)
+def _check_agreement(model: ModelDescription, target: RawDataset) -> None:
+    """Check that the model takes images such as the dataset has."""
+    of = [
+        (len(names), f"{len(names)} ({', '.join(map(str, names.values()))})", content.get("file_ending"))
+        for content in (target.dataset_json, model.dataset_json)
+        for names in [content.get("channel_names", {})]
+    ]
+    (n, channels, ending), (n_taken, taken, ending_taken) = of
+    if n != n_taken:
+        raise DatasetError(f"{target.folder} has other channels, {channels}, than {taken}, as {model.path} has")
+    if ending != ending_taken:
+        raise DatasetError(f"{target.folder} has {ending} files: convert them to {ending_taken}, as {model.path} has")
 
 
-def _score(jobs: Sequence[EvaluationCase], num_processes: int) -> tuple[dict[str, CaseScores], dict[str, STUNetError]]:
-    from rich.progress import Progress
-
-    from stunet.cli.console import stderr
-    from stunet.cli.evaluate_steps import score_cases
-
-    with Progress(console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
-        bar = progress.add_task("Scoring", total=len(jobs))
-        return score_cases(jobs, num_processes=num_processes, on_case=lambda: progress.advance(bar))
-
-
-def _print_relation(relation: LabelRelation, names: ModelNames, target: RawDataset, *, error: bool) -> None:
+def _print_relation(relation: LabelRelation, model: ModelDescription, target: RawDataset, *, error: bool) -> None:
     n = len(relation.comparisons)
     _print(f"{n} structures are compared on {len(target.cases)} cases of {target.folder.name}.", error=error)
     for c in relation.comparisons:
         if c.source != (c.name,):
             _print(f"  {c.name}: {' + '.join(c.source)}", error=error)
-    for configuration in names.plans.get("configurations", {}).values():
-        if "spacing" in configuration and len(names.plans["configurations"]) == 1:
-            spacing = " x ".join(f"{side:g}" for side in configuration["spacing"])
-            _print(f"The model works at {spacing} mm; scores are those on the dataset's own grids.", error=error)
+    configurations = list(model.plans.get("configurations", {}).values())
+    if len(configurations) == 1 and "spacing" in configurations[0]:
+        spacing = " x ".join(f"{side:g}" for side in configurations[0]["spacing"])
+        _print(f"The model works at {spacing} mm; scores are those on the dataset's own grids.", error=error)
     for reason in dict.fromkeys(relation.left_out.values()):
         left = [name for name, why in relation.left_out.items() if why == reason]
         _print(f"Not compared, {reason}: {', '.join(left)}", error=error)
@@ -203,70 +184,46 @@ def _warn_of_training_cases(model: Path, fold: int | None, folds: Sequence[str] 
 
 
 def _report(
-    scores: Mapping[str, CaseScores],
-    jobs: Sequence[EvaluationCase],
-    failed: Mapping[str, STUNetError],
-    folder: Path,
-    relation: LabelRelation,
-    names: ModelNames,
-    target: RawDataset,
-    *,
-    as_json: bool,
-) -> None:
-    from stunet.evaluation import collect_results
-    from stunet.files import write_json
+    results: EvaluationResults, tolerance: float, folder: Path, relation: LabelRelation, model: ModelDescription,
+    target: RawDataset, *, as_json: bool,
+) -> None:  # fmt: skip
     from stunet.reports import draw_scores
 
-    results = collect_results(scores, jobs)
     folder.mkdir(parents=True, exist_ok=True)
     summary = results.summary(
-        model=str(names.path),
+        model=str(model.path),
         dataset=target.folder.name,
-        tolerance_mm=jobs[0].tolerance,
+        tolerance_mm=tolerance,
         left_out=dict(relation.left_out),
-        failed={case: str(error) for case, error in failed.items()},
+        failed={case: str(error) for case, error in results.failed.items()},
     )
     write_json(summary, folder / "summary.json")
     results.write_csv(folder / "scores.csv")
-    draw_scores(results, folder / "scores.png", title=f"{names.path.name} on {target.folder.name}")
+    draw_scores(results, folder / "scores.png", title=f"{model.path.name} on {target.folder.name}")
     if as_json:
         del summary["metric_per_case"]
-        typer.echo(json.dumps({"output": str(folder), "cases": len(scores), **summary}, indent=4))
+        typer.echo(json.dumps({"output": str(folder), "cases": len(results.cases), **summary}, indent=4))
     else:
-        _print_table(results, jobs[0].tolerance)
+        stdout.print(_table(results, tolerance))
         written = [name for name in ("summary.json", "scores.csv", "scores.png") if (folder / name).is_file()]
         _print(f"Wrote {folder}: {', '.join(written)}")
     for warning in results.warnings:
         _print(f"warning: {warning}", error=True)
 
 
-def _print_table(results: EvaluationResults, tolerance: float) -> None:
-    from stunet.cli.console import PlainTable, stdout
-
-    counts = {
-        name: [getattr(structure, name.replace(" ", "_")) for structure in results.structures]
-        for name in ("missed", "spurious", "absent", "not annotated")
-    }
-    counts = {name: values for name, values in counts.items() if any(values)}
-    numbers = ("Dice", "NSD", "HD95", "cases", *counts)
-    table = PlainTable(
-        "structure",
-        *numbers,
-        title=f"Means over {len(results.cases)} cases",
-        caption=f"NSD: surface Dice at {tolerance:g} mm. HD95: in mm, where finite.",
-        numbers=numbers,
-    )
-    for n, structure in enumerate(results.structures):
-        n_cases = structure.scored + structure.infinite
-        table.add_row(
-            structure.comparison.name,
-            *_numbers(structure.mean),
-            str(n_cases),
-            *(str(values[n] or "") for values in counts.values()),
-        )
+def _table(results: EvaluationResults, tolerance: float) -> PlainTable:
+    states = ("missed", "spurious", "absent", "not_annotated")
+    shown = [state for state in states if any(structure.counts[state] for structure in results.structures)]
+    numbers = ("Dice", "NSD", "HD95", "cases", *(state.replace("_", " ") for state in shown))
+    title = f"Means over {len(results.cases)} cases"
+    caption = f"NSD: surface Dice at {tolerance:g} mm. HD95: in mm, where finite."
+    table = PlainTable("structure", *numbers, title=title, caption=caption, numbers=numbers)
+    for structure in results.structures:
+        counts = [structure.counts["scored"] + structure.infinite, *(structure.counts[state] or "" for state in shown)]
+        table.add_row(structure.comparison.name, *_numbers(structure.mean), *map(str, counts))
     table.add_section()
     table.add_row("mean", *_numbers(results.mean))
-    stdout.print(table)
+    return table
 
 
 def _numbers(mean: Mapping[str, Any]) -> list[str]:
@@ -274,17 +231,5 @@ def _numbers(mean: Mapping[str, Any]) -> list[str]:
     return ["" if mean[metric] is None else format(mean[metric], digits) for metric, digits in formats.items()]
 
 
-def _print_failures(failed: Mapping[str, STUNetError]) -> None:
-    from stunet.cli.console import print_error
-
-    for case, error in failed.items():
-        _print(f"case {case}:", error=True)
-        print_error(error)
-    if failed:
-        _print(f"{len(failed)} cases could not be scored; the results are without them.", error=True)
-
-
 def _print(line: str, *, error: bool = False) -> None:
-    from stunet.cli.console import stderr, stdout
-
-    (stderr if error else stdout).print(line, soft_wrap=True, highlight=False, markup=False)
+    (stderr if error else stdout).print(line, soft_wrap=True, highlight=False)

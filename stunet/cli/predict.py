@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
+from stunet.cli.console import stderr, stdout
 from stunet.cli.options import Device, choose_device
+from stunet.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
-
-__all__ = ["predict"]
+    from stunet.inference import Progress
 
 _model, _result, _resources = (
     partial(typer.Option, rich_help_panel=panel) for panel in ("Model", "Result", "Speed and memory")
@@ -102,73 +105,61 @@ def predict(
     structures that were found. The options are nnUNetv2_predict's where it has them. Models with regions, cascades and
     --save_probabilities go to nnU-Net's own predictor.
     """
-    from stunet.errors import UsageError
-
     if not images.exists():  # before PyTorch is imported, which takes seconds
-        raise UsageError("missing input", got=images, expected="an image, or a folder", remedy="Correct -i.")
-    folder = _model_folder(model, dataset, trainer, plans, configuration)
-
-    from stunet.cli.prediction_progress import PredictionProgress
-    from stunet.inference import FolderRequest, OutputOptions, parse_memory, predict_folder
-
-    budget = None if memory is None else parse_memory(memory)
-    request = FolderRequest(
-        images=images,
-        output=output,
-        model=folder,
-        folds=folds,
-        checkpoint_name=checkpoint,
-        step_size=step_size,
-        mirroring=not disable_tta,
-        device=_device(device),
-        results_on_device=not not_on_device,
-        structures=None if structures is None else [name.strip() for name in structures.split(",") if name.strip()],
-        budget=budget,
-        options=OutputOptions(masks=masks, statistics=statistics, names_in_header=names_in_header, preview=preview),
-        continue_prediction=continue_prediction or continue_as_nnunet,
-        n_preparing=n_preparing,
-        n_writing=n_writing,
-        part_id=part_id,
-        n_parts=n_parts,
-        save_probabilities=save_probabilities,
-        previous_stage=previous_stage,
-        trust=trust or [],
-        series=series,
-        lowres=lowres,
-    )
-    with PredictionProgress(bar=not disable_progress_bar) as progress:
-        predict_folder(request, progress)
-
-
-def _model_folder(model: str | None, dataset: str | None, trainer: str, plans: str, configuration: str) -> Path:
-    from stunet.errors import UsageError
-
+        raise UsageError(f"the input {images} is missing: correct -i")
     if (model is None) == (dataset is None):
+        given = "neither -m nor -d is" if model is None else f"-m {model} and -d {dataset} are both"
         raise UsageError(
-            "no model" if model is None else "two models",
-            got="neither -m nor -d" if model is None else f"-m {model} and -d {dataset}",
-            expected="-m MODEL, or -d with -tr, -p and -c",
-            remedy="Give one of them; `stunet list` shows the published models.",
+            f"{given} given: give -m MODEL, or -d with -tr, -p and -c; `stunet list` shows published models"
         )
     if dataset is not None:
         from stunet.environment import find_dataset, nnunet_folder
 
-        return nnunet_folder("nnUNet_results") / find_dataset(dataset) / f"{trainer}__{plans}__{configuration}"
-    assert model is not None
-    return Path(model) if Path(model).exists() or os.sep in model else _published_model(model)
+        model = str(nnunet_folder("nnUNet_results") / find_dataset(dataset) / f"{trainer}__{plans}__{configuration}")
+    elif not Path(str(model)).exists() and os.sep not in str(model):
+        model = str(_published_model(str(model)))
+
+    import torch
+
+    from stunet.inference import load_model, parse_memory, predict_folder
+
+    budget = None if memory is None else parse_memory(memory)
+    chosen = choose_device(device)
+    torch.backends.cudnn.benchmark = True  # windows are all of one size
+    extras = {"masks": masks, "statistics": statistics, "preview": preview, "names_in_header": names_in_header}
+    with show_progress(bar=not disable_progress_bar) as progress:
+        predict_folder(
+            load_model(str(model), folds, checkpoint, trust=trust or []),
+            images,
+            output,
+            structures=None if structures is None else [name.strip() for name in structures.split(",") if name.strip()],
+            device=chosen,
+            budget=budget,
+            step_size=step_size,
+            mirroring=not disable_tta,
+            results_on_device=not not_on_device,
+            lowres=lowres,
+            write=[name for name, wanted in extras.items() if wanted],
+            save_probabilities=save_probabilities,
+            previous_stage=previous_stage,
+            series=series,
+            continue_prediction=continue_prediction or continue_as_nnunet,
+            n_preparing=n_preparing,
+            n_writing=n_writing,
+            part_id=part_id,
+            n_parts=n_parts,
+            progress=progress,
+        )
 
 
 def _published_model(name: str) -> Path:
-    from stunet.cli.console import stdout
     from stunet.cli.weights import DownloadBar
     from stunet.weights import find_entry
 
     entry = find_entry(name)
     licence = entry.licence or "not stated; ask those who published them"
-    stdout.print(
-        f"Weights {name}, licence: {licence}{f' ({entry.page})' if entry.page else ''}",
-        soft_wrap=True, highlight=False, markup=False,
-    )  # fmt: skip
+    page = f" ({entry.page})" if entry.page else ""
+    stdout.print(f"Weights {name}, licence: {licence}{page}", soft_wrap=True, highlight=False)
 
     from stunet.inference import published_model
 
@@ -176,10 +167,42 @@ def _published_model(name: str) -> Path:
         return published_model(entry, bar)
 
 
-def _device(name: str) -> torch.device:
-    import torch
+@contextmanager
+def show_progress(*, bar: bool, notes: Console = stdout) -> Iterator[Progress]:
+    """Show a prediction: notes and finished cases on standard output, failures and a bar on standard error.
 
-    chosen = choose_device(name)
-    if chosen == "cuda":
-        torch.backends.cudnn.benchmark = True  # windows are all of one size
-    return torch.device(chosen)
+    Args:
+        bar: Whether there is a bar.
+        notes: Another place for the notes, where standard output is for something else.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from stunet import inference
+
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, transient=True, disable=not bar) as bars:
+        shown = bars.add_task("reading and preprocessing", total=None)
+
+        class Shown(inference.Progress):
+            def note(self, text: str) -> None:
+                notes.print(text, soft_wrap=True, highlight=False)
+
+            def planned(self, n_cases: int, n_finished: int) -> None:
+                finished = f", {n_finished} are finished already" if n_finished else ""
+                self.note(f"Cases to predict: {n_cases}{finished}")
+
+            def window(self, case: inference.Case, n_windows: int) -> None:
+                task = bars.tasks[0]
+                if task.description != case.name:
+                    bars.reset(shown, description=case.name, total=n_windows)
+                bars.advance(shown)
+
+            def finished(self, case: inference.Case, found: Mapping[str, object]) -> None:
+                self.note(f"Predicted {case.name}: {len(found)} structure{'s' * (len(found) != 1)} found")
+
+            def failed(self, case: inference.Case, problem: str) -> None:
+                stderr.print(f"Failed: {case.name}:", style="bold red", end=" ", highlight=False)
+                stderr.print(problem, highlight=False, soft_wrap=True)
+
+        yield Shown()

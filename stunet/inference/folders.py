@@ -1,322 +1,425 @@
-"""Prediction of a folder of images with a model folder, from the checks to the table of statistics."""
+"""Prediction of folders of images, with all that is written of them.
+
+While the network works on one case, the next is prepared and the last is written, in processes of their own.
+"""
 
 from __future__ import annotations
 
+import errno
+import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 
-from stunet.errors import DatasetError, STUNetError, UsageError
-from stunet.files import move_into_place, scratch_folder
-from stunet.inference.images import Case, Geometry, find_cases, read_geometry
-from stunet.inference.label_names import label_names
-from stunet.inference.labels import VOLUME_READERS, why_not_streamed
-from stunet.inference.manifest import MANIFEST_NAME, Manifest, check_output, remove_predictions
-from stunet.inference.memory import available_bytes, choose_strategy
-from stunet.inference.model import CHECKPOINT, Model, load_model
-from stunet.inference.outputs import OutputOptions
-from stunet.inference.pipeline import Listener, Prediction, describe_outputs, predict_cases, raise_failures
-from stunet.inference.statistics import collect_statistics
-from stunet.inference.stock import predict_with_nnunet
+from stunet.errors import CommandError, DatasetError, STUNetError, UsageError
+from stunet.files import move_into_place, scratch_folder, temporary_path, write_json_files
+from stunet.inference.images import Case, CaseArray, Geometry, convert, find_cases, prepare, read_geometry
+from stunet.inference.model import Model
+from stunet.inference.outputs import (
+    EXTRAS,
+    MANIFEST_NAME,
+    Manifest,
+    check_folder,
+    collect_statistics,
+    find_structures,
+    model_settings,
+    remove_predictions,
+    write_case,
+)
+from stunet.inference.predictor import Labels, MemoryPlan, Predictor, choose_structures, network_spacing
+from stunet.network import peak_forward_bytes
+from stunet.processes import in_order
+from stunet.volumes import NIFTI_ENDINGS
 
-__all__ = ["FolderListener", "FolderRequest", "predict_folder"]
+#: Makes labels of a prepared case, and says what is noted of their grid.
+Label = Callable[[CaseArray], tuple[Labels, dict[str, Any]]]
 
-
-@dataclass(frozen=True)
-class FolderRequest:
-    """What is asked of :func:`predict_folder`; where ``nnUNetv2_predict`` has the option too, it means the same.
-
-    Attributes:
-        images: What :func:`stunet.inference.find_cases` takes; or the cases themselves, wherever they lie.
-        output: Folder for the predictions, made where it is missing; or of a single case the label map, a name that
-            ends in ``.nii.gz`` or ``.nii``.
-        model: Model folder.
-        folds: Names of folds; None for those that are there.
-        checkpoint_name: File in each fold's folder.
-        step_size: Distance between windows as a fraction of the patch.
-        mirroring: Whether the axes that the checkpoint allows are mirrored.
-        device: Where the network runs.
-        results_on_device: Whether logits are added up there too.
-        structures: Structures to keep; None for all.
-        budget: Bytes that all processes may take together; None for no limit.
-        options: What is written beside the labels.
-        continue_prediction: Whether cases that are predicted already are left as they are.
-        n_preparing: Processes that read and preprocess.
-        n_writing: Processes that write.
-        part_id: Which part of the cases, where several commands share them.
-        n_parts: Into how many parts they are divided.
-        save_probabilities: Whether nnU-Net's files with probabilities are written; its own predictor does it.
-        previous_stage: Predictions of a cascade's first stage.
-        trust: Classes that the model's plans may name beyond the known ones.
-        series: SeriesInstanceUID, where the input is a folder with several DICOM series.
-        lowres: Whether labels are written on the network's grid instead of the image's.
-    """
-
-    images: Path | Sequence[Case]
-    output: Path
-    model: Path
-    folds: Sequence[str] | None = None
-    checkpoint_name: str = CHECKPOINT
-    step_size: float = 0.5
-    mirroring: bool = True
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    results_on_device: bool = True
-    structures: Sequence[str] | None = None
-    budget: int | None = None
-    options: OutputOptions = field(default_factory=OutputOptions)
-    continue_prediction: bool = False
-    n_preparing: int = 1
-    n_writing: int = 1
-    part_id: int = 0
-    n_parts: int = 1
-    save_probabilities: bool = False
-    previous_stage: Path | None = None
-    trust: Sequence[str] = ()
-    series: str | None = None
-    lowres: bool = False
+_HALF, _SINGLE = 2, 4
+#: A process that has imported PyTorch and nnU-Net and done nothing; measured 400 MB of its own.
+_PROCESS_BYTES = 450 * 2**20
+#: Tiles of the resampling, blocks of the preprocessing, buffers of files.
+_TEMPORARY_BYTES = 100 * 2**20
+#: Convolutions on a CPU reorder their inputs and outputs, and the allocator keeps some of what was freed.
+_CONVOLUTION_FACTOR = 1.5
 
 
-class FolderListener(Listener, Protocol):
-    """What is told of the progress, and of what was decided."""
+class Progress:
+    """What a prediction tells of itself; silent unless methods are replaced."""
+
+    def note(self, text: str) -> None:
+        """Say something worth knowing."""
 
     def planned(self, n_cases: int, n_finished: int) -> None:
         """So many cases will be predicted; so many were before."""
 
+    def window(self, case: Case, n_windows: int) -> None:
+        """One window of a case, of so many, was predicted."""
 
-def predict_folder(request: FolderRequest, listener: FolderListener) -> None:
-    """Predict the images of a folder, or a single one.
+    def finished(self, case: Case, found: Mapping[str, Any]) -> None:
+        """All files of a case are written; these structures were found in it."""
+
+    def failed(self, case: Case, problem: str) -> None:
+        """A case was given up."""
+
+
+def predict_folder(
+    model: Model,
+    images: Path | Sequence[Case],
+    output: Path,
+    *,
+    structures: Sequence[str] | None = None,
+    write: Collection[str] = (),
+    lowres: bool = False,
+    device: str = "cpu",
+    budget: int | None = None,
+    step_size: float = 0.5,
+    mirroring: bool = True,
+    results_on_device: bool = True,
+    save_probabilities: bool = False,
+    previous_stage: Path | None = None,
+    series: str | None = None,
+    continue_prediction: bool = False,
+    n_preparing: int = 1,
+    n_writing: int = 1,
+    part_id: int = 0,
+    n_parts: int = 1,
+    progress: Progress | None = None,
+) -> None:
+    """Predict the images of a folder, or a single one; ``nnUNetv2_predict``'s options mean the same here.
 
     Args:
-        request: What is asked.
-        listener: Told of the progress.
+        model: The model.
+        images: What :func:`find_cases` takes; or the cases themselves, wherever they lie.
+        output: Folder for the predictions; or of a single case the label map, a name in ``.nii.gz`` or ``.nii``.
+        structures: Structures to keep; None for all.
+        write: What is written beside labels: some of :data:`stunet.inference.outputs.EXTRAS`.
+        lowres: Whether labels are written on the network's grid instead of the image's.
+        device: Where the network runs.
+        budget: Bytes that all processes may take together; None for no limit.
+        step_size: Distance between windows as a fraction of the patch.
+        mirroring: Whether the axes that the checkpoint allows are mirrored.
+        results_on_device: Whether logits are added up on the device too.
+        save_probabilities: Whether nnU-Net's own predictor shall write its files with probabilities.
+        previous_stage: Predictions of a cascade's first stage.
+        series: SeriesInstanceUID, where the input is a folder with several DICOM series.
+        continue_prediction: Whether cases that are predicted already are left as they are.
+        n_preparing: Processes that read and preprocess.
+        n_writing: Processes that write.
+        part_id: Which part of the cases, where several commands share them.
+        n_parts: Into how many parts they are split.
+        progress: Told of the progress.
 
     Raises:
-        UsageError: An argument that cannot be, a memory budget that is too small, or an output folder with files that
-            were made with other settings and would stay.
+        UsageError: An option that cannot be, too small a memory budget, or predictions with other settings in the way.
         OSError: No room or no permission to write.
-        PlansError: A model folder that cannot be used.
-        CheckpointError: Weights that are missing, or do not fit.
         LabelError: A structure that the model does not know.
         CommandError: Cases failed; the others are predicted.
     """
-    output = request.output
-    if not output.name.endswith((".nii.gz", ".nii")) or output.is_dir():
-        _predict_folder(request, listener)
-        return
-    with scratch_folder(output.parent) as scratch:
-        _predict_folder(replace(request, output=scratch / "output"), listener, label_map=output)
-
-
-def _predict_folder(request: FolderRequest, listener: FolderListener, label_map: Path | None = None) -> None:
-    model = load_model(request.model, request.folds, request.checkpoint_name, trust=request.trust)
-    names = label_names(model.dataset_json, request.structures)
-    listener.note(f"Model {model.folder}, {_plural(len(model.checkpoints), 'fold')} ({', '.join(model.checkpoints)})")
-    volumes = model.plans_manager.image_reader_writer_class.__name__ in VOLUME_READERS
-    _check(request, model, volumes=volumes)
-    found = request.images
-    if isinstance(found, Path):
-        found = find_cases(found, model.file_ending, model.n_channels if volumes else 1, request.series)
-    places = [request.output / f"{case.name}{model.file_ending}" for case in found]
-    _check_images_stay(found, places if label_map is None else [label_map])
-    if label_map is not None:
-        _check_label_map(label_map, found, request, model)
-    prediction = Prediction(
-        model,
-        names,
-        request.output,
-        device=request.device,
-        results_on_device=request.results_on_device,
-        step_size=request.step_size,
-        mirroring=request.mirroring,
-        lowres=request.lowres,
-        options=request.options,
-    )
-    reason = _why_nnunets_predictor(request, model)
-    if reason is not None and request.lowres:
-        raise _impossible("--lowres", model.folder, f"a model that is predicted plane by plane, but {reason}")
-    cases = found[request.part_id :: request.n_parts]
-    record, outdated = check_output(
-        prediction, found, cases, previous_stage=request.previous_stage, keep=request.continue_prediction
-    )
-    waiting = [case for case in cases if not _is_done(case, request, model)]
-    listener.planned(len(waiting), len(cases) - len(waiting))
+    progress, ending, kept = progress or Progress(), model.file_ending, choose_structures(model, structures)
+    predictor = Predictor(model, torch.device(device), step_size, mirroring, results_on_device, lowres)
+    folds = f"{len(model.checkpoints)} fold{'s' * (len(model.checkpoints) > 1)}"
+    progress.note(f"Model {model.folder}, {folds} ({', '.join(model.checkpoints)})")
+    stock = "probabilities are asked for" if save_probabilities else predictor.why_stock
+    found = find_cases(images, model, series) if isinstance(images, Path) else list(images)
+    own = found[part_id::n_parts]
+    is_file = output.name.endswith(NIFTI_ENDINGS) and not output.is_dir()
+    beside = output.with_name(f"{output.name.removesuffix(ending)}.{MANIFEST_NAME}")
+    first_stage = model.configuration_manager.previous_stage_name
+    inputs = {file.resolve() for case in found for file in case.files}
+    places = [output] if is_file else [output / f"{case.name}{ending}" for case in found]
+    for wrong, said in (
+        (not 0 < step_size <= 1, f"-step_size {step_size} is not above 0 and at most 1"),
+        (not 0 <= part_id < n_parts, f"-part_id {part_id} is not one of 0 to {n_parts - 1}, below -num_parts"),
+        (first_stage and not previous_stage, f"the model takes predictions of {first_stage}: -prev_stage_predictions"),
+        ("masks" in write and not model.reads_volumes, f"--masks are NIfTI files, but the model's images {ending}"),
+        ("names_in_header" in write and ending not in NIFTI_ENDINGS, f"--names-in-header is for NIfTI, not {ending}"),
+        (lowres and stock, f"--lowres needs a model that is predicted plane by plane, but {stock}"),
+        (not is_file and output.exists() and not output.is_dir(), f"-o {output} is no folder"),
+        (any(place.resolve() in inputs for place in places), f"-o {output} would replace an image"),
+        (is_file and len(found) != 1, f"-o {output} is no folder, as {len(found)} images need one"),
+        (is_file and not output.name.endswith(ending), f"-o {output} is no folder, and the model writes {ending}"),
+        (is_file and output.exists() and not beside.exists(), f"-o {output} is there, and no prediction to replace"),
+        (is_file and {*write} - {"names_in_header"}, f"-o {output} is no folder, which more than a label map needs"),
+        (is_file and (save_probabilities or continue_prediction or n_parts > 1), f"-o {output} is no folder"),
+    ):
+        if wrong:
+            raise UsageError(f"{said}: correct the option, or leave it out")
+    folder = temporary_path(output.parent / "scratch") / "output" if is_file else output
+    before = None if previous_stage is None else str(previous_stage.resolve())
+    settings = {"structures": list(kept), "mirroring": mirroring, "step_size": step_size, "lowres": lowres}
+    settings |= {"previous_stage": before, **{extra: extra in write for extra in EXTRAS}, **model_settings(model)}
+    record, outdated = check_folder(folder, ending, settings, found, own, keep=continue_prediction)
+    endings = (ending, ".npz") if save_probabilities else (ending,)
+    done = [case for case in own if all((folder / f"{case.name}{each}").is_file() for each in endings)]
+    waiting = [case for case in own if not (continue_prediction and case in done)]
+    progress.planned(len(waiting), len(own) - len(waiting))
     failures: dict[str, str] = {}
-    geometries = _read_geometries(waiting, model, failures, listener) if volumes else {}
-    ready = [case for case in waiting if case.name not in failures]
-    if reason is not None:
-        listener.note(f"Predicted by nnU-Net's own predictor, which holds all logits, since {reason}.")
+    geometries = _read_geometries(waiting, model, failures, progress) if model.reads_volumes else {}
+    ready = list(geometries) if model.reads_volumes else waiting
+    if stock is not None:
+        progress.note(f"Predicted by nnU-Net's own predictor, which holds all logits, since {stock}.")
     elif ready:
-        prediction = _with_strategy(prediction, request, [geometries[case.name] for case in ready], listener)
-    with scratch_folder(request.output) as scratch:
-        remove_predictions(prediction, outdated)
-        part = None if request.n_parts == 1 else request.part_id
-        manifest = Manifest(prediction, record, waiting, listener, part)
-        describe_outputs(prediction, scratch, _arguments(request))
-        for case in cases:
-            if case not in waiting:
-                manifest.keep(case)
-        if ready:
-            failures |= _predict(ready, prediction, scratch, request, manifest, streamed=reason is None)
+        n_processes = min(n_preparing, len(ready) - 1), min(n_writing, len(ready) - 1)
+        predictor.plan, need = plan_memory(predictor, list(geometries.values()), budget, *n_processes)
+        note, spare = f"Estimated memory: {need / 2**30:.1f} GB", available_bytes()
+        if budget is None and spare is not None and need > spare:
+            note += f", of which this machine has {spare / 2**30:.1f} GB to spare"
+        if predictor.plan.axis or predictor.plan.average_folds:
+            note += "; to fit, logits are added up in another order than nnU-Net's: of two equal ones either may win"
+        progress.note(note)
+    with ExitStack() as stack:
+        if is_file:
+            stack.enter_context(scratch_folder(output.parent))
+        scratch = stack.enter_context(scratch_folder(folder))
+        remove_predictions(folder, ending, outdated)
+        manifest = Manifest(
+            model, folder, record, device, {case.name for case in waiting}, None if n_parts == 1 else part_id
+        )
+        listed = os.fspath(images) if isinstance(images, Path) else [list(map(os.fspath, c.files)) for c in images]
+        by_values = sorted((values, name) for name, values in kept.items())
+        arguments = {  # under the names of nnU-Net's own
+            "list_of_lists_or_source_folder": listed,
+            "output_folder_or_list_of_truncated_output_files": os.fspath(output),
+            "save_probabilities": save_probabilities,
+            "overwrite": not continue_prediction,
+            "num_processes_preprocessing": n_preparing,
+            "num_processes_segmentation_export": n_writing,
+            "folder_with_segs_from_prev_stage": None if previous_stage is None else os.fspath(previous_stage),
+            "num_parts": n_parts,
+            "part_id": part_id,
+        }
+        contents = {
+            "predict_from_raw_data_args": arguments,
+            "dataset": model.dataset_json,
+            "plans": model.plans,
+            "labels": {"0": "background"} | {",".join(map(str, values)): name for values, name in by_values},
+        }
+        write_json_files({folder / f"{name}.json": content for name, content in contents.items()})
+        reader = model.plans_manager.image_reader_writer_class()
+        for case in done:
+            if case not in waiting and case.name not in manifest.content["cases"]:  # written by a part, or a killed one
+                with suppress(Exception):
+                    labels, properties = reader.read_seg(str(folder / f"{case.name}{ending}"))
+                    manifest.add(case, find_structures(labels[0].astype(np.uint16), kept, properties["spacing"]))
+
+        def fail(case: Case, error: Exception) -> None:
+            shutil.rmtree(scratch / case.name, ignore_errors=True)
+            failures[case.name] = _describe(error)
+            progress.failed(case, failures[case.name])
+
+        label: Label = partial(_label_streamed, predictor, progress)
+        if stock is not None:
+            label = partial(_label_stock, predictor, before, folder if save_probabilities else None)
+        labelled = _labelled(ready, predictor, scratch, label, fail, prepare if stock is None else convert)
+        writing = partial(
+            write_case, model=model, folder=folder, structures=kept, write=frozenset(write), lowres=lowres
+        )
+        for job, result in in_order(writing, labelled, num_processes=predictor.plan.n_writing):
+            if isinstance(result, Exception):
+                fail(job.case, result)
+                continue
+            shutil.rmtree(job.path.parent, ignore_errors=True)
+            structures_found, problem = result
+            if problem:
+                progress.note(f"warning: {job.case.name}: {problem}")
+            manifest.add(job.case, structures_found)
+            progress.finished(job.case, structures_found)
         manifest.close(failures)
-        if request.options.statistics and (request.output / "statistics").is_dir():
-            collect_statistics(request.output / "statistics", scratch / "statistics.csv")
-            move_into_place(scratch / "statistics.csv", request.output / "statistics.csv")
-    raise_failures(failures, len(waiting))
-    if label_map is not None:
-        move_into_place(request.output / MANIFEST_NAME, _manifest_beside(label_map, model))
-        move_into_place(request.output / f"{cases[0].name}{model.file_ending}", label_map)
-
-
-def _manifest_beside(label_map: Path, model: Model) -> Path:
-    return label_map.with_name(f"{label_map.name.removesuffix(model.file_ending)}.{MANIFEST_NAME}")
-
-
-def _check_images_stay(cases: Sequence[Case], outputs: Sequence[Path]) -> None:
-    images = {file.resolve() for case in cases for file in case.files}
-    for output in outputs:
-        if output.resolve() in images:
-            raise _impossible("-o", f"{output}, an image", "a place where no image is replaced")
-
-
-def _check_label_map(path: Path, cases: Sequence[Case], request: FolderRequest, model: Model) -> None:
-    others = [name for name, wanted in vars(request.options).items() if wanted and name != "names_in_header"]
-    problem = None
-    if len(cases) != 1:
-        problem = f"{len(cases)} images"
-    elif not path.name.endswith(model.file_ending):
-        problem = f"a model that writes {model.file_ending}"
-    elif path.exists() and not _manifest_beside(path, model).exists():
-        raise _impossible("-o", f"{path}, which is there and no prediction", "another name, or a prediction to replace")
-    elif others or request.save_probabilities or request.continue_prediction or request.n_parts > 1:
-        problem = "options that write more than a label map, or share or continue a prediction"
-    if problem is not None:
-        raise _impossible("-o", path, f"a folder, as there are {problem}")
-
-
-def _predict(
-    cases: Sequence[Case],
-    prediction: Prediction,
-    scratch: Path,
-    request: FolderRequest,
-    listener: Listener,
-    *,
-    streamed: bool,
-) -> dict[str, str]:
-    if streamed:
-        return predict_cases(cases, prediction, scratch, listener)
-    return predict_with_nnunet(
-        cases,
-        prediction,
-        scratch,
-        listener,
-        save_probabilities=request.save_probabilities,
-        previous_stage=request.previous_stage,
-    )
-
-
-def _why_nnunets_predictor(request: FolderRequest, model: Model) -> str | None:
-    if request.save_probabilities:
-        return "probabilities are asked for"
-    return why_not_streamed(model.plans_manager, model.configuration_manager, model.label_manager)
-
-
-def _with_strategy(
-    prediction: Prediction, request: FolderRequest, geometries: Sequence[Geometry], listener: FolderListener
-) -> Prediction:
-    several = len(geometries) > 1
-    strategy, need = choose_strategy(
-        prediction.model,
-        geometries,
-        budget=request.budget,
-        n_preparing=request.n_preparing if several else 0,
-        n_writing=request.n_writing if several else 0,
-        mirroring=request.mirroring,
-        on_device=request.device.type != "cpu" and request.results_on_device,
-    )
-    note = f"Estimated memory: {need / 2**30:.1f} GB"
-    spare = available_bytes()
-    if request.budget is None and spare is not None and need > spare:
-        note += f", of which this machine has {spare / 2**30:.1f} GB to spare"
-    if not strategy.exact:
-        note += "; to fit, logits are added up in another order than nnU-Net's, so where two are equal either may win"
-    listener.note(note)
-    return replace(prediction, strategy=strategy)
+        if "statistics" in write and (folder / "statistics").is_dir():
+            collect_statistics(folder / "statistics", folder / "statistics.csv")
+        if is_file and not failures:
+            move_into_place(folder / MANIFEST_NAME, beside)
+            move_into_place(folder / f"{own[0].name}{ending}", output)
+    if failures:
+        lines = "".join(f"\n    {name}: {problem.splitlines()[0]}" for name, problem in sorted(failures.items()))
+        count = f"{len(failures)} of {len(waiting)} failed"
+        raise CommandError(f"{count}; mend or remove them, and run this again with --continue to do no other:{lines}")
 
 
 def _read_geometries(
-    cases: Sequence[Case], model: Model, failures: dict[str, str], listener: FolderListener
-) -> dict[str, Geometry]:
+    cases: Sequence[Case], model: Model, failures: dict[str, str], progress: Progress
+) -> dict[Case, Geometry]:
     geometries = {}
     for case in cases:
         try:
-            geometries[case.name] = read_geometry(case, model.n_channels)
+            geometries[case] = read_geometry(case, model.n_channels)
         except DatasetError as error:
             failures[case.name] = str(error)
-            listener.failed(case, str(error))
-    n_unknown = sum(not geometry.has_unit for geometry in geometries.values())
-    if n_unknown:
-        listener.note(f"{_plural(n_unknown, 'case')} without a unit of spacing in the header; mm are assumed.")
+            progress.failed(case, str(error))
+    if n := sum(not geometry.has_unit for geometry in geometries.values()):
+        progress.note(f"{n} case{'s' * (n > 1)} without a unit of spacing in the header; mm are assumed.")
     return geometries
 
 
-def _is_done(case: Case, request: FolderRequest, model: Model) -> bool:
-    endings = [model.file_ending, *([".npz"] if request.save_probabilities else [])]
-    done = all((request.output / f"{case.name}{ending}").is_file() for ending in endings)
-    return request.continue_prediction and done
+def _labelled(
+    cases: Sequence[Case],
+    predictor: Predictor,
+    scratch: Path,
+    label: Label,
+    fail: Callable[[Case, Exception], None],
+    prepare_case: Callable[..., CaseArray],
+) -> Iterator[CaseArray]:
+    """Yield the labels of cases as arrays in files."""
+
+    def feed() -> Iterator[Case]:
+        for case in cases:
+            yield case
+            _ = prepare_case is convert or predictor.networks  # are loaded while the first case is prepared
+
+    step = partial(prepare_case, model=predictor.model, scratch=scratch)
+    for case, prepared in in_order(step, feed(), num_processes=predictor.plan.n_preparing):
+        _ = predictor.stock if prepare_case is convert else predictor.networks  # what is wrong with them ends all
+        try:
+            if isinstance(prepared, Exception):
+                raise prepared
+            labels, properties = label(prepared)
+            path = prepared.path.with_name("labels.npy")
+            np.save(path, labels)
+        except Exception as error:  # whatever it is, the other cases can do without this one
+            fail(case, error)
+        else:
+            yield CaseArray(prepared.case, path, properties)
 
 
-def _check(request: FolderRequest, model: Model, *, volumes: bool) -> None:
-    problem: STUNetError | None = None
-    if not 0 < request.step_size <= 1:
-        problem = _impossible("-step_size", request.step_size, "more than 0 and at most 1")
-    elif not 0 <= request.part_id < request.n_parts:
-        problem = _impossible("-part_id", request.part_id, f"0 to {request.n_parts - 1}, below -num_parts")
-    elif model.configuration_manager.previous_stage_name is not None and request.previous_stage is None:
-        problem = UsageError(
-            "a cascade without its first stage",
-            got=f"{model.configuration}, which takes predictions of {model.configuration_manager.previous_stage_name}",
-            expected="-prev_stage_predictions FOLDER",
-            remedy="Predict the first stage, and give the folder.",
-        )
-    elif request.options.masks and not volumes:
-        problem = _impossible("--masks", model.file_ending, "a model of NIfTI images, which masks are written as")
-    elif request.options.names_in_header and not model.file_ending.startswith(".nii"):
-        problem = _impossible("--names-in-header", model.file_ending, "a model of NIfTI images")
-    elif request.output.exists() and not request.output.is_dir():
-        problem = _impossible("-o", request.output, "a folder")
-    if problem is not None:
-        raise problem
+def _label_streamed(predictor: Predictor, progress: Progress, prepared: CaseArray) -> tuple[Labels, dict[str, Any]]:
+    image, on_window = np.load(prepared.path, mmap_mode="r"), partial(progress.window, prepared.case)
+    return predictor.predict(image, prepared.properties, on_window), prepared.properties
 
 
-def _impossible(option: str, value: object, expected: str) -> UsageError:
-    return UsageError(
-        f"impossible value of {option}", got=value, expected=expected, remedy=f"Correct {option}, or leave it out."
+def _label_stock(
+    predictor: Predictor, previous_stage: str | None, probabilities: Path | None, converted: CaseArray
+) -> tuple[Labels, dict[str, Any]]:
+    """Labels by nnU-Net's own predictor, and its files with probabilities in a folder that is given."""
+    stem, model = str(converted.path.with_name("stock")), predictor.model
+    predictor.stock.predict_from_files_sequential(
+        [list(map(str, converted.case.files))],
+        [stem],
+        save_probabilities=probabilities is not None,
+        folder_with_segs_from_prev_stage=previous_stage,
     )
+    labels, properties = model.plans_manager.image_reader_writer_class().read_seg(stem + model.file_ending)
+    if probabilities is not None:
+        for ending in (".npz", ".pkl"):
+            move_into_place(stem + ending, probabilities / f"{converted.case.name}{ending}")
+    return np.asarray(labels[0]).astype(predictor.label_type), properties
 
 
-def _arguments(request: FolderRequest) -> dict[str, Any]:
-    """What nnU-Net notes of a prediction, under the names of its own arguments."""
-    previous = request.previous_stage
-    if isinstance(request.images, Path):
-        images: Any = os.fspath(request.images)
-    else:
-        images = [list(map(os.fspath, case.files)) for case in request.images]
-    return {
-        "list_of_lists_or_source_folder": images,
-        "output_folder_or_list_of_truncated_output_files": os.fspath(request.output),
-        "save_probabilities": request.save_probabilities,
-        "overwrite": not request.continue_prediction,
-        "num_processes_preprocessing": request.n_preparing,
-        "num_processes_segmentation_export": request.n_writing,
-        "folder_with_segs_from_prev_stage": None if previous is None else os.fspath(previous),
-        "num_parts": request.n_parts,
-        "part_id": request.part_id,
-    }
+def _describe(error: Exception) -> str:
+    if isinstance(error, STUNetError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (None, errno.ENOSPC, errno.EFBIG, errno.EDQUOT):  # None: numpy's
+        return f"the disk is full: {error}"
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {said[:300]}"
 
 
-def _plural(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+def plan_memory(
+    predictor: Predictor, geometries: Sequence[Geometry], budget: int | None, n_preparing: int = 1, n_writing: int = 1
+) -> tuple[MemoryPlan, int]:
+    """Choose the first plan that fits: nnU-Net's order of additions before any other, and processes that overlap first.
+
+    Without a budget, the plan must fit in what the machine has to spare, or is the least. Also return the bytes that it
+    is estimated to take.
+
+    Raises:
+        UsageError: None fits; names the least that works.
+    """
+    on_device = predictor.device.type != "cpu" and predictor.results_on_device
+    network = 0 if on_device else _network_bytes(predictor)
+    limit = available_bytes() if budget is None else budget
+    estimates: list[tuple[int, MemoryPlan]] = []
+    for plan in _plans(predictor.model, n_preparing, n_writing):
+        need = network + max(_case_bytes(predictor.model, g, plan, on_device=on_device) for g in geometries)
+        if limit is None or need <= limit:
+            return plan, need
+        estimates.append((need, plan))
+    least, plan = min(estimates, key=lambda estimate: estimate[0])
+    if budget is None:
+        return plan, least
+    largest, gigabytes = max(geometries, key=lambda geometry: geometry.n_voxels), math.ceil(least / 2**30 * 10) / 10
+    given = f"--memory {budget / 2**30:.2f}GB"
+    raise UsageError(f"{given} is too little for {largest}: give {gigabytes:.1f}GB at least, or fewer folds with -f")
+
+
+def _plans(model: Model, n_preparing: int, n_writing: int) -> Iterator[MemoryPlan]:
+    processes = dict.fromkeys([(n_preparing, n_writing), (min(1, n_preparing), min(1, n_writing)), (0, 0)])
+    for average in dict.fromkeys((False, len(model.checkpoints) > 1)):
+        yield from (MemoryPlan(0, average, *n) for n in processes)
+        if len(model.configuration_manager.patch_size) == 3:
+            yield from (MemoryPlan(axis, average, 0, 0) for axis in (1, 2))
+
+
+def _case_bytes(model: Model, geometry: Geometry, plan: MemoryPlan, *, on_device: bool) -> int:
+    """Peak of all processes while an image like this one is predicted, without the network."""
+    n_processes, channels, n = 1 + plan.n_preparing + plan.n_writing, model.n_channels, geometry.n_voxels
+    shape, spacing = (
+        [values[i] for i in model.plans_manager.transpose_forward] for values in (geometry.shape, geometry.spacing)
+    )
+    grid = [int(side) for side in compute_new_shape(shape, spacing, network_spacing(model, spacing))]
+    # The slab of logits, planes that are being resampled, the image and its labels.
+    patch = model.configuration_manager.patch_size
+    window: list[int] = [1] * (3 - len(patch)) + list(patch)
+    padded = [max(sides) for sides in zip(grid, window, strict=True)]
+    plane = math.prod(padded) // padded[plan.axis]
+    n_slabs = 1 if plan.average_folds else len(model.checkpoints)
+    slab = 0 if on_device else _HALF * window[plan.axis] * plane * (n_slabs * model.n_outputs + 1)
+    predicting = slab + 4 * _HALF * plane * model.n_outputs + _SINGLE * math.prod(padded) * channels + 2 * n
+    # The image as read, in single precision, its mask of non-zero voxels with what fills its holes, the result.
+    reading = (2 * geometry.bytes_per_voxel + _SINGLE * (channels + 1)) * n
+    cropping = (2 * _SINGLE * channels + 5) * n
+    resampling = (_SINGLE * channels + 1) * n + 2 * _SINGLE * channels * math.prod(grid)
+    preparing, writing = max(reading, cropping, resampling), 5 * n
+    fixed = n_processes * _PROCESS_BYTES + _TEMPORARY_BYTES
+    if n_processes == 1:
+        return fixed + max(predicting, preparing, writing)
+    return fixed + predicting + plan.n_preparing * preparing + plan.n_writing * writing
+
+
+def _network_bytes(predictor: Predictor) -> int:
+    """Weights of all folds and a forward pass."""
+    model, patch = predictor.model, predictor.model.configuration_manager.patch_size
+    with torch.device("meta"):
+        network = model.build_network()
+    n_logits = int(predictor.mirroring and bool(model.mirroring_axes)) + int(len(model.checkpoints) > 1)
+    weights = sum(parameter.numel() for parameter in network.parameters()) * len(model.checkpoints)
+    forward = _CONVOLUTION_FACTOR * peak_forward_bytes(network, (1, model.n_channels, *patch))
+    return int(_SINGLE * (weights + n_logits * model.n_outputs * math.prod(patch)) + forward)
+
+
+def parse_memory(text: str, option: str = "--memory") -> int:
+    """Read a size such as ``8GB``, ``700M`` or ``0.5TB`` as bytes; 1 GB is 1024^3 bytes.
+
+    Raises:
+        UsageError: No such size; names the option that it was given with.
+
+    >>> parse_memory("1.5GB") / 2**30
+    1.5
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", text.lower())
+    if not match or float(match[1]) <= 0:
+        raise UsageError(f"{option} {text} is no size: give a number with a unit, for example 8GB or 700MB")
+    return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
+
+
+def available_bytes() -> int | None:
+    """Return what this machine, or the container of this process, has to spare; None where that is unknown."""
+    found = []
+    with suppress(OSError, ValueError, AttributeError, TypeError):
+        meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
+        found.append(int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo)[1]) * 1024)  # type: ignore[index]
+    with suppress(OSError, ValueError):
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text("ascii")) for name in ("max", "current"))
+        found.append(limit - used)  # a limit of "max" is none
+    return min(found, default=None)

@@ -1,13 +1,14 @@
-"""Cases of an input, what their files' headers say before any image is read, and images of other formats as NIfTI."""
+"""Cases of an input: what their headers say, DICOM series as volumes, and what the network sees of them."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,15 @@ import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk
 from nibabel.openers import ImageOpener
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from stunet.errors import DatasetError, STUNetError, UsageError
-from stunet.volumes import check_finite, read_volume
+from stunet.inference.model import Model
+from stunet.inference.resampling import is_default_resampling, resample_image
+from stunet.volumes import NIFTI_ENDINGS, check_finite, not_numbers, read_volume
 
-__all__ = ["Case", "Geometry", "as_nifti", "check_voxels", "find_cases", "read_geometry", "readable"]
-
-_NIFTI = (".nii", ".nii.gz")
 #: Formats of volumes that SimpleITK reads, so that a model of one of them can take any.
-_VOLUMES = (*_NIFTI, ".mha", ".mhd", ".nrrd")
+_VOLUMES = (*NIFTI_ENDINGS, ".mha", ".mhd", ".nrrd")
 #: How far a DICOM slice may lie from its place on a regular grid, as a fraction of the distance of slices.
 _SLICE_TOLERANCE = 0.25
 
@@ -55,10 +56,13 @@ class Geometry:
         has_unit: Whether the file says what unit the spacing has; only NIfTI can leave it out.
     """
 
-    shape: tuple[int, int, int]
-    spacing: tuple[float, float, float]
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
     bytes_per_voxel: int
     has_unit: bool = True
+
+    def __str__(self) -> str:
+        return f"{' x '.join(map(str, self.shape[::-1]))} voxels of {_mm(self.spacing[::-1])}"
 
     @property
     def n_voxels(self) -> int:
@@ -66,122 +70,54 @@ class Geometry:
         return math.prod(self.shape)
 
 
-def find_cases(
-    images: str | os.PathLike[str], file_ending: str, n_channels: int = 1, series: str | None = None
-) -> list[Case]:
+def find_cases(images: str | os.PathLike[str], model: Model, series: str | None = None) -> list[Case]:
     """Find the cases of an input.
 
     Args:
         images: A folder with ``NAME_0000.nii.gz``, ``NAME_0001.nii.gz``, … as nnU-Net names the channels of cases; a
             folder of images with other names, one for each case, where there is one channel; one such image; or the
             folder of a DICOM series.
-        file_ending: As in ``dataset.json``. Models of NIfTI, MetaImage or NRRD files take all three formats.
-        n_channels: Files of a case.
+        model: The model. Those of NIfTI, MetaImage or NRRD files take all three formats.
         series: SeriesInstanceUID of the DICOM series to take.
 
     Raises:
         UsageError: No such input, no images in it, two of one name, or more than one DICOM series.
     """
+    file_ending, n_channels = model.file_ending, model.n_channels if model.reads_volumes else 1
     images = Path(images).resolve()
     if not images.exists():
-        raise UsageError("missing input", got=images, expected="an image, or a folder", remedy="Correct -i.")
+        raise UsageError(f"the input {images} is missing: correct -i")
     endings = (file_ending, *_VOLUMES) if file_ending in _VOLUMES else (file_ending,)
     pattern = re.compile(rf"(.+?)(_\d{{4}})?({'|'.join(map(re.escape, endings))})")
     entries = [images] if images.is_file() else sorted(p for p in images.iterdir() if p.is_file())
     files = [path for path in entries if not path.name.startswith(".")]
     named = [(path, match) for path in files if (match := pattern.fullmatch(path.name))]
-    if not named and images.is_dir() and file_ending in _VOLUMES:
-        found = _find_series(images)
-        if found:
-            return [Case(images.name, (), _choose_series(found, series, images))]
     if not named:
-        shown = ", ".join(path.name for path in files[:3]) + (", …" if len(files) > 3 else "")
+        if images.is_dir() and file_ending in _VOLUMES and (slices := _find_series(images, series)):
+            return [Case(images.name, (), slices)]
+        shown = ", ".join(path.name for path in files[:3]) + (", …" if len(files) > 3 else "") or "no files"
         raise UsageError(
-            "an input without images for this model",
-            got=f"{images}: {f'{len(files)} files ({shown})' if files else 'no files'}",
-            expected=f"CASE_0000{file_ending} for each case, one file for each channel; or files or folders that end "
-            f"with {', '.join(dict.fromkeys(endings))}, or of a DICOM series its folder",
-            remedy=f"Correct -i, or convert the images to {file_ending}.",
+            f"{images} has no images for this model, but {shown}: give CASE_0000{file_ending} for each case, files "
+            f"that end with {', '.join(dict.fromkeys(endings))}, or the folder of a DICOM series"
         )
     if series is not None:
-        raise UsageError(
-            "--series without a DICOM series",
-            got=images,
-            expected="a folder of DICOM files",
-            remedy="Leave --series out.",
-        )
+        raise UsageError(f"{images} is no folder of DICOM files: leave --series out")
     cases: dict[str, list[Path]] = {}
-    if any(match[2] == "_0000" for _, match in named):
-        for path, match in named:
-            if match[2]:
-                cases.setdefault(match[1], []).append(path)
-        return [Case(name, tuple(paths)) for name, paths in sorted(cases.items())]
-    if n_channels > 1:
-        raise UsageError(
-            "images without the numbers of their channels",
-            got=f"{images}: {named[0][0].name}",
-            expected=f"CASE_0000{file_ending} to CASE_{n_channels - 1:04d}{file_ending} for each case",
-            remedy=f"Name the files of the {n_channels} channels so, and give their folder with -i.",
-        )
+    numbered = any(match[2] == "_0000" for _, match in named)
+    if n_channels > 1 and not numbered:
+        last = f"CASE_{n_channels - 1:04d}{file_ending}"
+        raise UsageError(f"{named[0][0]} has no channel number: name the files CASE_0000{file_ending} to {last}")
     for path, match in named:
-        cases.setdefault(match[1] + (match[2] or ""), []).append(path)
-    twice = next((paths for paths in cases.values() if len(paths) > 1), None)
+        if match[2] or not numbered:
+            cases.setdefault(match[1] if numbered else match[1] + (match[2] or ""), []).append(path)
+    twice = next((paths for paths in cases.values() if len(paths) > 1 and not numbered), None)
     if twice:
-        raise UsageError(
-            "two images of one name",
-            got=" and ".join(path.name for path in twice),
-            expected="one file for each case",
-            remedy="Remove one of them, or rename it.",
-        )
+        raise UsageError(f"{' and '.join(path.name for path in twice)} are two images of one name: rename one of them")
     return [Case(name, tuple(paths)) for name, paths in sorted(cases.items())]
-
-
-def _find_series(folder: Path) -> dict[str, tuple[tuple[Path, ...], str]]:
-    """Files and description of each DICOM series of images, by its SeriesInstanceUID."""
-    reader: Any = sitk.ImageSeriesReader
-    process: Any = sitk.ProcessObject
-    warns = process.GetGlobalWarningDisplay()
-    process.SetGlobalWarningDisplay(False)  # ITK warns of folders without DICOM files
-    found = {}
-    try:
-        for uid in reader.GetGDCMSeriesIDs(str(folder)):
-            files = tuple(Path(path) for path in reader.GetGDCMSeriesFileNames(str(folder), uid))
-            try:
-                header = _header_of_slice(files[0])
-            except RuntimeError:  # reports and contours have no image
-                continue
-            key = "0008|103e"
-            found[uid] = (files, header.GetMetaData(key).strip() if header.HasMetaDataKey(key) else "")
-    finally:
-        process.SetGlobalWarningDisplay(warns)
-    return found
-
-
-def _choose_series(
-    found: dict[str, tuple[tuple[Path, ...], str]], wanted: str | None, folder: Path
-) -> tuple[Path, ...]:
-    if wanted is None and len(found) == 1:
-        return next(iter(found.values()))[0]
-    if wanted in found:
-        return found[wanted][0]
-    listed = "".join(
-        f"\n    {uid}  {len(files)} slice{'' if len(files) == 1 else 's'}  {text}".rstrip()
-        for uid, (files, text) in found.items()
-    )
-    raise UsageError(
-        "several DICOM series in one folder" if wanted is None else "a DICOM series that is not in the folder",
-        got=f"{folder}{'' if wanted is None else f', --series {wanted}'}; it has{listed}",
-        expected="one series",
-        remedy=f"Choose one of them: --series {max(found, key=lambda uid: len(found[uid][0]))}",
-    )
 
 
 def read_geometry(case: Case, n_channels: int) -> Geometry:
     """Read and check the headers of a case.
-
-    Args:
-        case: The case.
-        n_channels: Channels that the model takes.
 
     Raises:
         DatasetError: Another number of channels, a file that is no image, more or fewer axes than three (or two),
@@ -189,149 +125,149 @@ def read_geometry(case: Case, n_channels: int) -> Geometry:
     """
     if case.slices:
         order, spacing, _ = _slice_grid(case.slices)
-        columns, rows = _header_of_slice(case.slices[0]).GetSize()[:2]
+        columns, rows = _slice_header(case.slices[0]).GetSize()[:2]
         return Geometry((len(order), rows, columns), spacing, 4)
     matches = [re.fullmatch(rf"{re.escape(case.name)}_(\d{{4}})\..+", path.name) for path in case.files]
     numbers = [int(match[1]) if match else channel for channel, match in enumerate(matches)]
     if numbers != list(range(n_channels)):
-        raise DatasetError(
-            "a case with other channels than the model's",
-            got=f"{case.name}: {len(numbers)} channels ({', '.join(f'{n:04d}' for n in numbers)})",
-            expected=f"{n_channels} channels (0000{f' to {n_channels - 1:04d}' if n_channels > 1 else ''})",
-            remedy="Add the missing channels, remove surplus ones, or choose another model.",
-        )
+        found, last = ", ".join(f"{n:04d}" for n in numbers), f"{n_channels - 1:04d}"
+        raise DatasetError(f"{case.name} has {len(numbers)} channels ({found}), but the model takes 0000 to {last}")
     geometries = [_read_header(path) for path in case.files]
+    first = geometries[0]
     for path, geometry in zip(case.files, geometries, strict=True):
-        if geometry.shape != geometries[0].shape or not np.allclose(geometry.spacing, geometries[0].spacing, rtol=1e-3):
-            raise DatasetError(
-                "channels of one case on different grids",
-                got=f"{path}: {_describe(geometry)}",
-                expected=f"{_describe(geometries[0])}, as {case.files[0].name} has",
-                remedy="Resample the channels to one grid.",
-            )
-    return geometries[0]
-
-
-def check_voxels(path: Path) -> None:
-    """Read a NIfTI file to its end. ITK takes what is missing from a truncated file, and what is no number, for 0.
-
-    Args:
-        path: An image whose header was checked. Files of other formats are left to their readers.
-
-    Raises:
-        DatasetError: The file is truncated or damaged, or holds values that are no numbers.
-    """
-    if not path.name.endswith(_NIFTI) or len(_nifti_shape(_nifti_header(path))) != 3:
-        return
-    check_finite(read_volume(path))
-
-
-def _describe(geometry: Geometry) -> str:
-    size, spacing = (values[::-1] for values in (geometry.shape, geometry.spacing))
-    return f"{' x '.join(map(str, size))} voxels of {' x '.join(f'{s:g}' for s in spacing)} mm"
-
-
-def _read_header(path: Path) -> Geometry:
-    has_unit = True
-    with readable(path):
-        if path.name.endswith(_NIFTI):
-            has_unit = _check_nifti(path)
-        reader: Any = sitk.ImageFileReader()  # type: ignore[no-untyped-call]
-        reader.SetFileName(str(path))
-        reader.ReadImageInformation()
-    size, spacing = reader.GetSize(), reader.GetSpacing()
-    if len(size) not in (2, 3):
-        raise _wrong_axes(path, size)
-    _check_spacing(path, spacing)
-    if len(size) == 2:  # nnU-Net makes one thick plane of it
-        size, spacing = (*size, 1), (*spacing, 999 * max(spacing))
-    dtype = sitk.GetArrayFromImage(sitk.Image([1] * len(size), reader.GetPixelID())).dtype  # type: ignore[no-untyped-call]
-    z, y, x = size[::-1]
-    c, b, a = spacing[::-1]
-    return Geometry((z, y, x), (c, b, a), dtype.itemsize * reader.GetNumberOfComponents(), has_unit)
-
-
-def _check_nifti(path: Path) -> bool:
-    """Whether the header says the unit of its spacing."""
-    # ITK repairs what a header must not have; nnU-Net would then predict on a grid that nobody meant.
-    header = _nifti_header(path)
-    shape = _nifti_shape(header)
-    if len(shape) not in (2, 3):
-        raise _wrong_axes(path, shape)
-    _check_spacing(path, [float(s) for s in header["pixdim"][1 : 1 + len(shape)]])
-    return bool(int(header["xyzt_units"]) & 7)  # the bits for lengths
-
-
-def _nifti_header(path: Path) -> Any:
-    """The header as it is; nibabel and ITK repair it when they load an image."""
-    with ImageOpener(path) as file:
-        content = file.read(540)
-    nifti_2 = content[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")  # 540, the size of its header
-    header_class: Any = nib.Nifti2Header if nifti_2 else nib.Nifti1Header
-    return header_class(content[: 540 if nifti_2 else 348], check=False)
-
-
-def _nifti_shape(header: Any) -> tuple[int, ...]:
-    """Voxels, without trailing axes of length 1."""
-    n_axes = int(header["dim"][0])
-    shape = tuple(int(n) for n in header["dim"][1 : 1 + n_axes])
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
-
-
-def _check_spacing(path: Path, spacing: Sequence[float]) -> None:
-    if not all(math.isfinite(s) and s > 0 for s in spacing):
-        raise DatasetError(
-            "an image with an impossible spacing",
-            got=f"{path}: {' x '.join(f'{s:g}' for s in spacing)} mm",
-            expected="a positive number of mm between voxels along each axis",
-            remedy="Correct the header: without its spacing an image cannot be resampled to the model's.",
-        )
-
-
-def _wrong_axes(path: Path, size: Sequence[int]) -> DatasetError:
-    return DatasetError(
-        "an image with the wrong number of axes",
-        got=f"{path}: {len(size)} axes, {' x '.join(map(str, size))}",
-        expected="three axes",
-        remedy="Write each time point or channel of the image into a file of its own.",
-    )
+        if geometry.shape != first.shape or not np.allclose(geometry.spacing, first.spacing, rtol=1e-3):
+            raise DatasetError(f"{path} has {geometry}, but {case.files[0].name} {first}: resample it to that grid")
+    return first
 
 
 @contextmanager
-def readable(source: object) -> Iterator[None]:
-    """Say which image it was where reading fails: readers raise whatever they like for files that are none.
-
-    Raises:
-        DatasetError: Reading failed.
-    """
+def readable(source: object, problem: str = "cannot be read") -> Iterator[None]:
+    """Name the image where reading it fails: readers raise whatever they like for files that are none."""
     try:
         yield
     except STUNetError:
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise DatasetError(
-            "an image that cannot be read",
-            got=f"{source}: {(lines or [type(error).__name__])[-1][:200]}",
-            expected="whole image files, on one grid",
-            remedy="Get them again from where they came from, or leave the case out.",
-        ) from error
+        said = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        raise DatasetError(f"{source} {problem} ({said[:200]}): get it again, or leave its case out") from error
+
+
+def _nifti_header(path: Path) -> tuple[Any, tuple[int, ...]]:
+    """The header as it is, which nibabel and ITK repair, and the shape without trailing axes of length 1."""
+    with ImageOpener(path) as file:
+        content = file.read(540)
+    kind: Any = nib.Nifti2Header if content[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") else nib.Nifti1Header
+    header = kind(content[: kind.template_dtype.itemsize], check=False)
+    shape = tuple(int(n) for n in header["dim"][1 : 1 + int(header["dim"][0])])
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    return header, shape
+
+
+def _read_header(path: Path) -> Geometry:
+    has_unit = True
+    with readable(path):
+        if path.name.endswith(NIFTI_ENDINGS):
+            # ITK repairs what a header must not have; nnU-Net would then predict on a grid that nobody meant.
+            header, shape = _nifti_header(path)
+            _check_grid(path, shape, [float(side) for side in header["pixdim"][1 : 1 + len(shape)]])
+            has_unit = bool(int(header["xyzt_units"]) & 7)  # the bits for lengths
+        reader: Any = sitk.ImageFileReader()  # type: ignore[no-untyped-call]
+        reader.SetFileName(str(path))
+        reader.ReadImageInformation()
+        size, spacing = reader.GetSize(), reader.GetSpacing()
+        _check_grid(path, size, spacing)
+        pixel: Any = sitk.Image([1] * len(size), reader.GetPixelID())  # type: ignore[no-untyped-call]
+    if len(size) == 2:  # nnU-Net makes one thick plane of it
+        size, spacing = (*size, 1), (*spacing, 999 * max(spacing))
+    n_bytes = sitk.GetArrayFromImage(pixel).dtype.itemsize * reader.GetNumberOfComponents()
+    return Geometry(tuple(size[::-1]), tuple(spacing[::-1]), n_bytes, has_unit)
+
+
+def _check_grid(path: Path, size: Sequence[int], spacing: Sequence[float]) -> None:
+    if len(size) not in (2, 3):
+        found = " x ".join(map(str, size))
+        raise DatasetError(f"{path} has {len(size)} axes ({found}) instead of three: write each volume by itself")
+    if not all(math.isfinite(side) and side > 0 for side in spacing):
+        raise DatasetError(f"{path} has an impossible spacing of {_mm(spacing)}: correct its header")
+
+
+def _mm(sides: Sequence[float]) -> str:
+    return f"{' x '.join(f'{side:g}' for side in sides)} mm"
+
+
+# DICOM ----------------------------------------------------------------------------------------------------------------
+
+
+def _find_series(folder: Path, wanted: str | None) -> tuple[Path, ...] | None:
+    """Files of the DICOM series of images that is wanted, or the only one; None where the folder has none."""
+    reader: Any = sitk.ImageSeriesReader
+    process: Any = sitk.ProcessObject
+    warns = process.GetGlobalWarningDisplay()
+    process.SetGlobalWarningDisplay(False)  # ITK warns of folders without DICOM files
+    found, listed = {}, ""
+    for uid in reader.GetGDCMSeriesIDs(str(folder)):
+        files = tuple(Path(path) for path in reader.GetGDCMSeriesFileNames(str(folder), uid))
+        with suppress(RuntimeError):  # reports and contours have no image
+            header, key = _slice_header(files[0]), "0008|103e"
+            said = header.GetMetaData(key).strip() if header.HasMetaDataKey(key) else ""
+            found[uid], listed = files, f"{listed}\n    {uid}  {len(files)} slices  {said}".rstrip()
+    process.SetGlobalWarningDisplay(warns)
+    if wanted in found or not found:
+        return found.get(wanted)
+    if wanted is None and len(found) == 1:
+        return next(iter(found.values()))
+    said = f"{len(found)} DICOM series" if wanted is None else f"no DICOM series {wanted}, but {len(found)} others"
+    raise UsageError(f"{folder} has {said}: choose one, for example with --series {next(iter(found))}{listed}")
+
+
+def _slice_header(path: Path) -> Any:
+    reader: Any = sitk.ImageFileReader()  # type: ignore[no-untyped-call]
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    return reader
+
+
+def _slice_grid(slices: Sequence[Path]) -> tuple[list[int], tuple[float, float, float], npt.NDArray[np.float64]]:
+    """Order of the slices, spacing ``(Z, Y, X)``, and directions of the axes X, Y and Z, one in each row.
+
+    Slices that make no regular grid are refused: some are missing, doubled, tilted or of another kind.
+    """
+    irregular = f"{slices[0].parent} is no regular volume: "
+    remedy = "; add missing slices, or make a NIfTI file of the right ones, for example with dcm2niix"
+    rows = []
+    for path in slices:
+        with readable(path):
+            header = _slice_header(path)
+            place, axes = ([float(v) for v in header.GetMetaData(t).split("\\")] for t in ("0020|0032", "0020|0037"))
+            rows.append([*(*header.GetSize(), 1)[:3], *header.GetSpacing()[:2], *axes, *place])
+    table = np.array(rows)
+    if len(other := np.flatnonzero(np.abs(table - table[0])[:, :11].max(axis=1) > 1e-3)):
+        names = f"{slices[other[0]].name} and {slices[0].name}"
+        raise DatasetError(f"{irregular}{names} differ in size, spacing of pixels or orientation{remedy}")
+    if len(slices) < 2 or rows[0][2] != 1:
+        raise DatasetError(f"{irregular}one file alone, which holds one slice or all of them{remedy}")
+    x, y, row, column, places = *rows[0][3:5], table[0, 5:8], table[0, 8:11], table[:, 11:]
+    normal = np.cross(row, column)
+    order = np.argsort(places @ normal, kind="stable")
+    places = places[order]
+    gaps = np.diff(places @ normal)
+    distance, usual = float(gaps.mean()), float(np.median(gaps))
+    off = np.linalg.norm(places - places[0] - np.outer(np.arange(len(slices)) * distance, normal), axis=1).max()
+    if distance <= 0 or off > _SLICE_TOLERANCE * distance:
+        odd = int(np.abs(gaps - usual).argmax())
+        names = " and ".join(slices[order[i]].name for i in (odd, odd + 1))
+        found = f"slices are {usual:g} mm apart, but {gaps[odd]:g} mm between {names}"
+        if np.allclose(gaps, usual, atol=_SLICE_TOLERANCE * abs(usual)):
+            found = f"slices are shifted sideways by {off:g} mm in all, as with a tilted gantry"
+        raise DatasetError(f"{irregular}{found}{remedy}")
+    return [int(i) for i in order], (distance, y, x), np.stack([row, column, normal])
 
 
 def as_nifti(case: Case, file_ending: str, folder: Path) -> Case:
-    """The case with images that nnU-Net's readers take: its own, or uncompressed NIfTI files made of them.
-
-    Args:
-        case: The case.
-        file_ending: That the model's reader takes.
-        folder: For the new files.
-
-    Raises:
-        DatasetError: Files that cannot be read.
-    """
-    if not case.slices and all(path.name.endswith((file_ending, *_NIFTI)) for path in case.files):
+    """Return the case with images that nnU-Net's readers take: its own, or uncompressed NIfTI files made of them."""
+    if not case.slices and all(path.name.endswith((file_ending, *NIFTI_ENDINGS)) for path in case.files):
         return case
     files = []
     for channel, path in enumerate(case.files or case.slices[:1]):
@@ -353,60 +289,81 @@ def _read_series(slices: Sequence[Path]) -> Any:
     return image
 
 
-def _header_of_slice(path: Path) -> Any:
-    reader: Any = sitk.ImageFileReader()  # type: ignore[no-untyped-call]
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(path))
-    reader.ReadImageInformation()
-    return reader
+# What the network sees ------------------------------------------------------------------------------------------------
 
 
-def _slice_grid(slices: Sequence[Path]) -> tuple[list[int], tuple[float, float, float], npt.NDArray[np.float64]]:
-    """Order of the slices, spacing ``(Z, Y, X)``, and directions of the axes X, Y and Z, one in each row.
+@dataclass(frozen=True)
+class CaseArray:
+    """An array of a case between two steps: its image on the network's grid, or its labels.
+
+    Attributes:
+        case: The case; its files are in the scratch folder where they had to be converted.
+        path: File with the array, ``(C, X, Y, Z)`` or ``(Z, Y, X)``, in a scratch folder of the case.
+        properties: What nnU-Net notes of the original grid.
+    """
+
+    case: Case
+    path: Path
+    properties: dict[str, Any]
+
+
+class _LowMemoryConfiguration(ConfigurationManager):
+    """A configuration whose images are resampled in little memory, and whose masks of non-zero voxels are not."""
+
+    @property
+    def resampling_fn_data(self) -> Callable[..., Any]:
+        kwargs = self.configuration["resampling_fn_data_kwargs"]
+        if is_default_resampling(self.configuration, "data") and kwargs.get("order_z", 0) == 0:
+            return partial(resample_image, **{k: v for k, v in kwargs.items() if k not in ("is_seg", "order_z")})
+        usual: Callable[..., Any] = super().resampling_fn_data
+        return usual
+
+    @property
+    def resampling_fn_seg(self) -> Callable[..., Any]:
+        # After normalization, which comes first, only training looks at the mask.
+        return lambda mask, *_: np.zeros((1,) * mask.ndim, mask.dtype)
+
+
+def prepare(case: Case, model: Model, scratch: Path) -> CaseArray:
+    """Read and preprocess a case as nnU-Net does, and write the result into a folder of its name in ``scratch``.
 
     Raises:
-        DatasetError: The slices make no regular grid: some are missing, doubled, tilted or of another kind.
+        DatasetError: The files cannot be read, hold values that are no numbers, or cannot be preprocessed.
     """
-    folder, headers = slices[0].parent, []
-    for path in slices:
-        with readable(path):
-            reader = _header_of_slice(path)
-            position, axes = (
-                [float(v) for v in reader.GetMetaData(tag).split("\\")] for tag in ("0020|0032", "0020|0037")
-            )
-            headers.append((reader.GetSize(), reader.GetSpacing()[:2], axes, position))
-    for path, (size, spacing, axes, _) in zip(slices, headers, strict=True):
-        (wanted, same_spacing, same_axes), first = headers[0][:3], slices[0].name
-        if size != wanted or not np.allclose((*spacing, *axes), (*same_spacing, *same_axes), atol=1e-3):
-            raise _irregular(folder, f"{path.name} and {first} differ in size, spacing of pixels or orientation")
-    if len(slices) < 2 or headers[0][0][2:] not in ((), (1,)):
-        raise _irregular(folder, "one file alone, which holds one slice or all of them")
-    row, column = np.array(headers[0][2]).reshape(2, 3)
-    normal = np.cross(row, column)
-    positions = np.array([position for *_, position in headers])
-    order = np.argsort(positions @ normal, kind="stable")
-    positions = positions[order]
-    gaps = np.diff(positions @ normal)
-    distance = float(gaps.mean())
-    off = np.linalg.norm(positions - positions[0] - np.outer(np.arange(len(slices)) * distance, normal), axis=1)
-    if distance <= 0 or off.max() > _SLICE_TOLERANCE * distance:
-        widest = int(gaps.argmax())
-        before, after = (slices[order[i]].name for i in (widest, widest + 1))
-        usual = float(np.median(gaps))
-        got = f"slices {usual:g} mm apart, but {gaps[widest]:g} mm between {before} and {after}"
-        if np.allclose(gaps, usual, atol=_SLICE_TOLERANCE * abs(usual)):
-            got = f"slices that are shifted sideways, by {off.max():g} mm in all, as with a tilted gantry"
-        elif gaps.min() < 0.01 * usual or usual <= 0:
-            got = f"several slices at one place, such as {slices[order[int(gaps.argmin())]].name}"
-        raise _irregular(folder, got)
-    x, y = headers[0][1]
-    return [int(i) for i in order], (distance, float(y), float(x)), np.stack([row, column, normal])
+    converted = convert(case, model, scratch)
+    read = [read_images(converted.case, model)]
+    with readable(case.name, "cannot be preprocessed"):
+        image, properties = preprocess(model, read)
+    np.save(converted.path, image)
+    return CaseArray(converted.case, converted.path, properties)
 
 
-def _irregular(folder: Path, got: str) -> DatasetError:
-    return DatasetError(
-        "a DICOM series that is no regular volume",
-        got=f"{folder}: {got}",
-        expected="parallel slices of one size at equal distances, each in a file",
-        remedy="Add missing slices, or make a NIfTI file of the right ones, for example with dcm2niix.",
+def convert(case: Case, model: Model, scratch: Path) -> CaseArray:
+    """Make a folder for a case in ``scratch``, with its images in it where the model's reader does not take them."""
+    folder = scratch / case.name
+    folder.mkdir(exist_ok=True)
+    return CaseArray(as_nifti(case, model.file_ending, folder), folder / "image.npy", {})
+
+
+def preprocess(model: Model, read: list[tuple[npt.NDArray[Any], dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
+    """Bring an image ``(C, Z, Y, X)`` to the network's grid as nnU-Net does, and return it with nnU-Net's properties.
+
+    The list is emptied: it has the only reference to the voxels, so that they are freed once nnU-Net has its own copy.
+    """
+    configuration, properties = _LowMemoryConfiguration(model.configuration_manager.configuration), read[0][1]
+    image, _, properties = configuration.preprocessor_class(verbose=False).run_case_npy(
+        read.pop()[0], None, properties, model.plans_manager, configuration, model.dataset_json
     )
+    return np.asarray(image, dtype=np.float32), properties
+
+
+def read_images(case: Case, model: Model) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+    """Read the images ``(C, Z, Y, X)`` of a case with the model's reader, and check that they are whole and finite."""
+    with readable(", ".join(map(str, case.files))):
+        for path in case.files:  # ITK takes what is missing from a truncated file, and what is no number, for 0
+            if path.name.endswith(NIFTI_ENDINGS) and len(_nifti_header(path)[1]) == 3:
+                check_finite(read_volume(path))
+        voxels, properties = model.plans_manager.image_reader_writer_class().read_images(list(map(str, case.files)))
+    if n_bad := sum(int(plane.size - np.isfinite(plane).sum()) for channel in voxels for plane in channel):
+        raise not_numbers(case.name, n_bad)
+    return voxels, properties

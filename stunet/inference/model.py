@@ -1,4 +1,4 @@
-"""Trained model folders: what they describe, and their networks, without running code out of checkpoints."""
+"""Trained models: what a folder or checkpoint describes, and its networks, without running code out of either."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -19,8 +22,7 @@ from torch import Tensor, nn
 
 from stunet.errors import CheckpointError, PlansError, reading
 from stunet.files import read_json
-from stunet.inference.label_names import label_names
-from stunet.labels import load_vocabulary, vocabulary_for
+from stunet.labels import load_vocabulary, structure_values, vocabulary_for
 from stunet.planning import check_configuration, describe_model, write_model_folder
 from stunet.weights import (
     Listener,
@@ -29,23 +31,21 @@ from stunet.weights import (
     check_weights,
     entry_folder,
     fetch,
+    find_entry,
     open_weights,
     read_checkpoint,
 )
-from stunet.weights.cache import read_record
-from stunet.weights.fetch import alone_with
-
-__all__ = ["Model", "load_model", "published_model"]
 
 CHECKPOINT = "checkpoint_final.pth"
+_VOLUME_READERS = {"SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Model:
-    """A model folder as far as it is known before weights are loaded.
+    """A trained nnU-Net v2 model: what is known of it before weights are loaded, and its networks once they are used.
 
     Attributes:
-        folder: The folder.
+        folder: The model folder; of a checkpoint by itself, the folder that it lies in.
         plans: Content of ``plans.json``.
         dataset_json: Content of ``dataset.json``.
         configuration: Name of the configuration in the plans.
@@ -62,22 +62,31 @@ class Model:
     trainer_name: str
     mirroring_axes: tuple[int, ...] | None
     checkpoints: dict[str, Path]
-    trust: Sequence[str] = ()
+    trust: tuple[str, ...] = ()
 
-    @property
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the networks out: processes that read and write images need none."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @cached_property
     def plans_manager(self) -> Any:
         """nnU-Net's view of the plans."""
         return PlansManager(self.plans)
 
-    @property
+    @cached_property
     def configuration_manager(self) -> Any:
         """nnU-Net's view of the configuration."""
         return self.plans_manager.get_configuration(self.configuration)
 
-    @property
+    @cached_property
     def label_manager(self) -> Any:
         """nnU-Net's view of the labels."""
         return self.plans_manager.get_label_manager(self.dataset_json)
+
+    @property
+    def structures(self) -> dict[str, tuple[int, ...]]:
+        """Label values of each structure that is predicted; regions have several."""
+        return structure_values(self.dataset_json["labels"])
 
     @property
     def file_ending(self) -> str:
@@ -85,8 +94,13 @@ class Model:
         return str(self.dataset_json["file_ending"])
 
     @property
+    def reads_volumes(self) -> bool:
+        """Whether its images are volumes, one channel a file."""
+        return self.plans_manager.image_reader_writer_class.__name__ in _VOLUME_READERS
+
+    @property
     def n_channels(self) -> int:
-        """Images of a case."""
+        """Channels of an image."""
         return len(self.dataset_json.get("channel_names", self.dataset_json.get("modality", ())))
 
     @property
@@ -94,19 +108,45 @@ class Model:
         """Outputs of the network."""
         return int(self.label_manager.num_segmentation_heads)
 
+    @cached_property
+    def networks(self) -> list[nn.Module]:
+        """The networks of all folds with their weights, in evaluation mode."""
+        networks = []
+        for fold in self.checkpoints:
+            weights, network = self.weights(fold), self.build_network()
+            network.load_state_dict(weights)
+            networks.append(network.eval())
+        return networks
+
+    @property
+    def network(self) -> nn.Module:
+        """The first fold's network."""
+        return self.networks[0]
+
+    def weights(self, fold: str) -> dict[str, Tensor]:
+        """Map the weights of a fold from its file; they must fit the network, which takes no memory yet."""
+        weights: dict[str, Tensor] = read_checkpoint(self.checkpoints[fold])["network_weights"]
+        with torch.device("meta"):
+            network = self.build_network()
+        with reading(self.checkpoints[fold]):
+            check_weights(weights, network.state_dict(), source=self.checkpoints[fold])
+        return weights
+
     def build_network(self) -> nn.Module:
-        """The network without its weights, as the trainer builds it for prediction.
+        """Build the network without its weights, as the trainer does for prediction.
 
         Raises:
-            CheckpointError: The plans name a class that is not trusted, or the trainer is not installed.
+            CheckpointError: The trainer is not installed.
             PlansError: No network can be built of the plans.
         """
-        trainer = _find_trainer(self.trainer_name, self.folder)
+        try:
+            trainer: Any = recursive_find_trainer_class_by_name(self.trainer_name)
+        except (RuntimeError, ImportError) as error:
+            said = f"the trainer {self.trainer_name} of {self.folder} is not installed"
+            raise CheckpointError(f"{said} ({error}): set nnUNet_extTrainer to the folder with it") from error
         with reading(self.folder, "a model folder that nnU-Net cannot use", PlansError):
             plans, configuration = self.plans_manager, self.configuration_manager
             n_in = determine_num_input_channels(plans, configuration, self.dataset_json)
-            architecture = configuration.configuration.get("architecture")
-            check_network(architecture, source=f"{self.folder / 'plans.json'}", trust=self.trust)
             described: tuple[Any, ...] = (plans, configuration)
             if "plans_manager" not in inspect.signature(trainer.build_network_architecture).parameters:
                 described = (  # as trainers before nnU-Net 2.6 want it
@@ -119,50 +159,121 @@ class Model:
             )
         return network
 
-    def weights(self, fold: str) -> dict[str, Tensor]:
-        """Weights of a fold, mapped from its file.
 
-        Raises:
-            CheckpointError: The file cannot be read, or its weights do not fit the network, which takes no memory yet.
-        """
-        weights: dict[str, Tensor] = read_checkpoint(self.checkpoints[fold])["network_weights"]
-        with torch.device("meta"):
-            network = self.build_network()
-        with reading(self.checkpoints[fold]):
-            check_weights(weights, network.state_dict(), source=self.checkpoints[fold])
-        return weights
-
-    def networks(self, device: torch.device) -> list[nn.Module]:
-        """The networks of all folds, ready to predict.
-
-        Raises:
-            CheckpointError: Weights that do not fit the network, or a trainer that is not installed.
-        """
-        networks = []
-        for fold in self.checkpoints:
-            weights = self.weights(fold)
-            network = self.build_network()
-            network.load_state_dict(weights)
-            networks.append(network.to(device).eval())
-        return networks
-
-
-def published_model(entry: WeightsEntry, listener: Listener) -> Path:
-    """The model folder of published weights in the cache; fetched and converted there where that was not done.
+def load_model(
+    source: str | os.PathLike[str],
+    folds: Sequence[str] | None = None,
+    checkpoint_name: str = CHECKPOINT,
+    *,
+    trust: Sequence[str] = (),
+    listener: Listener | None = None,
+) -> Model:
+    """Read a trained model. Its networks are loaded when they are first used.
 
     Args:
-        entry: The weights.
-        listener: Told of progress.
+        source: A model folder of nnU-Net v2 with ``plans.json``, ``dataset.json`` and ``fold_*``; a checkpoint of its
+            training; or the name of published weights, which are downloaded and converted once.
+        folds: Names of folds, such as ``0`` or ``all``; None for those that are there, ``all`` only without others.
+        checkpoint_name: File in each fold's folder.
+        trust: Classes that the plans may name beyond the known ones.
+        listener: Told of the progress of a download.
+
+    Raises:
+        PlansError: Plans or dataset description are missing or cannot be used.
+        CheckpointError: A checkpoint is missing or cannot be read.
+        UsageError: No published weights have this name.
+        DownloadError: Published weights that cannot be downloaded.
+
+    >>> model = load_model(model_folder)
+    >>> model.structures
+    {'structure_1': (1,), 'structure_2': (2,)}
+    >>> model.network(torch.zeros(1, 1, 16, 16, 16)).shape  # one output for the background
+    torch.Size([1, 3, 16, 16, 16])
+    """
+    folder = Path(source)
+    if not folder.exists() and os.sep not in str(source):
+        folder = published_model(find_entry(str(source)), listener)
+    if folder.is_file():
+        checkpoints, checkpoint = {"0": folder}, read_checkpoint(folder)
+        with reading(folder, "a checkpoint that was not written by nnU-Net v2's training"):
+            plans, dataset_json = (dict(checkpoint["init_args"][name]) for name in ("plans", "dataset_json"))
+            folder = folder.resolve().parent
+    elif folder.is_dir():
+        plans, dataset_json = (_read_json(folder / name) for name in ("plans.json", "dataset.json"))
+        checkpoints = _find_checkpoints(folder, folds, checkpoint_name)
+        checkpoint = read_checkpoint(next(iter(checkpoints.values())))
+    else:
+        raise PlansError(f"the model folder {folder} is missing: check -m, or -d, -tr, -p and -c")
+    with reading(folder, "a model folder that nnU-Net cannot use", PlansError):
+        axes, configuration = (
+            checkpoint.get("inference_allowed_mirroring_axes"),
+            checkpoint["init_args"]["configuration"],
+        )
+        axes = None if axes is None else tuple(int(axis) for axis in axes)
+        trainer = str(checkpoint["trainer_name"])
+        model = Model(folder, plans, dataset_json, str(configuration), trainer, axes, checkpoints, tuple(trust))
+        _check(model)
+    return model
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        present = ", ".join(sorted(entry.name for entry in path.parent.iterdir())) or "nothing"
+        raise PlansError(f"{path.parent} has {present}, but no {path.name}: copy it from where the model was trained")
+    with reading(path, "a file of the model that cannot be read", PlansError):
+        return read_json(path)
+
+
+def _find_checkpoints(folder: Path, folds: Sequence[str] | None, name: str) -> dict[str, Path]:
+    present = {path.parent.name.removeprefix("fold_"): path for path in sorted(folder.glob(f"fold_*/{name}"))}
+    if folds is None:
+        folds = [fold for fold in present if fold != "all"] or list(present) or ["0"]
+    missing = [f"fold_{fold}/{name}" for fold in folds if fold not in present]
+    if missing:
+        others = sorted(str(path.relative_to(folder)) for path in folder.glob("fold_*/checkpoint_*.pth"))
+        raise CheckpointError(
+            f"{folder} has no {', '.join(missing)}, but {', '.join(others) or 'no checkpoint'}: name a fold with "
+            "-f, or a file with -chk"
+        )
+    return {fold: present[fold] for fold in folds}
+
+
+def _check(model: Model) -> None:
+    """Check what others' plans say of images and labels; what else is wrong raises what it may."""
+    configuration, n_axes = model.configuration_manager, len(model.configuration_manager.patch_size)
+    if "channel_names" not in model.dataset_json and "modality" not in model.dataset_json:
+        raise KeyError("channel_names")
+    check_configuration(model.plans, configuration.configuration, model.n_channels)
+    source = str(model.folder / "plans.json")
+    check_network(configuration.configuration["architecture"], source=source, trust=model.trust)
+    if not re.fullmatch(r"(\.\w+)+", model.file_ending) or model.n_outputs < 1:
+        raise ValueError(f"file_ending {model.file_ending[:40]}, {model.n_outputs} outputs")
+    if any(not 0 < value < 2**16 for values in model.structures.values() for value in values):
+        raise ValueError(f"labels {str(model.structures)[:100]}")
+    prepared_by = [model.plans_manager.image_reader_writer_class, configuration.preprocessor_class]
+    for name in ("data", "seg", "probabilities"):
+        prepared_by.append(getattr(configuration, f"resampling_fn_{name}").func)
+    for found in prepared_by:
+        if not str(getattr(found, "__module__", "")).startswith("nnunetv2."):
+            raise ValueError(f"{found} is nothing that nnU-Net prepares images with")
+    if any(not 0 <= axis < n_axes for axis in model.mirroring_axes or ()):
+        raise ValueError(f"mirroring along {model.mirroring_axes}")
+
+
+def published_model(entry: WeightsEntry, listener: Listener | None = None) -> Path:
+    """Return the model folder of published weights in the cache; fetch and convert them where that was not done.
 
     Raises:
         CheckpointError: A file is not the published one.
         DownloadError: A download failed, can only be had by hand, or the cache cannot be written to.
         LabelError: Weights whose outputs nobody has named.
     """
-    models = entry_folder(entry.name).parents[1] / "models"
-    folder = models / entry.name
-    with alone_with(models / ".locks" / entry.name, listener):
-        if not _is_made_of(folder, entry):
+    cached, listener = entry_folder(entry.name) / entry.weights_file.file, listener or Listener()
+    folder = entry_folder(entry.name).parents[1] / "models" / entry.name
+    lock = folder.with_name(".locks") / entry.name
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):  # of two commands that need them, one waits
+        if not _is_made_of(folder / "model_card.json", cached, entry.weights_file.sha256):
             weights = open_weights([fetch(entry, listener=listener)])
             listener.work(f"Converting {entry.name} into {folder}")
             labels = load_vocabulary(entry.labels) if entry.labels else vocabulary_for(entry.outputs)
@@ -172,120 +283,9 @@ def published_model(entry: WeightsEntry, listener: Listener) -> Path:
     return folder
 
 
-def _is_made_of(folder: Path, entry: WeightsEntry) -> bool:
-    """Whether a model folder was converted from the weights that are in the cache and in the registry now."""
-    try:
-        source = read_json(folder / "model_card.json")["sources"][0]["sha256"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
-    record = read_record(entry_folder(entry.name) / entry.weights_file.file)
-    known = {entry.weights_file.sha256, record.sha256 if record else None} - {None}
-    return known <= {source}
-
-
-def load_model(
-    folder: str | os.PathLike[str],
-    folds: Sequence[str] | None = None,
-    checkpoint_name: str = CHECKPOINT,
-    *,
-    trust: Sequence[str] = (),
-) -> Model:
-    """Read a folder that nnU-Net's training wrote.
-
-    Args:
-        folder: With ``plans.json``, ``dataset.json`` and ``fold_*``.
-        folds: Names of folds, such as ``0`` or ``all``; None for those that are there, ``all`` only without others.
-        checkpoint_name: File in each fold's folder.
-        trust: Classes that the plans may name beyond the known ones.
-
-    Raises:
-        PlansError: Plans or dataset description are missing or cannot be used.
-        CheckpointError: A checkpoint is missing or cannot be read.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise PlansError("missing model folder", got=folder,
-                         expected="a folder with plans.json, dataset.json and fold_0",
-                         remedy="Check -m, or -d, -tr, -p and -c.")  # fmt: skip
-    plans, dataset_json = (_read_json(folder / name) for name in ("plans.json", "dataset.json"))
-    checkpoints = _find_checkpoints(folder, folds, checkpoint_name)
-    first = next(iter(checkpoints.values()))
-    checkpoint = read_checkpoint(first)
-    remedy = "Copy the whole folder again from where it was trained."
-    with reading(folder, "a model folder that nnU-Net cannot use", PlansError, remedy=remedy):
-        axes = checkpoint.get("inference_allowed_mirroring_axes")
-        model = Model(
-            folder,
-            plans,
-            dataset_json,
-            str(checkpoint["init_args"]["configuration"]),
-            str(checkpoint["trainer_name"]),
-            None if axes is None else tuple(int(a) for a in axes),
-            checkpoints,
-            tuple(trust),
-        )
-        for needed in ("channel_names", "labels", "file_ending"):
-            if needed not in dataset_json and not (needed == "channel_names" and "modality" in dataset_json):
-                raise KeyError(needed)
-        configuration = model.configuration_manager
-        check_configuration(plans, configuration.configuration, model.n_channels)
-        check_network(configuration.configuration["architecture"], source=str(folder / "plans.json"), trust=trust)
-        if not re.fullmatch(r"(\.\w+)+", model.file_ending) or model.n_outputs < 1:
-            raise ValueError(f"file_ending {model.file_ending[:40]}, {model.n_outputs} outputs")
-        for name, values in label_names(dataset_json).structures.items():
-            if any(not 0 < value < 2**16 for value in values):
-                raise ValueError(f"label {values} of {name[:40]}")
-        used = (model.plans_manager.image_reader_writer_class, configuration.preprocessor_class)
-        resampling = (configuration.resampling_fn_data, configuration.resampling_fn_seg,
-                      configuration.resampling_fn_probabilities)  # fmt: skip
-        for found in (*used, *(function.func for function in resampling)):
-            if not str(getattr(found, "__module__", "")).startswith("nnunetv2."):
-                raise ValueError(f"{found} is nothing that nnU-Net prepares images with")
-        if any(not 0 <= axis < len(configuration.patch_size) for axis in model.mirroring_axes or ()):
-            raise ValueError(f"mirroring along {model.mirroring_axes}")
-    return model
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if path.is_file():
-        with reading(path, "a file of the model that cannot be read", PlansError,
-                     remedy=f"Copy {path.name} from where the model was trained."):  # fmt: skip
-            return read_json(path)
-    present = ", ".join(sorted(entry.name for entry in path.parent.iterdir())) or "nothing"
-    raise PlansError(f"a model folder without {path.name}", got=f"{path.parent} with {present}",
-                     expected=f"{path.name}, as training writes it",
-                     remedy=f"Copy {path.name} from where the model was trained.")  # fmt: skip
-
-
-def _find_checkpoints(folder: Path, folds: Sequence[str] | None, name: str) -> dict[str, Path]:
-    present = {path.parent.name.removeprefix("fold_"): path for path in sorted(folder.glob(f"fold_*/{name}"))}
-    if folds is None:
-        folds = [fold for fold in present if fold != "all"] or list(present)
-    missing = [fold for fold in folds if fold not in present]
-    if missing or not folds:
-        others = sorted({path.name for path in folder.glob("fold_*/checkpoint_*.pth")} - {name})
-        found = ", ".join(f"fold_{fold}" for fold in present) or "none"
-        raise CheckpointError(
-            "missing checkpoint",
-            got=f"{folder}: {name} of {found}" + (f"; other files: {', '.join(others)}" if others else ""),
-            expected=", ".join(f"fold_{fold}/{name}" for fold in folds) or f"fold_0/{name}",
-            remedy="Name the folds that are there with -f, or the file with -chk.",
-        )
-    return {fold: present[fold] for fold in folds}
-
-
-def _find_trainer(name: str, folder: Path) -> Any:
-    try:
-        trainer = recursive_find_trainer_class_by_name(name)
-    except (RuntimeError, ImportError) as error:
-        raise _unknown_trainer(name, folder, str(error)) from error
-    if trainer is None:
-        raise _unknown_trainer(name, folder, "not found")
-    return trainer
-
-
-def _unknown_trainer(name: str, folder: Path, reason: str) -> CheckpointError:
-    return CheckpointError("a trainer that is not installed",
-                           got=f"{folder}: {name} ({reason.splitlines()[0][:200] if reason else 'not found'})",
-                           expected="nnU-Net's own trainer, or one in the folder that nnUNet_extTrainer names",
-                           remedy="Set nnUNet_extTrainer to the folder with this trainer.")  # fmt: skip
+def _is_made_of(card: Path, weights: Path, sha256: str | None) -> bool:
+    """Whether a model was converted from the weights that the registry knows, and after they came into the cache."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        is_newer = not weights.exists() or card.stat().st_ctime >= weights.stat().st_ctime
+        return is_newer and sha256 in (None, read_json(card)["sources"][0]["sha256"])
+    return False

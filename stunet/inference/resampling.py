@@ -1,38 +1,139 @@
-"""Labels on the original grid from logits on the network's, plane by plane and without interpolating every class.
+"""Images to the network's grid and labels back to the image's, in little memory, with nnU-Net's numbers.
 
-nnU-Net interpolates the logits of all classes linearly to the original grid, rounds them to half precision and takes
-the largest. The same labels are found here from planes as they come. Between neighbouring planes, rows and columns of
-the network's grid lies a cell of eight logits for each class. Interpolated values lie between the smallest and the
-largest of these, and rounding keeps their order, so a class can win somewhere in a cell only if its largest logit
-reaches the largest over all classes of the smallest logit. Nearly everywhere one class alone does, and nothing need be
-interpolated; where several do, they are interpolated and no others.
+Images: ``resample_data_or_seg_to_shape`` turns the whole image into double precision, pads it and filters it: up to
+seven times the image. Spline interpolation to a finer or coarser grid is linear and works on each axis by itself, so
+along each axis it is a matrix, whose columns are what interpolation makes of single voxels. Applied to a few planes at
+a time, the matrices give the same numbers up to the last bit of single precision.
+
+Labels: nnU-Net interpolates the logits of all classes linearly to the original grid, rounds them to half precision and
+takes the largest. The same labels are found here from planes as they come. Between neighbouring planes, rows and
+columns of the network's grid lies a cell of eight logits for each class. Interpolated values lie between the smallest
+and the largest of these, and rounding keeps their order, so a class can win somewhere in a cell only if its largest
+logit reaches the largest over all classes of the smallest logit. Nearly everywhere one class alone does, and nothing
+need be interpolated; where several do, they are interpolated and no others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from nnunetv2.preprocessing.resampling.default_resampling import determine_do_sep_z_and_axis
+from scipy import ndimage
 
-__all__ = ["AxisMap", "LabelResampler", "axis_maps"]
-
+#: Smaller entries, the far ends of the spline's filter, change nothing in single precision.
+_NEGLIGIBLE = 1e-13
+#: Double-precision elements that are worked on at a time.
+_BLOCK_ELEMENTS = 2**21
 #: Elements that a tile of all classes has about: as many as stay in a core's cache.
 _TILE_ELEMENTS = 2**18
 _MAGNITUDE, _SIGN = np.int16(0x7FFF), np.int16(-0x8000)
+_OPTIONS = {"is_seg", "order", "order_z", "force_separate_z", "separate_z_anisotropy_threshold"}
 
+Matrix = npt.NDArray[np.float64]
+Image = npt.NDArray[np.float32]
 Bits = npt.NDArray[np.int16]
 Indices = npt.NDArray[np.intp]
-Weights = npt.NDArray[np.float64]
 #: For an output plane: which of the input planes it takes values from, and with what weights; None for the whole value.
 PlaneTaps = Sequence[tuple[int, Any]]
 #: Values of the candidates at all corners of their cells, where those of the corner begin that each output voxel takes,
 #: and its weights by row and by column.
-Tap = tuple[npt.NDArray[np.float64], "Indices | int", "Weights | None", "Weights | None"]
+Tap = tuple[Matrix, "Indices | int", "Matrix | None", "Matrix | None"]
+
+
+def is_default_resampling(configuration: Mapping[str, Any], kind: str) -> bool:
+    """Tell whether plans resample ``data`` or ``probabilities`` as nnU-Net does by default, but for the order."""
+    options = configuration[f"resampling_fn_{kind}_kwargs"]
+    is_default = configuration[f"resampling_fn_{kind}"] == "resample_data_or_seg_to_shape"
+    return is_default and set(options) <= _OPTIONS and not options.get("is_seg", False)
+
+
+# Images ---------------------------------------------------------------------------------------------------------------
+
+
+def resample_image(
+    image: Image,
+    new_shape: Sequence[int],
+    spacing: Sequence[float],
+    new_spacing: Sequence[float],
+    *,
+    order: int,
+    force_separate_z: bool | None = None,
+    **threshold: float,
+) -> Image:
+    """Resample an image ``(C, X, Y, Z)`` as nnU-Net's ``resample_data_or_seg_to_shape`` does with ``order_z`` 0.
+
+    Args:
+        image: ``(C, X, Y, Z)``.
+        new_shape: Voxels ``(X, Y, Z)`` of the result.
+        spacing: mm between voxels.
+        new_spacing: mm between voxels of the result.
+        order: Order of the spline.
+        force_separate_z: Whether the planes along one axis are resampled each by itself; None for nnU-Net's choice.
+        **threshold: ``separate_z_anisotropy_threshold`` where it is not nnU-Net's own.
+    """
+    new_shape = tuple(int(n) for n in new_shape)
+    if image.shape[1:] == new_shape:
+        return image
+    separate, axis = determine_do_sep_z_and_axis(force_separate_z, spacing, new_spacing, **threshold)
+    result = np.empty((len(image), *new_shape), image.dtype)
+    for source, target in zip(image, result, strict=True):
+        if separate:
+            _by_planes(np.moveaxis(source, axis, 0), np.moveaxis(target, axis, 0), order)
+        else:
+            _by_blocks(source, target, order)
+    return result
+
+
+def _by_planes(source: Image, target: Image, order: int) -> None:
+    rows, columns = (
+        _matrix(n_in, n_out, order) for n_in, n_out in zip(source.shape[1:], target.shape[1:], strict=True)
+    )
+    nearest = np.floor((np.arange(len(target)) + 0.5) * (len(source) / len(target))).astype(int)
+    known = -1
+    for i, index in enumerate(nearest.clip(max=len(source) - 1)):
+        if index == known:
+            target[i] = target[i - 1]
+            continue
+        plane, known = source[index], index
+        # The overshoot of splines is cut off at the plane's own range.
+        target[i] = np.clip(rows @ plane.astype(np.float64) @ columns.T, plane.min(), plane.max())
+
+
+def _by_blocks(source: Image, target: Image, order: int) -> None:
+    planes, rows, columns = (_matrix(*n, order) for n in zip(source.shape, target.shape, strict=True))
+    low, high = source.min(), source.max()
+    at_once = max(1, _BLOCK_ELEMENTS // (source.shape[1] * source.shape[2]))
+    for start in range(0, len(target), at_once):
+        block = planes[start : start + at_once]
+        used = np.flatnonzero(block.any(axis=0))
+        first, last = used[0], used[-1] + 1
+        mixed = np.empty((len(block), *source.shape[1:]))
+        n_rows = max(1, _BLOCK_ELEMENTS // ((last - first) * source.shape[2]))
+        for row in range(0, source.shape[1], n_rows):
+            part = source[first:last, row : row + n_rows].astype(np.float64)
+            mixed[:, row : row + n_rows] = np.tensordot(block[:, first:last], part, axes=1)
+        for plane, out in zip(mixed, target[start : start + at_once], strict=True):
+            out[:] = np.clip(rows @ plane @ columns.T, low, high)
+
+
+@lru_cache(maxsize=16)
+def _matrix(n_in: int, n_out: int, order: int) -> Matrix:
+    """What resampling along one axis makes of each single voxel, ``(n_out, n_in)``."""
+    if n_in == n_out:
+        return np.eye(n_in)
+    zoom: dict[str, Any] = {"order": order, "mode": "nearest", "grid_mode": True}
+    matrix: Matrix = ndimage.zoom(np.eye(n_in), (n_out / n_in, 1), **zoom)
+    matrix[np.abs(matrix) < _NEGLIGIBLE] = 0
+    return matrix
+
+
+# Labels ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -49,7 +150,7 @@ class AxisMap:
     """
 
     lower: Indices
-    weight: Weights | None
+    weight: Matrix | None
     ends: Indices | None = None
 
     @property
@@ -68,16 +169,9 @@ def axis_maps(
     force_separate_z: bool | None = None,
     **threshold: float,
 ) -> tuple[AxisMap, AxisMap, AxisMap]:
-    """How ``resample_data_or_seg_to_shape`` of nnU-Net places voxels when its order is 1.
+    """Place voxels as ``resample_data_or_seg_to_shape`` of nnU-Net does when its order is 1.
 
-    Args:
-        shape: Voxels ``(X, Y, Z)`` of the logits.
-        new_shape: Voxels of the labels.
-        spacing: mm between voxels of the logits.
-        new_spacing: mm between voxels of the labels.
-        order_z: 0 for the nearest plane along an axis that is resampled separately, 1 for linear there too.
-        force_separate_z: Whether one axis is; None where nnU-Net shall decide by the spacings.
-        **threshold: ``separate_z_anisotropy_threshold`` where it is not nnU-Net's own.
+    With ``order_z`` 0 an axis that is resampled separately takes the nearest plane, with 1 it is linear there too.
     """
     separate, axis = determine_do_sep_z_and_axis(force_separate_z, spacing, new_spacing, **threshold)
     nearest = [separate and order_z == 0 and axis == i for i in range(3)]

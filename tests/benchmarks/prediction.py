@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import statistics
@@ -25,9 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 
-from stunet.inference import load_model, read_geometry, stock_bytes
-from stunet.inference.images import Case
+from stunet.inference import Case, Model, load_model, read_geometry
+from stunet.inference.images import Geometry
+from stunet.inference.predictor import network_spacing
 from stunet.network import STUNetSize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -123,6 +126,20 @@ def whole_body(workspace: Path, length: int, patch: int, num_classes: int) -> di
     described = {"voxels": geometry.shape[::-1], "patch": patch, "classes": num_classes}
     rounded = {name: round(value, 2) for name, value in result.items()}
     return {**described, **rounded, "stock_would_need_gb": round(stock, 1)}
+
+
+def stock_bytes(model: Model, geometry: Geometry) -> int:
+    """Estimated peak of ``nnUNetv2_predict`` on the same image.
+
+    It holds the logits of all classes on the network's grid twice in half precision, in the process that predicts and
+    in the one that exports, there once more in double precision, and in half precision on the original grid.
+    """
+    shape, spacing = ([values[i] for i in model.plans_manager.transpose_forward] for values in
+                      (geometry.shape, geometry.spacing))  # fmt: skip
+    grid = compute_new_shape(shape, spacing, network_spacing(model, spacing))
+    n_logits, n_resampled = (math.prod(map(int, n)) * model.n_outputs for n in (grid, shape))
+    resampling = 4 * n_logits if list(grid) == shape else (8 + 4) * n_logits + 2 * n_resampled
+    return 3 * 450 * 2**20 + resampling + 8 * geometry.n_voxels
 
 
 def main() -> None:

@@ -109,12 +109,12 @@ def test_a_process_that_is_killed_costs_one_case(shell: Shell, tmp_path: Path) -
     script.write_text(
         "import os, signal\n"
         "from stunet.cli.main import main\n"
-        "from stunet.inference import pipeline, preparation\n"
-        "def prepare(job):\n"
-        "    if job.case.name == 'case_1':\n"
+        "from stunet.inference import folders, images\n"
+        "def prepare(case, **options):\n"
+        "    if case.name == 'case_1':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return preparation.prepare(job)\n"
-        "pipeline.prepare = prepare\n"
+        "    return images.prepare(case, **options)\n"
+        "folders.prepare = prepare\n"
         "if __name__ == '__main__':\n"
         "    main()\n"
     )
@@ -122,5 +122,5 @@ def test_a_process_that_is_killed_costs_one_case(shell: Shell, tmp_path: Path) -
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 2, output
     assert "1 of 3 failed" in output
-    assert "case_1: a process ended without a word" in output
+    assert "case_1: a process was killed" in output
     assert sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz")) == ["case_0.nii.gz", "case_2.nii.gz"]

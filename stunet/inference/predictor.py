@@ -1,0 +1,464 @@
+"""Prediction of one image in bounded memory: logits plane by plane, and labels of them as they come."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import combinations, product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import SimpleITK as sitk
+import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
+from torch import Tensor, nn
+
+from stunet.errors import CheckpointError, LabelError, UsageError
+from stunet.inference.images import Case, as_nifti, find_cases, preprocess, read_geometry, read_images
+from stunet.inference.model import Model, load_model
+from stunet.inference.outputs import restrict
+from stunet.inference.resampling import LabelResampler, axis_maps, is_default_resampling
+from stunet.labels import match_names
+
+#: Elements that are added at a time on a CPU: PyTorch makes a copy in single precision of what it adds to.
+_CHUNK_ELEMENTS = 2**18
+_CPU = torch.device("cpu")
+
+Labels = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a prediction uses memory.
+
+    Attributes:
+        axis: The axis along which logits are held a window's thickness at a time. Along the first, labels are nnU-Net's
+            for the prepared image; along another, where two logits are equal to the last bit or so, either may win.
+        average_folds: Whether the logits of several folds are averaged window by window, which takes as much memory as
+            one fold and rounds in another order, instead of image by image as nnU-Net does.
+        n_preparing: Processes that read and preprocess the next cases; 0 for none beside this one.
+        n_writing: Processes that write the last cases.
+    """
+
+    axis: int = 0
+    average_folds: bool = False
+    n_preparing: int = 0
+    n_writing: int = 0
+
+
+@dataclass
+class Predictor:
+    """Predicts images with a model, as nnU-Net's ``nnUNetPredictor`` does.
+
+    Attributes:
+        model: The model.
+        device: Where the networks run.
+        step_size: Distance between windows as a fraction of the patch.
+        mirroring: Whether the axes that the checkpoint allows are mirrored.
+        results_on_device: Whether logits are added up on the device too.
+        lowres: Whether labels stay on the network's grid, which covers what preprocessing has not cropped.
+        plan: How memory is used.
+    """
+
+    model: Model
+    device: torch.device = _CPU
+    step_size: float = 0.5
+    mirroring: bool = True
+    results_on_device: bool = True
+    lowres: bool = False
+    plan: MemoryPlan = MemoryPlan()
+
+    @cached_property
+    def networks(self) -> list[Callable[[Tensor], Tensor]]:
+        """From a window to its logits, for each fold."""
+        axes = self.model.mirroring_axes if self.mirroring else None
+        networks = [mirror_and_predict(network.to(self.device), axes) for network in self.model.networks]
+        return [average(networks)] if self.plan.average_folds else networks
+
+    @cached_property
+    def stock(self) -> nnUNetPredictor:
+        """nnU-Net's own predictor, for models that cannot be predicted plane by plane."""
+        model, weights = self.model, [self.model.weights(fold) for fold in self.model.checkpoints]
+        predictor = nnUNetPredictor(
+            tile_step_size=self.step_size,
+            use_mirroring=self.mirroring,
+            perform_everything_on_device=self.results_on_device,
+            device=self.device,
+        )
+        managers, axes = (model.plans_manager, model.configuration_manager), model.mirroring_axes or None
+        predictor.manual_initialization(
+            model.build_network(), *managers, weights, model.dataset_json, model.trainer_name, axes
+        )
+        return predictor
+
+    @property
+    def label_type(self) -> type[np.uint8 | np.uint16]:
+        """The type that nnU-Net gives labels."""
+        return np.uint8 if len(self.model.label_manager.foreground_labels) < 255 else np.uint16
+
+    @property
+    def why_stock(self) -> str | None:
+        """Why the model's logits cannot be turned into labels plane by plane; None where they can."""
+        configuration: Mapping[str, Any] = self.model.configuration_manager.configuration
+        options = configuration["resampling_fn_probabilities_kwargs"]
+        if self.model.label_manager.has_regions:
+            return "it was trained on regions that overlap"
+        if self.model.configuration_manager.previous_stage_name is not None:
+            return "it is the second stage of a cascade"
+        if not is_default_resampling(configuration, "probabilities"):
+            return f"its plans resample probabilities with {configuration['resampling_fn_probabilities']}"
+        if options.get("order", 3) != 1 or options.get("order_z", 0) not in (0, 1):
+            return f"its plans resample probabilities with order {options.get('order', 3)}, not 1"
+        return None if self.model.reads_volumes else "its images are no volumes"
+
+    def predict(
+        self,
+        image: npt.NDArray[np.float32],
+        properties: Mapping[str, Any],
+        on_window: Callable[[int], None] = lambda n_windows: None,
+    ) -> Labels:
+        """Predict a prepared image ``(C, X, Y, Z)``, perhaps mapped from a file, and return labels on its own grid.
+
+        The labels are those of nnU-Net's predictor, which holds all logits on both grids. With planes along the first
+        axis even the order of its additions is kept; along another one the last bit of a logit may differ.
+        ``on_window`` is called after each window with the number of all.
+        """
+        run = partial(self._predict, image, properties, on_window)
+        if self.results_on_device and self.device.type != "cpu":
+            with suppress(torch.OutOfMemoryError):
+                return run(self.device)
+            torch.cuda.empty_cache()
+        return run(_CPU)
+
+    def _predict(
+        self,
+        image: npt.NDArray[np.float32],
+        properties: Mapping[str, Any],
+        on_window: Callable[[int], None],
+        results_device: torch.device,
+    ) -> Labels:
+        plans, configuration, axis = self.model.plans_manager, self.model.configuration_manager, self.plan.axis
+        patch, inner = tuple(configuration.patch_size), image.shape[1:]
+        padded, (_, *kept) = pad_nd_image(image, patch, "constant", {"constant_values": 0}, return_slicer=True)
+        grid = window_grid(padded.shape[1:], patch, self.step_size)
+        planes = predict_planes(
+            padded,
+            self.networks,
+            grid,
+            num_classes=self.model.n_outputs,
+            device=self.device,
+            results_device=results_device,
+            axis=axis,
+            on_window=lambda: on_window(grid.n_windows),
+        )
+        spacing = [properties["spacing"][i] for i in plans.transpose_forward]
+        options = configuration.configuration["resampling_fn_probabilities_kwargs"]
+        options = {key: value for key, value in options.items() if key not in ("is_seg", "order")}
+        cropped = inner if self.lowres else properties["shape_after_cropping_and_before_resampling"]
+        maps = axis_maps(inner, cropped, network_spacing(self.model, spacing), spacing, **options)
+        labels: Labels = np.zeros(inner if self.lowres else properties["shape_before_cropping"], self.label_type)
+        box = tuple(slice(*limits) for limits in properties["bbox_used_for_cropping"])
+        inside = np.moveaxis(labels if self.lowres else labels[box], axis, 0)
+        rows, columns = (i for i in range(3) if i != axis)
+        resampler = LabelResampler((maps[axis], maps[rows], maps[columns]), labels.dtype)
+        for index, plane in enumerate(planes):
+            if kept[axis].start <= index < kept[axis].stop:
+                for position, labelled in resampler.push(plane[:, kept[rows], kept[columns]].cpu().numpy()):
+                    inside[position] = labelled
+        restored: Labels = labels.transpose(plans.transpose_backward)
+        return restored
+
+
+def predict(
+    model: Model | str | os.PathLike[str],
+    image: Any,
+    *,
+    spacing: Sequence[float] | None = None,
+    structures: Sequence[str] | None = None,
+    device: str = "cpu",
+    step_size: float = 0.5,
+    mirroring: bool = True,
+) -> Any:
+    """Predict one image, in memory that hardly grows with the number of structures.
+
+    Args:
+        model: A model, or what :func:`load_model` takes.
+        image: An array ``(Z, Y, X)`` or ``(C, Z, Y, X)``; a SimpleITK image, or of several channels a list of them or
+            of files; or the path of an image, or the folder of a DICOM series.
+        spacing: mm between the voxels of an array along ``(Z, Y, X)``.
+        structures: Names of structures to keep; None for all.
+        device: Where the network runs.
+        step_size: Distance between windows as a fraction of the patch.
+        mirroring: Whether the model's mirroring axes are used.
+
+    Returns:
+        The label map: of an array another one ``(Z, Y, X)``, else a SimpleITK image.
+
+    Raises:
+        UsageError: An array without spacing.
+        DatasetError: An image that cannot be read.
+        LabelError: A structure that the model does not know.
+
+    >>> labels = predict(model_folder, np.random.default_rng(0).normal(size=(20, 24, 18)), spacing=(3, 1.5, 1.5))
+    >>> labels.shape, labels.dtype
+    ((20, 24, 18), dtype('uint8'))
+    """
+    model = model if isinstance(model, Model) else load_model(model)
+    kept, predictor = choose_structures(model, structures), Predictor(model, torch.device(device), step_size, mirroring)
+
+    def label(voxels: npt.NDArray[Any], properties: dict[str, Any]) -> Labels:
+        if predictor.why_stock:
+            labels = predictor.stock.predict_single_npy_array(voxels.astype(np.float32), properties)
+        else:
+            labels = predictor.predict(*preprocess(model, [(voxels, properties)]))
+        return restrict(labels, kept)
+
+    if isinstance(image, np.ndarray):
+        if spacing is None or len(spacing) != 3:
+            raise UsageError(f"spacing is {spacing}: give the mm between the voxels of the array along (Z, Y, X)")
+        return label(image.reshape(-1, *image.shape[-3:]), {"spacing": [float(side) for side in spacing]})
+    with TemporaryDirectory() as folder:
+        if isinstance(image, str | os.PathLike):
+            case, *others = find_cases(image, model)
+            if others:
+                raise UsageError(f"{os.fspath(image)} has {len(others) + 1} images: give one, or use predict_folder")
+        else:
+            files = []
+            for channel, given in enumerate(image if isinstance(image, list | tuple) else [image]):
+                files.append(Path(folder) / f"{channel}.nii" if isinstance(given, sitk.Image) else Path(given))
+                if isinstance(given, sitk.Image):
+                    sitk.WriteImage(given, str(files[-1]))
+            case = Case("image", tuple(files))
+        if model.reads_volumes:
+            read_geometry(case, model.n_channels)
+        case = as_nifti(case, model.file_ending, Path(folder))
+        voxels, properties = read_images(case, model)
+        written = str(Path(folder) / f"labels{model.file_ending}")
+        model.plans_manager.image_reader_writer_class().write_seg(label(voxels, properties), written, properties)
+        return sitk.ReadImage(written)
+
+
+def choose_structures(model: Model, names: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
+    """Return label values of the model's structures, or of those with these names, in any usual spelling."""
+    known = model.structures
+    if names is None:
+        return known
+    matches = match_names(list(known), list(names))
+    unknown = [name for name, match in matches.items() if match is None]
+    if unknown or not names:
+        said = ", ".join(unknown) or "nothing"
+        raise LabelError(f"the model does not know {said}: give --structures some of {', '.join(known)}")
+    return {name: values for name, values in known.items() if name in matches.values()}
+
+
+def network_spacing(model: Model, spacing: Sequence[float]) -> list[float]:
+    """Return the spacing of the network's grid; a 2D network keeps the image's along the first axis."""
+    target = [float(side) for side in model.configuration_manager.spacing]
+    return target if len(target) == len(spacing) else [float(spacing[0]), *target]
+
+
+# Windows --------------------------------------------------------------------------------------------------------------
+#
+# Logits come plane by plane, of which no more are in memory than the sliding window is thick: windows are visited in
+# the order of their position along one axis. Once all that reach a plane were seen, it is normalised and given away,
+# and its memory serves the plane that is one window further on. Weights, positions and precision are nnU-Net's: with
+# the first axis also the order of all additions is, and so is every bit of the result.
+
+
+@dataclass(frozen=True)
+class WindowGrid:
+    """Where the windows lie.
+
+    Attributes:
+        window: Voxels ``(X, Y, Z)`` of a window. A 2D network's is one voxel thick.
+        steps: First voxels of the windows along each axis.
+        flat: Whether the network is 2D.
+    """
+
+    window: tuple[int, int, int]
+    steps: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    flat: bool
+
+    @property
+    def n_windows(self) -> int:
+        """How many windows there are."""
+        return int(np.prod([len(steps) for steps in self.steps]))
+
+
+def window_grid(image_size: Sequence[int], patch_size: Sequence[int], step_size: float) -> WindowGrid:
+    """Place windows as nnU-Net does: in an image of ``(X, Y, Z)`` voxels, along no axis fewer than the patch has."""
+    flat = len(patch_size) == 2
+    steps = compute_steps_for_sliding_window(image_size[-len(patch_size) :], patch_size, step_size)
+    if flat:
+        steps = [list(range(image_size[0])), *steps]
+    x, y, z = (tuple(s) for s in steps)
+    window = (1, *patch_size) if flat else tuple(patch_size)
+    return WindowGrid((window[0], window[1], window[2]), (x, y, z), flat)
+
+
+def predict_planes(
+    image: npt.NDArray[np.float32],
+    networks: Sequence[Callable[[Tensor], Tensor]],
+    grid: WindowGrid,
+    *,
+    num_classes: int,
+    device: torch.device,
+    results_device: torch.device,
+    axis: int = 0,
+    on_window: Callable[[], None] = lambda: None,
+) -> Iterator[Tensor]:
+    """Predict an image and yield its logits plane by plane.
+
+    Args:
+        image: ``(C, X, Y, Z)``, along no axis smaller than a window. May be mapped from a file.
+        networks: One for each fold, from ``(1, C, X, Y, Z)`` to logits ``(1, K, X, Y, Z)``; their logits are averaged.
+        grid: Where the windows lie.
+        num_classes: ``K``.
+        device: Where the networks are.
+        results_device: Where their logits are added up.
+        axis: The axis of the image along which planes come.
+        on_window: Called after each window.
+
+    Yields:
+        Logits of one plane, ``(K, Y, Z)`` of half precision where ``axis`` is the first. They are
+        overwritten when the next plane is asked for.
+
+    Raises:
+        CheckpointError: A logit is too large for half precision, or no number at all.
+    """
+    first, others = grid.steps[axis], [i for i in range(3) if i != axis]
+    thickness, shape = grid.window[axis], [image.shape[1 + i] for i in others]
+    # One for each fold, since nnU-Net rounds each fold's logits to half precision.
+    logits = [torch.zeros(num_classes, thickness, *shape, dtype=torch.half, device=results_device) for _ in networks]
+    weights = torch.zeros(thickness, *shape, dtype=torch.half, device=results_device)
+    gaussian = _gaussian(grid, results_device).movedim(axis, 0)
+    for start, stop in zip(first, (*first[1:], image.shape[1 + axis]), strict=True):
+        for corner in product(*(grid.steps[i] for i in others)):
+            position = list(corner)
+            position.insert(axis, start)
+            window = _cut(image, position, grid, device)
+            for network, sums in zip(networks, logits, strict=True):
+                _add(sums, network(window)[0].to(results_device), gaussian, axis, start, corner, grid.flat)
+            _add_weights(weights, gaussian, start, corner)
+            on_window()
+        for plane in range(start, stop):
+            slot = plane % thickness
+            yield _finish([sums[:, slot] for sums in logits], weights[slot])
+            for sums in (*(each[:, slot] for each in logits), weights[slot]):
+                sums.zero_()
+
+
+def mirror_and_predict(network: nn.Module, axes: Sequence[int] | None) -> Callable[[Tensor], Tensor]:
+    """Return a network whose logits are the mean over all mirror images of its input, as in nnU-Net's predictor."""
+    combined = [
+        [a + 2 for a in subset] for n in range(1, len(axes or ()) + 1) for subset in combinations(axes or (), n)
+    ]
+
+    def predict(image: Tensor) -> Tensor:
+        with torch.inference_mode(), _autocast(image.device):
+            prediction: Tensor = network(image)
+            for flipped in combined:
+                other = network(image.flip(flipped))
+                # Flipping all classes at once would be one more copy of all logits.
+                at_once = 1 if image.device.type == "cpu" else other.shape[1]
+                for i in range(0, other.shape[1], at_once):
+                    prediction[:, i : i + at_once] += other[:, i : i + at_once].flip(flipped)
+                del other
+            if combined:
+                prediction /= len(combined) + 1
+            return prediction
+
+    return predict
+
+
+def average(networks: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+    """Return one network whose logits are the mean of those of several, taken window by window."""
+
+    def predict(image: Tensor) -> Tensor:
+        with torch.inference_mode():
+            first, *others = networks
+            total = first(image)
+            for network in others:
+                total += network(image)
+            total /= len(networks)
+            return total
+
+    return predict
+
+
+def _autocast(device: torch.device) -> AbstractContextManager[None]:
+    return torch.autocast("cuda") if device.type == "cuda" else nullcontext()
+
+
+def _gaussian(grid: WindowGrid, device: torch.device) -> Tensor:
+    size = grid.window[1:] if grid.flat else grid.window
+    gaussian: Tensor = compute_gaussian(size, sigma_scale=1 / 8, value_scaling_factor=10, device=device)
+    return gaussian[None] if grid.flat else gaussian
+
+
+def _cut(image: npt.NDArray[np.float32], position: list[int], grid: WindowGrid, device: torch.device) -> Tensor:
+    x, y, z = (slice(p, p + n) for p, n in zip(position, grid.window, strict=True))
+    window = image[:, x, y, z]
+    tensor = torch.from_numpy(np.array(window, dtype=np.float32, order="C"))[None].to(device)
+    return tensor[:, :, 0] if grid.flat else tensor
+
+
+@torch.inference_mode()
+def _add(
+    sums: Tensor, prediction: Tensor, gaussian: Tensor, axis: int, start: int, corner: Sequence[int], flat: bool
+) -> None:
+    """Add a window's weighted logits to the slab, in which plane ``p`` lies at ``p`` modulo the slab's thickness."""
+    prediction = (prediction[:, None] if flat else prediction).movedim(axis + 1, 1)
+    n_classes = len(prediction)
+    at_once = max(1, _CHUNK_ELEMENTS // gaussian.numel()) if sums.device.type == "cpu" else n_classes
+    for i in range(0, n_classes, at_once):
+        group = prediction[i : i + at_once]
+        group *= gaussian
+        for slab, window in _slab_parts(start, len(gaussian)):
+            rows, columns = _in_plane(corner, gaussian)
+            sums[i : i + at_once, slab, rows, columns] += group[:, window]
+
+
+@torch.inference_mode()
+def _add_weights(weights: Tensor, gaussian: Tensor, start: int, corner: Sequence[int]) -> None:
+    for slab, window in _slab_parts(start, len(gaussian)):
+        rows, columns = _in_plane(corner, gaussian)
+        weights[slab, rows, columns] += gaussian[window]
+
+
+def _slab_parts(start: int, thickness: int) -> Iterator[tuple[slice, slice]]:
+    """The two parts of a window in a slab that is used in turn, as slices of the slab and of the window."""
+    offset = start % thickness
+    yield slice(offset, thickness), slice(0, thickness - offset)
+    if offset:
+        yield slice(0, offset), slice(thickness - offset, thickness)
+
+
+def _in_plane(corner: Sequence[int], gaussian: Tensor) -> tuple[slice, slice]:
+    (row, column), (height, width) = corner, gaussian.shape[1:]
+    return slice(row, row + height), slice(column, column + width)
+
+
+@torch.inference_mode()
+def _finish(of_folds: Sequence[Tensor], weights: Tensor) -> Tensor:
+    for logits in of_folds:
+        torch.div(logits, weights, out=logits)
+        if not torch.isfinite(logits).all():
+            most = torch.finfo(torch.half).max
+            raise CheckpointError(
+                f"logits beyond {most:.0f}, which half precision cannot hold: the training has diverged"
+            )
+    mean, *more = of_folds
+    for logits in more:
+        mean += logits
+    if more:
+        mean /= len(of_folds)
+    return mean
