@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from stunet.reports.dice import StructureDice, mean_dice
 from stunet.reports.pages import inline_png, inline_svg, write_page
-from stunet.reports.ranking_figures import score_bars
+from stunet.reports.ranking import score_bars
 
 __all__ = ["Story", "StoryStep", "conclude", "write_story"]
 

@@ -13,8 +13,8 @@ import torch
 
 from stunet.errors import STUNetError
 from stunet.files import atomic_path, write_json
-from stunet.planning import PreprocessedDataset, fit_strides
-from stunet.ranking import Target, TargetCases, ZooEntry, prepare_target, score_candidate
+from stunet.planning import PreprocessedDataset
+from stunet.ranking import Target, prepare_target, score_candidate
 
 __all__ = ["BEST_TRANSFER", "TransferSelection"]
 
@@ -39,7 +39,7 @@ class TransferSelection:
     """
 
     name: str
-    target: TargetCases
+    target: Target
     folder: Path
     device: torch.device
     log: Callable[[str], Any]
@@ -54,19 +54,7 @@ class TransferSelection:
             DatasetError: A case cannot be read.
             TransferabilityError: No two cases share a structure.
         """
-        configuration = dataset.configuration
-        target = prepare_target(
-            dataset.load,
-            dataset.choose(dataset.cases, _N_CASES, seed=0),
-            structures=dataset.structures,
-            target=Target(
-                input_channels=dataset.input_channels,
-                patch_size=configuration["patch_size"],
-                strides=fit_strides(configuration["architecture"]["arch_kwargs"]["strides"]),
-            ),
-            ignore_label=dataset.ignore_label,
-            annotated=dataset.annotated,
-        )
+        target = prepare_target(dataset, dataset.choose(dataset.cases, _N_CASES, seed=0))
         return cls(dataset.name, target, folder, device, log)
 
     def score(self, checkpoint: Path, epoch: int) -> None:
@@ -77,9 +65,7 @@ class TransferSelection:
             epoch: Epochs that it was trained for.
         """
         try:
-            result = score_candidate(
-                ZooEntry(name=checkpoint.name, path=checkpoint), self.target, device=self.device, n_resamples=200
-            )
+            result = score_candidate(checkpoint.name, checkpoint, self.target, device=self.device, n_resamples=200)
         except STUNetError as error:
             self.log(f"No transferability score for epoch {epoch}: {error}")
             return
