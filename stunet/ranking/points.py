@@ -215,7 +215,7 @@ def cut_window(image: Any, start: Sequence[int], patch_size: Sequence[int]) -> T
     n_flat = len(start) - len(patch_size)
     slices = (slice(max(first, 0), first + n) for first, n in zip(start[n_flat:], patch_size, strict=True))
     index = (slice(None), *start[:n_flat], *slices)
-    cut = torch.from_numpy(np.array(image[index], np.float32))
+    cut = torch.tensor(np.asarray(image[index], np.float32))
     padded: Tensor = pad_nd_image(cut, tuple(patch_size), "constant", {"value": 0})
     return padded
 
