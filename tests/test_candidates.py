@@ -24,7 +24,7 @@ OTHER_STRIDES = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2], [1, 1, 1
 
 
 def build(path: Path, channels: int = 1, strides: Any = OTHER_STRIDES, **more: Any) -> Candidate:
-    return build_candidate(path, input_channels=channels, patch_size=PATCH, strides=strides, **more)
+    return build_candidate(path, **{"input_channels": channels, "patch_size": PATCH, "strides": strides, **more})
 
 
 def write_stunet(path: Path, *, labels: dict[str, Any] | None = None, channels: int = 1, **more: Any) -> Path:
@@ -57,7 +57,7 @@ def test_a_stunet_of_any_size_gets_the_targets_strides(tmp_path: Path, size: STU
     assert description["outputs"] == ("background", "a", "b", "c")
     heads = sum(p.numel() for p in reference.decoder.seg_layers.parameters())
     assert description["parameters"] == sum(p.numel() for p in reference.parameters()) - heads
-    assert candidate.fit_patch(PATCH) == PATCH
+    assert candidate.patch_size == PATCH
     assert not candidate.network.training
     assert description["stem"] == ""
 
@@ -82,9 +82,10 @@ def test_nnunets_networks_keep_their_strides(tmp_path: Path, name: str) -> None:
     original = unet(name)
     candidate = build(write_unet(tmp_path / "x.pth", original))
     assert candidate.description["network"] == name
-    assert candidate.total_stride == (2, 4, 4)
-    assert candidate.fit_patch((7, 16, 13)) == (8, 16, 16)
-    assert candidate.fit_patch((1, 1, 1)) == (4, 4, 4)  # one voxel at the coarsest stage would have no norm
+    for patch, fitted in ((PATCH, PATCH), ((7, 16, 13), (8, 16, 16))):
+        assert build(tmp_path / "x.pth", patch_size=patch).patch_size == fitted
+    # One voxel at the coarsest stage, of stride (2, 4, 4), would have no norm.
+    assert build(tmp_path / "x.pth", patch_size=(1, 1, 1)).patch_size == (4, 4, 4)
     x = torch.randn(1, 1, *UNET_PATCH)
     for ours, theirs in zip(features(candidate.network, x), features(original, x), strict=True):
         assert torch.equal(ours, theirs)

@@ -52,11 +52,10 @@ def make_ranking(*names: str, failures: tuple[CandidateScores, ...] = ()) -> Ran
         for case, voxels in (("a", {0: 900, 1: 500, 2: 40}), ("b", {0: 900, 1: 500, 2: 700}), ("c", {0: 900, 1: 99}))
     )  # fmt: skip
     dataset: Any = SimpleNamespace(structures={1: "liver", 2: "spleen"})
-    annotated = {case: frozenset((1, 2)) for case in "abc"}
     return Ranking(
         rows=candidates,
         failures=failures,
-        target=Target(dataset=dataset, points=points, annotated=annotated, digest="d"),
+        target=Target(dataset=dataset, points=points, digest="d"),
         about={"dataset": "Dataset004_Test", "configuration": "3d_fullres", "plans": "nnUNetPlans"},
         metrics=("ccfv", "leep"),
         settings={"seed": 0, "fold": "0"},

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,8 +49,8 @@ class Agreement:
         estimates: By name of the statistic. All but the regret, a difference of Dice, are 1 at best; the regret is 0.
         top: The checkpoint with the highest score, the first of equal ones.
         best: The checkpoint with the highest Dice.
-        n_checkpoints: Number of checkpoints.
-        n_resamples: Number of resamples behind each interval.
+        n_checkpoints: How many there are.
+        n_resamples: How many resamples are behind each interval.
         confidence: Share of the resamples that the intervals span.
     """
 
@@ -63,10 +63,7 @@ class Agreement:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content for JSON, where NaN is null."""
-        content = asdict(self)
-        for estimate in content["estimates"].values():
-            estimate.update({k: None for k in ("value", "low", "high") if math.isnan(estimate[k])})
-        return content
+        return dict(json.loads(msgspec.json.encode(self)))
 
 
 def weighted_kendall(scores: Array, dice: Array) -> float:
@@ -231,10 +228,7 @@ def read_dice(path: str | os.PathLike[str]) -> dict[str, float]:
 
 
 def read_summaries(paths: Mapping[str, str | os.PathLike[str]]) -> dict[str, float]:
-    """Read ``foreground_mean`` Dice from nnU-Net's ``summary.json`` files.
-
-    Args:
-        paths: File by checkpoint, or a folder that holds one at any depth.
+    """Read ``foreground_mean`` Dice from nnU-Net's ``summary.json`` of each checkpoint, or of a folder that holds one.
 
     Raises:
         TransferabilityError: A file is missing, holds something else, or a folder holds several.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -109,7 +108,8 @@ class Candidate:
     Attributes:
         network: In evaluation mode, on the CPU. Its own heads are 0 and say nothing.
         head: The checkpoint's finest head; None where its outputs are regions, which do not exclude each other.
-        total_stride: How much coarser its coarsest stage is than the image, for each axis.
+        patch_size: The smallest patch that it takes and that is no smaller than the target's. A STU-Net takes the
+            target's own; one of nnU-Net's networks has the strides that it was trained with.
         description: For JSON: the ``path``; the ``network``, for example ``STU-Net base``; ``parameters``, heads left
             out; ``n_axes``; ``source_channels`` and ``input_channels`` of the images, and what was done with the
             ``stem`` where these differ; ``n_outputs``; what the ``outputs`` stand for, background first, None where
@@ -118,19 +118,8 @@ class Candidate:
 
     network: nn.Module
     head: SourceHead | None
-    total_stride: tuple[int, ...]
+    patch_size: tuple[int, ...]
     description: dict[str, Any]
-
-    def fit_patch(self, patch_size: Sequence[int]) -> tuple[int, ...]:
-        """Return the smallest patch of at least this size that the network takes.
-
-        A STU-Net built for a target takes the target's own. One of nnU-Net's networks has the strides that it was
-        trained with.
-        """
-        fitted = [math.ceil(n / stride) * stride for n, stride in zip(patch_size, self.total_stride, strict=True)]
-        if tuple(fitted) == self.total_stride:  # norms need more than one voxel at the coarsest stage
-            fitted[0] *= 2
-        return tuple(fitted)
 
 
 def build_candidate(
@@ -175,12 +164,16 @@ def build_candidate(
             conv_op = nn.Conv3d if n_axes == 3 else nn.Conv2d
             network = build_stunet(size, input_channels, 1, strides, conv_op=conv_op)
     network = _filled(network.to_empty(device="cpu"), weights.tensors, stem).eval()
-    origin, strides = source_outputs(weights), network.encoder.strides  # type: ignore[union-attr, assignment]
+    stride = np.prod(network.encoder.strides, axis=0)  # type: ignore[union-attr, arg-type]
+    fitted = np.ceil(np.array(patch_size) / stride).astype(int) * stride
+    if (fitted == stride).all():  # norms need more than one voxel at the coarsest stage
+        fitted[0] *= 2
+    origin = source_outputs(weights)
     exclusive = origin is None or origin.exclusive  # nnU-Net's own way, where nothing speaks against it
     return Candidate(
         network=network,
         head=finest_head(weights.tensors, source=str(weights.path)) if exclusive else None,
-        total_stride=tuple(int(n) for n in np.prod(strides, axis=0)),
+        patch_size=tuple(fitted.tolist()),
         description={
             "path": str(weights.path),
             "network": name,

@@ -89,9 +89,6 @@ def pairwise_wasserstein2(factors: Sequence[GaussianFactor]) -> Array:
     factors ``S = F^T F`` it is the nuclear norm of ``F1 F2^T``, the sum of its singular values. A sample of ``n``
     points gives a factor of ``min(n - 1, C)`` rows: a hundred points cost the same in 64 dimensions as in a thousand.
 
-    Args:
-        factors: N Gaussians of the same width.
-
     Returns:
         Symmetric ``(N, N)``, not squared, with zeros on the diagonal.
     """
@@ -214,11 +211,7 @@ def unit_norm(features: NDArray[np.floating]) -> Array:
 
 
 def random_projection(channels: int, dimensions: int, seed: int = 0) -> Array | None:
-    """Draw orthonormal columns ``(C, P)`` times ``sqrt(C / P)``, which keep squared lengths in expectation.
-
-    Returns:
-        None where there are no more channels than that.
-    """
+    """Draw orthonormal columns ``(C, P)`` times ``sqrt(C / P)``, which keep squared lengths; None unless P is less."""
     if channels <= dimensions:
         return None
     drawn = np.random.default_rng([seed, channels]).standard_normal((channels, dimensions))
@@ -276,9 +269,6 @@ def hyperspherical_energy(points: ArrayLike, *, s: float = 1.0, floor: float = F
         points: ``(m, C)``, at least 2. Memory is that of the points and of 512 rows of distances.
         s: The power, at least 0.
         floor: Lowest distance, as a share of the root mean square norm of the points.
-
-    Raises:
-        TransferabilityError: Fewer than 2 points, all zero or not finite; or a power or floor out of range.
     """
     if s < 0 or floor <= 0:
         raise TransferabilityError(f"no energy has power {s:g} and floor {floor:g}: give at least 0 and more than 0")
@@ -318,8 +308,7 @@ class CCFV:
         noise: Share of the mean squared W2 that is sampling noise, for each scale; 0 where none was taken away.
         unresolved: Classes at each scale whose distances are all noise, so that a floor stands for their consistency.
         cases: The cases, in order.
-        normalise: The option.
-        debias: The option.
+        normalise: The option, and likewise ``debias``.
         case_varieties: ``(D, N)`` what each case adds to the variety: ``1 / E_1``.
         distances: For each scale, the distances of each class.
     """
@@ -354,6 +343,13 @@ def ccfv(
     min_points: int = 8,
 ) -> CCFV:
     """Score a checkpoint on a target.
+
+    >>> rng, labels = np.random.default_rng(0), np.repeat([0, 1], 20)
+    >>> draw = lambda n: (rng.normal(size=(n, 8)).astype(np.float32),)
+    >>> cases = [CaseFeatures(case=name, labels=labels, scales=draw(40), variety=draw(50)) for name in "abc"]
+    >>> result = ccfv(cases)
+    >>> result.pairs, len(result.per_scale), result.score == np.log(result.variety[0] / result.consistency[0])
+    ({1: 3}, 1, True)
 
     ``T = 1/D sum_d log(F_v^d / C_cons^d)``. Feature variety ``F_v`` is the mean over cases of ``1 / E_1``, of points of
     the whole volume. Class consistency ``C_cons`` is the mean over foreground classes of the mean W2 between the

@@ -78,6 +78,11 @@ def draw_points(
     for the voxels of one class, on what other classes there are. Where a class has fewer voxels than asked for, all
     are taken.
 
+    >>> segmentation = np.repeat([-1, 0, 1], 9).reshape(3, 3, 3)
+    >>> drawn = draw_points(segmentation, case="case_1", per_class=2, n_whole=20)
+    >>> drawn.labels, drawn.balanced[:, 0], len(drawn.whole)
+    (array([0, 0, 1, 1]), array([1, 1, 2, 2]), 18)
+
     Args:
         segmentation: Labels ``(X, Y, Z)``, as nnU-Net's preprocessing leaves them.
         case: Name of the case.
@@ -170,12 +175,6 @@ def assign_windows(
         shape: The volume, ``(X, Y, Z)``.
         patch_size: The window. With two axes, as in 2D configurations, windows are slices along the first axis.
         step_size: Greatest distance of neighbouring windows, in windows.
-
-    Returns:
-        The windows in the order of their starts.
-
-    Raises:
-        FeatureError: A patch of another number of axes, or an impossible step.
     """
     n_flat = len(shape) - len(patch_size)
     if n_flat not in (0, 1) or min(patch_size) < 1 or not 0 < step_size <= 1:
@@ -202,16 +201,7 @@ def assign_windows(
 
 
 def cut_window(image: Any, start: Sequence[int], patch_size: Sequence[int]) -> Tensor:
-    """Cut one window of an image, padded as nnU-Net pads: with 0, the image in the middle.
-
-    Args:
-        image: ``(C, X, Y, Z)``; what lies outside the window is not read.
-        start: As in :class:`Window`.
-        patch_size: The window, on all axes or on all but the first.
-
-    Returns:
-        ``(C, *patch_size)``, float32, on the CPU.
-    """
+    """Cut a window ``(C, *patch_size)`` of an image ``(C, X, Y, Z)``, padded as nnU-Net pads: with 0, on both sides."""
     n_flat = len(start) - len(patch_size)
     slices = (slice(max(first, 0), first + n) for first, n in zip(start[n_flat:], patch_size, strict=True))
     index = (slice(None), *start[:n_flat], *slices)
@@ -232,12 +222,6 @@ def decoder_stages(network: nn.Module) -> tuple[str, ...]:
     """Name the decoder's stages, finest first, of STU-Net and of nnU-Net's networks.
 
     The stages, not the heads: nnU-Net's decoders compute the coarse heads in training alone.
-
-    Args:
-        network: A network, wrapped or not.
-
-    Raises:
-        FeatureError: It has no ``decoder.stages``.
     """
     network = unwrap(network)
     stages = getattr(getattr(network, "decoder", None), "stages", None)
@@ -285,18 +269,10 @@ def layer_outputs(
 
 
 def read_points(feature_map: Tensor, points: Integers, patch_size: Sequence[int]) -> Tensor:
-    """Read features at voxels of a window from a map of this or a coarser resolution.
+    """Read features ``(k, C)`` at voxels ``(k, n_axes)`` of a window from a map ``(C, X, Y[, Z])`` of any resolution.
 
     Equals the trilinear (or bilinear) interpolation of the map to the window's size, with ``align_corners=False``, at
-    these voxels, at the cost of these voxels.
-
-    Args:
-        feature_map: ``(C, X, Y[, Z])``.
-        points: ``(k, n_axes)``, voxels of the window.
-        patch_size: The window's size.
-
-    Returns:
-        ``(k, C)``, float32, on the map's device.
+    these voxels, at the cost of these voxels. The result is float32, on the map's device.
     """
     if tuple(feature_map.shape[1:]) == tuple(patch_size):  # each point is a voxel of the map
         voxels: Any = (slice(None), *torch.from_numpy(points).to(feature_map.device).unbind(1))
@@ -315,8 +291,7 @@ class SourceHead:
 
     Attributes:
         layer: The layer whose output it takes, the decoder's finest stage.
-        weight: ``(K, C)``.
-        bias: ``(K,)``.
+        weight: ``(K, C)``, beside a bias ``(K,)``.
     """
 
     layer: str
@@ -400,7 +375,7 @@ def extract_case(
             is moved to the device and stays there.
         image: ``(C, X, Y, Z)``, preprocessed; an array, or anything that gives arrays when sliced.
         points: Where to read.
-        patch_size: Voxels of a window; two axes in a 2D configuration, whose windows are slices along the first axis.
+        patch_size: Voxels of a window; two axes in a 2D configuration.
         device: Where the network runs.
         batch_size: Windows at once.
         step_size: Greatest distance of neighbouring windows, in windows. 0.5 as in nnU-Net's prediction; 1 runs the

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 import os
 import shlex
@@ -27,13 +26,12 @@ from stunet.files import atomic_path, file_sha256, write_json
 from stunet.planning import PreprocessedDataset, fit_strides, open_preprocessed
 from stunet.ranking.candidates import build_candidate, name_checkpoints
 from stunet.ranking.ccfv import Debias, Normalise, bootstrap_scores, ccfv
-from stunet.ranking.points import CaseFeatures, CasePoints, draw_points, extract_case
+from stunet.ranking.points import CasePoints, draw_points, extract_case
 from stunet.ranking.rivals import RIVALS, PointPredictions, zero_shot_at_points
 from stunet.weights import locate_checkpoint
 
 METRICS = ("ccfv", *RIVALS, "zero-shot")
 """Names of all metrics."""
-DEFAULT_METRICS = ("ccfv", "logme", "transrate", "leep", "gbc", "zero-shot")
 
 #: Share of resamples in which one checkpoint must be ahead of another to be called better.
 _CONFIDENCE = 0.95
@@ -54,14 +52,11 @@ class Target:
     Attributes:
         dataset: The dataset. Images are read anew for each checkpoint: twenty CTs would not fit into memory.
         points: Points of each case, in order.
-        annotated: For each case the label values of the structures that it annotates. Where some are not, background is
-            not known to be background.
         digest: SHA-256 over all images and segmentations, and what is annotated.
     """
 
     dataset: PreprocessedDataset
     points: tuple[CasePoints, ...]
-    annotated: Mapping[str, frozenset[int]]
     digest: str
 
     @property
@@ -84,7 +79,7 @@ def prepare_target(
     seed: int = 0,
     on_progress: Callable[[float], Any] = lambda share: None,
 ) -> Target:
-    """Read each case once and draw its points.
+    """Read each case once and draw its points, as :func:`stunet.ranking.draw_points` does.
 
     Args:
         dataset: The target dataset.
@@ -100,16 +95,15 @@ def prepare_target(
     """
     digest, points = hashlib.sha256(), []
     draw = partial(draw_points, per_class=per_class, n_whole=n_whole, seed=seed, ignore_label=dataset.ignore_label)
-    annotated = {name: dataset.annotated(name) for name in cases}
     for done, name in enumerate(cases, start=1):
         case = dataset.load(name)
-        digest.update(f"{sorted(annotated[name])}".encode())
+        digest.update(f"{sorted(dataset.annotated(name))}".encode())
         for array in (case.image, case.segmentation):
             digest.update(f"{name} {array.shape} {array.dtype}".encode())
             digest.update(np.ascontiguousarray(array).data)
         points.append(draw(case.segmentation, case=name))
         on_progress(done / len(cases))
-    target = Target(dataset=dataset, points=tuple(points), annotated=annotated, digest=digest.hexdigest())
+    target = Target(dataset=dataset, points=tuple(points), digest=digest.hexdigest())
     if all(len(holders) < 2 for holders in target.shared.values()):
         found = "; ".join(f"{target.structure(k)} in {', '.join(names)}" for k, names in target.shared.items())
         raise TransferabilityError(f"no two of {len(cases)} cases share a structure ({found}): take more cases")
@@ -173,23 +167,11 @@ def score_candidate(
 ) -> CandidateScores:
     """Load a checkpoint, read its features of the target's cases, and score them.
 
-    Args:
-        name: As tables call it.
-        path: The checkpoint.
-        target: The target's cases.
-        metrics: Names out of :data:`METRICS`.
-        normalise: See :func:`stunet.ranking.ccfv.ccfv`.
-        debias: Likewise.
-        device: For the network.
-        batch_size: Windows at once.
-        n_resamples: Bootstrap resamples of the cases, for CC-FV.
-        seed: For the resamples.
-        trust: Classes that the plans of checkpoints may name.
-        on_progress: Called with what is being done, and the share of the checkpoint's cases that has been read.
+    The arguments are those of :func:`rank`. ``on_progress`` is called with what is being done, and the share of the
+    target's cases that has been read.
 
     Raises:
-        ArchitectureError: A network that no image of the target fits.
-        CheckpointError: It cannot be read, or its weights are not finite.
+        CheckpointError: The checkpoint cannot be read, or does not fit the target.
         FeatureError: Features that are not finite.
         TransferabilityError: The cases allow no score.
     """
@@ -197,31 +179,37 @@ def score_candidate(
     on_progress("loading", 0.0)
     candidate = build_candidate(path, **_network_options(target.dataset), trust=trust)
     head, cases, predictions = candidate.head, [], []
+    n_cases = len(target.points)
     for index, points in enumerate(target.points):
+        case, annotated = target.dataset.load(points.case), target.dataset.annotated(points.case)
 
-        def report(share: float, *, index: int = index, case: str = points.case) -> None:
-            n_cases = len(target.points)
-            on_progress(f"case {index + 1} of {n_cases}, {case}", (index + share) / n_cases)
+        def report(share: float, *, index: int = index, name: str = points.case) -> None:
+            on_progress(f"case {index + 1} of {n_cases}, {name}", (index + share) / n_cases)
 
-        case, annotated = target.dataset.load(points.case), target.annotated[points.case]
         features = extract_case(
             candidate.network,
             case.image,
             points,
-            patch_size=candidate.fit_patch(target.dataset.configuration["patch_size"]),
+            patch_size=candidate.patch_size,
             device=device,
             batch_size=batch_size,
             head=head,
             source=str(path),
             on_window=report,
         )
-        cases.append(features if annotated >= set(target.dataset.structures) else _without_background(features))
-        if head is not None and features.probabilities is not None:
+        probabilities = features.probabilities
+        if head is not None and probabilities is not None:
             # The points of the whole volume too: most of them are background, where false positives are.
             whole = head.probabilities(torch.from_numpy(features.variety[0])).numpy()
             labels = np.concatenate((points.labels, case.segmentation[tuple(points.whole.T)]))
-            outputs = np.concatenate((features.probabilities, whole)).argmax(1)
+            outputs = np.concatenate((probabilities, whole)).argmax(1)
             predictions.append(PointPredictions(labels, outputs, points.voxels, annotated))
+        if not annotated >= set(target.dataset.structures) and (kept := features.labels != 0).any():
+            # Background that is not known to be background.
+            scales = tuple(scale[kept] for scale in features.scales)
+            rest = None if probabilities is None else probabilities[kept]
+            features = replace(features, labels=features.labels[kept], scales=scales, probabilities=rest)
+        cases.append(features)
     result = CandidateScores(name=name, path=str(path), description=candidate.description)
     result.scores = dict.fromkeys(metrics)
     for metric in metrics:
@@ -253,19 +241,6 @@ def _network_options(dataset: PreprocessedDataset) -> dict[str, Any]:
     return {"input_channels": dataset.input_channels, "patch_size": configuration["patch_size"], "strides": strides}
 
 
-def _without_background(features: CaseFeatures) -> CaseFeatures:
-    """Leave out the points of the background, which in a case that lacks annotations may be anything."""
-    kept = features.labels != 0
-    if not kept.any():
-        return features
-    return replace(
-        features,
-        labels=features.labels[kept],
-        scales=tuple(scale[kept] for scale in features.scales),
-        probabilities=None if features.probabilities is None else features.probabilities[kept],
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
     """A table of checkpoints, best first by the first metric that was asked for.
@@ -277,7 +252,7 @@ class Ranking:
         target: The target's cases and points.
         about: What the target is: ``dataset``, ``configuration`` and ``plans``.
         settings: All options by name.
-        date: Of the ranking.
+        date: In UTC.
     """
 
     rows: tuple[CandidateScores, ...]
@@ -301,12 +276,8 @@ class Ranking:
     @property
     def preferred(self) -> dict[str, CandidateScores]:
         """The checkpoint with the highest score, by metric; of metrics that score two checkpoints at least."""
-        found = {}
-        for metric in self.metrics:
-            scored = [(score, row) for row in self.rows if (score := row.scores.get(metric)) is not None]
-            if len(scored) > 1:
-                found[metric] = max(scored, key=lambda pair: pair[0])[1]
-        return found
+        scored = {m: [row for row in self.rows if row.scores.get(m) is not None] for m in self.metrics}
+        return {m: max(rows, key=lambda row: row.scores[m] or 0.0) for m, rows in scored.items() if len(rows) > 1}
 
     @property
     def mean_ranks(self) -> tuple[float, ...]:
@@ -328,10 +299,7 @@ class Ranking:
 
     @property
     def tied(self) -> tuple[CandidateScores, ...]:
-        """Checkpoints that the cases at hand cannot tell from the first one; empty where there are none.
-
-        By CC-FV on the same resamples: the first is ahead in fewer than 95 % of them.
-        """
+        """Checkpoints that the cases cannot tell from the first: it is ahead in fewer than 95 % of their resamples."""
         if self.metric != "ccfv" or self.best is None:
             return ()
         shares = ((row, self.ahead(self.best, row)) for row in self.rows if row is not self.best)
@@ -392,16 +360,15 @@ class Ranking:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the table as CSV: rank, name, a column for each metric, mean rank, interval of CC-FV, checkpoint."""
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
         heads = ["rank", "name", *self.metrics, "mean_rank", "ccfv_low", "ccfv_high", "parameters", "path", "sha256"]
-        writer.writerow(heads)
-        for place, (row, mean) in enumerate(zip(self.rows, self.mean_ranks or [None] * len(self.rows), strict=True)):
-            scores, size = [row.scores.get(metric) for metric in self.metrics], row.description["parameters"]
-            interval = row.interval or (None, None)
-            writer.writerow([place + 1, row.name, *scores, mean, *interval, size, row.path, row.sha256])
-        with atomic_path(path) as temporary:
-            temporary.write_text(buffer.getvalue(), encoding="utf-8")
+        mean_ranks = self.mean_ranks or [None] * len(self.rows)
+        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(heads)
+            for place, (row, mean) in enumerate(zip(self.rows, mean_ranks, strict=True), start=1):
+                scores, size = [row.scores.get(metric) for metric in self.metrics], row.description["parameters"]
+                interval = row.interval or (None, None)
+                writer.writerow([place, row.name, *scores, mean, *interval, size, row.path, row.sha256])
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -415,7 +382,7 @@ def rank(
     configuration: str = "3d_fullres",
     plans: str = "nnUNetPlans",
     fold: str = "all",
-    metrics: Sequence[str] = DEFAULT_METRICS,
+    metrics: Sequence[str] = ("ccfv", "logme", "transrate", "leep", "gbc", "zero-shot"),
     n_cases: int = 20,
     per_class: int = 100,
     n_whole: int = 1000,
@@ -432,7 +399,7 @@ def rank(
 ) -> Ranking:
     """Rank checkpoints by how well they will transfer to a dataset, without fine-tuning any of them.
 
-    Each is scored by its features of a few labelled cases, at the same voxels. One that fails is reported, and the
+    Each is scored by its features at the same voxels of a few labelled cases. One that fails is reported, and the
     others are ranked.
 
     >>> ranking = rank(["early.pth", "late.pth"], dataset=4, metrics=["ccfv"], n_cases=4)
@@ -481,8 +448,10 @@ def rank(
     read, total = 0.2, 0.2 + len(named)  # reading the cases takes little of the time that a checkpoint takes
     prepare = partial(prepare_target, dataset, cases, per_class=per_class, n_whole=n_whole, seed=seed)
     target = prepare(on_progress=lambda share: on_progress("reading cases", read * share / total))
-    options: dict[str, Any] = {"normalise": normalise, "debias": debias, "n_resamples": n_resamples, "seed": seed}
-    what = [per_class, n_whole, dataset.ignore_label, dataset.structures, _network_options(dataset)]
+    what = [_KEPT_FORMAT, target.digest, sorted(metrics), normalise, debias, n_resamples, seed, per_class, n_whole]
+    what += [dataset.ignore_label, dataset.structures, _network_options(dataset)]
+    score = partial(score_candidate, target=target, metrics=metrics, normalise=normalise, debias=debias, seed=seed)
+    score = partial(score, device=device, batch_size=batch_size, n_resamples=n_resamples, trust=trust)
     results = []
     for done, (name, path) in enumerate(named.items()):
 
@@ -492,13 +461,12 @@ def rank(
         try:
             checkpoint = locate_checkpoint(path)
             sha256 = file_sha256(checkpoint)
-            key = json.dumps([_KEPT_FORMAT, sha256, target.digest, sorted(metrics), options, what])
-            file = Path(keep_in or "") / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-            result = None if keep_in is None else _kept(file)
+            digest = hashlib.sha256(json.dumps([sha256, *what]).encode()).hexdigest()
+            file = None if keep_in is None else Path(keep_in) / f"{digest[:32]}.json"
+            result = _kept(file)
             if result is None:
-                run = partial(score_candidate, name, path, target, metrics=metrics, trust=trust, on_progress=report)
-                result = run(device=device, batch_size=batch_size, **options)
-                if keep_in is not None:
+                result = score(name, path, on_progress=report)
+                if file is not None:
                     file.parent.mkdir(parents=True, exist_ok=True)
                     write_json(asdict(result), file)
             result.name, result.path, result.sha256 = name, str(path), sha256
@@ -525,8 +493,9 @@ def rank(
     )
 
 
-def _kept(file: Path) -> CandidateScores | None:
+def _kept(file: Path | None) -> CandidateScores | None:
     """Read a result that was kept; None where there is none, or somebody has damaged it."""
     with suppress(OSError, ValueError):
-        return replace(msgspec.json.decode(file.read_bytes(), type=CandidateScores), seconds=0.0)
+        if file is not None:
+            return replace(msgspec.json.decode(file.read_bytes(), type=CandidateScores), seconds=0.0)
     return None

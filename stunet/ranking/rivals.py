@@ -53,12 +53,14 @@ def logme(features: NDArray[np.floating], labels: NDArray[np.integer]) -> float:
     The mean over the one-hot targets of the log evidence of a point. Scaling all features by a factor changes nothing:
     the weights' precision takes it up.
 
+    >>> rng = np.random.default_rng(0)
+    >>> labels = np.repeat([0, 1], 50)
+    >>> logme(rng.normal(size=(100, 8)), labels) < logme(rng.normal(size=(100, 8)) + labels[:, None], labels)
+    True
+
     Args:
         features: ``(n, C)``.
         labels: ``(n,)``, at least two classes.
-
-    Raises:
-        TransferabilityError: The arrays do not fit, or there is one class only.
     """
     rows, classes = _check_pooled(features, labels)
     variances, axes = _decompose(rows)
@@ -127,16 +129,11 @@ def transrate(features: NDArray[np.floating], labels: NDArray[np.integer], *, ep
         features: ``(n, C)``. Their scale matters, by the ratio of their variance to `eps`.
         labels: ``(n,)``, at least two classes.
         eps: Squared distortion.
-
-    Raises:
-        TransferabilityError: The arrays do not fit, or there is one class only.
     """
     rows, classes = _check_pooled(features, labels)
     rows = rows - rows.mean(0)
-    within = sum(
-        count / len(rows) * coding_rate(rows[classes == label], eps=eps)
-        for label, count in enumerate(np.bincount(classes).tolist())
-    )
+    shares = (np.bincount(classes) / len(rows)).tolist()
+    within = sum(share * coding_rate(rows[classes == label], eps=eps) for label, share in enumerate(shares))
     return float(coding_rate(rows, eps=eps) - within)
 
 
@@ -153,12 +150,12 @@ def leep(probabilities: NDArray[np.floating], labels: NDArray[np.integer]) -> fl
     The mean log likelihood of the labels under ``P(y) = sum_z P(y | z) theta_z``, at most 0. ``P(y | z)`` comes from
     the same points: the joint distribution of label and source output, divided by the output's marginal.
 
+    >>> leep(np.eye(3)[[0, 1, 2, 2]], np.array([0, 1, 2, 2]))
+    0.0
+
     Args:
         probabilities: ``theta``, ``(n, K)`` softmax outputs of the source model, rows that sum up to 1.
         labels: ``(n,)``, at least two classes.
-
-    Raises:
-        TransferabilityError: The arrays do not fit, there is one class only, or rows are no distributions.
     """
     theta, classes = _check_pooled(probabilities, labels)
     sums = theta.sum(1)
@@ -186,15 +183,15 @@ def gbc(
     classes do not overlap, ``-K (K - 1)`` where all K are the same. A class with one point has no variance but the
     floor.
 
+    >>> gbc(np.repeat([[0.0], [9.0]], 4, axis=0) + np.tile([[0.1], [-0.1]], (4, 1)), np.repeat([0, 1], 4)) > -1e-9
+    True
+
     Args:
         features: ``(n, C)``. Their scale matters where variances come near the floor.
         labels: ``(n,)``, at least two classes.
         covariance: Only variances along the axes, or all.
         components: Keep so many principal components of all features first, at most; all by default.
         floor: Lowest variance along an axis, or, for full covariances, lowest eigenvalue.
-
-    Raises:
-        TransferabilityError: The arrays do not fit, there is one class only, or an option is out of range.
     """
     rows, classes = _check_pooled(features, labels)
     if covariance not in get_args(Covariance) or floor <= 0 or (components is not None and components < 1):
