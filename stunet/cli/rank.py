@@ -72,7 +72,7 @@ def rank(
         raise UsageError(f"{got} given: name the checkpoints by one of them")
     with _progress() as (on_progress, on_candidate):
         result = ranking.rank(
-            checkpoints or [] if zoo is None else ranking.read_zoo(zoo),
+            zoo or checkpoints or [],
             dataset,
             configuration=configuration,
             plans=plans,

@@ -24,7 +24,7 @@ from scipy.stats import rankdata
 from stunet.errors import STUNetError, TransferabilityError, UsageError
 from stunet.files import atomic_path, file_sha256, write_json
 from stunet.planning import PreprocessedDataset, fit_strides, open_preprocessed
-from stunet.ranking.candidates import build_candidate, name_checkpoints
+from stunet.ranking.candidates import build_candidate, name_checkpoints, read_zoo
 from stunet.ranking.ccfv import Debias, Normalise, bootstrap_scores, ccfv
 from stunet.ranking.points import CasePoints, draw_points, extract_case
 from stunet.ranking.rivals import RIVALS, PointPredictions, zero_shot_at_points
@@ -376,7 +376,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def rank(
-    checkpoints: Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]],
+    checkpoints: Path | str | Sequence[Path | str] | Mapping[str, Path | str],
     dataset: int | str | PreprocessedDataset,
     *,
     configuration: str = "3d_fullres",
@@ -411,7 +411,7 @@ def rank(
 
     Args:
         checkpoints: Checkpoints, model folders or names of published weights that were fetched; or these by the names
-            that the table shall have, as :func:`stunet.ranking.read_zoo` gives them.
+            that the table shall have; or a zoo file, see :func:`stunet.ranking.read_zoo`.
         dataset: The target: id or name of a preprocessed dataset, or one that is open.
         configuration: Configuration of the target's plans.
         plans: Identifier of the plans that the target is preprocessed with.
@@ -439,6 +439,8 @@ def rank(
     """
     if not metrics or len({*metrics} & {*METRICS}) < len(metrics):
         raise UsageError(f"metrics {', '.join(metrics) or 'none'}: give some of {', '.join(METRICS)}, each once")
+    if isinstance(checkpoints, str | os.PathLike):
+        checkpoints = read_zoo(checkpoints)
     named = checkpoints if isinstance(checkpoints, Mapping) else name_checkpoints(checkpoints)
     if not isinstance(dataset, PreprocessedDataset):
         dataset = open_preprocessed(str(dataset), plans, configuration)
