@@ -30,8 +30,7 @@ class Statistic:
 
     Attributes:
         value: Over all checkpoints.
-        low: Lower end, NaN where no resample has a value.
-        high: Upper end.
+        low: Lower end of the interval, NaN where no resample has a value, and likewise the upper end ``high``.
         degenerate: Resamples without a value, which the interval leaves out: all scores or all Dice equal.
     """
 
@@ -188,10 +187,7 @@ def read_scores(path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
 
     Args:
         path: A ``ranking.json`` of ``stunet rank``, or a JSON object of scores by checkpoint, whose metric is then
-            called ``score``.
-
-    Returns:
-        Metrics in the order of the file. A score that is missing or null is NaN.
+            called ``score``. A score that is missing or null is NaN.
 
     Raises:
         TransferabilityError: The file is missing or holds something else.

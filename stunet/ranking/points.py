@@ -36,8 +36,7 @@ class CasePoints:
         balanced: ``(n, 3)``, voxels of each class in turn.
         labels: ``(n,)``, their classes.
         whole: ``(m, 3)``, voxels of the whole volume, whatever their class.
-        per_class: How many of each class were asked for.
-        n_whole: How many of the whole volume were asked for.
+        per_class: How many of each class were asked for, and ``n_whole`` of the whole volume.
         voxels: For each class in the case how many voxels it has.
     """
 
@@ -93,7 +92,6 @@ def draw_points(
 
     Raises:
         DatasetError: No label map of three axes, or one without a voxel to draw.
-        UsageError: Impossible numbers of points, or seed.
     """
     if min(per_class, n_whole) < 1 or seed < 0:
         raise UsageError(f"per_class={per_class}, n_whole={n_whole} and seed={seed} must be at least 1, 1 and 0")
@@ -140,9 +138,10 @@ def _draw(
     points = np.empty((len(ranks), 3), np.int64)
     points[:, 0] = planes
     for index in np.unique(planes):
-        candidates, here = np.flatnonzero(np.isin(segmentation[index], labels)), planes == index
+        plane, here = segmentation[index], planes == index
+        candidates = np.flatnonzero(plane == labels[0] if len(labels) == 1 else np.isin(plane, labels))
         chosen = candidates[ranks[here] - (ends[index] - by_plane[index])]
-        points[here, 1], points[here, 2] = np.unravel_index(chosen, segmentation.shape[1:])
+        points[here, 1], points[here, 2] = np.unravel_index(chosen, plane.shape)
     return points
 
 
@@ -151,8 +150,7 @@ class Window:
     """A window and the points that are read from it.
 
     Attributes:
-        start: Its first voxel on each axis of the volume; below 0 where the volume is smaller than the window, which
-            then has padding on both sides.
+        start: Its first voxel on each axis of the volume; below 0 where the window has padding on both sides.
         points: ``(k,)``, which of the points it holds.
         local: ``(k, n_axes)``, where these lie in the window; of a 2D window, its two axes.
     """
@@ -314,9 +312,6 @@ class CaseFeatures:
         variety: ``(m, C_d)`` float32 features at points of the whole volume, for each scale.
         probabilities: ``(n, K)`` float32 softmax outputs of the checkpoint's own head at the class-balanced points,
             which LEEP needs, or None.
-
-    Raises:
-        TransferabilityError: The arrays do not fit each other, or hold NaN or infinity.
     """
 
     case: str
@@ -339,11 +334,7 @@ class CaseFeatures:
 
 
 def check_cases(cases: Sequence[CaseFeatures]) -> None:
-    """Check that cases come from the same checkpoint and are different cases.
-
-    Raises:
-        TransferabilityError: There is none, a case occurs twice, or scales differ in number or width.
-    """
+    """Check that cases come from the same checkpoint, with the same widths at each scale, and are different cases."""
     widths = {tuple(scale.shape[1] for scale in case.scales): case.case for case in cases}
     if len(widths) != 1 or len({case.case for case in cases}) < len(cases):
         got = "; ".join(f"{list(width)} in {case}" for width, case in widths.items()) or "no cases"

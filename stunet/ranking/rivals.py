@@ -87,10 +87,7 @@ def _decompose(rows: Array) -> tuple[Array, Array]:
 
 
 def _evidence(projected: Array, variances: Array, target: Array, channels: int) -> Evidence:
-    """Find alpha and beta by fixed point (the paper's algorithm 1), then the log evidence with all its terms.
-
-    Along each axis of the features the problem is one-dimensional, so a step costs no more than the rank.
-    """
+    """Find alpha and beta by fixed point (the paper's algorithm 1), along each axis, then the log evidence."""
     n, rank = len(target), len(variances)
     parts = np.square(projected)
     outside = max(float(np.vdot(target, target) - parts.sum()), 0.0)  # what no weights can explain
@@ -237,7 +234,7 @@ def mean_over_scales(
         cases: The cases.
         metric: Takes features ``(n, C)`` in float64, labels ``(n,)``, and the options.
         unit_variance: Centre and scale features to a total variance of 1, so that a scaled layer changes nothing and
-            thresholds mean the same for all checkpoints. Features that are all equal stay at 0.
+            thresholds mean the same for all checkpoints.
         **options: For the metric.
     """
     check_cases(cases)
@@ -305,8 +302,7 @@ def zero_shot_at_points(
         outputs: What the checkpoint's outputs stand for, background first; None where nothing says it.
 
     Returns:
-        For each structure the mean over the cases that have it or in which it is predicted; None where the checkpoint
-        does not know it, or no case says anything about it.
+        For each structure the mean over the cases that have it or in which it is predicted; None where there is none.
     """
     names = list(outputs or ("background",))
     found = match_names(names[1:], list(structures.values()))
