@@ -17,15 +17,8 @@ from torch import Tensor, nn
 from stunet.errors import CheckpointError, UsageError, reading
 from stunet.network import STUNet, build_stunet
 from stunet.ranking.points import SourceHead
-from stunet.weights import (
-    StemPolicy,
-    UNetWeights,
-    adapt_stem,
-    cached_weights,
-    load_registry,
-    open_any_weights,
-    source_outputs,
-)
+from stunet.settings import StemPolicy
+from stunet.weights import UNetWeights, adapt_stem, cached_weights, load_registry, open_any_weights, source_outputs
 from stunet.yaml_files import read_yaml
 
 _HEADS = "decoder.seg_layers."
