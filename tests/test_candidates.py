@@ -10,19 +10,12 @@ import pytest
 import torch
 from networks import UNET_PATCH, UNET_STRIDES, unet, write_unet
 from torch import nn
-from weights import STRIDES, TINY, tiny_weights, write_v1
+from weights import TINY, tiny_weights, write_v1
 
 from stunet.errors import ArchitectureError, CheckpointError, UsageError
-from stunet.network import STUNet, STUNetSize, build_stunet
-from stunet.ranking import (
-    CandidateNetwork,
-    FeatureHooks,
-    Target,
-    build_candidate,
-    draw_points,
-    extract_case,
-    load_candidate,
-)
+from stunet.network import STUNetSize, build_stunet
+from stunet.ranking.candidates import Candidate, build_candidate, name_checkpoints, read_zoo
+from stunet.ranking.points import decoder_stages, draw_points, extract_case, layer_outputs
 from stunet.weights import adapt_stem
 
 PATCH = (32, 32, 32)
@@ -30,8 +23,8 @@ OTHER = STUNetSize("d112111w3", (1, 1, 2, 1, 1, 1), 3)
 OTHER_STRIDES = [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2], [1, 1, 1]]
 
 
-def target(channels: int = 1, strides: Any = OTHER_STRIDES) -> Target:
-    return Target(input_channels=channels, patch_size=PATCH, strides=strides)
+def build(path: Path, channels: int = 1, strides: Any = OTHER_STRIDES, **more: Any) -> Candidate:
+    return build_candidate(path, **{"input_channels": channels, "patch_size": PATCH, "strides": strides, **more})
 
 
 def write_stunet(path: Path, *, labels: dict[str, Any] | None = None, channels: int = 1, **more: Any) -> Path:
@@ -45,32 +38,33 @@ def write_stunet(path: Path, *, labels: dict[str, Any] | None = None, channels: 
 
 
 def features(network: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    with torch.no_grad(), FeatureHooks(network) as hooks:
-        return hooks.run(x)
+    with torch.no_grad():
+        return tuple(layer_outputs(network, x, decoder_stages(network)))
 
 
 @pytest.mark.parametrize("size", [TINY, OTHER])
 def test_a_stunet_of_any_size_gets_the_targets_strides(tmp_path: Path, size: STUNetSize) -> None:
     path = write_stunet(tmp_path / "x.pth", size=size)
-    candidate = build_candidate(path, target())
+    candidate = build(path)
     reference = build_stunet(size, 1, 4, OTHER_STRIDES).eval()
     reference.load_state_dict(torch.load(path)["network_weights"])
     x = torch.randn(1, 1, *PATCH)
     for ours, theirs in zip(features(candidate.network, x), features(reference, x), strict=True):
         assert torch.equal(ours, theirs)
     description = candidate.description
-    assert description.network == f"STU-Net {size.name}"
-    assert (description.epoch, description.n_outputs, description.outputs) == (7, 4, ("background", "a", "b", "c"))
+    assert description["network"] == f"STU-Net {size.name}"
+    assert (description["epoch"], description["n_outputs"]) == (7, 4)
+    assert description["outputs"] == ("background", "a", "b", "c")
     heads = sum(p.numel() for p in reference.decoder.seg_layers.parameters())
-    assert description.parameters == sum(p.numel() for p in reference.parameters()) - heads
-    assert candidate.fit_patch(PATCH) == PATCH
+    assert description["parameters"] == sum(p.numel() for p in reference.parameters()) - heads
+    assert candidate.patch_size == PATCH
     assert not candidate.network.training
-    assert description.as_dict()["stem"] == ""
+    assert description["stem"] == ""
 
 
 def test_the_heads_probabilities_are_the_source_models(tmp_path: Path) -> None:
     path = write_stunet(tmp_path / "x.pth")
-    candidate = build_candidate(path, target())
+    candidate = build(path)
     reference = build_stunet(TINY, 1, 4, OTHER_STRIDES).eval()
     reference.load_state_dict(torch.load(path)["network_weights"])
     image = np.random.default_rng(0).standard_normal((1, *PATCH)).astype(np.float32)
@@ -81,18 +75,17 @@ def test_the_heads_probabilities_are_the_source_models(tmp_path: Path) -> None:
         dense = reference(torch.from_numpy(image)[None]).softmax(1)[0]
     assert read.probabilities is not None
     np.testing.assert_allclose(read.probabilities, dense.numpy()[(slice(None), *points.balanced.T)].T, atol=1e-5)
-    assert candidate.head is not None
-    assert candidate.head.names == ("background", "a", "b", "c")
 
 
 @pytest.mark.parametrize("name", ["PlainConvUNet", "ResidualEncoderUNet"])
 def test_nnunets_networks_keep_their_strides(tmp_path: Path, name: str) -> None:
     original = unet(name)
-    candidate = build_candidate(write_unet(tmp_path / "x.pth", original), target())
-    assert candidate.description.network == name
-    assert candidate.total_stride == (2, 4, 4)
-    assert candidate.fit_patch((7, 16, 13)) == (8, 16, 16)
-    assert candidate.fit_patch((1, 1, 1)) == (4, 4, 4)  # one voxel at the coarsest stage would have no norm
+    candidate = build(write_unet(tmp_path / "x.pth", original))
+    assert candidate.description["network"] == name
+    for patch, fitted in ((PATCH, PATCH), ((7, 16, 13), (8, 16, 16))):
+        assert build(tmp_path / "x.pth", patch_size=patch).patch_size == fitted
+    # One voxel at the coarsest stage, of stride (2, 4, 4), would have no norm.
+    assert build(tmp_path / "x.pth", patch_size=(1, 1, 1)).patch_size == (4, 4, 4)
     x = torch.randn(1, 1, *UNET_PATCH)
     for ours, theirs in zip(features(candidate.network, x), features(original, x), strict=True):
         assert torch.equal(ours, theirs)
@@ -114,9 +107,9 @@ def test_other_channels_by_the_stem_policies(tmp_path: Path, kind: str, stem: An
     else:
         write_unet(path, unet(kind))
         key = "encoder.stages.0.0.convs.0.conv" if kind == "PlainConvUNet" else "encoder.stem.convs.0.conv"
-    candidate = build_candidate(path, target(channels=3), stem=stem)
+    candidate = build(path, 3, stem=stem)
     torch.rand(1)
-    again = build_candidate(path, target(channels=3), stem=stem)
+    again = build(path, 3, stem=stem)
     weights = torch.load(path)["network_weights"]
     state, repeated = candidate.network.state_dict(), again.network.state_dict()
     ours = state[f"{key}.weight"]
@@ -132,8 +125,8 @@ def test_other_channels_by_the_stem_policies(tmp_path: Path, kind: str, stem: An
     others = [k for k in weights if not any(part in k for part in ("seg_layers", "stages.0.0", "stem"))]
     assert len(others) > 10
     assert all(torch.equal(weights[k], state[k]) for k in others)
-    assert (candidate.description.source_channels, candidate.description.input_channels) == (1, 3)
-    assert candidate.description.stem == stem
+    description = candidate.description
+    assert (description["source_channels"], description["input_channels"], description["stem"]) == (1, 3, stem)
     x = torch.randn(1, 3, *PATCH)
     assert all(torch.isfinite(m).all() for m in features(candidate.network, x))
 
@@ -143,58 +136,16 @@ def test_the_callers_random_numbers_stay(tmp_path: Path) -> None:
     torch.manual_seed(4)
     expected = torch.rand(3)
     torch.manual_seed(4)
-    build_candidate(path, target(channels=2), stem="random")
+    build(path, 2, stem="random")
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_network_of_the_plans_is_loaded_in_place(tmp_path: Path) -> None:
-    path = write_stunet(tmp_path / "x.pth")
-    network = build_stunet(TINY, 1, 2, STRIDES, deep_supervision=True)
-    heads = {k: v.clone() for k, v in network.state_dict().items() if "seg_layers" in k}
-    candidate = load_candidate(path, network)
-    assert candidate.network is network
-    weights = torch.load(path)["network_weights"]
-    for key, value in network.state_dict().items():
-        assert torch.equal(value, heads[key] if key in heads else weights[key])
-    original = unet()
-    fresh = unet(num_classes=5)
-    with torch.no_grad():
-        for parameter in fresh.parameters():
-            parameter.zero_()
-    loaded: CandidateNetwork = load_candidate(write_unet(tmp_path / "y.pth", original), fresh)
-    x = torch.randn(1, 1, *UNET_PATCH)
-    assert torch.equal(features(loaded.network, x)[1], features(original, x)[1])
-
-
-def refused(path: Path, network: nn.Module, message: str) -> None:
-    before = {key: value.clone() for key, value in network.state_dict().items()}
-    with pytest.raises(CheckpointError, match=message):
-        load_candidate(path, network)
-    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
-
-
 def test_what_does_not_fit_is_refused_by_what_differs(tmp_path: Path) -> None:
-    stunet, plain = write_stunet(tmp_path / "x.pth"), write_unet(tmp_path / "y.pth", unet())
-    refused(
-        stunet,
-        build_stunet(OTHER, 1, 2, STRIDES),
-        r"another size[\s\S]*encoder\.stages\.2\.1\.conv1\.weight is missing",
-    )
-    refused(stunet, build_stunet(TINY, 1, 2, [[1, 1]] * 6, conv_op=nn.Conv2d), "2D network from 3D")
-    refused(stunet, unet(), r"another kind[\s\S]*STU-Net[\s\S]*PlainConvUNet")
-    refused(plain, build_stunet(TINY, 1, 2, STRIDES), r"another kind[\s\S]*got: .*PlainConvUNet[\s\S]*STUNet")
-    refused(plain, unet("ResidualEncoderUNet"), r"another kind[\s\S]*ResidualEncoderUNet")
-    strides = [UNET_STRIDES[0], [2, 2, 2], UNET_STRIDES[2]]
-    shapes = r"encoder\.stages\.1\.0\.convs\.0\.conv\.weight is \(8, 4, 1, 3, 3\) instead of \(8, 4, 3, 3, 3\)"
-    refused(plain, unet(strides=strides), rf"another architecture[\s\S]*{shapes}")
-    refused(plain, unet(strides=UNET_STRIDES[:2]), "is not in the network")
+    stunet = write_stunet(tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match="3D weights for 2D patches"):
-        build_candidate(stunet, Target(input_channels=1, patch_size=(32, 32), strides=[[1, 1]] * 6))
-    with pytest.raises(ArchitectureError, match="impossible strides"):
-        build_candidate(stunet, target(strides=UNET_STRIDES))
-    for path in (stunet, plain):
-        with pytest.raises(UsageError, match="unknown policy for the stem"):
-            build_candidate(path, target(), stem="mean")  # type: ignore[arg-type]
+        build_candidate(stunet, input_channels=1, patch_size=(32, 32), strides=[[1, 1]] * 6)
+    with pytest.raises(ArchitectureError, match="strides"):
+        build(stunet, strides=UNET_STRIDES)
 
 
 def test_broken_files_raise(tmp_path: Path) -> None:
@@ -203,31 +154,16 @@ def test_broken_files_raise(tmp_path: Path) -> None:
     content["network_weights"]["encoder.stages.2.0.conv1.weight"][0, 0] = torch.nan
     torch.save(content, path)
     with pytest.raises(CheckpointError, match=r"not finite[\s\S]*encoder\.stages\.2\.0\.conv1\.weight"):
-        build_candidate(path, target())
+        build(path)
     del content["network_weights"]["encoder.stages.2.0.conv1.weight"]
     torch.save(content, path)
     with pytest.raises(CheckpointError, match=r"encoder\.stages\.2\.0\.conv1\.weight is missing"):
-        build_candidate(path, target())
+        build(path)
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(CheckpointError, match="truncated"):
-        build_candidate(path, target())
+        build(path)
     with pytest.raises(CheckpointError, match="missing checkpoint"):
-        build_candidate(tmp_path / "none.pth", target())
-
-
-def test_no_parameter_can_be_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a load leaves out is NaN, and so are the features; nothing runs on with random weights."""
-    monkeypatch.setattr("stunet.ranking.candidates.transfer_weights", _no_transfer)
-    candidate = build_candidate(write_stunet(tmp_path / "x.pth"), target())
-    assert isinstance(candidate.network, STUNet)
-    assert all(torch.isnan(m).all() for m in features(candidate.network, torch.randn(1, 1, *PATCH)))
-
-
-def _no_transfer(*args: Any, **kwargs: Any) -> Any:
-    class Report:
-        input_channels = (1, 1)
-
-    return Report()
+        build(tmp_path / "none.pth")
 
 
 @pytest.mark.parametrize("kind", ["STU-Net", "PlainConvUNet"])
@@ -238,15 +174,76 @@ def test_regions_give_no_probabilities(tmp_path: Path, kind: str) -> None:
         write_stunet(path, labels={**labels, "more": 5})
     else:
         write_unet(path, unet(), labels=labels)
-    candidate = build_candidate(path, target())
+    candidate = build(path)
     assert candidate.head is None
-    assert candidate.description.exclusive is False
-    assert candidate.description.outputs is not None
-    assert candidate.description.outputs[:3] == ("whole", "core", "edge")
+    assert candidate.description["exclusive"] is False
+    assert candidate.description["outputs"][:3] == ("whole", "core", "edge")
 
 
 def test_outputs_that_nothing_names(tmp_path: Path) -> None:
-    candidate = build_candidate(write_v1(tmp_path, tiny_weights(num_classes=4), None), target())
+    candidate = build(write_v1(tmp_path, tiny_weights(num_classes=4), None))
     assert candidate.head is not None
-    assert candidate.head.names is candidate.description.outputs is None
+    assert candidate.description["outputs"] is None
     assert candidate.head.weight.shape == (4, 2)
+
+
+def _touch(root: Path, *paths: str) -> list[Path]:
+    found = []
+    for path in paths:
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        found.append(file)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["m1/fold_0/checkpoint_final.pth", "m2/fold_0/checkpoint_final.pth"], ["m1", "m2"]),
+        (["m/fold_0/checkpoint_final.pth", "m/fold_1/checkpoint_final.pth"], ["fold_0", "fold_1"]),
+        (["m/f/checkpoint_final.pth", "m/f/checkpoint_best.pth"], ["checkpoint_final", "checkpoint_best"]),
+        (["a/x/best.pth", "a/y/best.pth", "b/x/best.pth"], ["a/x", "a/y", "b/x"]),
+        (["one/checkpoint_final.pth"], ["checkpoint_final"]),
+    ],
+)
+def test_names_are_what_differs(tmp_path: Path, paths: list[str], names: list[str]) -> None:
+    files = _touch(tmp_path, *paths)
+    assert list(name_checkpoints(files).items()) == list(zip(names, files, strict=True))
+
+
+def test_zoo_file(tmp_path: Path) -> None:
+    a, b = _touch(tmp_path, "zoo/a/final.pth", "b.pth")
+    zoo = tmp_path / "zoo" / "zoo.yaml"
+    zoo.write_text("checkpoints:\n  - {name: 'A, long', path: a/final.pth}\n  - path: ../b.pth\n")
+    assert list(read_zoo(zoo).items()) == [("A, long", a), ("b", b)]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("checkpoints: [", "zoo.yaml"),
+        ("- a.pth", "Expected `object`, got `array`"),
+        ("models: []", "`models`"),
+        ("checkpoints: []", "empty"),
+        ("checkpoints: [{path: a.pth, weight: 2}]", "`weight`"),
+        ("checkpoints: [a.pth]", "$.checkpoints[0]"),
+        ("checkpoints: [{path: a.pth}, {path: gone.pth}]", "gone.pth"),
+        ("checkpoints: [{path: a.pth, name: x}, {path: b.pth, name: x}]", "x twice"),
+        ("checkpoints: [{path: a.pth, name: 3}]", "$.checkpoints[0].name"),
+        ("checkpoints: [{path: a.pth}, {path: a.pth}]", "a.pth"),
+        ("checkpoints: [{path: a.pth, path: b.pth}]", "stands twice"),
+    ],
+)
+def test_bad_zoo_files(tmp_path: Path, content: str, problem: str) -> None:
+    _touch(tmp_path, "a.pth", "b.pth")
+    zoo = tmp_path / "zoo.yaml"
+    zoo.write_text(content)
+    with pytest.raises(UsageError) as caught:
+        read_zoo(zoo)
+    assert problem in str(caught.value)
+
+
+def test_checkpoints_that_are_not_there_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"gone\.pth"):
+        name_checkpoints([tmp_path / "gone.pth"])

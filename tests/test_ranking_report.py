@@ -6,15 +6,17 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from jinja2 import UndefinedError
 
-from stunet.ranking import CandidateScores, CasePoints, Failure, Ranking, Target, TargetCases
+from stunet.ranking import CandidateScores, Ranking, Target
+from stunet.ranking.points import CasePoints
 from stunet.reports.pages import write_page
-from stunet.reports.ranking import RankingReport, write_ranking
-from stunet.reports.ranking_figures import short_names
+from stunet.reports.ranking import short_names, write_ranking
 
 
 def _candidate(name: str, score: float | None, *, sha: str = "0" * 64) -> CandidateScores:
@@ -38,7 +40,7 @@ def _candidate(name: str, score: float | None, *, sha: str = "0" * 64) -> Candid
     )
 
 
-def make_report(*names: str, failures: tuple[Failure, ...] = ()) -> RankingReport:
+def make_ranking(*names: str, failures: tuple[CandidateScores, ...] = ()) -> Ranking:
     """Three candidates, the first one 2 ahead of the others."""
     chosen = names or ("first & best", "second", "third")
     candidates = tuple(_candidate(name, 3.0 - 2 * min(i, 1) - 0.1 * i) for i, name in enumerate(chosen))
@@ -49,28 +51,21 @@ def make_report(*names: str, failures: tuple[Failure, ...] = ()) -> RankingRepor
         )
         for case, voxels in (("a", {0: 900, 1: 500, 2: 40}), ("b", {0: 900, 1: 500, 2: 700}), ("c", {0: 900, 1: 99}))
     )  # fmt: skip
-    target = TargetCases(
-        load=lambda name: None,  # type: ignore[arg-type, return-value]
-        points=points,
-        structures={1: "liver", 2: "spleen"},
-        target=Target(input_channels=1, patch_size=(4, 4, 4), strides=[[1, 1, 1]] * 6),
-        annotated={case: frozenset((1, 2)) for case in "abc"},
-        digest="d",
-    )
-    return RankingReport(
-        ranking=Ranking(metric="ccfv", candidates=candidates, failures=failures),
-        target=target,
+    dataset: Any = SimpleNamespace(structures={1: "liver", 2: "spleen"})
+    return Ranking(
+        rows=candidates,
+        failures=failures,
+        target=Target(dataset=dataset, points=points, digest="d"),
         about={"dataset": "Dataset004_Test", "configuration": "3d_fullres", "plans": "nnUNetPlans"},
         metrics=("ccfv", "leep"),
-        settings={"seed": 0},
-        commands=("stunet finetune -d 4 --from '/models/first & best.pth'",),
+        settings={"seed": 0, "fold": "0"},
         date="2026-01-01 00:00 UTC",
     )
 
 
 def test_json_and_csv(tmp_path: Path) -> None:
-    report = make_report(failures=(Failure("bad", "/models/bad.pth", "weights that are not finite"),))
-    paths = write_ranking(report, tmp_path)
+    bad = CandidateScores(name="bad", path="/models/bad.pth", error="weights that are not finite")
+    paths = write_ranking(make_ranking(failures=(bad,)), tmp_path)
     assert [path.name for path in paths] == ["ranking.json", "ranking.csv", "ranking.html"]
     content = json.loads(paths[0].read_text())
     first, second, third = content["candidates"]
@@ -79,13 +74,14 @@ def test_json_and_csv(tmp_path: Path) -> None:
     assert (second["first_is_ahead"], third["first_is_ahead"]) == (1.0, 1.0)
     assert content["tied_with_the_first"] == []
     assert content["failures"][0]["error"] == "weights that are not finite"
+    assert content["command"] == "stunet finetune -d 4 -c 3d_fullres -f 0 --from '/models/first & best.pth'"
     rows = list(csv.reader(paths[1].open()))
     assert rows[1][:4] == ["1", "first & best", "3.0", ""]
     assert len(rows) == 4
 
 
 def test_page_says_it_and_escapes(tmp_path: Path) -> None:
-    page = write_ranking(make_report(), tmp_path)[2].read_text()
+    page = write_ranking(make_ranking(), tmp_path)[2].read_text()
     assert "first &amp; best comes first by ccfv." in page
     assert "By ccfv first &amp; best is ahead of every other candidate in at least 95 %" in page
     assert "resamples of these 3 cases" in page
@@ -101,15 +97,13 @@ def test_page_says_it_and_escapes(tmp_path: Path) -> None:
 
 
 def test_ties_and_empty_rankings_are_said() -> None:
-    report = make_report("first", "second")
-    close = Ranking(metric="ccfv", candidates=(_candidate("a", 1.0), _candidate("b", 1.0)), failures=())
-    tied = RankingReport(**{**report.__dict__, "ranking": close})
+    ranking = make_ranking("first", "second")
+    tied = replace(ranking, rows=(_candidate("a", 1.0), _candidate("b", 1.0)))
     assert "ccfv cannot tell a from b: it is ahead in fewer than 95 % of the resamples of these 3" in tied.verdict
-    nothing = RankingReport(**{**report.__dict__, "ranking": Ranking(metric="ccfv", candidates=(), failures=())})
-    assert "None of the candidates" in nothing.verdict
+    assert "None of the candidates" in replace(ranking, rows=()).verdict
 
 
-def _disagreeing() -> RankingReport:
+def _disagreeing() -> Ranking:
     """Alike to what was once called ahead "of every other candidate": one metric for it, three against."""
     scores = {
         "checkpoint A": {"ccfv": 3.0, "logme": 0.1, "gbc": -3.0, "leep": -0.5, "zero-shot": None},
@@ -117,19 +111,18 @@ def _disagreeing() -> RankingReport:
         "checkpoint C": {"ccfv": 0.5, "logme": 0.2, "gbc": -1.0, "leep": -0.4, "zero-shot": 0.3},
     }
     candidates = tuple(replace(_candidate(n, float(s["ccfv"] or 0)), scores=s) for n, s in scores.items())
-    ranking = Ranking(metric="ccfv", candidates=candidates, failures=())
-    return replace(make_report(), ranking=ranking, metrics=tuple(scores["checkpoint A"]))
+    return replace(make_ranking(), rows=candidates, metrics=tuple(scores["checkpoint A"]))
 
 
 def test_metrics_that_disagree(tmp_path: Path) -> None:
     """Ranks by hand, over the four scores that all have: A 1 3 3 3, B 2 1 1.5 1, C 3 2 1.5 2."""
-    report = _disagreeing()
-    assert report.ranking.mean_ranks == pytest.approx((10 / 4, 5.5 / 4, 8.5 / 4))
-    assert report.verdict.startswith(
+    ranking = _disagreeing()
+    assert ranking.mean_ranks == pytest.approx((10 / 4, 5.5 / 4, 8.5 / 4))
+    assert ranking.verdict.startswith(
         "The metrics disagree: ccfv prefers checkpoint A; logme, gbc, leep and zero-shot prefer checkpoint B. "
         "The lowest mean rank has checkpoint B: 1.4, checkpoint A has 2.5."
     )
-    paths = write_ranking(report, tmp_path)
+    paths = write_ranking(ranking, tmp_path)
     content = json.loads(paths[0].read_text())
     assert content["consensus"] == "checkpoint B"
     assert content["preferred"]["ccfv"] == "checkpoint A"
@@ -141,15 +134,14 @@ def test_metrics_that_disagree(tmp_path: Path) -> None:
 
 
 def test_metrics_that_agree_or_are_alone() -> None:
-    report = _disagreeing()
-    first, *others = report.ranking.candidates
-    best = replace(first, scores=dict.fromkeys(first.scores, 9.0))
-    agreeing = replace(report, ranking=replace(report.ranking, candidates=(best, *others)))
+    ranking = _disagreeing()
+    first, *others = ranking.rows
+    agreeing = replace(ranking, rows=(replace(first, scores=dict.fromkeys(first.scores, 9.0)), *others))
     assert agreeing.verdict.startswith("checkpoint A comes first by ccfv, logme, gbc, leep and zero-shot.")
-    alone = [replace(c, scores={"ccfv": c.scores["ccfv"]}) for c in report.ranking.candidates]
-    ranking = replace(report.ranking, candidates=tuple(alone))
-    assert ranking.mean_ranks == ()
-    assert replace(report, ranking=ranking).verdict.startswith("checkpoint A comes first by ccfv.")
+    rows = tuple(replace(row, scores={"ccfv": row.scores["ccfv"]}) for row in ranking.rows)
+    alone = replace(ranking, rows=rows)
+    assert alone.mean_ranks == ()
+    assert alone.verdict.startswith("checkpoint A comes first by ccfv.")
 
 
 def test_short_names_differ() -> None:
@@ -165,7 +157,7 @@ def test_short_names_differ() -> None:
 def test_equal_reports_are_equal_files(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        write_ranking(make_report(), tmp_path / name)
+        write_ranking(make_ranking(), tmp_path / name)
     for ending in ("json", "csv", "html"):
         assert (tmp_path / "a" / f"ranking.{ending}").read_bytes() == (
             tmp_path / "b" / f"ranking.{ending}"

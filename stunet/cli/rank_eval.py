@@ -5,16 +5,9 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from stunet.ranking import Agreement, Estimate
-
-__all__ = ["rank_eval"]
 
 
 def rank_eval(
@@ -35,109 +28,43 @@ def rank_eval(
 
     In brackets: 95% percentile intervals over resamples of the checkpoints.
     """
-    from stunet.ranking import agreement, read_scores
+    from stunet.cli.console import PlainTable, stderr, stdout
+    from stunet.errors import UsageError
+    from stunet.ranking import agreement, read_dice, read_scores, read_summaries
 
     by_metric = read_scores(scores)
-    truth = _gather_dice(dice, summary or [])
-    chosen = _choose(metric or [], by_metric, scores)
-    _check_complete({name: by_metric[name] for name in chosen})
-    results = {name: agreement(by_metric[name], truth, n_resamples=resamples, seed=seed) for name in chosen}
+    paths = dict(text.partition("=")[::2] for text in summary or ())
+    if len(paths) < len(summary or ()) or not all(name and path for name, path in paths.items()):
+        raise UsageError(f"--summary {' '.join(summary or ())} is not NAME=PATH with each name once")
+    if dice is None and not paths:
+        raise UsageError("neither DICE nor --summary given: name a JSON file, a folder, or NAME=PATH of summary.json")
+    truth = {} if dice is None else read_dice(dice)
+    if twice := sorted(set(truth) & set(paths)):
+        raise UsageError(f"two values of one Dice for {', '.join(twice)}: name each in DICE or in --summary")
+    truth |= read_summaries(paths)
+    if unknown := [name for name in metric or () if name not in by_metric]:
+        raise UsageError(f"unknown metric {', '.join(unknown)}: {scores} has {', '.join(by_metric)}")
+    lacking = {name: [c for c, value in row.items() if math.isnan(value)] for name, row in by_metric.items()}
+    complete = [name for name, without in lacking.items() if not without]
+    missing = [f"{name}: no score for {', '.join(lacking[name])}" for name in metric or by_metric if lacking[name]]
+    if missing and (metric or not complete):
+        raise UsageError(f"{'; '.join(missing)}: choose other metrics, or leave these out of both files")
+    for line in missing:
+        stderr.print(line.replace(":", " is left out:", 1), highlight=False, soft_wrap=True)
+    results = {name: agreement(by_metric[name], truth, n_resamples=resamples, seed=seed) for name in metric or complete}
     if as_json:
         typer.echo(json.dumps({"metrics": {name: result.as_dict() for name, result in results.items()}}, indent=4))
-    else:
-        _print_table(results)
-
-
-def _gather_dice(dice: Path | None, summaries: list[str]) -> dict[str, float]:
-    from stunet.errors import UsageError
-    from stunet.ranking import read_dice, read_summaries
-
-    paths: dict[str, str] = {}
-    for text in summaries:
-        name, separator, path = text.partition("=")
-        if not (separator and name and path) or name in paths:
-            raise UsageError(
-                "a summary without a name of its own",
-                got=text,
-                expected="NAME=PATH, each name once",
-                remedy="Correct --summary, for example --summary base=results/base/fold_0/validation/summary.json.",
-            )
-        paths[name] = path
-    if dice is None and not paths:
-        raise UsageError(
-            "no Dice to compare with",
-            got="neither DICE nor --summary",
-            expected="a JSON file of Dice by name, a folder, or NAME=PATH of summary.json files",
-            remedy="Give one of them.",
-        )
-    found = read_dice(dice) if dice is not None else {}
-    twice = sorted(set(found) & set(paths))
-    if twice:
-        raise UsageError(
-            "two values of one Dice",
-            got=", ".join(twice),
-            expected="each name in DICE or in --summary",
-            remedy="Leave one of them out.",
-        )
-    return {**found, **read_summaries(paths)}
-
-
-def _choose(wanted: list[str], metrics: Mapping[str, Mapping[str, float]], path: Path) -> list[str]:
-    """The metrics asked for; by default all that have a score for every candidate."""
-    from stunet.cli.console import stderr
-    from stunet.errors import UsageError
-
-    unknown = [name for name in wanted if name not in metrics]
-    if unknown:
-        raise UsageError(
-            "unknown metric",
-            got=", ".join(unknown),
-            expected=f"one of {', '.join(metrics)}, which {path} has",
-            remedy="Correct --metric.",
-        )
-    if wanted:
-        return wanted
-    lacking = {name: [c for c, value in scores.items() if math.isnan(value)] for name, scores in metrics.items()}
-    whole = [name for name, without in lacking.items() if not without]
-    if not whole:
-        return list(metrics)  # which says what is missing
-    for name, without in lacking.items():
-        if without:
-            stderr.print(f"{name} is left out: no score for {', '.join(without)}", highlight=False, soft_wrap=True)
-    return whole
-
-
-def _check_complete(by_metric: dict[str, dict[str, float]]) -> None:
-    from stunet.errors import UsageError
-
-    missing = {metric: [name for name, score in row.items() if math.isnan(score)] for metric, row in by_metric.items()}
-    if any(missing.values()):
-        raise UsageError(
-            "candidates without a score",
-            got="; ".join(f"{metric}: {', '.join(names)}" for metric, names in missing.items() if names),
-            expected="a score of each candidate for each metric",
-            remedy="Choose metrics that all have by --metric, or leave these candidates out of both files.",
-        )
-
-
-def _print_table(results: dict[str, Agreement]) -> None:
-    from stunet.cli.console import PlainTable, stdout
-
+        return
     first = next(iter(results.values()))
-    degenerate = {e.degenerate for result in results.values() for e in result.estimates.values()} - {0}
-    caption = f"{first.n_resamples} resamples of the checkpoints"
-    if degenerate:
-        caption += f"; up to {max(degenerate)} without a value are left out"
+    degenerate = max(estimate.degenerate for result in results.values() for estimate in result.estimates.values())
+    caption = f"{resamples} resamples of the checkpoints"
+    caption += f"; up to {degenerate} without a value are left out" if degenerate else ""
     numbers = ("weighted Kendall", "Pearson", "Spearman", "regret")
     title = f"{first.n_checkpoints} checkpoints, best Dice: {first.best}"
     table = PlainTable("metric", *numbers, title=title, caption=caption, numbers=numbers)
     for name, result in results.items():
-        table.add_row(name, *(_cell(estimate) for estimate in result.estimates.values()))
+        table.add_row(name, *(f"{e.value:.3f}\n[{e.low:.3f}, {e.high:.3f}]" for e in result.estimates.values()))
     stdout.print(table)
     for top in dict.fromkeys(result.top for result in results.values()):
-        metrics = ", ".join(name for name, result in results.items() if result.top == top)
-        stdout.print(f"First choice of {metrics}: {top}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _cell(estimate: Estimate) -> str:
-    return f"{estimate.value:.3f}\n[{estimate.low:.3f}, {estimate.high:.3f}]"
+        names = ", ".join(name for name, result in results.items() if result.top == top)
+        stdout.print(f"First choice of {names}: {top}", highlight=False, markup=False, soft_wrap=True)

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from stunet.errors import TransferabilityError
-
-__all__ = ["STATISTICS", "Agreement", "Estimate", "agreement", "check_scores", "top_regret", "weighted_kendall"]
+from stunet.errors import TransferabilityError, reading
 
 Array = NDArray[np.float64]
+Form = TypeVar("Form")
+
+RANKING_FORMAT = 1
+"""Value of ``format`` in ``ranking.json``."""
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Statistic:
     """A statistic with its percentile bootstrap interval.
 
     Attributes:
         value: Over all checkpoints.
-        low: Lower end, NaN where no resample has a value.
-        high: Upper end.
+        low: Lower end of the interval, NaN where no resample has a value, and likewise the upper end ``high``.
         degenerate: Resamples without a value, which the interval leaves out: all scores or all Dice equal.
     """
 
@@ -40,15 +45,15 @@ class Agreement:
     """Scores of one metric beside the Dice after fine-tuning.
 
     Attributes:
-        estimates: By name of the statistic; see :data:`STATISTICS`.
+        estimates: By name of the statistic. All but the regret, a difference of Dice, are 1 at best; the regret is 0.
         top: The checkpoint with the highest score, the first of equal ones.
         best: The checkpoint with the highest Dice.
-        n_checkpoints: Number of checkpoints.
-        n_resamples: Number of resamples behind each interval.
+        n_checkpoints: How many there are.
+        n_resamples: How many resamples are behind each interval.
         confidence: Share of the resamples that the intervals span.
     """
 
-    estimates: Mapping[str, Estimate]
+    estimates: Mapping[str, Statistic]
     top: str
     best: str
     n_checkpoints: int
@@ -56,25 +61,18 @@ class Agreement:
     confidence: float
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, where NaN is null."""
-        content = asdict(self)
-        for estimate in content["estimates"].values():
-            estimate.update({k: None for k in ("value", "low", "high") if math.isnan(estimate[k])})
-        return content
+        """Return the content for JSON, where NaN is null."""
+        return dict(json.loads(msgspec.json.encode(self)))
 
 
 def weighted_kendall(scores: Array, dice: Array) -> float:
-    """Kendall's tau that weighs exchanges by rank, hyperbolically: those among the best count most (scipy)."""
+    """Compute Kendall's tau that weighs exchanges by rank: those among the best count most (scipy)."""
     return float(stats.weightedtau(scores, dice).statistic)
 
 
 def top_regret(scores: Array, dice: Array) -> float:
-    """Best Dice minus that of the checkpoint with the highest score, or their mean Dice where several have it."""
+    """Return best Dice minus that of the checkpoint with the highest score, or their mean where several have it."""
     return float(dice.max() - dice[scores == scores.max()].mean())
-
-
-def _kendall_of_rows(x: Array, y: Array) -> Array:
-    return np.array([weighted_kendall(*row) for row in zip(x, y, strict=True)])
 
 
 def _pearson_of_rows(x: Array, y: Array) -> Array:
@@ -82,24 +80,13 @@ def _pearson_of_rows(x: Array, y: Array) -> Array:
     return np.asarray((x * y).sum(1) / np.sqrt(np.square(x).sum(1) * np.square(y).sum(1)), dtype=np.float64)
 
 
-def _spearman_of_rows(x: Array, y: Array) -> Array:
-    return _pearson_of_rows(stats.rankdata(x, axis=1), stats.rankdata(y, axis=1))
-
-
-def _regret_of_rows(x: Array, y: Array) -> Array:
-    return np.array([top_regret(*row) for row in zip(x, y, strict=True)])
-
-
 # Of all resamples at once, where scipy would be called for each.
 _OF_ROWS: Mapping[str, Callable[[Array, Array], Array]] = {
-    "weighted_kendall": _kendall_of_rows,
+    "weighted_kendall": lambda x, y: np.array(list(map(weighted_kendall, x, y))),
     "pearson": _pearson_of_rows,
-    "spearman": _spearman_of_rows,
-    "regret": _regret_of_rows,
+    "spearman": lambda x, y: _pearson_of_rows(stats.rankdata(x, axis=1), stats.rankdata(y, axis=1)),
+    "regret": lambda x, y: np.array(list(map(top_regret, x, y))),
 }
-
-STATISTICS = tuple(_OF_ROWS)
-"""Names of the statistics. All but the regret, a difference of Dice, are 1 at best; the regret is 0."""
 
 
 def agreement(
@@ -115,6 +102,11 @@ def agreement(
     Intervals come from resampling checkpoints with replacement, and say how far the result hangs on which checkpoints
     happened to be compared. With few checkpoints they are wide, and rightly so.
 
+    >>> scores, dice = {"small": 1.2, "base": 1.9, "large": 1.5}, {"small": 0.80, "base": 0.84, "large": 0.85}
+    >>> found = agreement(scores, dice)
+    >>> found.top, found.best, round(found.estimates["regret"].value, 3)
+    ('base', 'large', 0.01)
+
     Args:
         scores: Score by checkpoint, higher is better.
         dice: Dice after fine-tuning by checkpoint, the same names.
@@ -126,18 +118,33 @@ def agreement(
         TransferabilityError: Names differ, a value is not finite, all are equal, or there are fewer than 3 checkpoints.
     """
     if n_resamples < 1 or not 0 < confidence < 1:
-        raise TransferabilityError(
-            "an interval that is not defined",
-            got=f"{n_resamples} resamples, confidence {confidence:g}",
-            expected="at least 1 resample and a confidence between 0 and 1",
-            remedy="Correct them.",
-        )
-    check_scores(scores, dice)
+        raise TransferabilityError(f"no interval has {n_resamples} resamples and confidence {confidence:g}")
+    # NaN comes first: scipy's weighted tau takes it for a value like any other.
+    for what, values in (("scores", scores), ("Dice", dice)):
+        if bad := [f"{name}: {value}" for name, value in sorted(values.items()) if not math.isfinite(value)]:
+            raise TransferabilityError(f"{what} are not finite for {', '.join(bad[:8])}: leave these out")
+    if set(scores) != set(dice):
+        left, right = (", ".join(sorted(set(a) - set(b))[:8]) or "none" for a, b in ((scores, dice), (dice, scores)))
+        raise TransferabilityError(f"only in the scores: {left}; only in the Dice: {right}; give both for each name")
+    if len(scores) < 3:
+        raise TransferabilityError(f"{len(scores)} checkpoints are too few: compare at least 3")
+    for what, values in (("scores", scores), ("Dice", dice)):
+        if len(set(values.values())) == 1:
+            raise TransferabilityError(f"{what} of {len(values)} checkpoints are all equal: they order nothing")
     names = sorted(scores)
     x, y = (np.array([values[name] for name in names], dtype=np.float64) for values in (scores, dice))
     draws = np.random.default_rng(seed).integers(0, len(names), size=(n_resamples, len(names)))
+    # A resample may draw one value only. The regret is defined even then.
+    varied = draws[(np.ptp(x[draws], axis=1) > 0) & (np.ptp(y[draws], axis=1) > 0)]
+    estimates = {}
+    for name, of_rows in _OF_ROWS.items():
+        kept = draws if name == "regret" else varied
+        found = of_rows(x[kept], y[kept])
+        tails = [(1 - confidence) / 2, 1 - (1 - confidence) / 2]
+        low, high = np.quantile(found, tails).tolist() if found.size else (math.nan, math.nan)
+        estimates[name] = Statistic(float(of_rows(x[None], y[None])[0]), low, high, len(draws) - len(kept))
     return Agreement(
-        estimates={name: _estimate(name, x, y, draws, confidence) for name in STATISTICS},
+        estimates=estimates,
         top=names[int(x.argmax())],
         best=names[int(y.argmax())],
         n_checkpoints=len(names),
@@ -146,46 +153,87 @@ def agreement(
     )
 
 
-def _estimate(name: str, x: Array, y: Array, draws: NDArray[np.int64], confidence: float) -> Estimate:
-    of_rows = _OF_ROWS[name]
-    # A resample may draw one value only. The regret is defined even then.
-    varied = (np.ptp(x[draws], axis=1) > 0) & (np.ptp(y[draws], axis=1) > 0)
-    kept = draws if name == "regret" else draws[varied]
-    found = of_rows(x[kept], y[kept])
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(found, [tail, 1 - tail]).tolist() if found.size else (math.nan, math.nan)
-    return Estimate(float(of_rows(x[None], y[None])[0]), low, high, len(draws) - len(kept))
+class _Scored(msgspec.Struct):
+    name: str
+    scores: dict[str, float | None]
 
 
-def check_scores(scores: Mapping[str, float], dice: Mapping[str, float]) -> None:
-    """Check that scores and Dice can be compared.
+class _RankingFile(msgspec.Struct):
+    format: int
+    candidates: list[_Scored]
 
-    NaN comes first: scipy's weighted tau takes it for a value like any other.
+
+class _Mean(msgspec.Struct):
+    Dice: float | None
+
+
+class _Summary(msgspec.Struct):
+    foreground_mean: _Mean
+
+
+def _read(path: str | os.PathLike[str], form: type[Form], content: Any = None) -> Form:
+    """Decode JSON, with NaN as nnU-Net writes it."""
+    with reading(path, "a file of scores that cannot be used", TransferabilityError):
+        content = json.loads(Path(path).read_text(encoding="utf-8")) if content is None else content
+        return msgspec.convert(content, form)
+
+
+def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else float(value) for name, value in values.items()}
+
+
+def read_scores(path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
+    """Read scores by metric and checkpoint.
+
+    Args:
+        path: A ``ranking.json`` of ``stunet rank``, or a JSON object of scores by checkpoint, whose metric is then
+            called ``score``. A score that is missing or null is NaN.
 
     Raises:
-        TransferabilityError: See :func:`agreement`.
+        TransferabilityError: The file is missing or holds something else.
     """
-    for what, values in (("scores", scores), ("Dice", dice)):
-        bad = [f"{name}: {value}" for name, value in sorted(values.items()) if not math.isfinite(value)]
-        if bad:
-            raise _error(f"{what} that are not finite", _some(bad), "a finite number for each checkpoint",
-                         "Leave these checkpoints out, or repair what failed for them.")  # fmt: skip
-    if set(scores) != set(dice):
-        only = [f"only in the scores: {_some(sorted(set(scores) - set(dice)))}"] if set(scores) - set(dice) else []
-        only += [f"only in the Dice: {_some(sorted(set(dice) - set(scores)))}"] if set(dice) - set(scores) else []
-        raise _error("different checkpoints", "; ".join(only), "the same names on both sides",
-                     "Correct the names, or leave these checkpoints out on both sides.")  # fmt: skip
-    if len(scores) < 3:
-        raise _error("too few checkpoints", f"{len(scores)}", "at least 3", "Compare more checkpoints.")
-    for what, values in (("scores", scores), ("Dice", dice)):
-        if len(set(values.values())) == 1:
-            raise _error(f"{what} that are all equal", f"{next(iter(values.values())):g} for {len(values)} checkpoints",
-                         "values that order the checkpoints", "Check where they come from.")  # fmt: skip
+    content = _read(path, dict[str, Any])
+    if "candidates" not in content:
+        return {"score": _numbers(_read(path, dict[str, float | None], content))}
+    ranking = _read(path, _RankingFile, content)
+    rows = {row.name: row.scores for row in ranking.candidates}
+    metrics = list(dict.fromkeys(metric for scores in rows.values() for metric in scores))
+    if ranking.format != RANKING_FORMAT or len(rows) < len(ranking.candidates) or not metrics:
+        names = ", ".join(row.name for row in ranking.candidates[:8])
+        got = f"{path} has format {ranking.format}, {len(metrics)} metrics and candidates {names or 'none'}"
+        raise TransferabilityError(f"{got}: give scores of format {RANKING_FORMAT}, each candidate once")
+    return {metric: _numbers({name: scores.get(metric) for name, scores in rows.items()}) for metric in metrics}
 
 
-def _error(problem: str, got: str, expected: str, remedy: str) -> TransferabilityError:
-    return TransferabilityError(problem, got=got, expected=expected, remedy=remedy)
+def read_dice(path: str | os.PathLike[str]) -> dict[str, float]:
+    """Read the Dice by checkpoint.
+
+    Args:
+        path: A JSON object of Dice by checkpoint; or a folder, in which each folder is called after a checkpoint and
+            holds one ``summary.json`` of nnU-Net at any depth.
+
+    Raises:
+        TransferabilityError: The file or folder is missing or holds something else.
+    """
+    if not Path(path).is_dir():
+        return _numbers(_read(path, dict[str, float | None]))
+    folders = {entry.name: entry for entry in sorted(Path(path).iterdir()) if any(entry.rglob("summary.json"))}
+    if not folders:
+        raise TransferabilityError(f"no summary.json in {path}: give a folder of folders NAME that hold one each")
+    return read_summaries(folders)
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+def read_summaries(paths: Mapping[str, str | os.PathLike[str]]) -> dict[str, float]:
+    """Read ``foreground_mean`` Dice from nnU-Net's ``summary.json`` of each checkpoint, or of a folder that holds one.
+
+    Raises:
+        TransferabilityError: A file is missing, holds something else, or a folder holds several.
+    """
+    dice: dict[str, float | None] = {}
+    for name, path in paths.items():
+        found = sorted(Path(path).rglob("summary.json")) if Path(path).is_dir() else [Path(path)]
+        if len(found) != 1:
+            got = ", ".join(str(file.relative_to(path)) for file in found[:4])
+            raise TransferabilityError(f"{path} holds {len(found)} summary.json ({got}): give NAME=PATH of one")
+        dice[name] = _read(found[0], _Summary).foreground_mean.Dice
+    return _numbers(dice)

@@ -1,288 +1,225 @@
-"""Checkpoints as networks that features of a target dataset can be read from."""
+"""The checkpoints to choose from: where they are, and the networks that read a target's images with them."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import msgspec
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from stunet.errors import CheckpointError
-from stunet.labels import Outputs
-from stunet.network import STUNet, total_stride
-from stunet.network.blocks import CONV_OPS
-from stunet.ranking.heads import SourceHead, source_head
-from stunet.weights import (
-    SourceWeights,
-    StemPolicy,
-    UNetWeights,
-    adapt_stem,
-    open_any_weights,
-    source_outputs,
-    transfer_weights,
-)
-from stunet.weights.loading import describe_mismatch
-from stunet.weights.transfer import check_policies
-
-__all__ = ["CandidateDescription", "CandidateNetwork", "Target", "build_candidate", "load_candidate"]
+from stunet.errors import CheckpointError, UsageError, reading
+from stunet.forms import decode, read_document
+from stunet.network import STUNet, build_stunet
+from stunet.ranking.points import SourceHead
+from stunet.settings import StemPolicy
+from stunet.weights import UNetWeights, adapt_stem, cached_weights, load_registry, open_any_weights, source_outputs
 
 _HEADS = "decoder.seg_layers."
 
 
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """What the target's plans say about the networks that shall read its images.
-
-    Attributes:
-        input_channels: Channels of the images.
-        patch_size: Voxels of a patch; two axes in a 2D configuration.
-        strides: Stride of each of STU-Net's six stages for each axis, see :func:`stunet.planning.fit_strides`.
-        trust: Classes that the plans of candidates may name, see :func:`stunet.weights.check_network`.
-    """
-
-    input_channels: int
-    patch_size: Sequence[int]
-    strides: Sequence[Sequence[int]]
-    trust: Sequence[str] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class CandidateDescription:
-    """What a candidate is.
-
-    Attributes:
-        path: The checkpoint.
-        network: For example ``STU-Net base`` or ``PlainConvUNet``.
-        parameters: Number of parameters, heads left out.
-        n_axes: 2 or 3.
-        source_channels: Channels of the images that it was trained on.
-        input_channels: Channels of the target's images.
-        stem: What was done where these differ; empty where they do not.
-        n_outputs: Outputs that it was trained for, background included.
-        outputs: What these stand for; None where nothing says it.
-        exclusive: Whether a softmax over the outputs gives each voxel one of them.
-        epoch: Epochs that it was trained for, where the file says it.
-    """
-
+class _Entry(msgspec.Struct, forbid_unknown_fields=True):
     path: str
-    network: str
-    parameters: int
-    n_axes: int
-    source_channels: int
-    input_channels: int
-    stem: str
-    n_outputs: int
-    outputs: tuple[str, ...] | None
-    exclusive: bool
-    epoch: int | None
+    name: str | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+
+class _Zoo(msgspec.Struct, forbid_unknown_fields=True):
+    checkpoints: list[_Entry]
+
+
+def read_zoo(path: str | os.PathLike[str]) -> dict[str, Path]:
+    """Read a zoo file.
+
+    It is YAML (or JSON) with a list under ``checkpoints``; each entry has a ``path``, relative to the file, and may
+    have a ``name``::
+
+        checkpoints:
+          - name: base, TotalSegmentator
+            path: models/STUNetTrainer_pretrain__STUNetPlans_base__3d_fullres/fold_all/checkpoint_final.pth
+          - path: other/checkpoint_best.pth
+
+    Returns:
+        Paths by name, in the order of the file.
+
+    Raises:
+        UsageError: Missing, not YAML, unknown keys, a name twice, or paths at which there is nothing.
+    """
+    with reading(path, "a zoo file that cannot be used", UsageError):
+        entries = decode(read_document(path), _Zoo).checkpoints
+    if not entries:
+        raise UsageError(f"the list of checkpoints in {path} is empty: give at least one")
+    defaults = name_checkpoints([Path(path).parent / Path(entry.path).expanduser() for entry in entries])
+    names = [entry.name or default for entry, default in zip(entries, defaults, strict=True)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"{path} names {', '.join(twice)} twice: give each checkpoint a name of its own")
+    return dict(zip(names, defaults.values(), strict=True))
+
+
+def name_checkpoints(checkpoints: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
+    """Give checkpoints short names that tell them apart: what differs in their paths.
+
+    Args:
+        checkpoints: Files, model folders, or names of published weights that were fetched.
+
+    Returns:
+        Paths by name, in this order.
+
+    Raises:
+        CheckpointError: Published weights that were not fetched.
+        UsageError: A path twice, or nothing there.
+    """
+    paths = [Path(checkpoint) for checkpoint in checkpoints]
+    if missing := [path for path in paths if not path.exists()]:
+        known = load_registry()
+        paths = [cached_weights(str(path)) if path in missing and str(path) in known else path for path in paths]
+        if gone := [str(path) for path in paths if not path.exists()]:
+            raise UsageError(f"nothing at {', '.join(gone)}: give files, folders, or names of `stunet weights list`")
+    paths = [path.resolve() for path in paths]
+    if twice := sorted({str(path) for path in paths if paths.count(path) > 1}):
+        raise UsageError(f"checkpoint {', '.join(twice)} is given twice: leave one out")
+    # Of each path the last parts that tell it apart, without parts that all of them have.
+    parts = [[*path.parts[1:-1], path.stem if path.is_file() else path.name] for path in paths]
+    common = set.intersection(*map(set, parts)) if len(parts) > 1 else set()
+    parts = [[part for part in own if part not in common] or own for own in parts]
+    for n in range(1, max(map(len, parts), default=0) + 1):
+        named = {"/".join(own[-n:]): path for own, path in zip(parts, paths, strict=True)}
+        if len(named) == len(paths):
+            return named
+    return {str(path): path for path in paths}  # they differ in their suffix alone
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class CandidateNetwork:
-    """A network with a checkpoint's weights.
+class Candidate:
+    """A checkpoint as a network that features of a target's images can be read from.
 
     Attributes:
-        network: In evaluation mode, on the CPU. Its own heads are those of a target and say nothing.
-        head: The checkpoint's finest head; None where its outputs are regions, which exclude each other not.
-        description: What it is.
-        total_stride: How much coarser its coarsest stage is than the image, for each axis.
+        network: In evaluation mode, on the CPU. Its own heads are 0 and say nothing.
+        head: The checkpoint's finest head; None where its outputs are regions, which do not exclude each other.
+        patch_size: The smallest patch that it takes and that is no smaller than the target's. A STU-Net takes the
+            target's own; one of nnU-Net's networks has the strides that it was trained with.
+        description: For JSON: the ``path``; the ``network``, for example ``STU-Net base``; ``parameters``, heads left
+            out; ``n_axes``; ``source_channels`` and ``input_channels`` of the images, and what was done with the
+            ``stem`` where these differ; ``n_outputs``; what the ``outputs`` stand for, background first, None where
+            nothing says it, and whether they are ``exclusive``; the ``epoch``.
     """
 
     network: nn.Module
     head: SourceHead | None
-    description: CandidateDescription
-    total_stride: tuple[int, ...]
-
-    def fit_patch(self, patch_size: Sequence[int]) -> tuple[int, ...]:
-        """The smallest patch of at least this size that the network takes.
-
-        A STU-Net built for a target takes the target's own. One of nnU-Net's networks has the strides that it was
-        trained with.
-
-        Args:
-            patch_size: The target's patch.
-        """
-        fitted = [math.ceil(n / stride) * stride for n, stride in zip(patch_size, self.total_stride, strict=True)]
-        if tuple(fitted) == self.total_stride:  # norms need more than one voxel at the coarsest stage
-            fitted[0] *= 2
-        return tuple(fitted)
-
-
-def load_candidate(
-    path: str | os.PathLike[str], network: nn.Module, *, stem: StemPolicy = "repeat-scaled"
-) -> CandidateNetwork:
-    """Put a checkpoint's weights into a network that was built for the target's plans, in place.
-
-    All parameters but those of the heads are taken; the stem is adapted where the target has other channels.
-
-    Args:
-        path: As for :func:`stunet.weights.open_any_weights`.
-        network: A :class:`stunet.network.STUNet` or one of nnU-Net's networks.
-        stem: What to do with the stem, see :func:`stunet.weights.adapt_stem`.
-
-    Raises:
-        CheckpointError: The file cannot be read, its weights are not finite, or belong to a network of another kind,
-            size or number of axes; names what differs. The network is not changed then.
-        UsageError: An unknown policy.
-    """
-    return _load(open_any_weights(path), network, stem)
+    patch_size: tuple[int, ...]
+    description: dict[str, Any]
 
 
 def build_candidate(
-    path: str | os.PathLike[str], target: Target, *, stem: StemPolicy = "repeat-scaled"
-) -> CandidateNetwork:
+    path: str | os.PathLike[str],
+    *,
+    input_channels: int,
+    patch_size: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    trust: Sequence[str] = (),
+    stem: StemPolicy = "repeat-scaled",
+) -> Candidate:
     """Build the network that a checkpoint belongs to, for a target's images, and load it.
 
     A STU-Net of whatever size gets the target's strides, on which its weights do not depend. One of nnU-Net's networks
-    keeps its own: its transposed convolutions have their shape.
+    keeps its own: its transposed convolutions have their shape. All parameters but those of the heads are taken; the
+    stem is adapted where the target has other channels.
 
     Args:
         path: As for :func:`stunet.weights.open_any_weights`.
-        target: The target's images and plans.
+        input_channels: Channels of the target's images.
+        patch_size: Voxels of the target's patch; two axes in a 2D configuration.
+        strides: Stride of each of STU-Net's six stages for each axis, see :func:`stunet.planning.fit_strides`.
+        trust: Classes that the plans of checkpoints may name, see :func:`stunet.weights.check_network`.
         stem: What to do with the stem, see :func:`stunet.weights.adapt_stem`; what it leaves fresh is the same for
             every checkpoint of one shape.
 
     Raises:
         ArchitectureError: Strides or channels that no STU-Net has.
-        CheckpointError: As for :func:`load_candidate`.
-        UsageError: An unknown policy.
+        CheckpointError: The file cannot be read, its weights are not finite, or have another number of axes.
     """
-    weights = open_any_weights(path, target.trust)
-    n_axes = weights.architecture.n_axes
-    if n_axes != len(target.patch_size):
-        raise CheckpointError(
-            f"{n_axes}D weights for {len(target.patch_size)}D patches",
-            got=f"{weights.path}: {_name(weights)}",
-            expected=f"a checkpoint of a {len(target.patch_size)}D network",
-            remedy=f"Choose a {n_axes}D configuration of the target, or leave this checkpoint out.",
-        )
-    return _load(weights, _network_for(weights, target), stem)
-
-
-def _network_for(weights: SourceWeights | UNetWeights, target: Target) -> nn.Module:
-    architecture = weights.architecture
-
-    def build() -> nn.Module:
-        # One output, which nobody looks at: a map of logits for a hundred classes would take more than the features.
+    weights = open_any_weights(path, trust)
+    architecture, n_axes = weights.architecture, weights.architecture.n_axes
+    if n_axes != len(patch_size):
+        got = f"{weights.path} holds {n_axes}D weights for {len(patch_size)}D patches"
+        raise CheckpointError(f"{got}: choose a {n_axes}D configuration of the target, or leave this checkpoint out")
+    # One output, which nobody looks at: a map of logits for a hundred classes would take more than the features.
+    with torch.device("meta"):  # initialisation would take long
         if isinstance(weights, UNetWeights):
-            return weights.architecture.build(target.input_channels, 1)
-        size = weights.architecture.size
-        return STUNet(
-            target.input_channels,
-            1,
-            features_per_stage=size.features,
-            n_blocks_per_stage=size.depth,
-            conv_op=CONV_OPS[architecture.n_axes],
-            strides=target.strides,
-        )
-
-    return _uninitialised(build)
-
-
-def _uninitialised(build: Callable[[], nn.Module]) -> nn.Module:
-    """A network without the time that initialisation takes: NaN where weights are to come, so that none can be missed.
-
-    Heads are 0, and the stem is drawn with a seed of its own, for the policies that leave some of it fresh.
-    """
-    with torch.device("meta"):
-        network = build()
-    network.to_empty(device="cpu")
-    initialize = cast("Callable[[nn.Module], None]", network.initialize)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for name, parameter in network.named_parameters():
-            parameter.fill_(0.0 if name.startswith(_HEADS) else torch.nan)
-        for name in _stem_modules(network):
-            initialize(network.get_submodule(name))
-    return network
-
-
-def _load(weights: SourceWeights | UNetWeights, network: nn.Module, stem: StemPolicy) -> CandidateNetwork:
-    check_policies(stem)
-    if isinstance(weights, SourceWeights):
-        stunet = _checked_kind(weights, network, isinstance(network, STUNet))
-        n_outputs = stunet.decoder.seg_layers[-1].out_channels
-        outputs = Outputs(tuple(f"output {i}" for i in range(n_outputs)), exclusive=True)
-        input_channels = transfer_weights(weights, stunet, outputs, stem=stem, head="fresh").input_channels[1]
-    else:
-        _checked_kind(weights, network, type(network).__name__ == weights.architecture.name.rpartition(".")[2])
-        input_channels = _transfer_unet(weights, network, stem)
-    network.eval()
-    origin, architecture = source_outputs(weights), weights.architecture
-    return CandidateNetwork(
+            name, network = weights.architecture.name, weights.architecture.build(input_channels, 1)
+        else:
+            name, size = f"STU-Net {weights.architecture.size.name}", weights.architecture.size
+            conv_op = nn.Conv3d if n_axes == 3 else nn.Conv2d
+            network = build_stunet(size, input_channels, 1, strides, conv_op=conv_op)
+    network = _filled(network.to_empty(device="cpu"), weights.tensors, stem).eval()
+    stride = np.prod(network.encoder.strides, axis=0)  # type: ignore[union-attr, arg-type]
+    fitted = np.ceil(np.array(patch_size) / stride).astype(int) * stride
+    if (fitted == stride).all():  # norms need more than one voxel at the coarsest stage
+        fitted[0] *= 2
+    origin = source_outputs(weights)
+    exclusive = origin is None or origin.exclusive  # nnU-Net's own way, where nothing speaks against it
+    return Candidate(
         network=network,
-        head=source_head(weights),
-        description=CandidateDescription(
-            path=str(weights.path),
-            network=_name(weights),
-            parameters=sum(p.numel() for name, p in network.named_parameters() if not name.startswith(_HEADS)),
-            n_axes=architecture.n_axes,
-            source_channels=architecture.input_channels,
-            input_channels=input_channels,
-            stem=stem if stem == "random" or architecture.input_channels != input_channels else "",
-            n_outputs=architecture.num_classes,
-            outputs=None if origin is None else origin.names,
-            exclusive=origin is None or origin.exclusive,
-            epoch=weights.epoch,
-        ),
-        total_stride=total_stride([tuple(stride) for stride in cast(Any, network).encoder.strides]),
+        head=finest_head(weights.tensors, source=str(weights.path)) if exclusive else None,
+        patch_size=tuple(fitted.tolist()),
+        description={
+            "path": str(weights.path),
+            "network": name,
+            "parameters": sum(p.numel() for name, p in network.named_parameters() if not name.startswith(_HEADS)),
+            "n_axes": n_axes,
+            "source_channels": architecture.input_channels,
+            "input_channels": input_channels,
+            "stem": stem if stem == "random" or architecture.input_channels != input_channels else "",
+            "n_outputs": architecture.num_classes,
+            "outputs": None if origin is None else origin.names,
+            "exclusive": exclusive,
+            "epoch": weights.epoch,
+        },
     )
 
 
-def _checked_kind(weights: SourceWeights | UNetWeights, network: nn.Module, fits: bool) -> Any:
-    if not fits:
-        raise CheckpointError(
-            "weights of another kind of network",
-            got=f"{weights.path}: {_name(weights)}",
-            expected=f"weights of a {type(network).__name__}",
-            remedy="Build the network from the checkpoint, or give another checkpoint.",
-        )
+@torch.no_grad()
+def _filled(network: nn.Module, tensors: Mapping[str, Tensor], stem: StemPolicy) -> nn.Module:
+    """Fill a network that has no values yet: all from the checkpoint, heads with 0, the stem by the policy."""
+    stems = ("encoder.stages.0.0.conv1", "encoder.stages.0.0.projection")
+    if not isinstance(network, STUNet):
+        stems = tuple(network.keys_to_in_proj)  # type: ignore[arg-type] # each of nnU-Net's networks says it
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # for the policies that leave some of it fresh
+        for name in stems:
+            network.initialize(network.get_submodule(name))  # type: ignore[operator]
+    # nnU-Net's decoders own the encoder too, and have its parameters under a second name.
+    of_stems = tuple(f"{name}.{kind}" for name in stems for kind in ("weight", "bias"))
+    for key, parameter in network.state_dict(keep_vars=True).items():
+        if key.startswith(_HEADS):
+            parameter.zero_()
+        elif tensors[key].shape != parameter.shape:
+            parameter.copy_(adapt_stem(tensors[key], parameter, stem))
+        elif stem != "random" or not key.endswith(of_stems):
+            parameter.copy_(tensors[key])
     return network
 
 
-def _transfer_unet(weights: UNetWeights, network: nn.Module, stem: StemPolicy) -> int:
-    """As :func:`stunet.weights.transfer_weights` for nnU-Net's networks; returns the target's channels."""
-    target = network.state_dict()
-    modules = _stem_modules(network)
-    stems = [key for key in target if key.endswith(tuple(f"{name}.weight" for name in modules))]
-    expected = {key: tensor.to("meta") for key, tensor in target.items() if not key.startswith(_HEADS)}
-    channels = weights.architecture.input_channels
-    for key in stems:  # of any number of channels, on their second axis
-        shape = list(target[key].shape)
-        expected[key] = torch.empty(shape[0], channels, *shape[2:], device="meta")
-    given = {key: tensor for key, tensor in weights.tensors.items() if not key.startswith(_HEADS)}
-    if mismatch := describe_mismatch(given, expected):
-        raise CheckpointError(
-            "weights of another architecture than the network",
-            got=f"{weights.path}, a {_name(weights)}: {mismatch}",
-            expected=f"the {type(network).__name__} that the plans describe",
-            remedy="Build the network from the checkpoint instead of from the target's plans.",
-        )
-    n_target = int(target[stems[0]].shape[1])
-    if stem == "random":
-        given = {key: t for key, t in given.items() if not key.endswith(tuple(f"{name}.bias" for name in modules))}
-    if stem == "random" or n_target != channels:
-        given |= {key: adapt_stem(given[key], target[key], stem) for key in stems}
-    network.load_state_dict({**target, **given}, strict=True)
-    return n_target
+def finest_head(tensors: Mapping[str, Tensor], *, source: str) -> SourceHead:
+    """Return the last of the decoder's heads, which STU-Net and nnU-Net's networks order from coarse to fine.
 
+    Args:
+        tensors: A state dict.
+        source: Where it comes from, for messages.
 
-def _stem_modules(network: nn.Module) -> tuple[str, ...]:
-    """The modules whose weights depend on the input channels."""
-    if isinstance(network, STUNet):
-        return "encoder.stages.0.0.conv1", "encoder.stages.0.0.projection"
-    return tuple(cast("Sequence[str]", network.keys_to_in_proj))  # each of nnU-Net's networks says it
-
-
-def _name(weights: SourceWeights | UNetWeights) -> str:
-    if isinstance(weights, UNetWeights):
-        return weights.architecture.name
-    return f"STU-Net {weights.architecture.size.name}"
+    Raises:
+        CheckpointError: No head, or one that is no convolution of one voxel.
+    """
+    heads = (re.fullmatch(r"decoder\.seg_layers\.(\d+)\.weight", key) for key in tensors)
+    level = max((int(match[1]) for match in heads if match), default=0)
+    weight, bias = (tensors.get(f"{_HEADS}{level}.{kind}") for kind in ("weight", "bias"))
+    if weight is None or weight[0, 0].numel() != 1:
+        got = f"{_HEADS}{level}.weight of {source} {'is missing' if weight is None else tuple(weight.shape)}"
+        raise CheckpointError(f"{got}: give the weights of a whole network, with heads (K, C, 1, 1[, 1])")
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    return SourceHead(f"decoder.stages.{level}", weight.detach().flatten(1).float(), bias.detach().float())

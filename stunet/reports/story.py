@@ -111,7 +111,7 @@ def write_story(
         picture: PNG with images, truth and predictions.
         seconds: That all of it took.
     """
-    from stunet.reports.ranking_figures import score_bars
+    from stunet.reports.ranking import score_bars
 
     candidates = ranking["candidates"]
     names, logme = [c["name"] for c in candidates], [c["scores"]["logme"] for c in candidates]

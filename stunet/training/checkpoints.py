@@ -17,8 +17,8 @@ from torch import distributed as dist
 
 from stunet.errors import CheckpointError, STUNetError, reading
 from stunet.files import atomic_path, remove_leftovers, write_json
-from stunet.planning import fit_strides, open_preprocessed
-from stunet.ranking import Target, ZooEntry, prepare_target, score_candidate
+from stunet.planning import open_preprocessed
+from stunet.ranking import prepare_target, score_candidate
 from stunet.training.optimizer import set_kernel
 from stunet.weights import check_weights, read_checkpoint
 from stunet.weights.sharded import (
@@ -294,29 +294,14 @@ class TransferSelection:
         self._trainer = trainer
         dataset = open_preprocessed(str(trainer.select_for), "nnUNetPlans", trainer.configuration_name)
         self._name = dataset.name
-        self._target = prepare_target(
-            dataset.load,
-            dataset.choose(dataset.cases, self.n_cases, seed=0),
-            structures=dataset.structures,
-            target=Target(
-                input_channels=dataset.input_channels,
-                patch_size=dataset.configuration["patch_size"],
-                strides=fit_strides(dataset.configuration["architecture"]["arch_kwargs"]["strides"]),
-            ),
-            ignore_label=dataset.ignore_label,
-            annotated=dataset.annotated,
-        )
+        self._target = prepare_target(dataset, dataset.choose(dataset.cases, self.n_cases, seed=0))
 
     def score(self, checkpoint: Path, epoch: int) -> None:
         """Score a checkpoint that was just written. What fails is logged: it must not end a training of weeks."""
         log, curve_file = self._trainer.print_to_log_file, checkpoint.with_name("transfer_curve.json")
         try:
-            result = score_candidate(
-                ZooEntry(name=checkpoint.name, path=checkpoint),
-                self._target,
-                device=self._trainer.device,
-                n_resamples=200,
-            )
+            device = self._trainer.device
+            result = score_candidate(checkpoint.name, checkpoint, self._target, device=device, n_resamples=200)
         except STUNetError as error:
             log(f"No transferability score for epoch {epoch}: {error}")
             return

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from stunet.ranking import CaseFeatures
-from stunet.ranking.consistency import PairDistances, class_distances, mean_distance, random_projection
+from stunet.ranking.ccfv import PairDistances, class_distances, mean_distance, random_projection
 
 Array = NDArray[np.float64]
 KINDS = ("mean", "scale", "rotate", "mixed")

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from stunet.network import find_size
-from stunet.ranking import read_points
+from stunet.ranking.points import read_points
 
 Read = Callable[[], list[Tensor]]
 

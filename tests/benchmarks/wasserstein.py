@@ -23,7 +23,7 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from stunet.ranking import gaussian_factor, pairwise_wasserstein2
+from stunet.ranking.ccfv import gaussian_factor, pairwise_wasserstein2
 
 Array = NDArray[np.float64]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from test_ranking_report import make_report
+from test_ranking_report import make_ranking
 
 from stunet.reports.ranking import write_ranking
 
@@ -45,7 +45,7 @@ def _open(page: Path, folder: Path) -> tuple[list[str], list[str], np.ndarray]:
 
 
 def test_ranking_page(tmp_path: Path) -> None:
-    write_ranking(make_report(), tmp_path)
+    write_ranking(make_ranking(), tmp_path)
     console, fetched, shown = _open(tmp_path / "ranking.html", tmp_path)
     assert console == []
     assert fetched == []
@@ -58,10 +58,9 @@ def test_a_wide_ranking_is_not_cut_off(tmp_path: Path) -> None:
     """Nine candidates with long names and seven scores, at 1200 pixels: nothing is wider than its place."""
     names = [f"models/STUNetTrainer_pretrain__STUNetPlans_base__3d_fullres/fold_{i}/checkpoint_final" for i in range(9)]
     metrics = ("ccfv", "logme", "transrate", "leep", "gbc", "gbc-full", "zero-shot")
-    report = make_report(*names)
-    candidates = tuple(replace(c, scores=dict.fromkeys(metrics, -10.123)) for c in report.ranking.candidates)
-    report = replace(report, ranking=replace(report.ranking, candidates=candidates), metrics=metrics)
-    page = write_ranking(report, tmp_path)[2].read_text()
+    ranking = make_ranking(*names)
+    rows = tuple(replace(row, scores=dict.fromkeys(metrics, -10.123)) for row in ranking.rows)
+    page = write_ranking(replace(ranking, rows=rows, metrics=metrics), tmp_path)[2].read_text()
     measure = (
         "<script>document.title = Math.max(...[...document.querySelectorAll('.wide, html')]"
         ".map(e => e.scrollWidth - e.clientWidth))</script></body>"

@@ -146,7 +146,7 @@ def test_page_holds_all_it_shows(shell: Shell, fold: Path) -> None:
     [
         ("stunet rank -d 2 --checkpoints nowhere.pth", "nowhere.pth"),
         ("stunet rank -d 2", "--checkpoints"),
-        ("stunet rank -d 2 --zoo zoo.yaml --checkpoints x.pth", "two places"),
+        ("stunet rank -d 2 --zoo zoo.yaml --checkpoints x.pth", "--zoo"),
         ("stunet rank -d 9 --checkpoints {final}", "9"),
         ("stunet rank -d 2 -c 3d_lowres --checkpoints {final}", "3d_lowres"),
         ("stunet rank -d 2 --metrics luck --checkpoints {final}", "luck"),
@@ -159,5 +159,4 @@ def test_bad_input(shell: Shell, fold: Path, line: str, problem: str) -> None:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 2, output
     assert problem in output
-    assert "remedy:" in output
     assert "Traceback" not in output

@@ -10,20 +10,21 @@ from case_features import make_cases, replaced, scaled
 from scipy.stats import entropy, multivariate_normal
 
 from stunet.errors import TransferabilityError
-from stunet.ranking import (
-    METRICS,
-    CaseFeatures,
-    MetricSettings,
-    ccfv,
+from stunet.ranking import CaseFeatures, ccfv
+from stunet.ranking.rivals import (
+    RIVALS,
+    PointPredictions,
     coding_rate,
     evidence,
     gbc,
     leep,
     logme,
     mean_over_scales,
-    pool_scale,
     transrate,
+    zero_shot_at_points,
 )
+
+METRICS = {"ccfv": lambda cases: ccfv(cases).score, **RIVALS}
 
 
 def features_and_labels(n: int, width: int, seed: int = 0, k: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -158,7 +159,7 @@ def test_gbc_of_principal_components() -> None:
 @pytest.mark.parametrize("metric", [logme, transrate, gbc, leep])
 def test_pooled_metrics_refuse_what_does_not_fit(metric: object) -> None:
     x = np.full((6, 3), 1 / 3)
-    for labels, message in ((np.zeros(6, int), "one class only"), (np.array([0, 1]), "do not fit")):
+    for labels, message in ((np.zeros(6, int), "6 points are of class 0"), (np.array([0, 1]), "do not fit")):
         with pytest.raises(TransferabilityError, match=message):
             metric(x, labels)  # type: ignore[operator]
     with pytest.raises(TransferabilityError, match="not all finite"):
@@ -168,16 +169,19 @@ def test_pooled_metrics_refuse_what_does_not_fit(metric: object) -> None:
 def test_names_and_means_over_scales() -> None:
     cases = make_cases(3)
     before = [array.copy() for case in cases for array in (*case.scales, *case.variety)]
-    settings = MetricSettings()
-    got = {name: metric(cases, settings) for name, metric in METRICS.items()}
+    got = {name: metric(cases) for name, metric in METRICS.items()}
+    labels = np.concatenate([case.labels for case in cases])
+
+    def pooled(scale: int) -> np.ndarray:
+        return np.concatenate([case.scales[scale] for case in cases]).astype(float)
+
     assert list(got) == ["ccfv", "logme", "transrate", "leep", "gbc", "gbc-full"]
     assert got["ccfv"] == ccfv(cases).score
-    assert got["logme"] == pytest.approx(np.mean([logme(*pool_scale(cases, d)) for d in range(2)]))
-    labels = np.concatenate([case.labels for case in cases])
+    assert got["logme"] == pytest.approx(np.mean([logme(pooled(d), labels) for d in range(2)]))
     assert got["leep"] == leep(np.concatenate([case.probabilities for case in cases]).astype(float), labels)
     rates, overlaps = [], []
     for d in range(2):
-        x = np.concatenate([case.scales[d] for case in cases]).astype(float)
+        x = pooled(d)
         x = x / math.sqrt(x.var(0).sum())
         rates.append(transrate(x, labels))
         overlaps.append(gbc(x, labels, covariance="full"))
@@ -189,30 +193,20 @@ def test_names_and_means_over_scales() -> None:
         np.testing.assert_array_equal(x, y)
 
 
-def test_settings_reach_the_metrics() -> None:
+def test_options_reach_the_score() -> None:
     cases = make_cases(3, points=40)
-    default = {name: metric(cases, MetricSettings()) for name, metric in METRICS.items()}
-    for name, settings in (
-        ("ccfv", MetricSettings(debias="none")),
-        ("ccfv", MetricSettings(normalise="none")),
-        ("transrate", MetricSettings(eps=1e-2)),
-        ("gbc", MetricSettings(components=2)),
-        ("gbc-full", MetricSettings(floor=0.1)),
-    ):
-        assert METRICS[name](cases, settings) != pytest.approx(default[name], rel=1e-3)
-    assert METRICS["ccfv"](cases, MetricSettings(debias="project", project_to=4)) == pytest.approx(
-        ccfv(cases, debias="project", project_to=4).score
-    )
+    for options in ({"debias": "none"}, {"normalise": "none"}, {"debias": "project", "project_to": 4}):
+        assert ccfv(cases, **options).score != pytest.approx(ccfv(cases).score, rel=1e-3)  # type: ignore[arg-type]
     with pytest.raises(TransferabilityError, match="no foreground"):
-        METRICS["ccfv"](cases, MetricSettings(min_points=41))
+        ccfv(cases, min_points=41)
 
 
 @pytest.mark.parametrize("name", list(METRICS))
 def test_scaled_layers_and_order_of_cases_change_nothing(name: str) -> None:
     cases, metric = make_cases(3), METRICS[name]
-    score = metric(cases, MetricSettings())
-    assert metric([scaled(case, 0, 50.0) for case in cases], MetricSettings()) == pytest.approx(score, rel=1e-4)
-    assert metric(cases[::-1], MetricSettings()) == pytest.approx(score, rel=1e-6)
+    score = metric(cases)
+    assert metric([scaled(case, 0, 50.0) for case in cases]) == pytest.approx(score, rel=1e-4)
+    assert metric(cases[::-1]) == pytest.approx(score, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", list(METRICS))
@@ -229,12 +223,29 @@ def test_features_that_tell_classes_apart_rank_higher(name: str) -> None:
             )
         return cases
 
-    assert METRICS[name](candidate(3.0), MetricSettings()) > METRICS[name](candidate(0.3), MetricSettings())
+    assert METRICS[name](candidate(3.0)) > METRICS[name](candidate(0.3))
 
 
 def test_leep_needs_probabilities() -> None:
     with pytest.raises(TransferabilityError, match="none in 2 of 2 cases"):
-        METRICS["leep"](make_cases(2, outputs=None), MetricSettings())
-    other = make_cases(2, outputs=5)[1]
-    with pytest.raises(TransferabilityError, match=r"\[4, 5\] outputs"):
-        METRICS["leep"]([make_cases(2)[0], other], MetricSettings())
+        METRICS["leep"](make_cases(2, outputs=None))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "expected"),
+    [
+        (("background", "spleen", "liver"), {"liver": 2 * 30 / (30 + 10 + 40), "spleen": 0.0}),
+        (("background", "Spleen", "heart"), {"liver": None, "spleen": 0.0}),
+        (None, {"liver": None, "spleen": None}),
+    ],
+)
+def test_zero_shot_dice_by_hand(outputs: tuple[str, ...] | None, expected: dict[str, float | None]) -> None:
+    """40 voxels of liver of which 3 of 4 points are called liver; of 100 background voxels a tenth is."""
+    labels = np.array([1] * 4 + [0] * 10)
+    called = np.array([2, 2, 2, 0] + [2] + [0] * 9)
+    case = PointPredictions(labels, called, voxels={0: 100, 1: 40}, annotated=frozenset((1, 2)))
+    liver_everywhere = PointPredictions(
+        labels=np.array([0, 2]), outputs=np.array([0, 0]), voxels={0: 10, 2: 5}, annotated=frozenset((2,))
+    )
+    found = zero_shot_at_points([case, liver_everywhere], {1: "liver", 2: "spleen"}, outputs)
+    assert found == pytest.approx(expected)

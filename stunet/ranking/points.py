@@ -1,0 +1,446 @@
+"""Voxels of a target's cases, the same ones for every checkpoint, and a network's features at them.
+
+Feature maps are read as they are: nothing is upsampled, and only the windows that hold points are run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
+from torch import Tensor, nn
+from torch.nn.functional import grid_sample, linear
+
+from stunet.errors import DatasetError, FeatureError, TransferabilityError, UsageError
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CasePoints:
+    """Voxels drawn from one case.
+
+    Attributes:
+        case: Name of the case.
+        shape: The volume that they lie in, ``(X, Y, Z)``.
+        balanced: ``(n, 3)``, voxels of each class in turn.
+        labels: ``(n,)``, their classes.
+        whole: ``(m, 3)``, voxels of the whole volume, whatever their class.
+        per_class: How many of each class were asked for, and ``n_whole`` of the whole volume.
+        voxels: For each class in the case how many voxels it has.
+    """
+
+    case: str
+    shape: tuple[int, ...]
+    balanced: Integers
+    labels: Integers
+    whole: Integers
+    per_class: int
+    n_whole: int
+    voxels: Mapping[int, int]
+
+    @property
+    def fewer(self) -> dict[int, int]:
+        """Classes with fewer voxels than were asked for, and how many they have."""
+        return {label: count for label, count in self.voxels.items() if count < self.per_class}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what was asked for and what there was, for JSON."""
+        whole = {"asked": self.n_whole, "drawn": len(self.whole)}
+        counts = {"voxels": self.voxels, "fewer": self.fewer, "whole": whole}
+        return {"case": self.case, "per_class": self.per_class, **counts}
+
+
+def draw_points(
+    segmentation: npt.NDArray[np.integer[Any]],
+    *,
+    case: str,
+    per_class: int,
+    n_whole: int,
+    seed: int = 0,
+    ignore_label: int | None = None,
+) -> CasePoints:
+    """Draw voxels of a case without replacement: some of each class that it has, and some of the whole volume.
+
+    Voxels below 0 (nnU-Net marks -1 what lies outside the image's nonzero part) and those of the ignore label are never
+    drawn. The draw depends on the seed, the case's name and its labels alone: neither on the order of the cases nor,
+    for the voxels of one class, on what other classes there are. Where a class has fewer voxels than asked for, all
+    are taken.
+
+    >>> segmentation = np.repeat([-1, 0, 1], 9).reshape(3, 3, 3)
+    >>> drawn = draw_points(segmentation, case="case_1", per_class=2, n_whole=20)
+    >>> drawn.labels, drawn.balanced[:, 0], len(drawn.whole)
+    (array([0, 0, 1, 1]), array([1, 1, 2, 2]), 18)
+
+    Args:
+        segmentation: Labels ``(X, Y, Z)``, as nnU-Net's preprocessing leaves them.
+        case: Name of the case.
+        per_class: Voxels of each class, background included.
+        n_whole: Voxels of the whole volume.
+        seed: Any whole number from 0.
+        ignore_label: Label of voxels that nobody annotated.
+
+    Raises:
+        DatasetError: No label map of three axes, or one without a voxel to draw.
+    """
+    if min(per_class, n_whole) < 1 or seed < 0:
+        raise UsageError(f"per_class={per_class}, n_whole={n_whole} and seed={seed} must be at least 1, 1 and 0")
+    if segmentation.ndim != 3 or not np.issubdtype(segmentation.dtype, np.integer):
+        got = f"{segmentation.dtype} {segmentation.shape}"
+        raise DatasetError(f"labels of case {case} are {got}: give whole numbers (X, Y, Z) without channel axis")
+    n_labels = max(int(segmentation.max()), 0) + 1
+    # Counting needs indices of 64 bits, which of a plane cost little and of a volume eight bytes a voxel.
+    indices = (np.maximum(plane.ravel().astype(np.int64), -1) + 1 for plane in segmentation)
+    by_plane = np.stack([np.bincount(index, minlength=n_labels + 1)[1:] for index in indices], axis=1)
+    if ignore_label is not None:
+        by_plane[ignore_label : ignore_label + 1] = 0
+    voxels = {label: count for label, count in enumerate(by_plane.sum(1).tolist()) if count}
+    if not voxels:
+        raise DatasetError(f"case {case} has no voxel to draw, only ignored ones or none in the image: leave it out")
+    digest = int.from_bytes(hashlib.sha256(case.encode()).digest()[:16], "big")
+
+    def draw(stream: int, labels: list[int], asked: int) -> Integers:
+        generator = np.random.default_rng([seed, digest, stream])
+        return _draw(segmentation, by_plane[labels].sum(0), labels, asked, generator)
+
+    drawn = [draw(label + 1, [label], per_class) for label in voxels]
+    return CasePoints(
+        case=case,
+        shape=segmentation.shape,
+        balanced=np.concatenate(drawn),
+        labels=np.repeat(np.array(list(voxels), np.int64), list(map(len, drawn))),
+        whole=draw(0, list(voxels), n_whole),
+        per_class=per_class,
+        n_whole=n_whole,
+        voxels=voxels,
+    )
+
+
+def _draw(
+    segmentation: npt.NDArray[Any], by_plane: Integers, labels: list[int], asked: int, generator: np.random.Generator
+) -> Integers:
+    """Draw voxels ``(n, 3)`` of some labels, of which each plane has so many."""
+    available, ends = int(by_plane.sum()), np.cumsum(by_plane)
+    ranks = np.arange(available)
+    if available > asked:
+        ranks = np.sort(generator.choice(available, size=asked, replace=False))
+    planes = np.searchsorted(ends, ranks, side="right")
+    points = np.empty((len(ranks), 3), np.int64)
+    points[:, 0] = planes
+    for index in np.unique(planes):
+        plane, here = segmentation[index], planes == index
+        candidates = np.flatnonzero(plane == labels[0] if len(labels) == 1 else np.isin(plane, labels))
+        chosen = candidates[ranks[here] - (ends[index] - by_plane[index])]
+        points[here, 1], points[here, 2] = np.unravel_index(chosen, plane.shape)
+    return points
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """A window and the points that are read from it.
+
+    Attributes:
+        start: Its first voxel on each axis of the volume; below 0 where the window has padding on both sides.
+        points: ``(k,)``, which of the points it holds.
+        local: ``(k, n_axes)``, where these lie in the window; of a 2D window, its two axes.
+    """
+
+    start: tuple[int, ...]
+    points: Integers
+    local: Integers
+
+
+def assign_windows(
+    points: Integers, shape: Sequence[int], patch_size: Sequence[int], *, step_size: float = 0.5
+) -> list[Window]:
+    """Find the windows of nnU-Net's sliding window that hold points; each point in the one in which it is most central.
+
+    That is the window with the greatest weight at this point when nnU-Net merges its predictions: its Gaussian is a
+    product over the axes, and so is the choice.
+
+    Args:
+        points: ``(n, 3)``, voxels in the volume.
+        shape: The volume, ``(X, Y, Z)``.
+        patch_size: The window. With two axes, as in 2D configurations, windows are slices along the first axis.
+        step_size: Greatest distance of neighbouring windows, in windows.
+    """
+    n_flat = len(shape) - len(patch_size)
+    if n_flat not in (0, 1) or min(patch_size) < 1 or not 0 < step_size <= 1:
+        got = f"patch_size={list(patch_size)} and step_size={step_size:g}"
+        raise FeatureError(f"{got} cannot be laid over {list(shape)}: take the configuration's patch, a step up to 1")
+    if len(points) == 0:
+        return []
+    starts = points.copy()
+    for axis, (size, patch) in enumerate(zip(shape[n_flat:], patch_size, strict=True), start=n_flat):
+        if size > patch:
+            steps = np.array(compute_steps_for_sliding_window((size,), (patch,), step_size)[0])
+        else:
+            steps = np.array([-((patch - size) // 2)])  # in the middle, as nnU-Net pads
+        local = points[:, axis, None] - steps
+        # The Gaussian's centre is not the middle of an even number of voxels, so the nearest may miss the point.
+        distances = np.where((local >= 0) & (local < patch), np.abs(local - patch // 2), patch)
+        starts[:, axis] = steps[np.argmin(distances, axis=1)]
+    distinct, window_of = np.unique(starts, axis=0, return_inverse=True)
+    groups = np.split(np.argsort(window_of.ravel(), kind="stable"), np.cumsum(np.bincount(window_of.ravel()))[:-1])
+    return [
+        Window(tuple(map(int, start)), group, (points[group] - start)[:, n_flat:])
+        for start, group in zip(distinct, groups, strict=True)
+    ]
+
+
+def cut_window(image: Any, start: Sequence[int], patch_size: Sequence[int]) -> Tensor:
+    """Cut a window ``(C, *patch_size)`` of an image ``(C, X, Y, Z)``, padded as nnU-Net pads: with 0, on both sides."""
+    n_flat = len(start) - len(patch_size)
+    slices = (slice(max(first, 0), first + n) for first, n in zip(start[n_flat:], patch_size, strict=True))
+    index = (slice(None), *start[:n_flat], *slices)
+    cut = torch.tensor(np.asarray(image[index], np.float32))
+    padded: Tensor = pad_nd_image(cut, tuple(patch_size), "constant", {"value": 0})
+    return padded
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """Return the network within the wrappers of ``DistributedDataParallel`` and ``torch.compile``, in any order."""
+    # A wrapper has the network as its only child. A network that calls one of its parts "module" has other parts too.
+    while [name for name, _ in network.named_children()] in (["module"], ["_orig_mod"]):
+        network = next(network.children())
+    return network
+
+
+def decoder_stages(network: nn.Module) -> tuple[str, ...]:
+    """Name the decoder's stages, finest first, of STU-Net and of nnU-Net's networks.
+
+    The stages, not the heads: nnU-Net's decoders compute the coarse heads in training alone.
+    """
+    network = unwrap(network)
+    stages = getattr(getattr(network, "decoder", None), "stages", None)
+    if not isinstance(stages, nn.ModuleList) or len(stages) == 0:
+        raise FeatureError(f"a {type(network).__name__} has no list of modules decoder.stages: name the layers to read")
+    return tuple(f"decoder.stages.{i}" for i in reversed(range(len(stages))))
+
+
+def layer_outputs(
+    network: nn.Module, x: Tensor, names: Sequence[str], read: Callable[[str, Tensor], Tensor] | None = None
+) -> list[Tensor]:
+    """Run a network once and return the outputs of some of its layers.
+
+    Args:
+        network: The network. Of a wrapped one the inner network is run: compiled code ignores hooks that were not
+            there when it was compiled.
+        x: ``(B, C, X, Y[, Z])``.
+        names: Layers as in the inner network's ``named_modules``.
+        read: What to make of a layer's output, given its name and ``(B, C_d, ...)``, as soon as it is there: later
+            layers may change it in place, and what is not kept need not stay in memory. By default the output itself.
+
+    Raises:
+        FeatureError: No such layer, one that did not run, or one that gives something else than one tensor.
+    """
+    network = unwrap(network)
+    modules = dict(network.named_modules())
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            got = f"{name}, a {type(module).__name__}, gives a {type(output).__name__}"
+            raise FeatureError(f"{got} instead of one tensor: name a layer within it")
+        outputs[name] = output if read is None else read(name, output)
+
+    with ExitStack() as stack:
+        for name in names:
+            if name not in modules or name == "":
+                alike = difflib.get_close_matches(name, modules, n=5, cutoff=0.4) or [*modules][1:6]
+                raise FeatureError(f"the network has no layer {name!r}: name one of its modules, such as {alike}")
+            stack.enter_context(modules[name].register_forward_hook(partial(keep, name)))
+        network(x)
+    if missing := [name for name in names if name not in outputs]:
+        raise FeatureError(f"layer {missing[0]} does not run in prediction: name another, such as a decoder stage")
+    return [outputs[name] for name in names]
+
+
+def read_points(feature_map: Tensor, points: Integers, patch_size: Sequence[int]) -> Tensor:
+    """Read features ``(k, C)`` at voxels ``(k, n_axes)`` of a window from a map ``(C, X, Y[, Z])`` of any resolution.
+
+    Equals the trilinear (or bilinear) interpolation of the map to the window's size, with ``align_corners=False``, at
+    these voxels, at the cost of these voxels. The result is float32, on the map's device.
+    """
+    if tuple(feature_map.shape[1:]) == tuple(patch_size):  # each point is a voxel of the map
+        voxels: Any = (slice(None), *torch.from_numpy(points).to(feature_map.device).unbind(1))
+        return feature_map[voxels].T.float()
+    n_axes = len(patch_size)
+    # From -1 to 1 between the outer faces of the first and the last voxel; grid_sample counts axes from the last.
+    grid = torch.from_numpy(((2 * points + 1) / np.array(patch_size) - 1)[:, ::-1].astype(np.float32))
+    grid = grid.reshape(1, *[1] * (n_axes - 1), -1, n_axes).to(feature_map.device)
+    values = grid_sample(feature_map[None].float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return values.reshape(len(feature_map), -1).T
+
+
+@dataclass(frozen=True, eq=False)
+class SourceHead:
+    """A checkpoint's finest head: a convolution of one voxel, so that its output at a point needs the features there.
+
+    Attributes:
+        layer: The layer whose output it takes, the decoder's finest stage.
+        weight: ``(K, C)``, beside a bias ``(K,)``.
+    """
+
+    layer: str
+    weight: Tensor
+    bias: Tensor
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        """Return the softmax ``(n, K)`` of the head's logits for float32 features ``(n, C)``, on their device."""
+        return linear(features, self.weight.to(features.device), self.bias.to(features.device)).softmax(-1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CaseFeatures:
+    """What a checkpoint makes of one case of the target dataset, at points.
+
+    Attributes:
+        case: The case's identifier.
+        labels: ``(n,)`` class of each class-balanced point; 0 is background, which is among them.
+        scales: ``(n, C_d)`` float32 features at these points, for each scale, finest first.
+        variety: ``(m, C_d)`` float32 features at points of the whole volume, for each scale.
+        probabilities: ``(n, K)`` float32 softmax outputs of the checkpoint's own head at the class-balanced points,
+            which LEEP needs, or None.
+    """
+
+    case: str
+    labels: npt.NDArray[np.integer]
+    scales: tuple[npt.NDArray[np.float32], ...]
+    variety: tuple[npt.NDArray[np.float32], ...]
+    probabilities: npt.NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        widths = [[array.shape[1:] for array in arrays] for arrays in (self.scales, self.variety)]
+        rows = [*self.scales, *([] if self.probabilities is None else [self.probabilities])]
+        classes = np.issubdtype(self.labels.dtype, np.integer) and self.labels.min(initial=0) >= 0
+        if not (classes and widths[0]) or widths[0] != widths[1] or {len(a) for a in rows} != {len(self.labels)}:
+            got = f"labels {self.labels.dtype} {self.labels.shape}, scales {widths[0]}, of the volume {widths[1]}"
+            raise TransferabilityError(f"{got} in case {self.case} do not fit: a class and a row for each point")
+        for index, array in enumerate((*self.scales, *self.variety)):
+            if n_bad := int(array.size - np.isfinite(array).sum()):
+                got = f"scale {index % len(self.scales)}: {n_bad} of {array.size} values are NaN or infinite"
+                raise TransferabilityError(f"{got} in case {self.case}: check weights and image, use single precision")
+
+
+def check_cases(cases: Sequence[CaseFeatures]) -> None:
+    """Check that cases come from the same checkpoint, with the same widths at each scale, and are different cases."""
+    widths = {tuple(scale.shape[1] for scale in case.scales): case.case for case in cases}
+    if len(widths) != 1 or len({case.case for case in cases}) < len(cases):
+        got = "; ".join(f"{list(width)} in {case}" for width, case in widths.items()) or "no cases"
+        names = ", ".join(case.case for case in cases[:8])
+        raise TransferabilityError(f"channels {got}, cases {names}: give each case once, all of one checkpoint")
+
+
+def extract_case(
+    network: nn.Module,
+    image: Any,
+    points: CasePoints,
+    *,
+    patch_size: Sequence[int],
+    device: str | torch.device = "cpu",
+    batch_size: int = 1,
+    step_size: float = 0.5,
+    layers: Sequence[str] | None = None,
+    head: SourceHead | None = None,
+    source: str = "the network",
+    on_window: Callable[[float], Any] | None = None,
+) -> CaseFeatures:
+    """Read a network's features of one case.
+
+    Each point is read from the window of nnU-Net's sliding window in which it is most central. On CUDA the network runs
+    in mixed precision, as in nnU-Net's prediction.
+
+    Args:
+        network: The network, wrapped or not. Its mode and its deep supervision are afterwards as they were before; it
+            is moved to the device and stays there.
+        image: ``(C, X, Y, Z)``, preprocessed; an array, or anything that gives arrays when sliced.
+        points: Where to read.
+        patch_size: Voxels of a window; two axes in a 2D configuration.
+        device: Where the network runs.
+        batch_size: Windows at once.
+        step_size: Greatest distance of neighbouring windows, in windows. 0.5 as in nnU-Net's prediction; 1 runs the
+            fewest windows.
+        layers: Names of the layers to read, finest first; the decoder's stages by default.
+        head: The checkpoint's own head, for the probabilities.
+        source: The checkpoint, for messages.
+        on_window: Called with the share of the windows that are done.
+
+    Raises:
+        FeatureError: Image and points of different cases, a layer that does not exist or does not run, or features that
+            are not finite; names the layer.
+    """
+    if tuple(image.shape[1:]) != tuple(points.shape):
+        got = f"an image {tuple(image.shape)} and points in {tuple(points.shape)} of case {points.case}"
+        raise FeatureError(f"{got} do not belong together: give image (C, X, Y, Z) and segmentation of one case")
+    device = torch.device(device)
+    names = decoder_stages(network) if layers is None else tuple(layers)
+    needed = names if head is None or head.layer in names else (*names, head.layer)
+    everywhere = np.concatenate((points.balanced, points.whole))
+    windows = assign_windows(everywhere, points.shape, patch_size, step_size=step_size)
+    network.to(device)
+    read: dict[str, Tensor] = {}
+    with _as_in_prediction(unwrap(network), device):
+        for first in range(0, len(windows), batch_size):
+            batch = windows[first : first + batch_size]
+            index = torch.from_numpy(np.concatenate([window.points for window in batch]))
+            x = torch.stack([cut_window(image, window.start, patch_size) for window in batch]).to(device)
+            values = layer_outputs(network, x, needed, partial(_read_windows, batch, patch_size))
+            for name, rows in zip(needed, values, strict=True):
+                if name not in read:
+                    read[name] = torch.empty(len(everywhere), rows.shape[1])
+                read[name][index] = rows.cpu()
+            if on_window is not None:
+                on_window(min(first + batch_size, len(windows)) / len(windows))
+    for name, rows in read.items():
+        if n_bad := int((~torch.isfinite(rows)).sum()):
+            got = f"{source}: {name} has {n_bad} NaN or infinite values of {rows.numel()} in case {points.case}"
+            raise FeatureError(f"{got}: check the image, else leave this checkpoint out, or read it on the CPU")
+    n = len(points.balanced)
+    return CaseFeatures(
+        case=points.case,
+        labels=points.labels.copy(),
+        scales=tuple(read[name][:n].numpy() for name in names),
+        variety=tuple(read[name][n:].numpy() for name in names),
+        probabilities=None if head is None else head.probabilities(read[head.layer][:n]).numpy(),
+    )
+
+
+def _read_windows(windows: Sequence[Window], patch_size: Sequence[int], name: str, output: Tensor) -> Tensor:
+    """Read the points of a batch of windows from a layer's output ``(B, C, ...)``: ``(k, C)``, window by window."""
+    if output.ndim != len(patch_size) + 2 or len(output) != len(windows):
+        got = f"{name} with an output of shape {tuple(output.shape)}"
+        raise FeatureError(f"{got} has no map of {len(windows)} windows {list(patch_size)}: name a convolutional layer")
+    # Coordinates in half precision would miss the points.
+    with torch.autocast(output.device.type, enabled=False):
+        maps = zip(output, windows, strict=True)
+        return torch.cat([read_points(feature_map, window.local, patch_size) for feature_map, window in maps])
+
+
+@contextmanager
+def _as_in_prediction(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Set evaluation mode, no gradients, the finest head alone, mixed precision on CUDA; and everything back."""
+    modes = {module: module.training for module in network.modules()}
+    decoder: Any = getattr(network, "decoder", None)
+    supervised = getattr(decoder, "deep_supervision", None)
+    try:
+        network.eval()
+        if supervised is not None:
+            decoder.deep_supervision = False
+        with torch.inference_mode(), torch.autocast(device.type, enabled=device.type == "cuda"):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        if supervised is not None:
+            decoder.deep_supervision = supervised
