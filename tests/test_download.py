@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 from file_server import FileServer, Served, serve
-
-from stunet.errors import DownloadError
 from stunet.weights.addresses import check_url, clean_url, file_name_of
 from stunet.weights.download import download
 from stunet.weights.parts import Download, remove_part
+
+from stunet.errors import DownloadError
 
 CONTENT = os.urandom(3_000_000)
 OTHER = os.urandom(2_500_000)

@@ -21,6 +21,7 @@ __all__ = [
     "human_bytes",
     "human_count",
     "print_error",
+    "say",
     "stderr",
     "stdout",
 ]
@@ -34,6 +35,11 @@ _LONGEST_WORD = 48  # that a table keeps in one line
 # Names of cases, structures and files are printed everywhere: [old] and :x: in them are text, not markup.
 stdout = Console(markup=False, emoji=False)
 stderr = Console(stderr=True, markup=False, emoji=False)
+
+
+def say(text: str) -> None:
+    """Print a line on standard error, as it is."""
+    stderr.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 class _Help:

@@ -159,8 +159,7 @@ def _model_folder(model: str | None, dataset: str | None, trainer: str, plans: s
 
 
 def _published_model(name: str) -> Path:
-    from stunet.cli.console import stdout
-    from stunet.cli.transfers import ProgressListener
+    from stunet.cli.console import say, stdout
     from stunet.weights import find_entry
 
     entry = find_entry(name)
@@ -172,8 +171,7 @@ def _published_model(name: str) -> Path:
 
     from stunet.inference import published_model
 
-    with ProgressListener() as listener:
-        return published_model(entry, listener)
+    return published_model(entry, say)
 
 
 def _device(name: str) -> torch.device:

@@ -45,28 +45,20 @@ def fetch_weights(
     hf: Annotated[str | None, typer.Option(help="Hugging Face repository: OWNER/NAME or OWNER/NAME@REVISION.")] = None,
     to: Annotated[Path | None, typer.Option(help="Folder to put the files into; the cache by default.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Download files again that are there already.")] = False,
-    attempts: Annotated[
-        int, typer.Option(help="Connections in a row that may bring nothing new before it gives up.", min=1)
-    ] = 5,
+    attempts: Annotated[int, typer.Option(help="Connections before it gives up.", min=1)] = 5,
 ) -> None:
-    """Download published weights and the pickles that belong to them, going on where an earlier attempt was cut.
+    """Download published weights and the pickles that belong to them.
 
     They are put into STUNET_CACHE, else into the platform's folder for caches.
     """
-    from stunet.cli.console import stderr
-    from stunet.cli.transfers import ProgressListener
-    from stunet.weights import entry_folder, fetch, find_entry
+    from stunet.cli.console import say
+    from stunet.weights import fetch, find_entry
 
     entry = find_entry(name)
     try:
-        with ProgressListener() as listener:
-            path = fetch(entry, folder=to, urls=url or [], hub=hf, force=force, attempts=attempts, listener=listener)
+        path = fetch(entry, folder=to, urls=url or [], hub=hf, force=force, attempts=attempts, say=say)
     except KeyboardInterrupt:
-        folder = entry_folder(name) if to is None else to
-        stderr.print(
-            f"Stopped. What has arrived is kept in {folder}; the same command goes on from there.",
-            soft_wrap=True, highlight=False, markup=False,
-        )  # fmt: skip
+        say("Stopped. Files that have arrived are kept; the same command fetches the others.")
         raise typer.Exit(130) from None
     _print_line(f"{entry.name}: {path}")
     _print_line(f"Licence: {entry.licence or 'not known; ask those who published them'}")
@@ -142,14 +134,12 @@ def _report_unknown(path: Path) -> None:
 
 def weights_row(entry: WeightsEntry) -> dict[str, Any]:
     """What is known of published weights, and what of them is in the cache."""
-    from dataclasses import asdict
+    import msgspec
 
-    from stunet.weights import entry_folder
-    from stunet.weights.addresses import clean_url
-    from stunet.weights.cache import missing_files
+    from stunet.weights import clean_url, entry_folder, missing_files
 
     folder = entry_folder(entry.name)
-    row = asdict(entry)
+    row = msgspec.to_builtins(entry)
     for file in row["files"]:
         file["url"] = None if file["url"] is None else clean_url(file["url"])  # without a password
     missing = missing_files(entry, folder)

@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,16 @@ from stunet.inference.label_names import label_names
 from stunet.labels import load_vocabulary, vocabulary_for
 from stunet.planning import check_configuration, describe_model, write_model_folder
 from stunet.weights import (
-    Listener,
     WeightsEntry,
+    alone_with,
     check_network,
     check_weights,
     entry_folder,
     fetch,
     open_weights,
     read_checkpoint,
+    read_record,
 )
-from stunet.weights.cache import read_record
-from stunet.weights.fetch import alone_with
 
 __all__ = ["Model", "load_model", "published_model"]
 
@@ -147,12 +146,12 @@ class Model:
         return networks
 
 
-def published_model(entry: WeightsEntry, listener: Listener) -> Path:
+def published_model(entry: WeightsEntry, say: Callable[[str], None] = lambda text: None) -> Path:
     """The model folder of published weights in the cache; fetched and converted there where that was not done.
 
     Args:
         entry: The weights.
-        listener: Told of progress.
+        say: Told what is being done.
 
     Raises:
         CheckpointError: A file is not the published one.
@@ -161,10 +160,10 @@ def published_model(entry: WeightsEntry, listener: Listener) -> Path:
     """
     models = entry_folder(entry.name).parents[1] / "models"
     folder = models / entry.name
-    with alone_with(models / ".locks" / entry.name, listener):
+    with alone_with(models / ".locks" / entry.name, say):
         if not _is_made_of(folder, entry):
-            weights = open_weights([fetch(entry, listener=listener)])
-            listener.work(f"Converting {entry.name} into {folder}")
+            weights = open_weights([fetch(entry, say=say)])
+            say(f"Converting {entry.name} into {folder}")
             labels = load_vocabulary(entry.labels) if entry.labels else vocabulary_for(entry.outputs)
             description = describe_model(weights, labels)
             shutil.rmtree(folder, ignore_errors=True)

@@ -21,12 +21,12 @@ from stunet.weights import (
     StemPolicy,
     UNetWeights,
     adapt_stem,
+    check_policies,
+    describe_mismatch,
     open_any_weights,
     source_outputs,
     transfer_weights,
 )
-from stunet.weights.loading import describe_mismatch
-from stunet.weights.transfer import check_policies
 
 __all__ = ["CandidateDescription", "CandidateNetwork", "Target", "build_candidate", "load_candidate"]
 

@@ -15,8 +15,6 @@ from torch import nn
 
 from stunet.errors import CheckpointError, reading
 
-__all__ = ["check_network", "described_network"]
-
 STUNET = "stunet.network.STUNet"
 #: The other networks, by the names that nnU-Net's plans give them.
 UNETS = {
@@ -55,12 +53,8 @@ def check_network(architecture: Any, *, source: str, trust: Sequence[str] = ()) 
         name, arguments = architecture["network_class_name"], dict(architecture["arch_kwargs"])
         imported = list(architecture.get("_kw_requires_import", ()))
     if name not in (STUNET, *UNETS, *trust):
-        raise CheckpointError("a model that asks for code which is not trusted",
-                              got=f"{source}: the network {str(name)[:100]}",
-                              expected="a STU-Net, or a PlainConvUNet or ResidualEncoderUNet of "
-                              "dynamic-network-architectures",
-                              remedy=f"Only if you know this class and trust the model: --trust {str(name)[:100]}."
-                              )  # fmt: skip
+        text = f"{source} asks for code which is not trusted, the network {str(name)[:100]}"
+        raise CheckpointError(f"{text}: only if you know this class and trust the model, --trust {str(name)[:100]}")
     checked = {key: value for key, value in arguments.items() if key != "deep_supervision"}  # nnU-Net decides on it
     for key, value in arguments.items():
         if key in imported or (key in _LAYER_ARGUMENTS and name not in trust):
@@ -82,10 +76,8 @@ def described_network(init_args: Mapping[str, Any], path: Path) -> dict[str, Any
         CheckpointError: Plans that cannot be read.
     """
     with reading(path, _UNUSABLE):
-        configurations, name = (
-            dict(init_args.get("plans") or {}).get("configurations", {}),
-            init_args.get("configuration"),
-        )
+        configurations = dict(init_args.get("plans") or {}).get("configurations", {})
+        name = init_args.get("configuration")
         for _ in range(len(configurations)):
             configuration = configurations.get(name)
             if configuration is None:
@@ -145,5 +137,4 @@ _UNUSABLE = "plans that do not say what network the weights belong to"
 
 def unusable_plans(source: object, got: str) -> CheckpointError:
     """The error for plans that no network can be built of."""
-    return CheckpointError(_UNUSABLE, got=f"{source}: {got}", expected="plans as nnU-Net writes them",
-                           remedy="Take the checkpoint and the plans as nnUNetv2_train wrote them.")  # fmt: skip
+    return CheckpointError(f"{source}: {_UNUSABLE}: {got}; take checkpoint and plans as nnUNetv2_train wrote them")

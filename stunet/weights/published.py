@@ -1,53 +1,646 @@
-"""Weights written back in the published format."""
+"""Published weights: which exist, fetched into the cache or a folder of the user's own, and verified.
+
+:mod:`pooch` downloads from addresses and ``huggingface_hub`` from repositories, where it resumes what was cut. A file
+appears under its name only after it has been checked: checksum, length, and that it opens safely as that network.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections import OrderedDict
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+from urllib.parse import unquote, urlsplit
 
-import torch
+import msgspec
+from filelock import FileLock, Timeout
+from msgspec import Meta, Struct
+from platformdirs import user_cache_path
 
-from stunet.errors import CheckpointError
-from stunet.files import atomic_path, refuse_existing
-from stunet.weights.key_map import to_published_key
-from stunet.weights.sources import SourceWeights
+from stunet.environment import did_you_mean
+from stunet.errors import CheckpointError, DownloadError, UsageError
+from stunet.files import file_sha256, move_into_place, write_json
+from stunet.labels import list_vocabularies, load_vocabulary
 
-__all__ = ["write_published"]
+REGISTRY_VARIABLE = "STUNET_REGISTRY"
+"""Environment variable that names a further registry; its entries go before ours of the same name."""
+CACHE_VARIABLE = "STUNET_CACHE"
+"""Environment variable that names the folder for fetched weights."""
+
+_Text = Annotated[str, Meta(min_length=1)]
+_Positive = Annotated[int, Meta(gt=0)]
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}"
+Say = Callable[[str], None]
+"""What takes lines that a person may want to read."""
+
+_ATTEMPTS = 5  # connections before a download is given up
+_TIMEOUTS = (10.0, 60.0)  # seconds to connect, and without a byte
+_PASSING = (408, 425, 429)  # answers that may be another one next time, as those of 500 and above
 
 
-def write_published(weights: SourceWeights, path: str | os.PathLike[str]) -> None:
-    """Write a ``.model`` file as the published nnU-Net v1 code reads it, whole or not at all.
+def is_url(url: str) -> bool:
+    """Whether an address is one that weights are downloaded from: http or https, with a host."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        return False
 
-    Args:
-        weights: The weights; each tensor is written as it is.
-        path: The new file.
+
+def clean_url(url: str) -> str:
+    """An address without what may be secret in it: user, password, query and fragment.
+
+    >>> clean_url("https://me:s3cret@host.org/a.model?key=1")
+    'https://host.org/a.model'
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "an address that cannot be read"
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+class Place(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a person can get a file.
+
+    Attributes:
+        page: Web page.
+        item: The file as the page names it.
+    """
+
+    page: _Text
+    item: _Text
+
+    def __post_init__(self) -> None:
+        _require_url(self.page, "page")
+
+
+class WeightsFile(Struct, frozen=True, forbid_unknown_fields=True):
+    """One file of published weights.
+
+    Attributes:
+        file: Its name, without a folder: nothing is written elsewhere than into the folder of the weights.
+        url: Where a program may download it.
+        hub: Hugging Face repository with a file of this name, ``OWNER/NAME`` or ``OWNER/NAME@REVISION``.
+        bytes: Its length where it is known.
+        approximate_bytes: Its length as a page rounds it, for the table alone.
+        sha256: Its checksum where it is known.
+        by_hand: Where a person can get it.
+    """
+
+    file: Annotated[str, Meta(pattern=_NAME + r"\.(model|pth|safetensors|pkl)\Z")]
+    url: str | None = None
+    hub: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*(@[\w.\-/]+)?\Z")] | None = None
+    bytes: _Positive | None = None
+    approximate_bytes: _Positive | None = None
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] | None = None
+    by_hand: tuple[Place, ...] | None = ()
+
+    def __post_init__(self) -> None:
+        _require_url(self.url, "url")
+
+    @property
+    def is_pickle(self) -> bool:
+        """Whether it is one of nnU-Net v1's pickles, that is, belongs to weights but holds none."""
+        return self.file.endswith(".pkl")
+
+
+class WeightsEntry(Struct, frozen=True, forbid_unknown_fields=True):
+    """Published weights of one network.
+
+    Attributes:
+        name: What a user types.
+        size: Size of the network as :func:`stunet.network.size_of` names it.
+        outputs: Outputs, background included.
+        files: The weights and the pickles that belong to them.
+        title: What it was trained on.
+        input_channels: Channels of the image, where known.
+        labels: Name of the label vocabulary with the order of the outputs, where known.
+        licence: Licence of the weights, where known.
+        page: The page of those who published them.
+        sources: Where each of these facts is from.
+    """
+
+    name: Annotated[str, Meta(pattern=_NAME + r"\Z")]
+    size: _Text
+    outputs: _Positive
+    files: tuple[WeightsFile, ...]
+    title: str | None = None
+    input_channels: _Positive | None = None
+    labels: str | None = None
+    licence: str | None = None
+    page: str | None = None
+    sources: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        _require_url(self.page, "page")
+        if self.labels is not None and self.labels not in list_vocabularies():
+            raise ValueError(f"labels {self.labels} is none of {', '.join(list_vocabularies())}")
+        if self.labels is not None and len(load_vocabulary(self.labels).labels) != self.outputs:
+            raise ValueError(f"{self.name} has {self.outputs} outputs, which {self.labels} does not name")
+        names = [file.file for file in self.files]
+        if len(names) - len(self.pickles) != 1 or len({name.lower() for name in names}) != len(names):
+            raise ValueError(f"files {names} are not one file with weights, and .pkl files of other names")
+
+    @property
+    def weights_file(self) -> WeightsFile:
+        """The file with the tensors."""
+        return next(file for file in self.files if not file.is_pickle)
+
+    @property
+    def pickles(self) -> tuple[WeightsFile, ...]:
+        """The files that belong to it."""
+        return tuple(file for file in self.files if file.is_pickle)
+
+
+class _Registry(Struct, forbid_unknown_fields=True):
+    version: Annotated[int, Meta(ge=1, le=1)]
+    weights: list[WeightsEntry]
+
+
+def _require_url(url: str | None, field: str) -> None:
+    if url is not None and not is_url(url):
+        raise ValueError(f"{field} {url[:80]!r} is no http or https address")
+
+
+def load_registry() -> dict[str, WeightsEntry]:
+    """All known weights by name: those of the user's registry (``STUNET_REGISTRY``) first, then ours.
 
     Raises:
-        CheckpointError: The file cannot be written, or the network is 2D, which the published code has not.
-        UsageError: The file exists.
+        UsageError: The user's registry is missing, not JSON or malformed.
     """
-    path = Path(path)
-    refuse_existing(path)
-    if weights.architecture.n_axes != 3:
-        raise CheckpointError("a 2D network, which the published code does not have", got=weights.path,
-                              expected="a 3D STU-Net", remedy="Keep it in nnU-Net v2's format.")  # fmt: skip
-    content: dict[str, Any] = {
-        "epoch": weights.epoch or 0,
-        "state_dict": OrderedDict((to_published_key(key), tensor) for key, tensor in weights.tensors.items()),
-        "optimizer_state_dict": None,
-        "lr_scheduler_state_dict": None,
-        "plot_stuff": ([], [], [], []),
-    }
+    known: dict[str, WeightsEntry] = {}
+    if named := os.environ.get(REGISTRY_VARIABLE):
+        try:
+            entries = msgspec.json.decode(Path(named).read_bytes(), type=_Registry).weights
+            names = [entry.name for entry in entries]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{twice[0]} twice")
+        except (OSError, ValueError) as error:
+            text = f"{named}, a registry of weights that cannot be used: {error}"
+            raise UsageError(f"{text}; correct it, or unset {REGISTRY_VARIABLE}") from error
+        known = dict(zip(names, entries, strict=True))
+    ours = msgspec.json.decode((files("stunet.weights") / "registry.json").read_bytes(), type=_Registry)
+    return known | {entry.name: entry for entry in ours.weights if entry.name not in known}
+
+
+def list_models() -> list[str]:
+    """Names of all published weights that can be fetched, those of the user's own registry first.
+
+    >>> list_models()[:2]
+    ['small_ep4k', 'base_ep4k']
+    """
+    return list(load_registry())
+
+
+def find_entry(name: str) -> WeightsEntry:
+    """The weights of this name.
+
+    Raises:
+        UsageError: There are none, or the user's registry is malformed.
+    """
+    known = load_registry()
+    if name not in known:
+        close = did_you_mean(name, known)
+        raise UsageError(f"unknown weights {name}: {close}`stunet list` shows those known, {', '.join(known)}")
+    return known[name]
+
+
+class Record(Struct, frozen=True):
+    """What is known of a file since it was fetched, or first verified.
+
+    Attributes:
+        name: The weights that it belongs to.
+        url: Where it is from, without user, password and query; None where it was put there by hand.
+        date: When it was fetched or first verified, in UTC.
+        bytes: Its length then.
+        sha256: Its checksum then.
+    """
+
+    name: str
+    url: str | None
+    date: str
+    bytes: int
+    sha256: str
+
+
+def entry_folder(name: str) -> Path:
+    """The folder for the files of these weights: ``STUNET_CACHE``, else the platform's cache, then ``weights/NAME``."""
+    named = os.environ.get(CACHE_VARIABLE)
+    root = Path(named).expanduser() if named else user_cache_path("stunet", appauthor=False)
+    return root / "weights" / name
+
+
+def missing_files(entry: WeightsEntry, folder: Path) -> list[str]:
+    """Names of the entry's files that are not in a folder."""
+    return [file.file for file in entry.files if not (folder / file.file).is_file()]
+
+
+def cached_weights(name: str) -> Path:
+    """The file with weights that ``stunet weights fetch`` has put into the cache; their pickles lie beside it.
+
+    Compares lengths only: ``stunet weights verify`` reads the files.
+
+    Args:
+        name: Name in the registry.
+
+    Raises:
+        CheckpointError: They are not in the cache, or a file has changed since.
+        UsageError: No weights have this name.
+    """
+    entry, folder = find_entry(name), entry_folder(name)
+    if missing := missing_files(entry, folder):
+        text = f"{name} has not been fetched: no {', '.join(missing)} in {folder}"
+        raise CheckpointError(f"{text}; run `stunet weights fetch {name}`")
+    for file in entry.files:
+        path = folder / file.file
+        record, got = read_record(path), path.stat().st_size
+        expected = record.bytes if record else file.bytes
+        if expected is not None and got != expected:
+            text = f"{path} has {got} bytes instead of {expected}, it has changed since it was fetched"
+            raise CheckpointError(f"{text}: run `stunet weights fetch {name} --force`")
+    return folder / entry.weights_file.file
+
+
+def record_path(path: Path) -> Path:
+    """Where the record of a file lies."""
+    return path.with_name(f"{path.name}.record.json")
+
+
+def read_record(path: Path) -> Record | None:
+    """The record beside a file; None where there is none, or none that can be read."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            torch.save(content, temporary)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(
-            "a file that cannot be written",
-            got=f"{path}: {str(error).strip().splitlines()[0][:200]}",
-            expected=f"a folder with {sum(t.nbytes for t in weights.tensors.values()) / 2**30:.1f} GB of free space",
-            remedy="Make room, or choose another place with -o. No unfinished file was left.",
-        ) from error
+        return msgspec.json.decode(record_path(path).read_bytes(), type=Record)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def write_record(path: Path, *, name: str, url: str | None, sha256: str) -> None:
+    """Note beside a file what it is now."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    write_json(msgspec.to_builtins(Record(name, url, now, path.stat().st_size, sha256)), record_path(path))
+
+
+# Fetching
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A file that is fine.
+
+    Attributes:
+        path: The file.
+        sha256: Its checksum.
+        compared_with: Human-readable, what the checksum was equal to; empty where none was known.
+    """
+
+    path: Path
+    sha256: str
+    compared_with: str
+
+
+def fetch(
+    entry: WeightsEntry,
+    *,
+    folder: Path | None = None,
+    urls: Sequence[str] = (),
+    hub: str | None = None,
+    force: bool = False,
+    attempts: int = _ATTEMPTS,
+    say: Say = lambda text: None,
+) -> Path:
+    """Get the files of published weights: each appears under its name only after it has been checked.
+
+    Files that are there already are checked, not downloaded. Of several processes that fetch into one folder, one
+    downloads and the others wait for it.
+
+    Args:
+        entry: What to get.
+        folder: Where to put it, the cache by default.
+        urls: Addresses that go before the registry's: each for the file that its last part names, else for the weights.
+        hub: Hugging Face repository that goes before the weights' addresses, ``OWNER/NAME[@REVISION]``.
+        force: Download files again that are there already.
+        attempts: Connections before a download is given up.
+        say: Told what is being done.
+
+    Returns:
+        The file with the weights.
+
+    Raises:
+        CheckpointError: A file that has arrived, or is there, is not the published one.
+        DownloadError: A download failed; or a file can only be had by hand, then it says how.
+        UsageError: Two addresses for one file.
+    """
+    folder = entry_folder(entry.name) if folder is None else folder
+    sources = _choose_sources(entry, urls, hub)
+    by_hand = []
+    with alone_with(folder / ".partial" / "lock", say):
+        for file in (*entry.pickles, entry.weights_file):  # the small ones first: what fails shall fail early
+            has_source, is_there = any(sources[file.file]), (folder / file.file).is_file()
+            if is_there and not (has_source and force):
+                _verify_present(entry, file, folder)
+                say(f"{file.file} is there already, and fine")
+            elif has_source:
+                _fetch_file(entry, file, *sources[file.file], folder, attempts, say)
+            else:
+                by_hand.append(file)
+    if by_hand:
+        names = ", ".join(file.file for file in by_hand)
+        raise DownloadError(
+            f"{entry.name} has files that no program can download, {names}: get them by hand\n"
+            f"{_by_hand(entry, by_hand, folder)}\n  or give an address that you know with --url or --hf"
+        )
+    return folder / entry.weights_file.file
+
+
+def _choose_sources(
+    entry: WeightsEntry, urls: Sequence[str], hub: str | None
+) -> dict[str, tuple[str | None, str | None]]:
+    """Address, or else Hugging Face repository, of each file."""
+    chosen: dict[str, tuple[str | None, str | None]] = {}
+    has_library = importlib.util.find_spec("huggingface_hub") is not None
+    for file in entry.files:
+        url = None if file.hub and has_library else file.url  # which resumes what was cut
+        chosen[file.file] = url, None if url else file.hub
+        # A repository of weights often lacks the pickles, so those come from it only where nothing else is known.
+        if hub and not (file.is_pickle and (file.url or file.hub)):
+            chosen[file.file] = None, hub
+    given: set[str] = set()
+    for url in urls:
+        if not is_url(url):
+            raise DownloadError(f"{clean_url(url)} is no address that is downloaded from: give http://… or https://…")
+        last = unquote(urlsplit(url).path).rpartition("/")[2]
+        name = last if last in chosen else entry.weights_file.file
+        if name in given:
+            raise UsageError(f"two addresses for {name}, {clean_url(url)} and another: give one for each file")
+        given.add(name)
+        chosen[name] = url, None
+    return chosen
+
+
+@contextmanager
+def alone_with(lock_path: Path, say: Say) -> Iterator[None]:
+    """Hold a lock that the system takes back when this process ends, however it ends, and explain a full disk.
+
+    Args:
+        lock_path: The lock, in a folder of its own.
+        say: Told where another process has it.
+
+    Raises:
+        DownloadError: The folder, or what the block writes, cannot be written.
+    """
+    lock, folder = FileLock(lock_path), lock_path.parents[1]
+    try:
+        lock_path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"Another process works in {folder}: waiting for it")
+            lock.acquire()
+        yield
+    except OSError as error:
+        text = f"{folder} cannot be written to ({error.strerror or error})"
+        raise DownloadError(f"{text}: make room, or choose another folder with --to or STUNET_CACHE") from error
+    finally:
+        lock.release()
+
+
+def _fetch_file(
+    entry: WeightsEntry, file: WeightsFile, url: str | None, hub: str | None, folder: Path, attempts: int, say: Say
+) -> None:
+    part, path = folder / ".partial" / file.file, folder / file.file
+    try:
+        if url is not None:
+            stated = _from_url(url, part, attempts, say)
+        else:
+            url, stated = _from_hub(str(hub), part, say)
+        checksums = {stated: "Hugging Face"} if stated else {}
+        checksums |= {file.sha256: "the registry"} if file.sha256 else {}
+        say(f"Checking {file.file}")
+        sha256 = _check(part, entry, file, checksums, shown=clean_url(url), folder=folder)
+        record_path(path).unlink(missing_ok=True)
+        move_into_place(part, path)
+    except (DownloadError, CheckpointError) as error:
+        if not file.by_hand:
+            raise
+        raise type(error)(f"{error}\n  or get it by hand\n{_by_hand(entry, [file], folder)}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    write_record(path, name=entry.name, url=clean_url(url), sha256=sha256)
+
+
+def _from_url(url: str, part: Path, attempts: int, say: Say) -> str | None:
+    """Download a file; returns the SHA-256 that Hugging Face states in the answer that redirects to large files."""
+    import pooch  # type: ignore[import-untyped]
+    import requests
+
+    stated: list[str] = []
+
+    def look(response: requests.Response, **_: Any) -> None:
+        if url.lower().startswith("https:") and not response.url.lower().startswith("https:"):
+            raise DownloadError(
+                f"{clean_url(url)} redirects to {clean_url(response.url)}: https all the way is expected"
+            )
+        stated.extend(re.findall('^"?([0-9a-f]{64})"?$', response.headers.get("X-Linked-ETag", "")))
+
+    say(f"Downloading {clean_url(url)}")
+    for attempt in range(1, attempts + 1):
+        try:
+            bar, headers = sys.stderr.isatty(), {"Accept-Encoding": "identity"}
+            get = pooch.HTTPDownloader(bar, 2**18, timeout=_TIMEOUTS, headers=headers, hooks={"response": look})
+            get(url, str(part), None)
+            return stated[-1] if stated else None
+        except requests.RequestException as error:
+            status = None if error.response is None else error.response.status_code
+            lasting = isinstance(error, ValueError) or (400 <= (status or 0) < 500 and status not in _PASSING)
+            if lasting or attempt == attempts:
+                text = f"{clean_url(url)} could not be downloaded in {attempt} attempts, {_reason(error)}"
+                remedy = "check the address and the connection, or give another address with --url or --hf"
+                raise DownloadError(f"{text}: {remedy}") from None  # whose own text shows what is secret in the address
+            pause = min(0.5 * 2 ** (attempt - 1), 30)
+            say(f"{_reason(error)}; again in {pause:g} s")
+            time.sleep(pause)
+    raise AssertionError("no attempt")
+
+
+def _reason(error: BaseException) -> str:
+    """What the server or the system says, without the address."""
+    response = getattr(error, "response", None)
+    if response is not None and response.status_code >= 400:
+        hint = {401: ", use --hf after `hf auth login`", 403: ", it is not public, or its link has run out"}
+        return f"the server answers {response.status_code} {response.reason}{hint.get(response.status_code, '')}"
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return f"no connection ({getattr(error, 'strerror', None) or type(error).__name__})"
+
+
+def _from_hub(repository: str, part: Path, say: Say) -> tuple[str, str | None]:
+    """Download a file of a Hugging Face repository; returns its address, and the SHA-256 where that is stated.
+
+    ``huggingface_hub`` knows the token of the user (``hf auth login``, ``HF_TOKEN``), shows a bar of its own, and
+    resumes a file that was cut, also in another process.
+    """
+    try:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    except ImportError:
+        text = (
+            "huggingface_hub is not installed: run `pip install 'stunet[hub]'`, or give the file's address with --url"
+        )
+        raise DownloadError(text) from None
+    repo_id, _, revision = repository.partition("@")
+    try:
+        found = get_hf_file_metadata(hf_hub_url(repo_id, part.name, revision=revision or None))
+        revision = found.commit_hash or revision
+        url = hf_hub_url(repo_id, part.name, revision=revision or None)
+        say(f"Downloading {clean_url(url)}")
+        hf_hub_download(repo_id, part.name, revision=revision or None, local_dir=part.parent)
+    except Exception as error:  # whatever HTTP client it uses in this version has its own errors
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
+        text = f"{repository} does not give {part.name}, {type(error).__name__}: {said}"
+        raise DownloadError(f"{text}; check --hf, or run `hf auth login` where it is not public") from None
+    return url, found.etag if re.fullmatch("[0-9a-f]{64}", found.etag or "") else None
+
+
+def _by_hand(entry: WeightsEntry, missing: Sequence[WeightsFile], folder: Path) -> str:
+    """Which page to open, what to get there, where to put it, and what to run then."""
+    items: dict[str, list[str]] = {}
+    for file in missing:
+        places = file.by_hand or ()
+        pages = " or ".join(dict.fromkeys(place.page for place in places)) or entry.page or "the publisher's page"
+        names = " or ".join(dict.fromkeys(place.item for place in places)) or file.file
+        items.setdefault(pages, []).append(f"    get {names}\n      and put it at {folder / file.file}")
+    lines = [line for pages, files in items.items() for line in (f"  - open {pages}", *files)]
+    return "\n".join([*lines, f"  then run: stunet weights verify {entry.name}"])
+
+
+def verify(entry: WeightsEntry, folder: Path | None = None) -> list[Verified]:
+    """Check the files of published weights, and note the checksum of those that have none yet.
+
+    Args:
+        entry: What they should be.
+        folder: Where they lie, the cache by default.
+
+    Raises:
+        CheckpointError: A file is missing, has changed since it was fetched, or is not what the registry says.
+    """
+    folder = entry_folder(entry.name) if folder is None else folder
+    if missing := missing_files(entry, folder):
+        text = f"{entry.name} is not complete: no {', '.join(missing)} in {folder}"
+        raise CheckpointError(f"{text}; `stunet weights fetch {entry.name}` says how to get them")
+    return [_verify_present(entry, file, folder) for file in (*entry.pickles, entry.weights_file)]
+
+
+def _verify_present(entry: WeightsEntry, file: WeightsFile, folder: Path) -> Verified:
+    path = folder / file.file
+    known = _known_checksums(path, entry, file)
+    sha256 = _check(path, entry, file, known, shown=str(path), folder=folder)
+    if read_record(path) is None:
+        write_record(path, name=entry.name, url=None, sha256=sha256)
+    return Verified(path, sha256, " and ".join(known.values()))
+
+
+def verify_file(path: Path, entry: WeightsEntry) -> Verified:
+    """Check a file that lies anywhere against one of the entry's files; notes nothing.
+
+    Raises:
+        CheckpointError: It is not what the registry says.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"missing file: {path} is no file; check the path")
+    file = next((f for f in entry.files if f.file == path.name), None)
+    if file is None:  # under a name of the user's own
+        file = entry.weights_file if path.suffix != ".pkl" else WeightsFile(path.name)
+    known = _known_checksums(path, entry, file)
+    return Verified(path, _check(path, entry, file, known, shown=str(path)), " and ".join(known.values()))
+
+
+def _known_checksums(path: Path, entry: WeightsEntry, file: WeightsFile) -> dict[str, str]:
+    """Checksums that a file should have, with who says so."""
+    known = {file.sha256: "the registry"} if file.sha256 else {}
+    record = read_record(path)
+    if record is not None and record.name == entry.name:
+        known.setdefault(record.sha256, f"noted {record.date}")
+    return known
+
+
+def _check(
+    path: Path,
+    entry: WeightsEntry,
+    file: WeightsFile,
+    checksums: Mapping[str, str],
+    *,
+    shown: str,
+    folder: Path | None = None,
+) -> str:
+    """Check one file: its length and checksum where they are known, and always that it is what it is called.
+
+    Args:
+        path: The file.
+        entry: The weights that it should belong to.
+        file: Which of their files it should be.
+        checksums: SHA-256 that it should have, each with who says so.
+        shown: What messages call the file.
+        folder: Where pickles lie that are read along with weights.
+
+    Returns:
+        Its SHA-256.
+
+    Raises:
+        CheckpointError: It is another file.
+    """
+    from stunet.weights.convert import open_weights  # PyTorch, which listing weights does not need
+    from stunet.weights.read import read_pickle
+
+    def other(got: str, expected: str) -> CheckpointError:
+        remedy = f"`stunet weights fetch {entry.name} --force` gets it again, from another address with --url or --hf"
+        return CheckpointError(f"{shown} is not the published {file.file}: {got} instead of {expected}; {remedy}")
+
+    with path.open("rb") as opened:
+        start = opened.read(512).lstrip().lower()
+    length, sha256 = path.stat().st_size, file_sha256(path)
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise other(f"a web page of {length} bytes", "the file that its link proper leads to")
+    if file.bytes is not None and length != file.bytes:
+        raise other(f"{length} bytes", f"{file.bytes} bytes")
+    for checksum, whose in checksums.items():
+        if sha256 != checksum:
+            raise other(f"SHA-256 {sha256} ({length} bytes)", f"SHA-256 {checksum} ({whose})")
+    try:
+        if file.is_pickle:
+            read_pickle(path)
+            return sha256
+        pickles = [folder / pickle.file for pickle in entry.pickles] if folder else []
+        found = open_weights([path, *(pickle for pickle in pickles if pickle.is_file())]).architecture
+    except CheckpointError as error:
+        raise other(f"a file that cannot be used ({error})", "a whole one") from error
+    got = (found.size.name, found.input_channels, found.num_classes)
+    network = (entry.size, entry.input_channels or found.input_channels, entry.outputs)
+    if got != network:
+        words = "STU-Net {} with {} input channels and {} outputs"
+        raise other(words.format(*got), words.format(*network))
+    return sha256
+
+
+def describe_file(path: Path) -> str:
+    """Human-readable, what weights a file holds, where nothing is known that it should be.
+
+    Raises:
+        CheckpointError: It cannot be read safely, or holds no STU-Net.
+    """
+    from stunet.weights.convert import open_weights
+    from stunet.weights.read import read_pickle
+
+    if path.suffix == ".pkl":
+        read_pickle(path)
+        return "a pickle with values alone"
+    found = open_weights([path]).architecture
+    channels = f"{found.input_channels} input channels, {found.num_classes} outputs"
+    return f"STU-Net {found.size.name}, {found.n_axes}D, {channels}"
