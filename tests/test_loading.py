@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stunet.weights.read import check_weights, read_checkpoint
 
 from stunet.errors import CheckpointError
+from stunet.weights.read import check_weights, read_checkpoint
 
 
 def checkpoint(**more: Any) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from published_structure import PublishedStructure
-from stunet.weights import from_published_key
 from torch import Tensor, nn
 
 from stunet.errors import ArchitectureError
 from stunet.network import SIZES, STUNet, STUNetSize, build_stunet
+from stunet.weights import from_published_key
 
 TINY = {"features_per_stage": [2, 4, 8, 16, 32, 32], "n_blocks_per_stage": [1, 2, 1, 1, 1, 1]}
 STRIDES = [1, 2, 2, 2, 2, (1, 1, 2)]

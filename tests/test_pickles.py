@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stunet.weights.read import MAX_PICKLE_BYTES, read_pickle, unpickle
 from weights import v1_plans
 
 from stunet.errors import CheckpointError
+from stunet.weights.read import MAX_PICKLE_BYTES, read_pickle, unpickle
 
 
 def reduced(function: Any, *args: Any) -> Any:

@@ -14,12 +14,12 @@ import torch
 from made_trainers import NARROW, find, make, narrow_plans, save, trained
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from stunet.weights.read import read_checkpoint
 
 from plans import DATASET_JSON, make_plans
 from stunet.errors import CheckpointError, PlansError, SettingsError
 from stunet.network import STUNet, STUNetSize
 from stunet.planning import plans_size, rewrite_plans
+from stunet.weights.read import read_checkpoint
 
 SIZES = ("small", "base", "large", "huge")
 NAMES = [

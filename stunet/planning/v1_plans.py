@@ -91,6 +91,11 @@ def read_v1_plans(
         PlansError: Plans of other weights, a normalization that is unknown, or clipping without statistics.
     """
     with reading(source, _UNUSABLE, PlansError, remedy=_REMEDY):
+        # The others resample or normalize otherwise, which nnU-Net v2's default preprocessor would not repeat.
+        if (preprocessor := plans.get("preprocessor_name")) not in (None, "GenericPreprocessor"):
+            raise ValueError(
+                f"preprocessor_name is {str(preprocessor)[:60]}; GenericPreprocessor alone can be converted"
+            )
         _check_counts(plans, input_channels, num_classes, source)
         names = [
             str(_channel(plans["normalization_schemes"], c, "normalization_schemes", source))
