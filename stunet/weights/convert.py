@@ -105,49 +105,39 @@ def strip_prefixes(state: Mapping[Any, Any], path: Path, names: int = 1) -> dict
         names: How many names a weight may have.
 
     Raises:
-        CheckpointError: Something else than a tensor, a tensor that is not what it claims to be, or a name twice.
+        ValueError: Something else than a tensor, a tensor that is not what it claims to be, or a name twice.
     """
     stripped: dict[str, Tensor] = {}
     for key, tensor in state.items():
         if not isinstance(key, str):
-            raise bad_tensor(path, f"a {type(key).__name__} as a name")
+            raise ValueError(f"a {type(key).__name__} as a name")
         name = _PREFIX.sub("", key)
         if name in stripped:
-            raise bad_tensor(path, f"{name} twice, with and without a prefix")
-        if not isinstance(tensor, Tensor):
-            raise bad_tensor(path, f"{name} is a {type(tensor).__name__}")
-        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            raise bad_tensor(path, f"{name} is {str(tensor.dtype).removeprefix('torch.')}")
+            raise ValueError(f"{name} twice, with and without a prefix")
+        if getattr(tensor, "dtype", None) not in (torch.float16, torch.bfloat16, torch.float32):
+            raise ValueError(f"{name} is {getattr(tensor, 'dtype', type(tensor))}, not a tensor of fp32, fp16 or bf16")
         stripped[name] = tensor.detach()
-    n_bytes = sum(tensor.nbytes for tensor in stripped.values())
-    if n_bytes > names * path.stat().st_size:  # a small file that would fill the memory
-        raise bad_tensor(path, f"weights of {n_bytes} bytes that share those of the file")
+    if (n_bytes := sum(tensor.nbytes for tensor in stripped.values())) > names * path.stat().st_size:
+        raise ValueError(f"weights of {n_bytes} bytes that share those of the file")  # which would fill the memory
     return stripped
 
 
-def finite_float32(name: str, tensor: Tensor, path: Path) -> Tensor:
+def finite_float32(name: str, tensor: Tensor) -> Tensor:
     """A tensor as fp32, without what it may be a view of.
 
     Raises:
-        CheckpointError: Values that are not finite.
+        ValueError: Values that are not finite.
     """
     converted = tensor.float()
     # Smallest and largest value say it all, as NaN is both; unlike isfinite this needs no memory.
     if not all(math.isfinite(value.item()) for value in torch.aminmax(converted)):
         n_bad = int((~torch.isfinite(converted)).sum())
-        text = (
-            f"weights that are not finite: in {path} {name} has {n_bad} NaN or infinite values of {converted.numel()}"
-        )
-        raise CheckpointError(f"{text}; take an earlier checkpoint, or copy it again")
+        text = f"weights that are not finite: {name} has {n_bad} NaN or infinite values of {converted.numel()}"
+        raise ValueError(f"{text}; an earlier checkpoint may have none")
     if converted.untyped_storage().nbytes() != converted.numel() * converted.element_size():
         # Saving a view would save all that it is a view of.
         return converted.clone(memory_format=torch.contiguous_format)
     return converted
-
-
-def bad_tensor(path: Path, problem: str) -> CheckpointError:
-    """The error for something in a file that is no weight."""
-    return CheckpointError(f"{path} is no file of weights, fp32, fp16 or bf16 tensors each under one name: {problem}")
 
 
 # Names of parameters
@@ -274,7 +264,6 @@ class SourceWeights:
     Attributes:
         path: The file with the weights.
         kind: What wrote it.
-        published_names: Whether the parameters had the published code's names.
         tensors: The weights by our names, fp32, on the CPU; mapped from the file where that is possible.
         architecture: What their shapes say.
         precision: The precision in the file, for example ``float16``.
@@ -288,7 +277,6 @@ class SourceWeights:
 
     path: Path
     kind: Kind
-    published_names: bool
     tensors: dict[str, Tensor]
     architecture: Architecture
     precision: str
@@ -345,13 +333,12 @@ def _stunet_weights(
         axes = content.get("inference_allowed_mirroring_axes")
         known = isinstance(axes, list | tuple) and all(isinstance(axis, int) and 0 <= axis < 3 for axis in axes)
         if axes is not None and not known:
-            raise bad_tensor(path, f"inference_allowed_mirroring_axes of type {type(axes).__name__} that are no axes")
+            raise ValueError(f"inference_allowed_mirroring_axes of type {type(axes).__name__} that are no axes")
         epoch = content.get("epoch", content.get("current_epoch"))
         return SourceWeights(
             path=path,
             kind="old nnU-Net v2 port" if kind == "nnU-Net v2" and published else kind,
-            published_names=published,
-            tensors={key: finite_float32(name, stripped[name], path) for key, name in names.items()},
+            tensors={key: finite_float32(name, stripped[name]) for key, name in names.items()},
             architecture=architecture,
             precision=" and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in stripped.values()})),
             v1_plans=v1_plans,
@@ -512,7 +499,7 @@ def open_any_weights(path: str | os.PathLike[str], trust: Sequence[str] = ()) ->
     with reading(path, "a checkpoint that cannot be used"):
         stripped, init_args = strip_prefixes(state, path, names=4), _init_args(content)
         architecture = _unet_architecture(stripped, init_args, path, trust)
-        tensors = {name: finite_float32(name, tensor, path) for name, tensor in stripped.items()}
+        tensors = {name: finite_float32(name, tensor) for name, tensor in stripped.items()}
     epoch = content.get("current_epoch")
     return UNetWeights(path, tensors, architecture, init_args, epoch if isinstance(epoch, int) else None)
 

@@ -7,11 +7,13 @@ appears under its name only after it has been checked: checksum, length, and tha
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -38,6 +40,10 @@ CACHE_VARIABLE = "STUNET_CACHE"
 _Text = Annotated[str, Meta(min_length=1)]
 _Positive = Annotated[int, Meta(gt=0)]
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}"
+_URL = (
+    r"^https?://([^/?#@\s]*@)?(\[[0-9a-fA-F:.]+\]|[^/?#@:\s\[\]]+)(:\d+)?([/?#]|\Z)"  # with a host, and a port or none
+)
+_Url = Annotated[str, Meta(pattern=_URL)]
 Say = Callable[[str], None]
 """What takes lines that a person may want to read."""
 
@@ -46,26 +52,13 @@ _TIMEOUTS = (10.0, 60.0)  # seconds to connect, and without a byte
 _PASSING = (408, 425, 429)  # answers that may be another one next time, as those of 500 and above
 
 
-def is_url(url: str) -> bool:
-    """Whether an address is one that weights are downloaded from: http or https, with a host."""
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number
-        return False
-
-
 def clean_url(url: str) -> str:
     """An address without what may be secret in it: user, password, query and fragment.
 
     >>> clean_url("https://me:s3cret@host.org/a.model?key=1")
     'https://host.org/a.model'
     """
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return "an address that cannot be read"
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+    return re.sub("//[^/]*@", "//", re.split("[?#]", url)[0])
 
 
 class Place(Struct, frozen=True, forbid_unknown_fields=True):
@@ -76,11 +69,8 @@ class Place(Struct, frozen=True, forbid_unknown_fields=True):
         item: The file as the page names it.
     """
 
-    page: _Text
+    page: _Url
     item: _Text
-
-    def __post_init__(self) -> None:
-        _require_url(self.page, "page")
 
 
 class WeightsFile(Struct, frozen=True, forbid_unknown_fields=True):
@@ -97,15 +87,12 @@ class WeightsFile(Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     file: Annotated[str, Meta(pattern=_NAME + r"\.(model|pth|safetensors|pkl)\Z")]
-    url: str | None = None
+    url: _Url | None = None
     hub: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*(@[\w.\-/]+)?\Z")] | None = None
     bytes: _Positive | None = None
     approximate_bytes: _Positive | None = None
     sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] | None = None
     by_hand: tuple[Place, ...] | None = ()
-
-    def __post_init__(self) -> None:
-        _require_url(self.url, "url")
 
     @property
     def is_pickle(self) -> bool:
@@ -137,11 +124,10 @@ class WeightsEntry(Struct, frozen=True, forbid_unknown_fields=True):
     input_channels: _Positive | None = None
     labels: str | None = None
     licence: str | None = None
-    page: str | None = None
+    page: _Url | None = None
     sources: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
-        _require_url(self.page, "page")
         if self.labels is not None and self.labels not in list_vocabularies():
             raise ValueError(f"labels {self.labels} is none of {', '.join(list_vocabularies())}")
         if self.labels is not None and len(load_vocabulary(self.labels).labels) != self.outputs:
@@ -164,11 +150,6 @@ class WeightsEntry(Struct, frozen=True, forbid_unknown_fields=True):
 class _Registry(Struct, forbid_unknown_fields=True):
     version: Annotated[int, Meta(ge=1, le=1)]
     weights: list[WeightsEntry]
-
-
-def _require_url(url: str | None, field: str) -> None:
-    if url is not None and not is_url(url):
-        raise ValueError(f"{field} {url[:80]!r} is no http or https address")
 
 
 def load_registry() -> dict[str, WeightsEntry]:
@@ -375,7 +356,7 @@ def _choose_sources(
             chosen[file.file] = None, hub
     given: set[str] = set()
     for url in urls:
-        if not is_url(url):
+        if not re.match(_URL, url):
             raise DownloadError(f"{clean_url(url)} is no address that is downloaded from: give http://… or https://…")
         last = unquote(urlsplit(url).path).rpartition("/")[2]
         name = last if last in chosen else entry.weights_file.file
@@ -422,10 +403,8 @@ def _fetch_file(
             stated = _from_url(url, part, attempts, say)
         else:
             url, stated = _from_hub(str(hub), part, say)
-        checksums = {stated: "Hugging Face"} if stated else {}
-        checksums |= {file.sha256: "the registry"} if file.sha256 else {}
         say(f"Checking {file.file}")
-        sha256 = _check(part, entry, file, checksums, shown=clean_url(url), folder=folder)
+        sha256 = _check(part, entry, file, stated=stated, shown=clean_url(url), folder=folder).sha256
         record_path(path).unlink(missing_ok=True)
         move_into_place(part, path)
     except (DownloadError, CheckpointError) as error:
@@ -446,13 +425,11 @@ def _from_url(url: str, part: Path, attempts: int, say: Say) -> str | None:
 
     def look(response: requests.Response, **_: Any) -> None:
         if url.lower().startswith("https:") and not response.url.lower().startswith("https:"):
-            raise DownloadError(
-                f"{clean_url(url)} redirects to {clean_url(response.url)}: https all the way is expected"
-            )
+            raise DownloadError(f"{clean_url(url)} redirects to {clean_url(response.url)}, which is not https")
         stated.extend(re.findall('^"?([0-9a-f]{64})"?$', response.headers.get("X-Linked-ETag", "")))
 
     say(f"Downloading {clean_url(url)}")
-    for attempt in range(1, attempts + 1):
+    for attempt in itertools.count(1):
         try:
             bar, headers = sys.stderr.isatty(), {"Accept-Encoding": "identity"}
             get = pooch.HTTPDownloader(bar, 2**18, timeout=_TIMEOUTS, headers=headers, hooks={"response": look})
@@ -468,7 +445,7 @@ def _from_url(url: str, part: Path, attempts: int, say: Say) -> str | None:
             pause = min(0.5 * 2 ** (attempt - 1), 30)
             say(f"{_reason(error)}; again in {pause:g} s")
             time.sleep(pause)
-    raise AssertionError("no attempt")
+    raise AssertionError
 
 
 def _reason(error: BaseException) -> str:
@@ -491,9 +468,7 @@ def _from_hub(repository: str, part: Path, say: Say) -> tuple[str, str | None]:
     try:
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     except ImportError:
-        text = (
-            "huggingface_hub is not installed: run `pip install 'stunet[hub]'`, or give the file's address with --url"
-        )
+        text = "huggingface_hub is not installed: run `pip install 'stunet[hub]'`, or give an address with --url"
         raise DownloadError(text) from None
     repo_id, _, revision = repository.partition("@")
     try:
@@ -502,6 +477,7 @@ def _from_hub(repository: str, part: Path, say: Say) -> tuple[str, str | None]:
         url = hf_hub_url(repo_id, part.name, revision=revision or None)
         say(f"Downloading {clean_url(url)}")
         hf_hub_download(repo_id, part.name, revision=revision or None, local_dir=part.parent)
+        shutil.rmtree(part.parent / ".cache", ignore_errors=True)  # its notes
     except Exception as error:  # whatever HTTP client it uses in this version has its own errors
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
         text = f"{repository} does not give {part.name}, {type(error).__name__}: {said}"
@@ -539,12 +515,10 @@ def verify(entry: WeightsEntry, folder: Path | None = None) -> list[Verified]:
 
 
 def _verify_present(entry: WeightsEntry, file: WeightsFile, folder: Path) -> Verified:
-    path = folder / file.file
-    known = _known_checksums(path, entry, file)
-    sha256 = _check(path, entry, file, known, shown=str(path), folder=folder)
-    if read_record(path) is None:
-        write_record(path, name=entry.name, url=None, sha256=sha256)
-    return Verified(path, sha256, " and ".join(known.values()))
+    verified = _check(folder / file.file, entry, file, folder=folder)
+    if read_record(verified.path) is None:
+        write_record(verified.path, name=entry.name, url=None, sha256=verified.sha256)
+    return verified
 
 
 def verify_file(path: Path, entry: WeightsEntry) -> Verified:
@@ -555,43 +529,28 @@ def verify_file(path: Path, entry: WeightsEntry) -> Verified:
     """
     if not path.is_file():
         raise CheckpointError(f"missing file: {path} is no file; check the path")
-    file = next((f for f in entry.files if f.file == path.name), None)
-    if file is None:  # under a name of the user's own
-        file = entry.weights_file if path.suffix != ".pkl" else WeightsFile(path.name)
-    known = _known_checksums(path, entry, file)
-    return Verified(path, _check(path, entry, file, known, shown=str(path)), " and ".join(known.values()))
-
-
-def _known_checksums(path: Path, entry: WeightsEntry, file: WeightsFile) -> dict[str, str]:
-    """Checksums that a file should have, with who says so."""
-    known = {file.sha256: "the registry"} if file.sha256 else {}
-    record = read_record(path)
-    if record is not None and record.name == entry.name:
-        known.setdefault(record.sha256, f"noted {record.date}")
-    return known
+    unnamed = entry.weights_file if path.suffix != ".pkl" else WeightsFile(path.name)  # under a name of the user's own
+    return _check(path, entry, next((f for f in entry.files if f.file == path.name), unnamed))
 
 
 def _check(
     path: Path,
     entry: WeightsEntry,
     file: WeightsFile,
-    checksums: Mapping[str, str],
     *,
-    shown: str,
+    stated: str | None = None,
+    shown: str = "",
     folder: Path | None = None,
-) -> str:
+) -> Verified:
     """Check one file: its length and checksum where they are known, and always that it is what it is called.
 
     Args:
         path: The file.
         entry: The weights that it should belong to.
         file: Which of their files it should be.
-        checksums: SHA-256 that it should have, each with who says so.
+        stated: SHA-256 that Hugging Face has stated.
         shown: What messages call the file.
         folder: Where pickles lie that are read along with weights.
-
-    Returns:
-        Its SHA-256.
 
     Raises:
         CheckpointError: It is another file.
@@ -601,22 +560,27 @@ def _check(
 
     def other(got: str, expected: str) -> CheckpointError:
         remedy = f"`stunet weights fetch {entry.name} --force` gets it again, from another address with --url or --hf"
-        return CheckpointError(f"{shown} is not the published {file.file}: {got} instead of {expected}; {remedy}")
+        text = f"{shown or path} is not the published {file.file}: {got} instead of {expected}"
+        return CheckpointError(f"{text}; {remedy}")
 
     with path.open("rb") as opened:
         start = opened.read(512).lstrip().lower()
-    length, sha256 = path.stat().st_size, file_sha256(path)
+    length, sha256, record = path.stat().st_size, file_sha256(path), read_record(path)
+    known = {stated: "Hugging Face"} | {file.sha256: "the registry"}
+    if record is not None and record.name == entry.name:
+        known.setdefault(record.sha256, f"noted {record.date}")
+    known.pop(None, None)
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         raise other(f"a web page of {length} bytes", "the file that its link proper leads to")
     if file.bytes is not None and length != file.bytes:
         raise other(f"{length} bytes", f"{file.bytes} bytes")
-    for checksum, whose in checksums.items():
+    for checksum, whose in known.items():
         if sha256 != checksum:
             raise other(f"SHA-256 {sha256} ({length} bytes)", f"SHA-256 {checksum} ({whose})")
     try:
         if file.is_pickle:
             read_pickle(path)
-            return sha256
+            return Verified(path, sha256, " and ".join(known.values()))
         pickles = [folder / pickle.file for pickle in entry.pickles] if folder else []
         found = open_weights([path, *(pickle for pickle in pickles if pickle.is_file())]).architecture
     except CheckpointError as error:
@@ -626,7 +590,7 @@ def _check(
     if got != network:
         words = "STU-Net {} with {} input channels and {} outputs"
         raise other(words.format(*got), words.format(*network))
-    return sha256
+    return Verified(path, sha256, " and ".join(known.values()))
 
 
 def describe_file(path: Path) -> str:

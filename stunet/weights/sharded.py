@@ -31,15 +31,10 @@ from msgspec import Meta, Struct
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)  # fmt: skip
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
@@ -252,7 +247,7 @@ def _write_index(path: Path, metadata: Metadata) -> None:
     """
     index = _Index({})
     for name, entry in metadata.state_dict_metadata.items():
-        assert isinstance(entry, TensorStorageMetadata), name
+        assert isinstance(entry, dcp.TensorStorageMetadata), name
         index.tensors[name] = tensor = _Tensor(str(entry.properties.dtype).removeprefix("torch."), list(entry.size), [])
         for chunk in entry.chunks:
             place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
@@ -285,14 +280,14 @@ def _read_index(path: Path) -> Metadata:
                     raise ValueError(f"a shard of {name} that lies outside of it")
                 if math.prod(piece.sizes) * dtype.itemsize > piece.bytes:
                     raise ValueError(f"{name} is larger than its file")
-                chunks.append(ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes)))
+                chunks.append(dcp.ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes)))
                 places[MetadataIndex(name, chunks[-1].offsets)] = _StorageInfo(piece.file, piece.start, piece.bytes)
             filled = [chunk for chunk in chunks if math.prod(chunk.sizes)]
             if len({chunk.offsets for chunk in filled}) < len(filled):
                 raise ValueError(f"two shards of {name} at one place")
             if sum(math.prod(chunk.sizes) for chunk in filled) != math.prod(size):
                 raise ValueError(f"shards of {name} that do not make it up")
-            entries[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
+            entries[name] = dcp.TensorStorageMetadata(dcp.TensorProperties(dtype=dtype), size, chunks)
     return Metadata(entries, storage_data=places)
 
 
