@@ -24,7 +24,7 @@ from stunet.errors import ArchitectureError, CheckpointError, reading
 from stunet.files import atomic_path, refuse_existing
 from stunet.network import N_STAGES, STUNet, STUNetSize, size_of
 from stunet.network.blocks import CONV_OPS
-from stunet.weights.networks import STUNET, UNETS, check_network, described_network, unusable_plans
+from stunet.weights.networks import STUNET, UNETS, UNUSABLE, check_network, described_network
 from stunet.weights.read import describe_content, describe_mismatch, load_archive, read_pickle, require_file
 
 Kind = Literal["nnU-Net v1", "old nnU-Net v2 port", "nnU-Net v2", "safetensors", "plain tensors"]
@@ -34,17 +34,11 @@ _PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)+")
 
 
 def sort_paths(given: Sequence[Path]) -> tuple[Path, list[Path]]:
-    """The file with the weights, that of a model folder where one was given, and the pickles.
-
-    Raises:
-        CheckpointError: No file with weights, or more than one.
-    """
+    """Return the file with the weights, that of a model folder where one was given, and the pickles."""
     others = [path for path in given if path.suffix != ".pkl"]
     if len(others) != 1:
         problem, names = "more than one" if others else "no", ", ".join(map(str, given)) or "nothing"
-        raise CheckpointError(
-            f"{problem} file with weights in {names}: give one file or model folder, and its .pkl files"
-        )
+        raise CheckpointError(f"{problem} file with weights in {names}: give one file or model folder, and its pickles")
     path = others[0]
     if path.is_dir():
         found = sorted(path.glob("fold_*/checkpoint_final.pth")) or sorted(path.glob("checkpoint_final.pth"))
@@ -57,7 +51,7 @@ def sort_paths(given: Sequence[Path]) -> tuple[Path, list[Path]]:
 
 
 def locate_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """The file with the weights, that of a model folder where one was given.
+    """Return the file with the weights, that of a model folder where one was given.
 
     Raises:
         CheckpointError: Nothing there, or a folder without a checkpoint or with several.
@@ -65,12 +59,11 @@ def locate_checkpoint(path: str | os.PathLike[str]) -> Path:
     return require_file(sort_paths([Path(path)])[0])
 
 
-def read_state(path: Path) -> tuple[Mapping[str, Any], Mapping[Any, Any], Kind]:
-    """All that a file holds, the weights in it as they are, and what wrote it.
+_File = tuple[Mapping[str, Any], Mapping[Any, Any], Kind]
 
-    Raises:
-        CheckpointError: The file is missing, truncated or unsafe, or holds no weights.
-    """
+
+def read_state(path: Path) -> _File:
+    """Return all that a file holds, the weights in it as they are, and what wrote it."""
     if path.suffix == ".safetensors":
         return {}, _read_safetensors(require_file(path)), "safetensors"
     content = load_archive(path)
@@ -97,16 +90,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def strip_prefixes(state: Mapping[Any, Any], path: Path, names: int = 1) -> dict[str, Tensor]:
-    """Tensors by their names without the prefixes of ``DataParallel`` and ``torch.compile``.
-
-    Args:
-        state: The weights.
-        path: Their file.
-        names: How many names a weight may have.
-
-    Raises:
-        ValueError: Something else than a tensor, a tensor that is not what it claims to be, or a name twice.
-    """
+    """Return tensors without the prefixes of ``DataParallel`` and ``torch.compile``; each has at most so many names."""
     stripped: dict[str, Tensor] = {}
     for key, tensor in state.items():
         if not isinstance(key, str):
@@ -123,11 +107,7 @@ def strip_prefixes(state: Mapping[Any, Any], path: Path, names: int = 1) -> dict
 
 
 def finite_float32(name: str, tensor: Tensor) -> Tensor:
-    """A tensor as fp32, without what it may be a view of.
-
-    Raises:
-        ValueError: Values that are not finite.
-    """
+    """Return a tensor as fp32, without what it may be a view of."""
     converted = tensor.float()
     # Smallest and largest value say it all, as NaN is both; unlike isfinite this needs no memory.
     if not all(math.isfinite(value.item()) for value in torch.aminmax(converted)):
@@ -157,10 +137,7 @@ _OURS = re.compile(
 
 
 def from_published_key(key: str) -> str:
-    """The name in :class:`stunet.network.STUNet` of a parameter of the published network code.
-
-    Raises:
-        CheckpointError: The published code has no such parameter.
+    """Return our name of a parameter of the published network code.
 
     >>> from_published_key("conv_blocks_context.0.0.conv3.weight")
     'encoder.stages.0.0.projection.weight'
@@ -172,10 +149,7 @@ def from_published_key(key: str) -> str:
 
 
 def to_published_key(key: str) -> str:
-    """The inverse of :func:`from_published_key`.
-
-    Raises:
-        CheckpointError: :class:`stunet.network.STUNet` has no such parameter.
+    """Return the published name of a parameter of :class:`stunet.network.STUNet`.
 
     >>> to_published_key("decoder.seg_layers.0.bias")
     'seg_outputs.0.bias'
@@ -206,7 +180,7 @@ class Architecture:
     n_axes: int
 
     def build_on_meta(self) -> STUNet:
-        """The network without memory for its weights; all strides are 1, which no shape depends on."""
+        """Build the network without memory for its weights; all strides are 1, which no shape depends on."""
         with torch.device("meta"):
             return STUNet(
                 self.input_channels,
@@ -219,9 +193,7 @@ class Architecture:
 
 
 def infer_architecture(weights: Mapping[str, Tensor], *, source: str) -> Architecture:
-    """Size, channels and classes of the STU-Net that weights belong to.
-
-    Every parameter is accounted for: a network of the inferred size takes them with ``strict=True``.
+    """Infer the STU-Net that weights belong to; a network of that size takes all of them with ``strict=True``.
 
     Args:
         weights: Tensors by our names, see :func:`from_published_key`.
@@ -304,17 +276,11 @@ def open_weights(paths: Sequence[str | os.PathLike[str]], *, trust: Sequence[str
         CheckpointError: A file is missing, truncated or unsafe, the weights are not finite, or not a STU-Net's.
     """
     path, pickles = sort_paths([Path(path) for path in paths])
-    return _stunet_weights(path, *read_state(path), pickles, trust)
+    return _stunet_weights(path, read_state(path), pickles, trust)
 
 
-def _stunet_weights(
-    path: Path,
-    content: Mapping[str, Any],
-    state: Mapping[Any, Any],
-    kind: Kind,
-    pickles: list[Path],
-    trust: Sequence[str] | None,
-) -> SourceWeights:
+def _stunet_weights(path: Path, file: _File, pickles: list[Path], trust: Sequence[str] | None) -> SourceWeights:
+    content, state, kind = file
     init_args = _init_args(content)
     if trust is not None and (described := described_network(init_args, path)) is not None:
         check_network(described, source=str(path), trust=trust)
@@ -380,11 +346,7 @@ def _plain(value: Any) -> Any:
 
 
 def write_published(weights: SourceWeights, path: str | os.PathLike[str]) -> None:
-    """Write a ``.model`` file as the published nnU-Net v1 code reads it; the write is atomic.
-
-    Args:
-        weights: The weights; each tensor is written as it is.
-        path: The new file.
+    """Write a ``.model`` file, atomically, as the published nnU-Net v1 code reads it.
 
     Raises:
         CheckpointError: The file cannot be written, or the network is 2D, which the published code has not.
@@ -393,9 +355,7 @@ def write_published(weights: SourceWeights, path: str | os.PathLike[str]) -> Non
     path = Path(path)
     refuse_existing(path)
     if weights.architecture.n_axes != 3:
-        raise CheckpointError(
-            f"{weights.path} is a 2D network, which the published code does not have: keep it as it is"
-        )
+        raise CheckpointError(f"{weights.path} is a 2D network, which the published code does not have")
     content: dict[str, Any] = {
         "epoch": weights.epoch or 0,
         "state_dict": OrderedDict((to_published_key(key), tensor) for key, tensor in weights.tensors.items()),
@@ -410,9 +370,7 @@ def write_published(weights: SourceWeights, path: str | os.PathLike[str]) -> Non
     except (OSError, RuntimeError) as error:
         gigabytes = sum(tensor.nbytes for tensor in weights.tensors.values()) / 2**30
         reason = str(error).strip().splitlines()[0][:200]
-        raise CheckpointError(
-            f"{path} cannot be written ({reason}): {gigabytes:.1f} GB of free space are needed"
-        ) from error
+        raise CheckpointError(f"{path} cannot be written ({reason}): it takes {gigabytes:.1f} GB") from error
 
 
 # nnU-Net's own networks
@@ -442,15 +400,7 @@ class UNetArchitecture:
     n_axes: int
 
     def build(self, input_channels: int, num_classes: int) -> nn.Module:
-        """Build it without deep supervision and as PyTorch initialises it.
-
-        Args:
-            input_channels: Channels of the image.
-            num_classes: Outputs of each head.
-
-        Raises:
-            TypeError, ValueError, AssertionError, and others: Arguments that this network does not take.
-        """
+        """Build it without deep supervision and as PyTorch initialises it; raises what its class does."""
         from dynamic_network_architectures.architectures import unet
 
         # The name is one of two, or of a class that the user trusts.
@@ -495,7 +445,7 @@ def open_any_weights(path: str | os.PathLike[str], trust: Sequence[str] = ()) ->
     path, _ = sort_paths([Path(path)])
     content, state, kind = read_state(path)
     if not any(isinstance(key, str) and key.endswith(_MARK) for key in state):
-        return _stunet_weights(path, content, state, kind, [], trust)
+        return _stunet_weights(path, (content, state, kind), [], trust)
     with reading(path, "a checkpoint that cannot be used"):
         stripped, init_args = strip_prefixes(state, path, names=4), _init_args(content)
         architecture = _unet_architecture(stripped, init_args, path, trust)
@@ -511,20 +461,20 @@ def _unet_architecture(
     stem = next((state[key] for key in _STEMS if key in state), None)
     heads = {int(match[1]): state[key] for key in state if (match := _HEAD.fullmatch(key))}
     if stem is None or stem.ndim not in (4, 5) or not heads or heads[max(heads)].ndim != stem.ndim:
-        raise _other_network(path, "they are without the stem or the heads of nnU-Net's networks")
+        raise ValueError("weights without the stem or the heads of nnU-Net's networks")
     described = described_network(init_args, path)
     if described is None:
-        raise unusable_plans(path, "no configuration with an architecture")
+        raise ValueError(f"{UNUSABLE}: no configuration with an architecture")
     name, arguments = check_network(described, source=str(path), trust=trust)
     if name == STUNET:
-        raise _other_network(path, "they do not belong to the STU-Net in its plans")
+        raise ValueError("weights of another network than the STU-Net in the plans")
     channels, outputs = stem.shape[1], heads[max(heads)].shape[0]
     architecture = UNetArchitecture(UNETS.get(name, name), arguments, channels, outputs, stem.ndim - 2)
     try:
         with torch.device("meta"):
             expected = architecture.build(channels, outputs).state_dict()
     except Exception as error:  # whatever constructors raise at arguments that only a foreign file can have
-        raise unusable_plans(path, f"{type(error).__name__}: {str(error)[:200]}") from error
+        raise ValueError(f"{UNUSABLE}: {type(error).__name__}: {str(error)[:200]}") from error
     if mismatch := describe_mismatch(state, expected):
-        raise unusable_plans(path, f"of a {name} that they describe, {mismatch}")
+        raise ValueError(f"{UNUSABLE}: of a {name} that they describe, {mismatch}")
     return architecture

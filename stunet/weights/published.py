@@ -53,7 +53,7 @@ _PASSING = (408, 425, 429)  # answers that may be another one next time, as thos
 
 
 def clean_url(url: str) -> str:
-    """An address without what may be secret in it: user, password, query and fragment.
+    """Return an address without what may be secret in it: user, password, query and fragment.
 
     >>> clean_url("https://me:s3cret@host.org/a.model?key=1")
     'https://host.org/a.model'
@@ -62,12 +62,7 @@ def clean_url(url: str) -> str:
 
 
 class Place(Struct, frozen=True, forbid_unknown_fields=True):
-    """Where a person can get a file.
-
-    Attributes:
-        page: Web page.
-        item: The file as the page names it.
-    """
+    """Where a person can get a file: a web page, and the file as that page names it."""
 
     page: _Url
     item: _Text
@@ -153,7 +148,7 @@ class _Registry(Struct, forbid_unknown_fields=True):
 
 
 def load_registry() -> dict[str, WeightsEntry]:
-    """All known weights by name: those of the user's registry (``STUNET_REGISTRY``) first, then ours.
+    """Return all known weights by name: those of the user's registry (``STUNET_REGISTRY``) first, then ours.
 
     Raises:
         UsageError: The user's registry is missing, not JSON or malformed.
@@ -174,7 +169,7 @@ def load_registry() -> dict[str, WeightsEntry]:
 
 
 def list_models() -> list[str]:
-    """Names of all published weights that can be fetched, those of the user's own registry first.
+    """Return the names of all published weights that can be fetched, those of the user's own registry first.
 
     >>> list_models()[:2]
     ['small_ep4k', 'base_ep4k']
@@ -183,7 +178,7 @@ def list_models() -> list[str]:
 
 
 def find_entry(name: str) -> WeightsEntry:
-    """The weights of this name.
+    """Return the weights of this name.
 
     Raises:
         UsageError: There are none, or the user's registry is malformed.
@@ -196,14 +191,9 @@ def find_entry(name: str) -> WeightsEntry:
 
 
 class Record(Struct, frozen=True):
-    """What is known of a file since it was fetched, or first verified.
+    """What is known of a file since it was fetched, or first verified: its length and SHA-256 then.
 
-    Attributes:
-        name: The weights that it belongs to.
-        url: Where it is from, without user, password and query; None where it was put there by hand.
-        date: When it was fetched or first verified, in UTC.
-        bytes: Its length then.
-        sha256: Its checksum then.
+    Without user, password and query in the address, which is None where the file was put there by hand; dates in UTC.
     """
 
     name: str
@@ -214,27 +204,22 @@ class Record(Struct, frozen=True):
 
 
 def entry_folder(name: str) -> Path:
-    """The folder for the files of these weights: ``STUNET_CACHE``, else the platform's cache, then ``weights/NAME``."""
+    """Return the folder of these weights: ``STUNET_CACHE``, else the platform's cache, then ``weights/NAME``."""
     named = os.environ.get(CACHE_VARIABLE)
     root = Path(named).expanduser() if named else user_cache_path("stunet", appauthor=False)
     return root / "weights" / name
 
 
 def missing_files(entry: WeightsEntry, folder: Path) -> list[str]:
-    """Names of the entry's files that are not in a folder."""
+    """Return the names of the entry's files that are not in a folder."""
     return [file.file for file in entry.files if not (folder / file.file).is_file()]
 
 
 def cached_weights(name: str) -> Path:
-    """The file with weights that ``stunet weights fetch`` has put into the cache; their pickles lie beside it.
-
-    Compares lengths only: ``stunet weights verify`` reads the files.
-
-    Args:
-        name: Name in the registry.
+    """Return the file with weights that ``stunet weights fetch`` has put into the cache; their pickles lie beside it.
 
     Raises:
-        CheckpointError: They are not in the cache, or a file has changed since.
+        CheckpointError: They are not in the cache, or a file has another length than when it was fetched.
         UsageError: No weights have this name.
     """
     entry, folder = find_entry(name), entry_folder(name)
@@ -252,12 +237,12 @@ def cached_weights(name: str) -> Path:
 
 
 def record_path(path: Path) -> Path:
-    """Where the record of a file lies."""
+    """Return where the record of a file lies."""
     return path.with_name(f"{path.name}.record.json")
 
 
 def read_record(path: Path) -> Record | None:
-    """The record beside a file; None where there is none, or none that can be read."""
+    """Return the record beside a file; None where there is none, or none that can be read."""
     try:
         return msgspec.json.decode(record_path(path).read_bytes(), type=Record)
     except (OSError, msgspec.MsgspecError):
@@ -275,13 +260,7 @@ def write_record(path: Path, *, name: str, url: str | None, sha256: str) -> None
 
 @dataclass(frozen=True)
 class Verified:
-    """A file that is fine.
-
-    Attributes:
-        path: The file.
-        sha256: Its checksum.
-        compared_with: Human-readable, what the checksum was equal to; empty where none was known.
-    """
+    """A file that is fine: its checksum, and human-readable what that was equal to; empty where none was known."""
 
     path: Path
     sha256: str
@@ -321,7 +300,10 @@ def fetch(
         UsageError: Two addresses for one file.
     """
     folder = entry_folder(entry.name) if folder is None else folder
-    sources = _choose_sources(entry, urls, hub)
+    for url in urls:
+        if not re.match(_URL, url):
+            raise DownloadError(f"{clean_url(url)} is no address that is downloaded from: give http://… or https://…")
+    sources = {file.file: _source(entry, file, urls, hub) for file in entry.files}
     by_hand = []
     with alone_with(folder / ".partial" / "lock", say):
         for file in (*entry.pickles, entry.weights_file):  # the small ones first: what fails shall fail early
@@ -342,41 +324,30 @@ def fetch(
     return folder / entry.weights_file.file
 
 
-def _choose_sources(
-    entry: WeightsEntry, urls: Sequence[str], hub: str | None
-) -> dict[str, tuple[str | None, str | None]]:
-    """Address, or else Hugging Face repository, of each file."""
-    chosen: dict[str, tuple[str | None, str | None]] = {}
-    has_library = importlib.util.find_spec("huggingface_hub") is not None
-    for file in entry.files:
-        url = None if file.hub and has_library else file.url  # which resumes what was cut
-        chosen[file.file] = url, None if url else file.hub
-        # A repository of weights often lacks the pickles, so those come from it only where nothing else is known.
-        if hub and not (file.is_pickle and (file.url or file.hub)):
-            chosen[file.file] = None, hub
-    given: set[str] = set()
-    for url in urls:
-        if not re.match(_URL, url):
-            raise DownloadError(f"{clean_url(url)} is no address that is downloaded from: give http://… or https://…")
-        last = unquote(urlsplit(url).path).rpartition("/")[2]
-        name = last if last in chosen else entry.weights_file.file
-        if name in given:
-            raise UsageError(f"two addresses for {name}, {clean_url(url)} and another: give one for each file")
-        given.add(name)
-        chosen[name] = url, None
-    return chosen
+def _source(
+    entry: WeightsEntry, file: WeightsFile, urls: Sequence[str], hub: str | None
+) -> tuple[str | None, str | None]:
+    """Return the address, or else the Hugging Face repository, that a file is fetched from."""
+    others = {other.file for other in entry.files} - {file.file}
+    ends = {url: unquote(urlsplit(url).path).rpartition("/")[2] for url in urls}
+    mine = [url for url, end in ends.items() if end == file.file or (end not in others and not file.is_pickle)]
+    if len(mine) > 1:
+        raise UsageError(f"two addresses for {file.file}, {clean_url(mine[0])} and {clean_url(mine[1])}: give one")
+    if mine:
+        return mine[0], None
+    # A repository of weights often lacks the pickles, so those come from it only where nothing else is known.
+    if hub and not (file.is_pickle and (file.url or file.hub)):
+        return None, hub
+    resumes = file.hub is not None and importlib.util.find_spec("huggingface_hub") is not None
+    return (None, file.hub) if resumes or not file.url else (file.url, None)
 
 
 @contextmanager
 def alone_with(lock_path: Path, say: Say) -> Iterator[None]:
     """Hold a lock that the system takes back when this process ends, however it ends, and explain a full disk.
 
-    Args:
-        lock_path: The lock, in a folder of its own.
-        say: Told where another process has it.
-
     Raises:
-        DownloadError: The folder, or what the block writes, cannot be written.
+        DownloadError: The folder above the lock's, or what the block writes there, cannot be written.
     """
     lock, folder = FileLock(lock_path), lock_path.parents[1]
     try:
@@ -487,22 +458,16 @@ def _from_hub(repository: str, part: Path, say: Say) -> tuple[str, str | None]:
 
 def _by_hand(entry: WeightsEntry, missing: Sequence[WeightsFile], folder: Path) -> str:
     """Which page to open, what to get there, where to put it, and what to run then."""
-    items: dict[str, list[str]] = {}
+    lines = []
     for file in missing:
-        places = file.by_hand or ()
-        pages = " or ".join(dict.fromkeys(place.page for place in places)) or entry.page or "the publisher's page"
-        names = " or ".join(dict.fromkeys(place.item for place in places)) or file.file
-        items.setdefault(pages, []).append(f"    get {names}\n      and put it at {folder / file.file}")
-    lines = [line for pages, files in items.items() for line in (f"  - open {pages}", *files)]
+        places = file.by_hand or (Place(entry.page or "the publisher's page", file.file),)
+        pages = " or ".join(f"{place.item} from {place.page}" for place in places)
+        lines.append(f"  - get {pages}\n    and put it at {folder / file.file}")
     return "\n".join([*lines, f"  then run: stunet weights verify {entry.name}"])
 
 
 def verify(entry: WeightsEntry, folder: Path | None = None) -> list[Verified]:
-    """Check the files of published weights, and note the checksum of those that have none yet.
-
-    Args:
-        entry: What they should be.
-        folder: Where they lie, the cache by default.
+    """Check the files of published weights, by default in the cache, and note checksums of those that have none yet.
 
     Raises:
         CheckpointError: A file is missing, has changed since it was fetched, or is not what the registry says.
@@ -542,18 +507,9 @@ def _check(
     shown: str = "",
     folder: Path | None = None,
 ) -> Verified:
-    """Check one file: its length and checksum where they are known, and always that it is what it is called.
+    """Check length and checksum where they are known, and always that a file is what it is called.
 
-    Args:
-        path: The file.
-        entry: The weights that it should belong to.
-        file: Which of their files it should be.
-        stated: SHA-256 that Hugging Face has stated.
-        shown: What messages call the file.
-        folder: Where pickles lie that are read along with weights.
-
-    Raises:
-        CheckpointError: It is another file.
+    Pickles in the folder are read along with weights; ``shown`` is what messages call the file.
     """
     from stunet.weights.convert import open_weights  # PyTorch, which listing weights does not need
     from stunet.weights.read import read_pickle
@@ -570,6 +526,7 @@ def _check(
     if record is not None and record.name == entry.name:
         known.setdefault(record.sha256, f"noted {record.date}")
     known.pop(None, None)
+    fine = Verified(path, sha256, " and ".join(known.values()))
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         raise other(f"a web page of {length} bytes", "the file that its link proper leads to")
     if file.bytes is not None and length != file.bytes:
@@ -580,7 +537,7 @@ def _check(
     try:
         if file.is_pickle:
             read_pickle(path)
-            return Verified(path, sha256, " and ".join(known.values()))
+            return fine
         pickles = [folder / pickle.file for pickle in entry.pickles] if folder else []
         found = open_weights([path, *(pickle for pickle in pickles if pickle.is_file())]).architecture
     except CheckpointError as error:
@@ -590,11 +547,11 @@ def _check(
     if got != network:
         words = "STU-Net {} with {} input channels and {} outputs"
         raise other(words.format(*got), words.format(*network))
-    return Verified(path, sha256, " and ".join(known.values()))
+    return fine
 
 
 def describe_file(path: Path) -> str:
-    """Human-readable, what weights a file holds, where nothing is known that it should be.
+    """Describe what weights a file holds, where nothing is known that it should be.
 
     Raises:
         CheckpointError: It cannot be read safely, or holds no STU-Net.

@@ -236,13 +236,7 @@ def _check_extent(value: Any, max_bytes: int) -> Any:
 
 
 def read_pickle(path: str | os.PathLike[str]) -> Any:
-    """Read a pickle of containers, strings, numbers and numpy arrays of numbers.
-
-    Args:
-        path: For example ``plans.pkl`` or ``model_final.model.pkl`` of nnU-Net v1.
-
-    Returns:
-        Its content; numpy's numbers as Python's own.
+    """Read a pickle of containers, strings, numbers and numpy arrays of numbers, as nnU-Net v1 keeps its plans in.
 
     Raises:
         CheckpointError: The file is missing, too large, truncated, or asks for anything else, which is named.
@@ -302,16 +296,9 @@ _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def load_archive(path: str | os.PathLike[str]) -> Any:
-    """Read what ``torch.save`` wrote, admitting tensors and plain values alone.
+    """Read what ``torch.save`` wrote: tensors, mapped from the file, and plain values, numpy's numbers as Python's own.
 
-    Tensors are mapped from the file, not loaded. The checksum of each member is compared, and where a model folder's
-    card notes the SHA-256 of its checkpoint, that one.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its content, with tensors on the CPU and numpy's numbers as Python's own.
+    The checksum of each member is compared, and where a model folder's card notes a checkpoint's SHA-256, that one.
 
     Raises:
         CheckpointError: The file is missing, truncated, damaged, of another format, or asks for code to be run.
@@ -330,13 +317,7 @@ def load_archive(path: str | os.PathLike[str]) -> Any:
 
 
 def load_tensors(file: IO[bytes], buffer: Any, path: Path) -> Any:
-    """Read an open file of ``torch.save``, see :func:`load_archive`.
-
-    Args:
-        file: The file.
-        buffer: Its bytes, which tensors will be views of.
-        path: For messages.
-    """
+    """Read an open file of ``torch.save``, see :func:`load_archive`; tensors will be views of the buffer."""
     legacy = buffer[: len(_LEGACY_START)] == _LEGACY_START
     try:
         with reading(path, _DAMAGED):
@@ -434,15 +415,7 @@ def _storages(buffer: Any, find: Callable[[str], tuple[int, int]]) -> Callable[[
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint that nnU-Net v2 wrote, admitting tensors and plain values alone.
-
-    Tensors are mapped from the file, not loaded; the file is read once, for its checksums.
-
-    Args:
-        path: A ``checkpoint_*.pth``.
-
-    Returns:
-        nnU-Net's checkpoint dictionary, with tensors on the CPU.
+    """Read a checkpoint that nnU-Net v2 wrote, admitting tensors, mapped from the file, and plain values alone.
 
     Raises:
         CheckpointError: The file is missing, truncated, no checkpoint, or asks for code to be run.
@@ -458,18 +431,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def describe_content(content: Any) -> str:
-    """Human-readable, what a file holds, for errors."""
+    """Return what a file holds, for errors."""
     if isinstance(content, dict):
         return f"a dictionary with {', '.join(str(key)[:60] for key in list(content)[:5]) or 'nothing in it'}"
     return f"a {type(content).__name__}"
 
 
 def require_file(path: Path, what: str = "checkpoint") -> Path:
-    """Return the path.
-
-    Raises:
-        CheckpointError: No file is there.
-    """
+    """Return the path of a file that must be there."""
     if not path.is_file():
         raise CheckpointError(f"missing {what}: {path} is no file; check the path")
     return path
@@ -478,12 +447,7 @@ def require_file(path: Path, what: str = "checkpoint") -> Path:
 def check_weights(
     weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str | os.PathLike[str]
 ) -> None:
-    """Check that weights fit a network, name by name and shape by shape.
-
-    Args:
-        weights: What the checkpoint holds.
-        expected: The network's ``state_dict()``.
-        source: The checkpoint's path, for messages.
+    """Check that weights fit a network's ``state_dict()``, name by name and shape by shape.
 
     Raises:
         CheckpointError: Names the first parameters that are missing, surplus or of another shape.
@@ -493,12 +457,7 @@ def check_weights(
 
 
 def describe_mismatch(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """The first parameters that are missing, surplus or of another shape, human-readable; empty where all fit.
-
-    Args:
-        weights: What the checkpoint holds.
-        expected: The network's ``state_dict()``.
-    """
+    """Name the first parameters that are missing, surplus or of another shape; nothing where all fit."""
     problems = [f"{key} is missing" for key in expected if key not in weights]
     problems += [f"{key} is not in the network" for key in weights if key not in expected]
     problems += [

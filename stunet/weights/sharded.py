@@ -78,7 +78,7 @@ class _Index(Struct):
 
 
 def find_version(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a folder like ``checkpoint_latest.dcp``; None where there is none."""
+    """Return the newest complete checkpoint in a folder like ``checkpoint_latest.dcp``; None where there is none."""
     return max(_versions(folder), default=None, key=lambda path: int(path.name))
 
 
@@ -109,7 +109,7 @@ class ShardedSave:
         self._future = future
 
     def wait(self) -> None:
-        """Wait until the checkpoint is whole on the disk.
+        """Wait until the checkpoint is complete on the disk.
 
         Raises:
             CheckpointError: It could not be written; raised in all processes, and the one before is still there.
@@ -163,13 +163,7 @@ class _Writer(FileSystemWriter):
 
 
 def read_sharded(version: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What is no tensor, and names, shapes and types of the tensors.
-
-    Args:
-        version: What :func:`find_version` has found.
-
-    Returns:
-        The content that was given to :class:`ShardedSave`, and tensors without data (``meta``).
+    """Return the content that was given to :class:`ShardedSave`, and its tensors without data (``meta``).
 
     Raises:
         CheckpointError: Damaged, or asks for code to be run.
@@ -187,13 +181,7 @@ def read_sharded(version: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def load_sharded(version: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill tensors with what a checkpoint holds by their names.
-
-    Each process reads what it has shards of, and does not need the others.
-
-    Args:
-        version: What :func:`find_version` has found.
-        tensors: Full ones, or shards (``DTensor``), sharded in any way.
+    """Fill tensors, full ones or shards (``DTensor``), by name; each process reads what it needs without the others.
 
     Raises:
         CheckpointError: Damaged, or without some of them.
@@ -239,12 +227,7 @@ class _Reader(FileSystemReader):
 
 
 def _write_index(path: Path, metadata: Metadata) -> None:
-    """Write the index of a checkpoint of tensors; its content is on disk (fsync) afterwards.
-
-    Args:
-        path: The file.
-        metadata: What ``FileSystemWriter.finish`` has made of the results of all processes.
-    """
+    """Write the index of a checkpoint of tensors; its content is on disk (fsync) afterwards."""
     index = _Index({})
     for name, entry in metadata.state_dict_metadata.items():
         assert isinstance(entry, dcp.TensorStorageMetadata), name
@@ -258,14 +241,7 @@ def _write_index(path: Path, metadata: Metadata) -> None:
 
 
 def _read_index(path: Path) -> Metadata:
-    """Read the index and compare it with the files beside it.
-
-    Returns:
-        What PyTorch's planner and reader want to know.
-
-    Raises:
-        CheckpointError: Missing, damaged, or files that are shorter than it says.
-    """
+    """Read the index, compare it with the files beside it, and return what PyTorch's planner wants to know."""
     entries: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     lengths = {file.name: file.stat().st_size for file in path.parent.glob("*.distcp")}
@@ -301,10 +277,6 @@ def remove_sharded(folder: Path) -> None:
 
 
 def remove_sharded_leftovers(folder: Path) -> None:
-    """Remove what :func:`remove_sharded` has left when its process was killed.
-
-    Args:
-        folder: Where folders like ``checkpoint_latest.dcp`` lie.
-    """
+    """Remove what :func:`remove_sharded` has left in a fold's folder when its process was killed."""
     for removed in folder.glob(f".*{SHARDED_SUFFIX}{_REMOVED}"):
         shutil.rmtree(removed, ignore_errors=True)

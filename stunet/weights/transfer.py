@@ -51,7 +51,7 @@ class TransferReport:
     head_remark: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return what is written as JSON."""
         return {
             "source": self.source,
             "stem": {"policy": self.stem, "source": self.input_channels[0], "target": self.input_channels[1]},
@@ -67,7 +67,7 @@ class TransferReport:
         }
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """For a table: what, how many, and which or how."""
+        """Return rows of a table: what, how many, and which or how."""
         renamed = [f"{t} from {s}" if s != t else t for t, s in self.structures.items() if s is not None]
         new = [name for name, source in self.structures.items() if source is None]
         channels = "{} to {} channels".format(*self.input_channels)
@@ -88,14 +88,7 @@ def _some(names: tuple[str, ...] | list[str]) -> str:
 
 
 def source_outputs(weights: SourceWeights | UNetWeights) -> Outputs | None:
-    """What the outputs of weights stand for: their own ``dataset.json``, or the published order of so many outputs.
-
-    Args:
-        weights: The weights.
-
-    Returns:
-        None where neither says it.
-    """
+    """Return what the outputs of weights stand for: their ``dataset.json``, or the published order; None if unknown."""
     num_classes = weights.architecture.num_classes
     labels = (weights.init_args.get("dataset_json") or {}).get("labels")
     if isinstance(labels, dict) and labels:
