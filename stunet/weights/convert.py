@@ -476,5 +476,5 @@ def _unet_architecture(
     except Exception as error:  # whatever constructors raise at arguments that only a foreign file can have
         raise ValueError(f"{UNUSABLE}: {type(error).__name__}: {str(error)[:200]}") from error
     if mismatch := describe_mismatch(state, expected):
-        raise ValueError(f"{UNUSABLE}: of a {name} that they describe, {mismatch}")
+        raise CheckpointError(f"{path}: {UNUSABLE}: of a {name} that they describe, {mismatch}")
     return architecture
