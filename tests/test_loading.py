@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from stunet.errors import CheckpointError
-from stunet.weights.loading import check_weights, read_checkpoint
+from stunet.weights.read import check_weights, read_checkpoint
 
 
 def checkpoint(**more: Any) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def test_weights_that_do_not_fit_are_named() -> None:
 @pytest.mark.parametrize("legacy", [False, True])
 def test_anything_but_values_is_refused(tmp_path: Path, content: Any, legacy: bool) -> None:
     torch.save(checkpoint(extra=content), tmp_path / "c.pth", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(CheckpointError, match=r"cannot be read safely[\s\S]*c\.pth"):
+    with pytest.raises(CheckpointError, match=r"c\.pth cannot be read safely"):
         read_checkpoint(tmp_path / "c.pth")
 
 

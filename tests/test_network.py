@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stunet.errors import ArchitectureError
 from stunet.network import SIZES, STUNet, STUNetSize, build_stunet
-from stunet.weights.key_map import from_published_key
+from stunet.weights import from_published_key
 
 TINY = {"features_per_stage": [2, 4, 8, 16, 32, 32], "n_blocks_per_stage": [1, 2, 1, 1, 1, 1]}
 STRIDES = [1, 2, 2, 2, 2, (1, 1, 2)]

@@ -22,7 +22,7 @@ from stunet.errors import CheckpointError, PlansError, SettingsError
 from stunet.labels import write_manifest
 from stunet.network import STUNet, STUNetSize
 from stunet.planning import plans_size, rewrite_plans
-from stunet.weights.loading import read_checkpoint
+from stunet.weights.read import read_checkpoint
 
 SIZES = ("small", "base", "large", "huge")
 NAMES = [

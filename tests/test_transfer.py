@@ -14,7 +14,7 @@ from weights import STRIDES, TINY, tiny_weights, write_v1
 from stunet.errors import CheckpointError, UsageError
 from stunet.labels import Outputs
 from stunet.network import STUNet, STUNetSize, build_stunet
-from stunet.weights import SourceWeights, adapt_stem, open_weights, source_outputs, transfer_weights
+from stunet.weights import SourceWeights, adapt_stem, load_weights, open_weights, source_outputs, transfer_weights
 
 SOURCE_LABELS = {"background": 0, "liver": 1, "left kidney": 2, "IVC": 3}
 STEM, PROJECTION = "encoder.stages.0.0.conv1.weight", "encoder.stages.0.0.projection.weight"
@@ -208,3 +208,53 @@ def test_unknown_policies_and_wrong_names(tmp_path: Path) -> None:
         transfer_weights(weights, target(4), names, head="all")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="4 different names"):
         transfer_weights(weights, target(4), softmax("liver"))
+
+
+def test_weights_of_a_file_by_name_and_shape(tmp_path: Path) -> None:
+    weights = source(tmp_path)
+    same = target(4)
+    report = load_weights(same, tmp_path / "source.pth")
+    assert (set(report.copied), report.fresh, report.source) == (set(weights.tensors), (), str(weights.path))
+    assert all(torch.equal(value, weights.tensors[key]) for key, value in same.state_dict().items())
+
+    network = target(7, channels=2)
+    before = cloned(network)
+    report = load_weights(network, tmp_path / "source.pth", stem="first")
+    assert set(report.adapted) == {STEM, PROJECTION}
+    assert set(report.fresh) == {key for key in before if ".seg_layers." in key}
+    for key, value in network.state_dict().items():
+        if key not in report.adapted:
+            assert torch.equal(value, before[key] if key in report.fresh else weights.tensors[key])
+    assert torch.equal(network.state_dict()[STEM][:, :1], weights.tensors[STEM])
+
+    report = load_weights(network, tmp_path / "source.pth", labels=["background", *"abcde", "Liver"])
+    assert report.structures["Liver"] == "liver"
+    key = "decoder.seg_layers.4.weight"
+    assert torch.equal(network.state_dict()[key][6], weights.tensors[key][1])
+
+
+def test_weights_of_a_file_into_another_module(tmp_path: Path) -> None:
+    weights, network = source(tmp_path), target(4)
+    network.encoder.stages[0][0].norm2 = nn.GroupNorm(1, 2)
+    network.decoder.stages[0][0].conv2 = nn.Sequential(network.decoder.stages[0][0].conv2)  # a wrapped layer
+    report = load_weights(network, tmp_path / "source.pth", head="fresh")
+    wrapped = {f"decoder.stages.0.0.conv2.0.{kind}" for kind in ("weight", "bias")}
+    assert set(report.fresh) == wrapped | {f"{head}.{kind}" for head in HEADS for kind in ("weight", "bias")}
+    part = nn.ModuleDict({"encoder": target(4).encoder})
+    assert set(load_weights(part, tmp_path / "source.pth").copied) == set(part.state_dict())
+    assert all(torch.equal(value, weights.tensors[key]) for key, value in part.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"nothing in \S*source\.pth fits"):
+        load_weights(nn.Linear(2, 2), tmp_path / "source.pth")
+    with pytest.raises(UsageError, match="4 different names"):
+        load_weights(target(4), tmp_path / "source.pth", labels=["background"])
+
+
+def test_weights_of_a_file_are_read_without_running_code(tmp_path: Path) -> None:
+    class Call:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"network_weights": {STEM: Call()}, "current_epoch": 1}, tmp_path / "evil.pth")
+    with pytest.raises(CheckpointError, match="asks for"):
+        load_weights(target(4), tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()

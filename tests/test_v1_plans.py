@@ -73,6 +73,15 @@ def test_all_is_taken_over() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "name", ["PreprocessorFor2D", "Preprocessor3DDifferentResampling", "GenericPreprocessor_scale_uint8_to_0_1"]
+)
+def test_another_preparation_of_images_is_refused(name: str) -> None:
+    assert read(v1_plans(preprocessor_name="GenericPreprocessor")) == read(v1_plans())
+    with pytest.raises(PlansError, match=f"x\\.model\\.pkl.*preprocessor_name is {name};"):
+        read(v1_plans(preprocessor_name=name))
+
+
 def test_the_stage_is_the_trainers_else_the_finest() -> None:
     coarse = v1_stage(current_spacing=np.array([4.0, 4.0, 4.0]))
     plans = v1_plans(plans_per_stage={0: coarse, 1: v1_stage()})

@@ -29,6 +29,11 @@ def print_line(line: str, *, error: bool = False, style: str | None = None) -> N
     (stderr if error else stdout).print(line, style=style, soft_wrap=True)
 
 
+def say(text: str) -> None:
+    """Print a line on standard error, as it is."""
+    print_line(text, error=True)
+
+
 def print_error(error: Any) -> None:
     """Show one of our own errors the way the command line does."""
     stderr.print("error:", style="bold red", end=" ")

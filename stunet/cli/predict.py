@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from stunet.cli.console import stderr, stdout
+from stunet.cli.console import say, stderr, stdout
 from stunet.cli.options import Device, choose_device
 from stunet.errors import UsageError
 
@@ -153,7 +153,6 @@ def predict(
 
 
 def _published_model(name: str) -> Path:
-    from stunet.cli.weights import DownloadBar
     from stunet.weights import find_entry
 
     entry = find_entry(name)
@@ -163,8 +162,7 @@ def _published_model(name: str) -> Path:
 
     from stunet.inference import published_model
 
-    with DownloadBar() as bar:
-        return published_model(entry, bar)
+    return published_model(entry, say)
 
 
 @contextmanager

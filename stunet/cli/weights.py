@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.columns import Columns
 from rich.filesize import decimal
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.text import Text
 from typer import Argument, Option
 
-from stunet.cli.console import Group, PlainTable, print_line, stderr, stdout
+from stunet.cli.console import Group, PlainTable, print_line, say, stdout
 from stunet.cli.options import Json, Positive, complete_weights
 from stunet.environment import did_you_mean
 from stunet.errors import LabelError, UsageError, reading
@@ -59,17 +49,18 @@ def list_weights(as_json: Annotated[bool, Option("--json", help="Print JSON, wit
 
 def _weights_rows() -> list[dict[str, Any]]:
     """Describe all published weights, and what of them is in the cache."""
-    from stunet.weights import entry_folder, load_registry
-    from stunet.weights.addresses import clean_url
+    import msgspec
+
+    from stunet.weights import clean_url, entry_folder, load_registry, missing_files
 
     rows = []
     for entry in load_registry().values():
-        row, folder, main = asdict(entry), entry_folder(entry.name), entry.weights_file
+        row, folder, main = msgspec.to_builtins(entry), entry_folder(entry.name), entry.weights_file
         for file in row["files"]:
             file["url"] = None if file["url"] is None else clean_url(file["url"])  # without a password
-        present = [(folder / file.file).is_file() for file in entry.files]
+        missing = len(missing_files(entry, folder))
         row["download"] = "automatic" if main.url or main.hub else "by hand"
-        row["state"] = "fetched" if all(present) else "incomplete" if any(present) else "not fetched"
+        row["state"] = "fetched" if not missing else "incomplete" if missing < len(entry.files) else "not fetched"
         rows.append({**row, "folder": str(folder)})
     return rows
 
@@ -83,7 +74,7 @@ def fetch_weights(
     force: bool = False,
     attempts: Positive = 5,
 ) -> None:
-    """Download published weights and the pickles that belong to them, resuming an attempt that was cut.
+    """Download published weights and the pickles that belong to them.
 
     They are put into STUNET_CACHE, else into the platform's folder for caches.
 
@@ -93,61 +84,19 @@ def fetch_weights(
         hf: Hugging Face repository: OWNER/NAME or OWNER/NAME@REVISION.
         to: Folder to put the files into; the cache by default.
         force: Download files again that are there already.
-        attempts: Connections in a row that may bring nothing new before it gives up.
+        attempts: Connections before it gives up.
     """
-    from stunet.weights import entry_folder, fetch, find_entry
+    from stunet.weights import fetch, find_entry
 
     entry = find_entry(name)
     try:
-        with DownloadBar() as bar:
-            path = fetch(entry, folder=to, urls=url or [], hub=hf, force=force, attempts=attempts, listener=bar)
+        path = fetch(entry, folder=to, urls=url or [], hub=hf, force=force, attempts=attempts, say=say)
     except KeyboardInterrupt:
-        kept = f"What has arrived is kept in {to or entry_folder(name)}"
-        print_line(f"Stopped. {kept}; the same command resumes there.", error=True)
+        say("Stopped. Files that have arrived are kept; the same command fetches the others.")
         raise typer.Exit(130) from None
     print_line(f"{entry.name}: {path}")
     print_line(f"Licence: {entry.licence or 'not known; ask those who published them'}")
     print_line(f"Next: stunet convert {entry.name if to is None else path} -o MODEL_FOLDER")
-
-
-class DownloadBar:
-    """Shows on standard error what a fetch does, with a bar where that is a terminal."""
-
-    def __init__(self) -> None:
-        text = TextColumn("{task.description}", markup=False)
-        columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=stderr, disable=not stderr.is_terminal)
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> Any:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def begin(self, file: str, url: str) -> None:
-        """Name the file and where it is from."""
-        self._start(file, f"Downloading {url}")
-
-    def work(self, text: str) -> None:
-        """Show that something is being done whose end is not known."""
-        self._start(text, text)
-
-    def _start(self, task: str, line: str) -> None:
-        self.note(line)
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(task, total=None)
-
-    def progress(self, done: int, total: int | None) -> None:
-        """Move the bar."""
-        if self._task is not None:
-            self._progress.update(self._task, completed=done, total=total)
-
-    def note(self, text: str) -> None:
-        """Print a line above the bar."""
-        print_line(text, error=True)
 
 
 @app.command("verify")

@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -25,7 +25,6 @@ from stunet.files import read_json
 from stunet.labels import load_vocabulary, structure_values, vocabulary_for
 from stunet.planning import check_configuration, describe_model, write_model_folder
 from stunet.weights import (
-    Listener,
     WeightsEntry,
     check_network,
     check_weights,
@@ -166,7 +165,7 @@ def load_model(
     checkpoint_name: str = CHECKPOINT,
     *,
     trust: Sequence[str] = (),
-    listener: Listener | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Model:
     """Read a trained model. Its networks are loaded when they are first used.
 
@@ -176,7 +175,7 @@ def load_model(
         folds: Names of folds, such as ``0`` or ``all``; None for those that are there, ``all`` only without others.
         checkpoint_name: File in each fold's folder.
         trust: Classes that the plans may name beyond the known ones.
-        listener: Told of the progress of a download.
+        say: Told what is being downloaded and converted.
 
     Raises:
         PlansError: Plans or dataset description are missing or cannot be used.
@@ -192,7 +191,7 @@ def load_model(
     """
     folder = Path(source)
     if not folder.exists() and os.sep not in str(source):
-        folder = published_model(find_entry(str(source)), listener)
+        folder = published_model(find_entry(str(source)), say)
     if folder.is_file():
         checkpoints, checkpoint = {"0": folder}, read_checkpoint(folder)
         with reading(folder, "a checkpoint that was not written by nnU-Net v2's training"):
@@ -260,7 +259,7 @@ def _check(model: Model) -> None:
         raise ValueError(f"mirroring along {model.mirroring_axes}")
 
 
-def published_model(entry: WeightsEntry, listener: Listener | None = None) -> Path:
+def published_model(entry: WeightsEntry, say: Callable[[str], None] = lambda text: None) -> Path:
     """Return the model folder of published weights in the cache; fetch and convert them where that was not done.
 
     Raises:
@@ -268,14 +267,14 @@ def published_model(entry: WeightsEntry, listener: Listener | None = None) -> Pa
         DownloadError: A download failed, can only be had by hand, or the cache cannot be written to.
         LabelError: Weights whose outputs nobody has named.
     """
-    cached, listener = entry_folder(entry.name) / entry.weights_file.file, listener or Listener()
+    cached = entry_folder(entry.name) / entry.weights_file.file
     folder = entry_folder(entry.name).parents[1] / "models" / entry.name
     lock = folder.with_name(".locks") / entry.name
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):  # of two commands that need them, one waits
         if not _is_made_of(folder / "model_card.json", cached, entry.weights_file.sha256):
-            weights = open_weights([fetch(entry, listener=listener)])
-            listener.work(f"Converting {entry.name} into {folder}")
+            weights = open_weights([fetch(entry, say=say)])
+            say(f"Converting {entry.name} into {folder}")
             labels = load_vocabulary(entry.labels) if entry.labels else vocabulary_for(entry.outputs)
             description = describe_model(weights, labels)
             shutil.rmtree(folder, ignore_errors=True)

@@ -18,8 +18,7 @@ from stunet.labels import Vocabulary
 from stunet.network import STUNetSize
 from stunet.planning.rewrite import check_configuration, check_plans, resolve_configuration, rewrite_configuration
 from stunet.planning.v1_plans import PRETRAINING, Preparation, read_v1_plans
-from stunet.weights import SourceWeights
-from stunet.weights.archives import MODEL_CARD
+from stunet.weights import MODEL_CARD, SourceWeights
 
 CONFIGURATION = "3d_fullres"
 _CHECKPOINT = "fold_0/checkpoint_final.pth"

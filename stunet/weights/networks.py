@@ -15,8 +15,6 @@ from torch import nn
 
 from stunet.errors import CheckpointError, reading
 
-__all__ = ["check_network", "described_network"]
-
 STUNET = "stunet.network.STUNet"
 #: The other networks, by the names that nnU-Net's plans give them.
 UNETS = {
@@ -32,6 +30,7 @@ _LAYERS = re.compile(
     r"(Conv[23]d|InstanceNorm[23]d|BatchNorm[23]d|LeakyReLU|ReLU|PReLU|ELU|GELU|SiLU|Mish|Dropout[23]?d?)"
 )
 _LAYER_ARGUMENTS = ("conv_op", "norm_op", "dropout_op", "nonlin")
+UNUSABLE = "plans that do not say what network the weights belong to"
 # Far beyond every network that was ever planned, and still soon built.
 _MAX_STAGES, _MAX_NUMBER, _MAX_CONVOLUTIONS = 32, 8192, 1000
 
@@ -51,41 +50,35 @@ def check_network(architecture: Any, *, source: str, trust: Sequence[str] = ()) 
     Raises:
         CheckpointError: An unknown class or layer, or numbers that no network has.
     """
-    with reading(source, _UNUSABLE):
+    with reading(source, UNUSABLE):
         name, arguments = architecture["network_class_name"], dict(architecture["arch_kwargs"])
         imported = list(architecture.get("_kw_requires_import", ()))
-    if name not in (STUNET, *UNETS, *trust):
-        raise CheckpointError("a model that asks for code which is not trusted",
-                              got=f"{source}: the network {str(name)[:100]}",
-                              expected="a STU-Net, or a PlainConvUNet or ResidualEncoderUNet of "
-                              "dynamic-network-architectures",
-                              remedy=f"Only if you know this class and trust the model: --trust {str(name)[:100]}."
-                              )  # fmt: skip
-    checked = {key: value for key, value in arguments.items() if key != "deep_supervision"}  # nnU-Net decides on it
-    for key, value in arguments.items():
-        if key in imported or (key in _LAYER_ARGUMENTS and name not in trust):
-            checked[key] = _layer(key, value, source, trust)
-        elif name not in trust and key != "activation_checkpointing" and not _is_plain(value):
-            raise unusable_plans(source, f"{key} {str(value)[:100]}")
-    if name not in trust:
-        n_stages = arguments.get("n_stages", 1)
-        blocks = [value for key, value in arguments.items() if key.startswith(("n_conv", "n_blocks"))]
-        if sum(sum(n) if isinstance(n, list | tuple) else n * n_stages for n in blocks) > _MAX_CONVOLUTIONS:
-            raise unusable_plans(source, f"a network of more than {_MAX_CONVOLUTIONS} convolutions or blocks")
-    return name, checked
+        if name not in (STUNET, *UNETS, *trust):
+            text = f"{source} asks for code which is not trusted, the network {str(name)[:100]}"
+            raise CheckpointError(f"{text}: only if you know this class and trust the model, --trust {str(name)[:100]}")
+        checked = {key: value for key, value in arguments.items() if key != "deep_supervision"}  # nnU-Net decides on it
+        for key, value in arguments.items():
+            if key in imported or (key in _LAYER_ARGUMENTS and name not in trust):
+                match = _LAYERS.fullmatch(value) if isinstance(value, str) else None
+                if match is not None and hasattr(nn, match[1]):
+                    checked[key] = getattr(nn, match[1])
+                elif value is not None and value not in trust:
+                    raise ValueError(f"{key} {str(value)[:100]}, which is none of PyTorch's usual layers")
+            elif name not in trust and key != "activation_checkpointing" and not _is_plain(value):
+                raise ValueError(f"{key} {str(value)[:100]}")
+        if name not in trust:
+            n_stages = arguments.get("n_stages", 1)
+            blocks = [value for key, value in arguments.items() if key.startswith(("n_conv", "n_blocks"))]
+            if sum(sum(n) if isinstance(n, list | tuple) else n * n_stages for n in blocks) > _MAX_CONVOLUTIONS:
+                raise ValueError(f"a network of more than {_MAX_CONVOLUTIONS} convolutions or blocks")
+        return name, checked
 
 
 def described_network(init_args: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
-    """The architecture in the plans of a checkpoint, also of nnU-Net < 2.2; None where there is none.
-
-    Raises:
-        CheckpointError: Plans that cannot be read.
-    """
-    with reading(path, _UNUSABLE):
-        configurations, name = (
-            dict(init_args.get("plans") or {}).get("configurations", {}),
-            init_args.get("configuration"),
-        )
+    """Return the architecture in the plans of a checkpoint, also of nnU-Net < 2.2; None where there is none."""
+    with reading(path, UNUSABLE):
+        configurations = dict(init_args.get("plans") or {}).get("configurations", {})
+        name = init_args.get("configuration")
         for _ in range(len(configurations)):
             configuration = configurations.get(name)
             if configuration is None:
@@ -122,28 +115,9 @@ def _translate(configuration: Mapping[str, Any]) -> dict[str, Any]:
     return {"network_class_name": name, "arch_kwargs": arguments}
 
 
-def _layer(key: str, value: Any, source: str, trust: Sequence[str]) -> Any:
-    """The layer that a name stands for."""
-    match = _LAYERS.fullmatch(value) if isinstance(value, str) else None
-    if value is None or value in trust:
-        return value
-    if match is None or not hasattr(nn, match[1]):
-        raise unusable_plans(source, f"{key} {str(value)[:100]}, which is none of PyTorch's usual layers")
-    return getattr(nn, match[1])
-
-
 def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
     if isinstance(value, list | tuple):
         return len(value) <= _MAX_STAGES and all(map(_is_plain, value))
     return value is None or (isinstance(value, bool | int | float) and abs(value) <= _MAX_NUMBER)
-
-
-_UNUSABLE = "plans that do not say what network the weights belong to"
-
-
-def unusable_plans(source: object, got: str) -> CheckpointError:
-    """The error for plans that no network can be built of."""
-    return CheckpointError(_UNUSABLE, got=f"{source}: {got}", expected="plans as nnU-Net writes them",
-                           remedy="Take the checkpoint and the plans as nnUNetv2_train wrote them.")  # fmt: skip

@@ -1,53 +1,567 @@
-"""Weights written back in the published format."""
+"""Published weights: which exist, fetched into the cache or a folder of the user's own, and verified.
+
+:mod:`pooch` downloads from addresses and ``huggingface_hub`` from repositories, where it resumes what was cut. A file
+appears under its name only after it has been checked: checksum, length, and that it opens safely as that network.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import os
-from collections import OrderedDict
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+from urllib.parse import unquote, urlsplit
 
-import torch
+import msgspec
+from filelock import FileLock, Timeout
+from msgspec import Meta, Struct
+from platformdirs import user_cache_path
 
-from stunet.errors import CheckpointError
-from stunet.files import atomic_path, refuse_existing
-from stunet.weights.key_map import to_published_key
-from stunet.weights.sources import SourceWeights
+from stunet.environment import did_you_mean
+from stunet.errors import CheckpointError, DownloadError, UsageError
+from stunet.files import file_sha256, move_into_place, write_json
+from stunet.labels import list_vocabularies, load_vocabulary
 
-__all__ = ["write_published"]
+REGISTRY_VARIABLE = "STUNET_REGISTRY"
+"""Environment variable that names a further registry; its entries go before ours of the same name."""
+CACHE_VARIABLE = "STUNET_CACHE"
+"""Environment variable that names the folder for fetched weights."""
+
+_Text = Annotated[str, Meta(min_length=1)]
+_Positive = Annotated[int, Meta(gt=0)]
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}"
+_URL = (
+    r"^https?://([^/?#@\s]*@)?(\[[0-9a-fA-F:.]+\]|[^/?#@:\s\[\]]+)(:\d+)?([/?#]|\Z)"  # with a host, and a port or none
+)
+_Url = Annotated[str, Meta(pattern=_URL)]
+Say = Callable[[str], None]
+"""What takes lines that a person may want to read."""
+
+_ATTEMPTS = 5  # connections before a download is given up
+_TIMEOUTS = (10.0, 60.0)  # seconds to connect, and without a byte
+_PASSING = (408, 425, 429)  # answers that may be another one next time, as those of 500 and above
 
 
-def write_published(weights: SourceWeights, path: str | os.PathLike[str]) -> None:
-    """Write a ``.model`` file as the published nnU-Net v1 code reads it, whole or not at all.
+def clean_url(url: str) -> str:
+    """Return an address without what may be secret in it: user, password, query and fragment.
 
-    Args:
-        weights: The weights; each tensor is written as it is.
-        path: The new file.
+    >>> clean_url("https://me:s3cret@host.org/a.model?key=1")
+    'https://host.org/a.model'
+    """
+    return re.sub("//[^/]*@", "//", re.split("[?#]", url)[0])
+
+
+class Place(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a person can get a file: a web page, and the file as that page names it."""
+
+    page: _Url
+    item: _Text
+
+
+class WeightsFile(Struct, frozen=True, forbid_unknown_fields=True):
+    """One file of published weights.
+
+    Attributes:
+        file: Its name, without a folder: nothing is written elsewhere than into the folder of the weights.
+        url: Where a program may download it.
+        hub: Hugging Face repository with a file of this name, ``OWNER/NAME`` or ``OWNER/NAME@REVISION``.
+        bytes: Its length where it is known.
+        approximate_bytes: Its length as a page rounds it, for the table alone.
+        sha256: Its checksum where it is known.
+        by_hand: Where a person can get it.
+    """
+
+    file: Annotated[str, Meta(pattern=_NAME + r"\.(model|pth|safetensors|pkl)\Z")]
+    url: _Url | None = None
+    hub: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*(@[\w.\-/]+)?\Z")] | None = None
+    bytes: _Positive | None = None
+    approximate_bytes: _Positive | None = None
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] | None = None
+    by_hand: tuple[Place, ...] | None = ()
+
+    @property
+    def is_pickle(self) -> bool:
+        """Whether it is one of nnU-Net v1's pickles, that is, belongs to weights but holds none."""
+        return self.file.endswith(".pkl")
+
+
+class WeightsEntry(Struct, frozen=True, forbid_unknown_fields=True):
+    """Published weights of one network.
+
+    Attributes:
+        name: What a user types.
+        size: Size of the network as :func:`stunet.network.size_of` names it.
+        outputs: Outputs, background included.
+        files: The weights and the pickles that belong to them.
+        title: What it was trained on.
+        input_channels: Channels of the image, where known.
+        labels: Name of the label vocabulary with the order of the outputs, where known.
+        licence: Licence of the weights, where known.
+        page: The page of those who published them.
+        sources: Where each of these facts is from.
+    """
+
+    name: Annotated[str, Meta(pattern=_NAME + r"\Z")]
+    size: _Text
+    outputs: _Positive
+    files: tuple[WeightsFile, ...]
+    title: str | None = None
+    input_channels: _Positive | None = None
+    labels: str | None = None
+    licence: str | None = None
+    page: _Url | None = None
+    sources: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and self.labels not in list_vocabularies():
+            raise ValueError(f"labels {self.labels} is none of {', '.join(list_vocabularies())}")
+        if self.labels is not None and len(load_vocabulary(self.labels).labels) != self.outputs:
+            raise ValueError(f"{self.name} has {self.outputs} outputs, which {self.labels} does not name")
+        names = [file.file for file in self.files]
+        if len(names) - len(self.pickles) != 1 or len({name.lower() for name in names}) != len(names):
+            raise ValueError(f"files {names} are not one file with weights, and .pkl files of other names")
+
+    @property
+    def weights_file(self) -> WeightsFile:
+        """The file with the tensors."""
+        return next(file for file in self.files if not file.is_pickle)
+
+    @property
+    def pickles(self) -> tuple[WeightsFile, ...]:
+        """The files that belong to it."""
+        return tuple(file for file in self.files if file.is_pickle)
+
+
+class _Registry(Struct, forbid_unknown_fields=True):
+    version: Annotated[int, Meta(ge=1, le=1)]
+    weights: list[WeightsEntry]
+
+
+def load_registry() -> dict[str, WeightsEntry]:
+    """Return all known weights by name: those of the user's registry (``STUNET_REGISTRY``) first, then ours.
 
     Raises:
-        CheckpointError: The file cannot be written, or the network is 2D, which the published code has not.
-        UsageError: The file exists.
+        UsageError: The user's registry is missing, not JSON or malformed.
     """
-    path = Path(path)
-    refuse_existing(path)
-    if weights.architecture.n_axes != 3:
-        raise CheckpointError("a 2D network, which the published code does not have", got=weights.path,
-                              expected="a 3D STU-Net", remedy="Keep it in nnU-Net v2's format.")  # fmt: skip
-    content: dict[str, Any] = {
-        "epoch": weights.epoch or 0,
-        "state_dict": OrderedDict((to_published_key(key), tensor) for key, tensor in weights.tensors.items()),
-        "optimizer_state_dict": None,
-        "lr_scheduler_state_dict": None,
-        "plot_stuff": ([], [], [], []),
-    }
+    known: dict[str, WeightsEntry] = {}
+    if named := os.environ.get(REGISTRY_VARIABLE):
+        try:
+            entries = msgspec.json.decode(Path(named).read_bytes(), type=_Registry).weights
+            names = [entry.name for entry in entries]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{twice[0]} twice")
+        except (OSError, ValueError) as error:
+            text = f"{named}, a registry of weights that cannot be used: {error}"
+            raise UsageError(f"{text}; correct it, or unset {REGISTRY_VARIABLE}") from error
+        known = dict(zip(names, entries, strict=True))
+    ours = msgspec.json.decode((files("stunet.weights") / "registry.json").read_bytes(), type=_Registry)
+    return known | {entry.name: entry for entry in ours.weights if entry.name not in known}
+
+
+def list_models() -> list[str]:
+    """Return the names of all published weights that can be fetched, those of the user's own registry first.
+
+    >>> list_models()[:2]
+    ['small_ep4k', 'base_ep4k']
+    """
+    return list(load_registry())
+
+
+def find_entry(name: str) -> WeightsEntry:
+    """Return the weights of this name.
+
+    Raises:
+        UsageError: There are none, or the user's registry is malformed.
+    """
+    known = load_registry()
+    if name not in known:
+        close = did_you_mean(name, known)
+        raise UsageError(f"unknown weights {name}: {close}`stunet list` shows those known, {', '.join(known)}")
+    return known[name]
+
+
+class Record(Struct, frozen=True):
+    """What is known of a file since it was fetched, or first verified: its length and SHA-256 then.
+
+    Without user, password and query in the address, which is None where the file was put there by hand; dates in UTC.
+    """
+
+    name: str
+    url: str | None
+    date: str
+    bytes: int
+    sha256: str
+
+
+def entry_folder(name: str) -> Path:
+    """Return the folder of these weights: ``STUNET_CACHE``, else the platform's cache, then ``weights/NAME``."""
+    named = os.environ.get(CACHE_VARIABLE)
+    root = Path(named).expanduser() if named else user_cache_path("stunet", appauthor=False)
+    return root / "weights" / name
+
+
+def missing_files(entry: WeightsEntry, folder: Path) -> list[str]:
+    """Return the names of the entry's files that are not in a folder."""
+    return [file.file for file in entry.files if not (folder / file.file).is_file()]
+
+
+def cached_weights(name: str) -> Path:
+    """Return the file with weights that ``stunet weights fetch`` has put into the cache; their pickles lie beside it.
+
+    Raises:
+        CheckpointError: They are not in the cache, or a file has another length than when it was fetched.
+        UsageError: No weights have this name.
+    """
+    entry, folder = find_entry(name), entry_folder(name)
+    if missing := missing_files(entry, folder):
+        text = f"{name} has not been fetched: no {', '.join(missing)} in {folder}"
+        raise CheckpointError(f"{text}; run `stunet weights fetch {name}`")
+    for file in entry.files:
+        path = folder / file.file
+        record, got = read_record(path), path.stat().st_size
+        expected = record.bytes if record else file.bytes
+        if expected is not None and got != expected:
+            text = f"{path} has {got} bytes instead of {expected}, it has changed since it was fetched"
+            raise CheckpointError(f"{text}: run `stunet weights fetch {name} --force`")
+    return folder / entry.weights_file.file
+
+
+def record_path(path: Path) -> Path:
+    """Return where the record of a file lies."""
+    return path.with_name(f"{path.name}.record.json")
+
+
+def read_record(path: Path) -> Record | None:
+    """Return the record beside a file; None where there is none, or none that can be read."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            torch.save(content, temporary)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(
-            "a file that cannot be written",
-            got=f"{path}: {str(error).strip().splitlines()[0][:200]}",
-            expected=f"a folder with {sum(t.nbytes for t in weights.tensors.values()) / 2**30:.1f} GB of free space",
-            remedy="Make room, or choose another place with -o. No unfinished file was left.",
-        ) from error
+        return msgspec.json.decode(record_path(path).read_bytes(), type=Record)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def write_record(path: Path, *, name: str, url: str | None, sha256: str) -> None:
+    """Note beside a file what it is now."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    write_json(msgspec.to_builtins(Record(name, url, now, path.stat().st_size, sha256)), record_path(path))
+
+
+# Fetching
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A file that is fine: its checksum, and human-readable what that was equal to; empty where none was known."""
+
+    path: Path
+    sha256: str
+    compared_with: str
+
+
+def fetch(
+    entry: WeightsEntry,
+    *,
+    folder: Path | None = None,
+    urls: Sequence[str] = (),
+    hub: str | None = None,
+    force: bool = False,
+    attempts: int = _ATTEMPTS,
+    say: Say = lambda text: None,
+) -> Path:
+    """Get the files of published weights: each appears under its name only after it has been checked.
+
+    Files that are there already are checked, not downloaded. Of several processes that fetch into one folder, one
+    downloads and the others wait for it.
+
+    Args:
+        entry: What to get.
+        folder: Where to put it, the cache by default.
+        urls: Addresses that go before the registry's: each for the file that its last part names, else for the weights.
+        hub: Hugging Face repository that goes before the weights' addresses, ``OWNER/NAME[@REVISION]``.
+        force: Download files again that are there already.
+        attempts: Connections before a download is given up.
+        say: Told what is being done.
+
+    Returns:
+        The file with the weights.
+
+    Raises:
+        CheckpointError: A file that has arrived, or is there, is not the published one.
+        DownloadError: A download failed; or a file can only be had by hand, then it says how.
+        UsageError: Two addresses for one file.
+    """
+    folder = entry_folder(entry.name) if folder is None else folder
+    for url in urls:
+        if not re.match(_URL, url):
+            raise DownloadError(f"{clean_url(url)} is no address that is downloaded from: give http://… or https://…")
+    sources = {file.file: _source(entry, file, urls, hub) for file in entry.files}
+    by_hand = []
+    with alone_with(folder / ".partial" / "lock", say):
+        for file in (*entry.pickles, entry.weights_file):  # the small ones first: what fails shall fail early
+            has_source, is_there = any(sources[file.file]), (folder / file.file).is_file()
+            if is_there and not (has_source and force):
+                _verify_present(entry, file, folder)
+                say(f"{file.file} is there already, and fine")
+            elif has_source:
+                _fetch_file(entry, file, *sources[file.file], folder, attempts, say)
+            else:
+                by_hand.append(file)
+    if by_hand:
+        names = ", ".join(file.file for file in by_hand)
+        raise DownloadError(
+            f"{entry.name} has files that no program can download, {names}: get them by hand\n"
+            f"{_by_hand(entry, by_hand, folder)}\n  or give an address that you know with --url or --hf"
+        )
+    return folder / entry.weights_file.file
+
+
+def _source(
+    entry: WeightsEntry, file: WeightsFile, urls: Sequence[str], hub: str | None
+) -> tuple[str | None, str | None]:
+    """Return the address, or else the Hugging Face repository, that a file is fetched from."""
+    others = {other.file for other in entry.files} - {file.file}
+    ends = {url: unquote(urlsplit(url).path).rpartition("/")[2] for url in urls}
+    mine = [url for url, end in ends.items() if end == file.file or (end not in others and not file.is_pickle)]
+    if len(mine) > 1:
+        raise UsageError(f"two addresses for {file.file}, {clean_url(mine[0])} and {clean_url(mine[1])}: give one")
+    if mine:
+        return mine[0], None
+    # A repository of weights often lacks the pickles, so those come from it only where nothing else is known.
+    if hub and not (file.is_pickle and (file.url or file.hub)):
+        return None, hub
+    resumes = file.hub is not None and importlib.util.find_spec("huggingface_hub") is not None
+    return (None, file.hub) if resumes or not file.url else (file.url, None)
+
+
+@contextmanager
+def alone_with(lock_path: Path, say: Say) -> Iterator[None]:
+    """Hold a lock that the system takes back when this process ends, however it ends, and explain a full disk.
+
+    Raises:
+        DownloadError: The folder above the lock's, or what the block writes there, cannot be written.
+    """
+    lock, folder = FileLock(lock_path), lock_path.parents[1]
+    try:
+        lock_path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"Another process works in {folder}: waiting for it")
+            lock.acquire()
+        yield
+    except OSError as error:
+        text = f"{folder} cannot be written to ({error.strerror or error})"
+        raise DownloadError(f"{text}: make room, or choose another folder with --to or STUNET_CACHE") from error
+    finally:
+        lock.release()
+
+
+def _fetch_file(
+    entry: WeightsEntry, file: WeightsFile, url: str | None, hub: str | None, folder: Path, attempts: int, say: Say
+) -> None:
+    part, path = folder / ".partial" / file.file, folder / file.file
+    try:
+        if url is not None:
+            stated = _from_url(url, part, attempts, say)
+        else:
+            url, stated = _from_hub(str(hub), part, say)
+        say(f"Checking {file.file}")
+        sha256 = _check(part, entry, file, stated=stated, shown=clean_url(url), folder=folder).sha256
+        record_path(path).unlink(missing_ok=True)
+        move_into_place(part, path)
+    except (DownloadError, CheckpointError) as error:
+        if not file.by_hand:
+            raise
+        raise type(error)(f"{error}\n  or get it by hand\n{_by_hand(entry, [file], folder)}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    write_record(path, name=entry.name, url=clean_url(url), sha256=sha256)
+
+
+def _from_url(url: str, part: Path, attempts: int, say: Say) -> str | None:
+    """Download a file; returns the SHA-256 that Hugging Face states in the answer that redirects to large files."""
+    import pooch  # type: ignore[import-untyped]
+    import requests
+
+    stated: list[str] = []
+
+    def look(response: requests.Response, **_: Any) -> None:
+        if url.lower().startswith("https:") and not response.url.lower().startswith("https:"):
+            raise DownloadError(f"{clean_url(url)} redirects to {clean_url(response.url)}, which is not https")
+        stated.extend(re.findall('^"?([0-9a-f]{64})"?$', response.headers.get("X-Linked-ETag", "")))
+
+    say(f"Downloading {clean_url(url)}")
+    for attempt in itertools.count(1):
+        try:
+            bar, headers = sys.stderr.isatty(), {"Accept-Encoding": "identity"}
+            get = pooch.HTTPDownloader(bar, 2**18, timeout=_TIMEOUTS, headers=headers, hooks={"response": look})
+            get(url, str(part), None)
+            return stated[-1] if stated else None
+        except requests.RequestException as error:
+            status = None if error.response is None else error.response.status_code
+            lasting = isinstance(error, ValueError) or (400 <= (status or 0) < 500 and status not in _PASSING)
+            if lasting or attempt == attempts:
+                text = f"{clean_url(url)} could not be downloaded in {attempt} attempts, {_reason(error)}"
+                remedy = "check the address and the connection, or give another address with --url or --hf"
+                raise DownloadError(f"{text}: {remedy}") from None  # whose own text shows what is secret in the address
+            pause = min(0.5 * 2 ** (attempt - 1), 30)
+            say(f"{_reason(error)}; again in {pause:g} s")
+            time.sleep(pause)
+    raise AssertionError
+
+
+def _reason(error: BaseException) -> str:
+    """What the server or the system says, without the address."""
+    response = getattr(error, "response", None)
+    if response is not None and response.status_code >= 400:
+        hint = {401: ", use --hf after `hf auth login`", 403: ", it is not public, or its link has run out"}
+        return f"the server answers {response.status_code} {response.reason}{hint.get(response.status_code, '')}"
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return f"no connection ({getattr(error, 'strerror', None) or type(error).__name__})"
+
+
+def _from_hub(repository: str, part: Path, say: Say) -> tuple[str, str | None]:
+    """Download a file of a Hugging Face repository; returns its address, and the SHA-256 where that is stated.
+
+    ``huggingface_hub`` knows the token of the user (``hf auth login``, ``HF_TOKEN``), shows a bar of its own, and
+    resumes a file that was cut, also in another process.
+    """
+    try:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    except ImportError:
+        text = "huggingface_hub is not installed: run `pip install 'stunet[hub]'`, or give an address with --url"
+        raise DownloadError(text) from None
+    repo_id, _, revision = repository.partition("@")
+    try:
+        found = get_hf_file_metadata(hf_hub_url(repo_id, part.name, revision=revision or None))
+        revision = found.commit_hash or revision
+        url = hf_hub_url(repo_id, part.name, revision=revision or None)
+        say(f"Downloading {clean_url(url)}")
+        hf_hub_download(repo_id, part.name, revision=revision or None, local_dir=part.parent)
+        shutil.rmtree(part.parent / ".cache", ignore_errors=True)  # its notes
+    except Exception as error:  # whatever HTTP client it uses in this version has its own errors
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
+        text = f"{repository} does not give {part.name}, {type(error).__name__}: {said}"
+        raise DownloadError(f"{text}; check --hf, or run `hf auth login` where it is not public") from None
+    return url, found.etag if re.fullmatch("[0-9a-f]{64}", found.etag or "") else None
+
+
+def _by_hand(entry: WeightsEntry, missing: Sequence[WeightsFile], folder: Path) -> str:
+    """Which page to open, what to get there, where to put it, and what to run then."""
+    lines = []
+    for file in missing:
+        places = file.by_hand or (Place(entry.page or "the publisher's page", file.file),)
+        pages = " or ".join(f"{place.item} from {place.page}" for place in places)
+        lines.append(f"  - get {pages}\n    and put it at {folder / file.file}")
+    return "\n".join([*lines, f"  then run: stunet weights verify {entry.name}"])
+
+
+def verify(entry: WeightsEntry, folder: Path | None = None) -> list[Verified]:
+    """Check the files of published weights, by default in the cache, and note checksums of those that have none yet.
+
+    Raises:
+        CheckpointError: A file is missing, has changed since it was fetched, or is not what the registry says.
+    """
+    folder = entry_folder(entry.name) if folder is None else folder
+    if missing := missing_files(entry, folder):
+        text = f"{entry.name} is not complete: no {', '.join(missing)} in {folder}"
+        raise CheckpointError(f"{text}; `stunet weights fetch {entry.name}` says how to get them")
+    return [_verify_present(entry, file, folder) for file in (*entry.pickles, entry.weights_file)]
+
+
+def _verify_present(entry: WeightsEntry, file: WeightsFile, folder: Path) -> Verified:
+    verified = _check(folder / file.file, entry, file, folder=folder)
+    if read_record(verified.path) is None:
+        write_record(verified.path, name=entry.name, url=None, sha256=verified.sha256)
+    return verified
+
+
+def verify_file(path: Path, entry: WeightsEntry) -> Verified:
+    """Check a file that lies anywhere against one of the entry's files; notes nothing.
+
+    Raises:
+        CheckpointError: It is not what the registry says.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"missing file: {path} is no file; check the path")
+    unnamed = entry.weights_file if path.suffix != ".pkl" else WeightsFile(path.name)  # under a name of the user's own
+    return _check(path, entry, next((f for f in entry.files if f.file == path.name), unnamed))
+
+
+def _check(
+    path: Path,
+    entry: WeightsEntry,
+    file: WeightsFile,
+    *,
+    stated: str | None = None,
+    shown: str = "",
+    folder: Path | None = None,
+) -> Verified:
+    """Check length and checksum where they are known, and always that a file is what it is called.
+
+    Pickles in the folder are read along with weights; ``shown`` is what messages call the file.
+    """
+    from stunet.weights.convert import open_weights  # PyTorch, which listing weights does not need
+    from stunet.weights.read import read_pickle
+
+    def other(got: str, expected: str) -> CheckpointError:
+        remedy = f"`stunet weights fetch {entry.name} --force` gets it again, from another address with --url or --hf"
+        text = f"{shown or path} is not the published {file.file}: {got} instead of {expected}"
+        return CheckpointError(f"{text}; {remedy}")
+
+    with path.open("rb") as opened:
+        start = opened.read(512).lstrip().lower()
+    length, sha256, record = path.stat().st_size, file_sha256(path), read_record(path)
+    known = {stated: "Hugging Face"} | {file.sha256: "the registry"}
+    if record is not None and record.name == entry.name:
+        known.setdefault(record.sha256, f"noted {record.date}")
+    known.pop(None, None)
+    fine = Verified(path, sha256, " and ".join(known.values()))
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise other(f"a web page of {length} bytes", "the file that its link proper leads to")
+    if file.bytes is not None and length != file.bytes:
+        raise other(f"{length} bytes", f"{file.bytes} bytes")
+    for checksum, whose in known.items():
+        if sha256 != checksum:
+            raise other(f"SHA-256 {sha256} ({length} bytes)", f"SHA-256 {checksum} ({whose})")
+    try:
+        if file.is_pickle:
+            read_pickle(path)
+            return fine
+        pickles = [folder / pickle.file for pickle in entry.pickles] if folder else []
+        found = open_weights([path, *(pickle for pickle in pickles if pickle.is_file())]).architecture
+    except CheckpointError as error:
+        raise other(f"a file that cannot be used ({error})", "a whole one") from error
+    got = (found.size.name, found.input_channels, found.num_classes)
+    network = (entry.size, entry.input_channels or found.input_channels, entry.outputs)
+    if got != network:
+        words = "STU-Net {} with {} input channels and {} outputs"
+        raise other(words.format(*got), words.format(*network))
+    return fine
+
+
+def describe_file(path: Path) -> str:
+    """Describe what weights a file holds, where nothing is known that it should be.
+
+    Raises:
+        CheckpointError: It cannot be read safely, or holds no STU-Net.
+    """
+    from stunet.weights.convert import open_weights
+    from stunet.weights.read import read_pickle
+
+    if path.suffix == ".pkl":
+        read_pickle(path)
+        return "a pickle with values alone"
+    found = open_weights([path]).architecture
+    channels = f"{found.input_channels} input channels, {found.num_classes} outputs"
+    return f"STU-Net {found.size.name}, {found.n_axes}D, {channels}"

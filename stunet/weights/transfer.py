@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stunet.errors import CheckpointError, LabelError, UsageError
 from stunet.labels import Outputs, match_names, outputs_of, vocabulary_for
-from stunet.network import STUNet
-from stunet.network.blocks import CONV_OPS
 from stunet.settings import HeadPolicy, StemPolicy
-from stunet.weights.loading import describe_mismatch
-from stunet.weights.sources import SourceWeights
-from stunet.weights.unets import UNetWeights
-
-__all__ = ["HeadPolicy", "StemPolicy", "TransferReport", "adapt_stem", "source_outputs", "transfer_weights"]
+from stunet.weights.convert import SourceWeights, UNetWeights, open_any_weights
+from stunet.weights.read import describe_mismatch
 
 #: The two parameters whose shape depends on the input channels.
 _STEM_WEIGHTS = ("encoder.stages.0.0.conv1.weight", "encoder.stages.0.0.projection.weight")
@@ -55,7 +51,7 @@ class TransferReport:
     head_remark: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return what is written as JSON."""
         return {
             "source": self.source,
             "stem": {"policy": self.stem, "source": self.input_channels[0], "target": self.input_channels[1]},
@@ -71,7 +67,7 @@ class TransferReport:
         }
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """For a table: what, how many, and which or how."""
+        """Return rows of a table: what, how many, and which or how."""
         renamed = [f"{t} from {s}" if s != t else t for t, s in self.structures.items() if s is not None]
         new = [name for name, source in self.structures.items() if source is None]
         channels = "{} to {} channels".format(*self.input_channels)
@@ -92,14 +88,7 @@ def _some(names: tuple[str, ...] | list[str]) -> str:
 
 
 def source_outputs(weights: SourceWeights | UNetWeights) -> Outputs | None:
-    """What the outputs of weights stand for: their own ``dataset.json``, or the published order of so many outputs.
-
-    Args:
-        weights: The weights.
-
-    Returns:
-        None where neither says it.
-    """
+    """Return what the outputs of weights stand for: their ``dataset.json``, or the published order; None if unknown."""
     num_classes = weights.architecture.num_classes
     labels = (weights.init_args.get("dataset_json") or {}).get("labels")
     if isinstance(labels, dict) and labels:
@@ -112,9 +101,9 @@ def source_outputs(weights: SourceWeights | UNetWeights) -> Outputs | None:
 
 
 def transfer_weights(
-    weights: SourceWeights,
-    network: STUNet,
-    outputs: Outputs,
+    weights: SourceWeights | UNetWeights,
+    network: nn.Module,
+    outputs: Outputs | None,
     *,
     stem: StemPolicy = "repeat-scaled",
     head: HeadPolicy = "by-name",
@@ -130,7 +119,8 @@ def transfer_weights(
     Args:
         weights: The source.
         network: The target; may be on the meta device, for the report alone.
-        outputs: What the target's outputs stand for.
+        outputs: What the target's outputs stand for; the target must be a STU-Net then. None for any module, which gets
+            the tensors that have its names and shapes.
         stem: What to do with the stem where the input channels differ; ``random`` leaves it fresh in any case.
         head: ``fresh`` leaves all heads as they are initialised, as nnU-Net's ``-pretrained_weights`` does.
 
@@ -142,39 +132,47 @@ def transfer_weights(
         UsageError: An unknown policy, or outputs that the network does not have.
     """
     check_policies(stem, head)
-    target = dict(network.state_dict(keep_vars=True))
-    _check_fit(weights, network, target, outputs)
+    target: dict[str, Tensor] = network.state_dict(keep_vars=True)
     origin = source_outputs(weights)
-    structures, remark = _match(origin, outputs, head)
+    if outputs is not None:
+        _check_fit(weights, target, outputs)
+        structures, remark = _match(origin, outputs, head)
+    else:
+        structures, remark = {}, "heads by shape, as their labels were not given"
     copied, fresh, adapted = [], [], {}
     with torch.no_grad():
         for key, parameter in target.items():
-            tensor = weights.tensors[key]
-            if key.startswith(_HEADS):
-                how = _fill_head(parameter, tensor, origin, outputs, structures)
-            elif stem == "random" and key in (*_STEM_WEIGHTS, *_STEM_BIASES):
+            tensor = weights.tensors.get(key)
+            if tensor is None or (stem == "random" and key in (*_STEM_WEIGHTS, *_STEM_BIASES)):
                 how = "fresh"
-            elif key in _STEM_WEIGHTS and tensor.shape != parameter.shape:
+            elif key.startswith(_HEADS) and (outputs is not None or head == "fresh"):
+                how = _fill_head(parameter, tensor, origin, outputs, structures)
+            elif tensor.shape == parameter.shape:
+                parameter.copy_(tensor)
+                how = "copied"
+            elif key in _STEM_WEIGHTS and tensor[:, 0].shape == parameter[:, 0].shape:
                 parameter.copy_(adapt_stem(tensor, parameter, stem))
                 how = _STEM_DESCRIPTIONS[stem]
             else:
-                parameter.copy_(tensor)
-                how = "copied"
+                how = "fresh"
             if how == "copied":
                 copied.append(key)
             elif how == "fresh":
                 fresh.append(key)
             else:
                 adapted[key] = how
-    used = set(structures.values())
+    if not copied:
+        mismatch = describe_mismatch(weights.tensors, target)
+        raise CheckpointError(f"nothing in {weights.path} fits the network: {mismatch}; give weights of such a network")
+    used, channels = set(structures.values()), weights.architecture.input_channels
     return TransferReport(
         source=str(weights.path),
         copied=tuple(copied),
         adapted=adapted,
         fresh=tuple(fresh),
         structures=structures,
-        unused_structures=tuple(name for name in origin.names if name not in used) if origin else (),
-        input_channels=(weights.architecture.input_channels, target[_STEM_WEIGHTS[0]].shape[1]),
+        unused_structures=tuple(name for name in origin.names if name not in used) if origin and outputs else (),
+        input_channels=(channels, target[_STEM_WEIGHTS[0]].shape[1] if _STEM_WEIGHTS[0] in target else channels),
         stem=stem,
         head=head,
         head_remark=remark,
@@ -221,12 +219,16 @@ def adapt_stem(weight: Tensor, fresh: Tensor, policy: StemPolicy) -> Tensor:
 
 
 def _fill_head(
-    parameter: Tensor, tensor: Tensor, origin: Outputs | None, outputs: Outputs, structures: Mapping[str, str | None]
+    parameter: Tensor,
+    tensor: Tensor,
+    origin: Outputs | None,
+    outputs: Outputs | None,
+    structures: Mapping[str, str | None],
 ) -> str:
     """Copy rows of one head's weight or bias and say what was done."""
-    matched = {outputs.names.index(t): s for t, s in structures.items() if s is not None}
-    if origin is None or not matched:
+    if outputs is None or origin is None or not any(structures.values()):
         return "fresh"
+    matched = {outputs.names.index(t): s for t, s in structures.items() if s is not None}
     to_regions = origin.exclusive and not outputs.exclusive
     for row, name in matched.items():
         value = tensor[origin.names.index(name)]
@@ -253,32 +255,64 @@ def check_policies(stem: str, head: str = "fresh") -> None:
     """
     for name, value, policy in (("stem", stem, StemPolicy), ("head", head, HeadPolicy)):
         if value not in get_args(policy):
-            raise UsageError(f"unknown policy for the {name}", got=value,
-                             expected=f"one of {', '.join(get_args(policy))}", remedy=f"Correct {name}.")  # fmt: skip
+            raise UsageError(f"unknown policy {value} for the {name}: give one of {', '.join(get_args(policy))}")
 
 
-def _check_fit(weights: SourceWeights, network: STUNet, target: Mapping[str, Tensor], outputs: Outputs) -> None:
-    n_axes = next(n for n, op in CONV_OPS.items() if op is network.conv_op)
-    if n_axes != weights.architecture.n_axes:
-        raise CheckpointError(
-            f"a {n_axes}D network from {weights.architecture.n_axes}D weights",
-            got=str(weights.path),
-            expected=f"weights of a {n_axes}D STU-Net: a kernel that was trained on {weights.architecture.n_axes} axes "
-            f"has no counterpart on {n_axes}",
-            remedy=f"Choose a {weights.architecture.n_axes}D configuration, or other weights.",
-        )
+def _check_fit(weights: SourceWeights | UNetWeights, target: Mapping[str, Tensor], outputs: Outputs) -> None:
+    n_axes = target[_STEM_WEIGHTS[0]].ndim - 2
+    if (trained := weights.architecture.n_axes) != n_axes:
+        text = f"a {n_axes}D network from {trained}D weights, {weights.path}: kernels trained on {trained} axes have no"
+        raise CheckpointError(f"{text} counterpart on {n_axes}, choose a {trained}D configuration or other weights")
     flexible = (*_STEM_WEIGHTS, _HEADS)
     source = {key: tensor for key, tensor in weights.tensors.items() if not key.startswith(flexible)}
     fixed = {key: parameter for key, parameter in target.items() if not key.startswith(flexible)}
     if mismatch := describe_mismatch(source, fixed):
-        raise CheckpointError(
-            "weights of another size than the network",
-            got=f"{weights.path}, a STU-Net {weights.architecture.size.name}: {mismatch}",
-            expected="weights of the size that the plans have",
-            remedy="Write the plans with `stunet plan --from CHECKPOINT`, which takes the size from the weights.",
-        )
+        text = f"{weights.path} has weights of another size than the network"
+        raise CheckpointError(f"{text}: {mismatch}; `stunet plan --from CHECKPOINT` takes the size from the weights")
     n_outputs = next(parameter.shape[0] for key, parameter in target.items() if key.startswith(_HEADS))
     if len(outputs.names) != n_outputs or len(set(outputs.names)) != len(outputs.names):
-        raise UsageError("names that do not fit the network's outputs", got=f"{len(outputs.names)} names",
-                         expected=f"{n_outputs} different names",
-                         remedy="Take the labels of the dataset that the network is built for.")  # fmt: skip
+        raise UsageError(f"{len(outputs.names)} names for the network's outputs, not {n_outputs} different names")
+
+
+def load_weights(
+    network: nn.Module,
+    checkpoint: str | os.PathLike[str],
+    *,
+    labels: Sequence[str] | None = None,
+    stem: StemPolicy = "repeat-scaled",
+    head: HeadPolicy = "by-name",
+    trust: Sequence[str] = (),
+) -> TransferReport:
+    """Fill a network with the weights of a file, by name and shape and without running code out of the file.
+
+    With ``labels``, the network must be a STU-Net of the weights' size, and the rows of its heads go by name
+    (:func:`transfer_weights`). Without, any module gets the tensors that have its names and shapes, and the stem of a
+    STU-Net is adapted to its channels; the rest stays as it is.
+
+    Args:
+        network: The network, changed in place.
+        checkpoint: Whatever :func:`stunet.weights.open_any_weights` reads: ``.model``, ``.pth``, ``.safetensors``, or a
+            model folder.
+        labels: What each output of the network stands for, background first.
+        stem: What to do with a STU-Net's stem where the input channels differ.
+        head: ``fresh`` leaves all heads as they are.
+        trust: Further classes that the plans in the file may name, see :func:`stunet.weights.check_network`.
+
+    Returns:
+        What became of each parameter.
+
+    Raises:
+        CheckpointError: The file cannot be read safely, or nothing in it fits; the network is unchanged.
+        UsageError: An unknown policy, or labels that are not one for each output.
+
+    >>> import tempfile, torch
+    >>> from stunet.network import STUNetSize, build_stunet
+    >>> tiny, strides = STUNetSize("tiny", (1,) * 6, 2), [1, 2, 2, 2, 2, 1]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     torch.save(build_stunet(tiny, 1, 3, strides).state_dict(), f"{folder}/x.pth")
+    ...     report = load_weights(build_stunet(tiny, 2, 4, strides), f"{folder}/x.pth")
+    >>> report.input_channels, len(report.adapted), sorted(report.fresh)[0]
+    ((1, 2), 2, 'decoder.seg_layers.0.bias')
+    """
+    outputs = None if labels is None else Outputs(tuple(labels), exclusive=True)
+    return transfer_weights(open_any_weights(checkpoint, trust), network, outputs, stem=stem, head=head)
