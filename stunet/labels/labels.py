@@ -61,9 +61,7 @@ class Labels:
         try:
             listed = decode(dataset_json.get("labels"), _LABELS)
         except FormError as error:
-            raise LabelError(
-                f"{source}: no label values ({error}): give each name a whole number, or several"
-            ) from error
+            raise LabelError(f"{source}: no label values ({error}): give each name one, or several") from error
         self.source = source
         self.values = {name: tuple(v) if isinstance(v, list) else (v,) for name, v in listed.items()}
         self.ignore = self.values[IGNORE][0] if IGNORE in self.values else None
