@@ -12,7 +12,7 @@ from torch import nn
 
 from stunet.errors import UsageError
 from stunet.inference import Geometry, available_bytes, choose_strategy, load_model, parse_memory, stock_bytes
-from stunet.network import estimate, peak_forward_bytes
+from stunet.memory import estimate, peak_forward_bytes
 
 GB = 2**30
 WHOLE_BODY = Geometry((900, 512, 512), (0.8, 0.8, 0.8), 2)

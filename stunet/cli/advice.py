@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stunet.network import Recommendation, STUNetSize
+    from stunet.memory import Recommendation
+    from stunet.sizes import STUNetSize
 
 __all__ = ["Advice", "advise"]
 
@@ -34,7 +35,7 @@ class Advice:
     def print(self) -> None:
         """Say it in a line or two."""
         from stunet.cli.console import human_bytes, stdout
-        from stunet.network import USABLE_SHARE
+        from stunet.memory import USABLE_SHARE
 
         needed, usable = self.found.estimate.training_bytes, USABLE_SHARE * self.gpu_bytes
         values = {True: "true", False: "false"}
@@ -61,13 +62,13 @@ def advise(size: STUNetSize, gpu: str, parallel: Any, batch_dice: bool, settings
         gpu: Memory of each GPU, as it is typed.
         parallel: As it is typed, or None.
         batch_dice: Whether the plans have it.
-        settings: Arguments of :func:`stunet.network.estimate` that are given.
+        settings: Arguments of :func:`stunet.memory.estimate` that are given.
 
     Raises:
         UsageError: No size of memory.
     """
     from stunet.inference import parse_memory
-    from stunet.network import recommend
+    from stunet.memory import recommend
 
     gpu_bytes = parse_memory(gpu, "--gpu")
     found = recommend(size, gpu_bytes, parallel=parallel, batch_dice=batch_dice, **settings)

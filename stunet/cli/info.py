@@ -13,7 +13,7 @@ from stunet.settings import ActivationCheckpointing, MomentumDtype
 from stunet.sizes import SIZES
 
 if TYPE_CHECKING:
-    from stunet.network import STUNetSize
+    from stunet.sizes import STUNetSize
 
 __all__ = ["info"]
 
@@ -97,7 +97,7 @@ _TRAINERS = {"stunet": "STUNetTrainer", "nnunet": "nnUNetTrainer"}
 
 
 def _row(size: STUNetSize, settings: dict[str, Any]) -> dict[str, Any]:
-    from stunet.network import estimate
+    from stunet.memory import estimate
 
     return {
         "name": size.name,

@@ -15,7 +15,7 @@ import torch
 
 from stunet.errors import UsageError
 from stunet.inference.preparation import network_grid
-from stunet.network import peak_forward_bytes
+from stunet.memory import peak_forward_bytes
 
 if TYPE_CHECKING:
     from stunet.inference.images import Geometry

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stunet.errors import ArchitectureError, CheckpointError
 from stunet.network import N_STAGES, STUNet, STUNetSize, size_of
-from stunet.network.blocks import CONV_OPS
+from stunet.network import CONV_OPS
 from stunet.weights.loading import describe_mismatch
 
 __all__ = ["Architecture", "infer_architecture"]
