@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONV_OPS", "N_STAGES", "SIZES", "STUNet", "STUNetSize", "build_stunet", "create_model", "default_strides",
-    "find_size", "shard", "sharded_units", "size_of", "total_stride",
+    "find_size", "is_transformed", "shard", "sharded_units", "size_of", "total_stride",
 ]  # fmt: skip
 
 ConvOp = type[nn.Conv2d] | type[nn.Conv3d]
@@ -175,7 +175,7 @@ class _Stage(nn.Sequential):
             if (
                 self.checkpointed
                 and torch.is_grad_enabled()
-                and (torch.compiler.is_compiling() or not _is_transformed())
+                and (torch.compiler.is_compiling() or not is_transformed())
             ):
                 # The blocks draw no random numbers, so there is no random state to keep.
                 inputs = (checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False),)
@@ -471,7 +471,7 @@ def _is_tracing() -> bool:
     return torch._C._get_tracing_state() is not None
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether something else than autograd differentiates or records what is computed."""
     if torch.compiler.is_compiling():
         return False
@@ -483,7 +483,7 @@ def _is_observed(x: Tensor) -> bool:
     """Whether operations count one by one. The compiler is among those: it decides by itself what to keep."""
     return bool(
         torch.compiler.is_compiling()
-        or _is_transformed()
+        or is_transformed()
         or has_torch_function((x,))
         or nn_module._has_any_global_hook()  # type: ignore[no-untyped-call]
     )
@@ -589,7 +589,7 @@ class _NormActConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, kernel = ctx.saved_tensors
-        of_norm, is_recorded = any(ctx.needs_input_grad[:3]), torch.is_grad_enabled() or _is_transformed()
+        of_norm, is_recorded = any(ctx.needs_input_grad[:3]), torch.is_grad_enabled() or is_transformed()
         with torch.set_grad_enabled(of_norm):
             normalized = _instance_norm(x, weight, bias, ctx.eps)
         # The gradient of the norm does not need the values that are overwritten.
@@ -616,7 +616,7 @@ def _grads_of_norm(y: Tensor, inputs: tuple[Tensor, ...], grad: Tensor) -> Itera
 def _instance_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """PyTorch's, which would turn channels-last into another layout and back."""
     # In a backward pass that is itself differentiated or vectorized, PyTorch's own.
-    if _is_channels_last(x) and not _is_transformed():
+    if _is_channels_last(x) and not is_transformed():
         return cast(Tensor, _ChannelsLastNorm.apply(x, weight, bias, eps))
     return F.instance_norm(x, weight=weight, bias=bias, eps=eps)
 
@@ -637,7 +637,7 @@ class _ChannelsLastNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled() or _is_transformed():  # second derivatives, or many gradients at once
+        if torch.is_grad_enabled() or is_transformed():  # second derivatives, or many gradients at once
             with torch.enable_grad():
                 y = F.instance_norm(x, weight=weight, bias=bias, eps=ctx.eps)
             return *_grads_of_norm(y, (x, weight, bias), grad), None
