@@ -20,8 +20,8 @@ from stunet.cli.console import human_bytes, human_count
 from stunet.cli.env import trainers_folder
 from stunet.cli.main import main
 from stunet.memory import USABLE_SHARE, estimate
-from stunet.sizes import STUNetSize
 from stunet.planning import parse_settings
+from stunet.sizes import STUNetSize
 
 STUNET = str(Path(sys.executable).with_name("stunet"))
 

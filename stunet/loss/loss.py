@@ -296,7 +296,7 @@ class PartialDiceCELoss(nn.Module):
             return self._total(batch_sums(self._cases(logits, target, partitions)), annotated)
 
     def _total(self, sums: list[Sums], annotated: Tensor) -> Tensor:
-        """Return what adds up over cases: :func:`_counts`; with ``batch_dice`` ``(L,)`` pairs and ``(3, L)`` sums too."""
+        """Return what adds up: :func:`_counts`, and with ``batch_dice`` ``(L,)`` pairs and ``(3, L)`` sums."""
         counts = _counts(torch.stack([s.voxels for s in sums]).sum(), annotated)
         if not self.batch_dice:
             return counts
