@@ -14,6 +14,7 @@ modules one after the other. The fast path computes the same function, and diffe
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -28,15 +29,14 @@ from torch.utils.checkpoint import checkpoint
 
 from stunet.errors import ArchitectureError
 from stunet.settings import ActivationCheckpointing
-from stunet.sizes import N_STAGES, SIZES, STUNetSize, find_size, size_of
+from stunet.sizes import N_STAGES as N_STAGES
+from stunet.sizes import SIZES as SIZES
+from stunet.sizes import STUNetSize as STUNetSize
+from stunet.sizes import find_size as find_size
+from stunet.sizes import size_of as size_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-__all__ = [
-    "CONV_OPS", "N_STAGES", "SIZES", "STUNet", "STUNetSize", "build_stunet", "create_model", "default_strides",
-    "find_size", "is_transformed", "shard", "sharded_units", "size_of", "total_stride",
-]  # fmt: skip
 
 ConvOp = type[nn.Conv2d] | type[nn.Conv3d]
 
@@ -138,27 +138,6 @@ class MergingBlock(ResidualBlock):
         return self._finish(y, residual)
 
 
-class Upsampling(nn.Module):
-    """The 1x1 convolution of upsampling, at the coarser resolution.
-
-    The published network interpolates first. Both orders give the same function, since a 1x1 convolution acts on each
-    voxel alone and nearest interpolation only repeats voxels. Here :class:`MergingBlock` interpolates.
-
-    Args:
-        conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.
-        input_channels: Channels that come in.
-        output_channels: Channels that go out.
-    """
-
-    def __init__(self, conv_op: ConvOp, input_channels: int, output_channels: int) -> None:
-        super().__init__()
-        self.conv = conv_op(input_channels, output_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, C_in, X, Y[, Z])`` to ``(B, C_out, X, Y[, Z])``."""
-        return cast(Tensor, self.conv(x))
-
-
 class _Stage(nn.Sequential):
     """Residual blocks of one resolution, optionally checkpointed block by block."""
 
@@ -247,7 +226,11 @@ class STUNetDecoder(nn.Module):
         self.deep_supervision = deep_supervision
         self.supervised_levels = N_STAGES - 1
         levels = list(enumerate(pairwise(features_per_stage)))[::-1]  # (level, (channels here, channels below))
-        self.upsamplings = nn.ModuleList(Upsampling(conv_op, below, here) for _, (here, below) in levels)
+        # The published network interpolates before this 1x1 convolution. Either order gives the same function, as
+        # nearest interpolation only repeats voxels; here MergingBlock interpolates.
+        self.upsamplings = nn.ModuleList(
+            nn.Sequential(OrderedDict(conv=conv_op(below, here, 1))) for _, (here, below) in levels
+        )
         self.stages = nn.ModuleList(
             _Stage(MergingBlock(conv_op, here, scale=strides[level + 1]), n_blocks=n_blocks_per_stage[level])
             for level, (here, _) in levels
@@ -479,6 +462,11 @@ def is_transformed() -> bool:
     return _is_tracing() or forward_ad._current_level >= 0 or functorch.peek_interpreter_stack() is not None
 
 
+def is_recorded(grad: Tensor) -> bool:
+    """Return whether a backward pass is differentiated itself, or has many gradients at once in this tensor."""
+    return torch.is_grad_enabled() or is_transformed() or "Batched" in str(torch._C._dispatch_keys(grad))
+
+
 def _is_observed(x: Tensor) -> bool:
     """Whether operations count one by one. The compiler is among those: it decides by itself what to keep."""
     return bool(
@@ -589,11 +577,11 @@ class _NormActConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, kernel = ctx.saved_tensors
-        of_norm, is_recorded = any(ctx.needs_input_grad[:3]), torch.is_grad_enabled() or is_transformed()
+        of_norm, out_of_place = any(ctx.needs_input_grad[:3]), is_recorded(grad)
         with torch.set_grad_enabled(of_norm):
             normalized = _instance_norm(x, weight, bias, ctx.eps)
         # The gradient of the norm does not need the values that are overwritten.
-        y = F.leaky_relu(normalized, ctx.slope) if is_recorded else F.leaky_relu_(normalized.detach(), ctx.slope)
+        y = F.leaky_relu(normalized, ctx.slope) if out_of_place else F.leaky_relu_(normalized.detach(), ctx.slope)
         ones = [1] * (y.ndim - 2)
         grad_y, grad_kernel, grad_conv_bias = torch.ops.aten.convolution_backward(
             grad, y, kernel, [len(kernel)], ones, ones, ones, False, [0] * len(ones), 1,
@@ -601,7 +589,7 @@ class _NormActConv(torch.autograd.Function):
         )  # fmt: skip
         if not of_norm:
             return None, None, None, grad_kernel, grad_conv_bias, None, None
-        out = {} if is_recorded else {"grad_input": grad_y}
+        out = {} if out_of_place else {"grad_input": grad_y}
         grad_y = torch.ops.aten.leaky_relu_backward(grad_y, y, ctx.slope, True, **out)
         return *_grads_of_norm(normalized, (x, weight, bias), grad_y), grad_kernel, grad_conv_bias, None, None
 
@@ -637,7 +625,7 @@ class _ChannelsLastNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled() or is_transformed():  # second derivatives, or many gradients at once
+        if is_recorded(grad):  # by PyTorch's own operations
             with torch.enable_grad():
                 y = F.instance_norm(x, weight=weight, bias=bias, eps=ctx.eps)
             return *_grads_of_norm(y, (x, weight, bias), grad), None

@@ -13,7 +13,7 @@ from torch import distributed as dist
 from stunet.errors import LossError
 from stunet.loss.chunks import Case, Coefficients, Sums, batch_gradient, batch_sums, count_voxels
 from stunet.loss.partition import Partition, check_members, label_members, partition_outputs
-from stunet.network import is_transformed
+from stunet.network import is_recorded, is_transformed
 
 # nnU-Net's bound of the denominator of Dice.
 _SMALLEST_DENOMINATOR = 1e-8
@@ -433,11 +433,11 @@ class _PartialDiceCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, annotated, *coefficients = ctx.saved_tensors
-        is_recorded = torch.is_grad_enabled()
-        if is_recorded or is_transformed():  # second derivatives, or many gradients at once
+        if is_recorded(grad_output):  # second derivatives, or many gradients at once
+            again = torch.is_grad_enabled()
             with torch.enable_grad():
                 value = ctx.loss._by_operations(logits, target, annotated, ctx.partitions, ctx.whole)
-            (gradient,) = torch.autograd.grad(value, logits, grad_output, create_graph=is_recorded)
+            (gradient,) = torch.autograd.grad(value, logits, grad_output, create_graph=again)
             return gradient, None, None, None, None, None
         gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         with torch.autocast(logits.device.type, enabled=False):
