@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 ConvOp = type[nn.Conv2d] | type[nn.Conv3d]
+Ints = Sequence[int]
+Strides = Sequence[tuple[int, ...]]
 
 #: The convolution for a number of axes.
 CONV_OPS: dict[int, ConvOp] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -117,14 +119,12 @@ class MergingBlock(ResidualBlock):
 
     def forward(self, below: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
         """``(B, C, X/sx, Y/sy[, Z/sz])`` and ``(B, C, X, Y[, Z])`` to ``(B, C, X, Y[, Z])``."""
-        conv, projection = self.conv1, self.projection
+        conv, projection = self.conv1, cast(nn.Conv3d, self.projection)
         factors = [float(factor) for factor in self.scale]
-        is_fast = (
-            _is_plain(self, skip) and _keeps_size(conv, 3) and projection is not None and _keeps_size(projection, 1)
-        )
-        if not is_fast or not _has_many_voxels(skip, skip.shape[1]):  # else the summed kernel costs more than it saves
+        is_plain = _is_plain(self, skip) and _keeps_size(conv, 3)
+        # With few voxels, the summed kernel would cost more than it saves.
+        if not is_plain or not _keeps_size(projection, 1) or not _has_many_voxels(skip, skip.shape[1]):
             return super().forward(torch.cat((F.interpolate(below, scale_factor=factors, mode="nearest"), skip), 1))
-        assert projection is not None
         skip = _in_fast_layout(skip, conv.out_channels)
         if _is_channels_last(skip):
             below = below.contiguous(memory_format=torch.channels_last_3d)
@@ -151,11 +151,7 @@ class _Stage(nn.Sequential):
     def forward(self, *inputs: Tensor) -> Tensor:
         """One tensor, or in the decoder the upsampled one and the skip connection."""
         for block in self:
-            if (
-                self.checkpointed
-                and torch.is_grad_enabled()
-                and (torch.compiler.is_compiling() or not is_transformed())
-            ):
+            if self.checkpointed and torch.is_grad_enabled() and not is_transformed():
                 # The blocks draw no random numbers, so there is no random state to keep.
                 inputs = (checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False),)
             else:
@@ -174,20 +170,13 @@ class STUNetEncoder(nn.Module):
         strides: Stride of each stage, for each axis.
     """
 
-    def __init__(
-        self,
-        conv_op: ConvOp,
-        input_channels: int,
-        features_per_stage: Sequence[int],
-        n_blocks_per_stage: Sequence[int],
-        strides: Sequence[tuple[int, ...]],
-    ) -> None:
+    def __init__(self, conv_op: ConvOp, input_channels: int, features: Ints, n_blocks: Ints, strides: Strides) -> None:
         super().__init__()
-        channels = (input_channels, *features_per_stage)
+        channels = (input_channels, *features)
         self.strides = tuple(strides)
         self.stages = nn.ModuleList(
             _Stage(ResidualBlock(conv_op, c_in, c_out, stride=stride, project=True), n_blocks=n)
-            for (c_in, c_out), n, stride in zip(pairwise(channels), n_blocks_per_stage, strides, strict=True)
+            for (c_in, c_out), n, stride in zip(pairwise(channels), n_blocks, strides, strict=True)
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -216,23 +205,23 @@ class STUNetDecoder(nn.Module):
         self,
         conv_op: ConvOp,
         num_classes: int,
-        features_per_stage: Sequence[int],
-        n_blocks_per_stage: Sequence[int],
-        strides: Sequence[tuple[int, ...]],
+        features: Ints,
+        n_blocks: Ints,
+        strides: Strides,
         *,
         deep_supervision: bool,
     ) -> None:
         super().__init__()
         self.deep_supervision = deep_supervision
         self.supervised_levels = N_STAGES - 1
-        levels = list(enumerate(pairwise(features_per_stage)))[::-1]  # (level, (channels here, channels below))
+        levels = list(enumerate(pairwise(features)))[::-1]  # (level, (channels here, channels below))
         # The published network interpolates before this 1x1 convolution. Either order gives the same function, as
         # nearest interpolation only repeats voxels; here MergingBlock interpolates.
         self.upsamplings = nn.ModuleList(
             nn.Sequential(OrderedDict(conv=conv_op(below, here, 1))) for _, (here, below) in levels
         )
         self.stages = nn.ModuleList(
-            _Stage(MergingBlock(conv_op, here, scale=strides[level + 1]), n_blocks=n_blocks_per_stage[level])
+            _Stage(MergingBlock(conv_op, here, scale=strides[level + 1]), n_blocks=n_blocks[level])
             for level, (here, _) in levels
         )
         self.seg_layers = nn.ModuleList(conv_op(here, num_classes, 1) for _, (here, _) in levels)
@@ -502,6 +491,8 @@ def _is_stock(module: nn.Module, expected: type[nn.Module]) -> bool:
 
 def _keeps_size(conv: Any, kernel: int) -> bool:
     """Whether a stock convolution has this kernel, as much padding as that takes, and nothing else."""
+    if conv is None:
+        return False
     n = len(conv.kernel_size)
     expected = ((kernel,) * n, (kernel // 2,) * n, (1,) * n, (1,) * n, 1, "zeros")
     settings = (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups, conv.padding_mode)
