@@ -8,19 +8,11 @@ from typing import Literal
 
 from stunet.errors import ArchitectureError
 
-__all__ = ["N_STAGES", "SIZES", "STUNetSize", "SizeName", "find_size", "size_of"]
-
 SizeName = Literal["small", "base", "large", "huge"]
 """A published size."""
 
 N_STAGES = 6
 """STU-Net always has six resolution stages."""
-
-_WIDTH_MULTIPLIERS = (1, 2, 4, 8, 16, 16)
-
-
-def _is_positive_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 @dataclass(frozen=True)
@@ -41,25 +33,14 @@ class STUNetSize:
     width: int
 
     def __post_init__(self) -> None:
-        if len(self.depth) != N_STAGES or not all(_is_positive_int(d) for d in self.depth):
-            raise ArchitectureError(
-                "impossible depth",
-                got=list(self.depth),
-                expected=f"{N_STAGES} positive whole numbers, one for each stage",
-                remedy="Give one depth for each stage, for example 1,1,2,2,2,2.",
-            )
-        if not _is_positive_int(self.width):
-            raise ArchitectureError(
-                "impossible width",
-                got=self.width,
-                expected="a positive whole number of channels",
-                remedy="Give the channels of the first stage, for example 24 (published: 16, 32, 64, 96).",
-            )
+        if len(self.depth) != N_STAGES or any(type(n) is not int or n < 1 for n in (*self.depth, self.width)):
+            got = f"impossible depth {list(self.depth)} or width {self.width}"
+            raise ArchitectureError(f"{got}: give {N_STAGES} positive depths, as 1,1,2,2,2,2, and one width, as 24")
 
     @property
     def features(self) -> tuple[int, ...]:
         """Channels of each of the six stages."""
-        return tuple(self.width * multiplier for multiplier in _WIDTH_MULTIPLIERS)
+        return tuple(self.width * multiplier for multiplier in (1, 2, 4, 8, 16, 16))
 
 
 #: The four published sizes (arXiv 2304.06716, table 4). Parameters are counted with 105 outputs.
@@ -80,19 +61,13 @@ def find_size(name: str) -> STUNetSize:
     Raises:
         ArchitectureError: No published size has this name.
     """
-    try:
-        return SIZES[name]
-    except KeyError:
-        raise ArchitectureError(
-            "unknown size",
-            got=name,
-            expected=f"one of {', '.join(SIZES)}",
-            remedy="Choose a published size, or make one of your own with --depth and --width.",
-        ) from None
+    if name not in SIZES:
+        raise ArchitectureError(f"unknown size {name}: choose one of {', '.join(SIZES)}, or give --depth and --width")
+    return SIZES[name]
 
 
 def size_of(features_per_stage: Sequence[int], n_blocks_per_stage: Sequence[int]) -> STUNetSize:
-    """The size that a network with these channels and blocks has; a published one keeps its name.
+    """Return the size that a network with these channels and blocks has; a published one keeps its name.
 
     Args:
         features_per_stage: Channels of each stage.
@@ -103,12 +78,8 @@ def size_of(features_per_stage: Sequence[int], n_blocks_per_stage: Sequence[int]
     """
     size = STUNetSize("custom", tuple(n_blocks_per_stage), features_per_stage[0])
     if size.features != tuple(features_per_stage):
-        raise ArchitectureError(
-            "channels that no STU-Net has",
-            got=list(features_per_stage),
-            expected=f"{list(size.features)} for width {size.width}",
-            remedy="Write the plans with `stunet plan` instead of by hand.",
-        )
+        got = f"no STU-Net has channels {list(features_per_stage)}"
+        raise ArchitectureError(f"{got}: {list(size.features)} for width {size.width}; let `stunet plan` write plans")
     for published in SIZES.values():
         if (published.depth, published.width) == (size.depth, size.width):
             return published

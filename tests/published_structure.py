@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from stunet.network import STUNetSize
+from stunet.sizes import STUNetSize
 
 CONVS = {2: nn.Conv2d, 3: nn.Conv3d}
 NORMS = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
@@ -38,7 +38,7 @@ class Block(nn.Module):
         y = self.norm2(self.conv2(y))
         if self.projection is not None:
             x = self.projection(x)
-        y += x
+        y = y.add_(x) if self.act2.inplace else y + x
         return self.act2(y)
 
 

@@ -19,7 +19,8 @@ from plans import DATASET_JSON, make_plans
 from stunet.cli.console import human_bytes, human_count
 from stunet.cli.env import trainers_folder
 from stunet.cli.main import main
-from stunet.network import USABLE_SHARE, STUNetSize, estimate
+from stunet.memory import USABLE_SHARE, estimate
+from stunet.network import STUNetSize
 from stunet.settings import parse_settings
 
 STUNET = str(Path(sys.executable).with_name("stunet"))

@@ -14,7 +14,7 @@ from stunet.errors import UsageError
 from stunet.inference import Predictor, load_model, parse_memory
 from stunet.inference.folders import available_bytes, plan_memory
 from stunet.inference.images import Geometry
-from stunet.network import estimate, peak_forward_bytes
+from stunet.memory import estimate, peak_forward_bytes
 
 GB = 2**30
 WHOLE_BODY = Geometry((900, 512, 512), (0.8, 0.8, 0.8), 2)

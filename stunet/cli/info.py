@@ -17,7 +17,7 @@ from stunet.settings import ActivationCheckpointing, MomentumDtype
 from stunet.sizes import SIZES
 
 if TYPE_CHECKING:
-    from stunet.network import Recommendation
+    from stunet.memory import Recommendation
 
 #: Of the settings that the table's title names where they differ.
 _DEFAULTS = {
@@ -76,7 +76,8 @@ def info(
         sizes = [choose_size(name, None, None) for name in size or SIZES]
     else:
         sizes = [choose_size(size[0] if size else None, depth, width)]
-    from stunet.network import default_strides, estimate, recommend
+    from stunet.memory import estimate, recommend
+    from stunet.network import default_strides
 
     settings: dict[str, Any] = {"patch_size": patch_size, "batch_size": batch, "num_classes": classes}
     settings |= {"input_channels": channels, "precision": precision, "loss": loss, "ranks": ranks}
@@ -153,7 +154,7 @@ def _warn_of_strides(patch_size: list[int]) -> None:
 
 
 def _print_recommendation(size: str, found: Recommendation, gpu_bytes: int, ranks: int) -> None:
-    from stunet.network import USABLE_SHARE
+    from stunet.memory import USABLE_SHARE
 
     needed, usable = found.estimate.training_bytes, USABLE_SHARE * gpu_bytes
     values = {True: "true", False: "false"}

@@ -36,7 +36,7 @@ from stunet.inference.outputs import (
     write_case,
 )
 from stunet.inference.predictor import Labels, MemoryPlan, Predictor, choose_structures, network_spacing
-from stunet.network import peak_forward_bytes
+from stunet.memory import peak_forward_bytes
 from stunet.processes import in_order
 from stunet.volumes import NIFTI_ENDINGS
 

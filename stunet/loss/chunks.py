@@ -13,6 +13,7 @@ the label that owns output c. p_c / q is the softmax over E alone, and computed 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -20,10 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from stunet.loss.annotation import Partition
-from stunet.loss.threads import run_in_threads
-
-__all__ = ["Case", "Coefficients", "Sums", "batch_gradient", "batch_sums", "count_voxels"]
+from stunet.loss.partition import Partition
 
 T = TypeVar("T")
 
@@ -153,7 +151,7 @@ class Case:
             yield self._softmax(slice(i, min(i + self.chunk_size, self.n_voxels)), buffer)
 
     def _softmax(self, voxels: slice, buffer: Tensor) -> _Chunk:
-        label, set_of, output = self._look_up(voxels)
+        label, set_of, output = self.look_up(voxels)
         z = self.logits[:, voxels]
         x = buffer[: z.numel()].view(z.shape)
         if self.order is not None:
@@ -185,7 +183,8 @@ class Case:
         ]
         return _Chunk(voxels, x, spans, label, set_of, output, nll)
 
-    def _look_up(self, voxels: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def look_up(self, voxels: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Return label, set and output of some voxels, as in :class:`Partition`."""
         labels = self.target[voxels].long()
         if self.ignore_label is not None:
             labels = labels.masked_fill(labels == self.ignore_label, self.n_labels)
@@ -288,6 +287,23 @@ def _stripe_gradient(case: Case, starts: range, by: Coefficients, out: Tensor) -
 
 
 def _run(cases: list[Case], tasks: list[Callable[[], T]]) -> list[T]:
-    elements = sum(case.n_voxels * case.n_outputs for case in cases)
-    worth_it = cases[0].logits.device.type == "cpu" and elements > _CHUNK_ELEMENTS["cpu"]
-    return run_in_threads(tasks) if worth_it else [task() for task in tasks]
+    """Run tasks, none of which needs gradients, and return their results in order; on the CPU in threads.
+
+    PyTorch's own threads wait for each other at the end of every operation. Where an operation takes a fraction of a
+    millisecond and other processes want the cores too, as those that load data, nearly all time goes into waiting.
+    """
+    elements, n_threads = sum(case.n_voxels * case.n_outputs for case in cases), torch.get_num_threads()
+    is_large = cases[0].logits.device.type == "cpu" and elements > _CHUNK_ELEMENTS["cpu"]
+    if not is_large or min(len(tasks), n_threads) < 2:
+        return [task() for task in tasks]
+
+    def run(task: Callable[[], T]) -> T:
+        with torch.no_grad():  # a setting of each thread
+            return task()
+
+    try:
+        # That each thread keeps to itself is its own setting, but also the default of threads that start later.
+        with ThreadPoolExecutor(min(n_threads, len(tasks)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(run, tasks))
+    finally:
+        torch.set_num_threads(n_threads)

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from stunet.errors import ArchitectureError, CheckpointError, reading
 from stunet.files import atomic_path, refuse_existing
-from stunet.network import N_STAGES, STUNet, STUNetSize, size_of
-from stunet.network.blocks import CONV_OPS
+from stunet.network import CONV_OPS, N_STAGES, STUNet, STUNetSize, size_of
 from stunet.weights.networks import STUNET, UNETS, UNUSABLE, check_network, described_network
 from stunet.weights.read import describe_content, describe_mismatch, load_archive, read_pickle, require_file
 

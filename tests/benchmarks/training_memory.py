@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from memory_events import Training, sharded_peak
 from processes import resident_set
 
-from stunet.network import SIZES, estimate
+from stunet.memory import estimate
+from stunet.sizes import SIZES
 
 
 def main() -> None:

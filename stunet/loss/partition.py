@@ -10,8 +10,6 @@ from torch import Tensor
 
 from stunet.errors import LossError
 
-__all__ = ["Partition", "check_members", "label_members", "partition_outputs"]
-
 
 def label_members(num_outputs: int, superclasses: Mapping[int, Collection[int]] | None = None) -> Tensor:
     """Which outputs each label value stands for.
@@ -28,25 +26,19 @@ def label_members(num_outputs: int, superclasses: Mapping[int, Collection[int]] 
 
     Raises:
         LossError: Label values with gaps, or a superclass with fewer than two outputs or with one that does not exist.
+
+    >>> label_members(3, {3: (1, 2)}).int()[3]
+    tensor([0, 1, 1], dtype=torch.int32)
     """
     superclasses = superclasses or {}
     expected = list(range(num_outputs, num_outputs + len(superclasses)))
     if sorted(superclasses) != expected:
-        raise LossError(
-            "superclasses whose label values do not follow the outputs",
-            got=sorted(superclasses),
-            expected=str(expected),
-            remedy="Number them without gaps from the number of outputs on, as nnU-Net does.",
-        )
+        raise LossError(f"superclass values {sorted(superclasses)} do not follow the outputs: number them {expected}")
     members = torch.eye(num_outputs + len(superclasses), num_outputs, dtype=torch.bool)
     for label, outputs in superclasses.items():
         if len(set(outputs)) < 2 or not all(0 < output < num_outputs for output in outputs):
-            raise LossError(
-                f"superclass {label} cannot consist of these outputs",
-                got=sorted(outputs),
-                expected=f"two or more of 1 to {num_outputs - 1}",
-                remedy="Name the foreground outputs whose union it is.",
-            )
+            got = f"superclass {label} cannot consist of outputs {sorted(outputs)}"
+            raise LossError(f"{got}: name two or more of 1 to {num_outputs - 1}")
         members[label, list(outputs)] = True
     return members
 
@@ -69,12 +61,8 @@ def check_members(members: Tensor) -> Tensor:
             and len(torch.unique(members, dim=0)) == len(members)
         )
     if not fits:
-        raise LossError(
-            "members that do not say which outputs a label stands for",
-            got=f"{members.dtype} {tuple(members.shape)}",
-            expected="boolean (labels, outputs): output 0 for label 0, others for each further label, no row twice",
-            remedy="Make it with stunet.loss.label_members.",
-        )
+        got = f"{members.dtype} {tuple(members.shape)} are members that do not say which outputs a label stands for"
+        raise LossError(f"{got}: make them with stunet.loss.label_members")
     return members
 
 
@@ -122,12 +110,8 @@ def partition_outputs(members: Tensor, annotated: Tensor, case: int = 0) -> Part
     owned[0] = False
     if bool((owned.sum(0) > 1).any()):
         shared = int(owned.sum(0).argmax())
-        raise LossError(
-            f"case {case} of the batch annotates labels that share outputs",
-            got=f"labels {owned[:, shared].nonzero().flatten().tolist()}, which both contain output {shared}",
-            expected="either a superclass or its members",
-            remedy="Correct the annotation manifest: a voxel has one label only.",
-        )
+        got = f"labels {owned[:, shared].nonzero().flatten().tolist()}, which both contain output {shared}"
+        raise LossError(f"case {case} of the batch annotates labels that share outputs: {got}; correct the manifest")
     owner = owned.int().argmax(0)  # 0 where no row has it
     size = torch.bincount(owner, minlength=n_labels + 1)
     in_set = size[owner] > 1

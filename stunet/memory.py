@@ -1,0 +1,338 @@
+"""What a STU-Net costs: parameters, multiply-accumulates, memory. Nothing is allocated to find out.
+
+The network runs a training step and a forward pass on PyTorch's meta device, which computes shapes alone, and every
+tensor is counted as long as it lives.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+from stunet.errors import ArchitectureError
+from stunet.network import CONV_OPS, STUNet, default_strides, sharded_units
+from stunet.settings import ActivationCheckpointing, MomentumDtype
+from stunet.sizes import STUNetSize
+
+Precision = Literal["fp32", "amp"]
+"""``fp32`` is training on a CPU; ``amp`` is nnU-Net's mixed precision on CUDA, fp32 weights and half activations."""
+
+Loss = Literal["stunet", "nnunet"]
+"""Whose Dice and cross-entropy: that of this package's trainers, or nnU-Net's own, which takes more memory."""
+
+Parallel = Literal["none", "ddp", "fsdp"]
+"""``ddp``: each process has all parameters; ``fsdp``: a shard of them (:func:`stunet.network.shard`)."""
+
+USABLE_SHARE = 0.9
+"""Part of a GPU's memory that tensors may take; the rest is for what estimates leave out."""
+
+# A step with momentum in bf16 goes through parameters by so many elements; the tensors that it then has.
+_BF16_CHUNK_BYTES = 2**22 * 5 * 4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one network costs for one patch size, batch size and number of classes.
+
+    Attributes:
+        parameters: Number of parameters.
+        macs: Multiply-accumulates of the forward pass of one patch, finest head alone as in inference.
+        training_bytes: Peak of all tensors of one process in a training step with Dice and cross-entropy loss and SGD
+            with momentum: weights, gradients, momentum, activations, loss, batch.
+        inference_bytes: Peak of all tensors in the forward pass of one patch, weights included. nnU-Net's logits of the
+            whole image come on top.
+    """
+
+    parameters: int
+    macs: int
+    training_bytes: int
+    inference_bytes: int
+
+
+def estimate(
+    size: STUNetSize,
+    *,
+    patch_size: Sequence[int],
+    batch_size: int,
+    num_classes: int,
+    input_channels: int = 1,
+    strides: Sequence[int | Sequence[int]] | None = None,
+    precision: Precision = "fp32",
+    activation_checkpointing: ActivationCheckpointing = "none",
+    loss: Loss = "stunet",
+    parallel: Parallel = "none",
+    ranks: int = 1,
+    gradient_accumulation: int = 1,
+    momentum_dtype: MomentumDtype = "fp32",
+    fused_optimizer: bool = False,
+) -> Estimate:
+    """Estimate what a STU-Net costs.
+
+    Not counted are the CUDA context, the workspace of convolutions and what the allocator loses to fragmentation.
+
+    Args:
+        size: Size of the network.
+        patch_size: Voxels ``(X, Y[, Z])`` of a patch.
+        batch_size: Patches in the training batch of all processes. Inference runs one at a time.
+        num_classes: Outputs of each head, background included.
+        input_channels: Channels of the image.
+        strides: Stride of each stage; :func:`stunet.network.default_strides` of the patch by default.
+        precision: ``fp32`` or ``amp``.
+        activation_checkpointing: As for :class:`stunet.network.STUNet`.
+        loss: ``stunet`` or ``nnunet``.
+        parallel: ``none``, ``ddp`` or ``fsdp``: how several processes share the work.
+        ranks: Number of processes.
+        gradient_accumulation: Micro-batches of each process's share of the batch.
+        momentum_dtype: ``fp32`` or ``bf16``: precision of the optimizer's momentum.
+        fused_optimizer: Whether the optimizer's step is one kernel, without temporary tensors.
+
+    Raises:
+        ArchitectureError: The strides do not divide the patch, the network is impossible, or the batch cannot be
+            divided so.
+
+    >>> from stunet.sizes import SIZES
+    >>> estimate(SIZES["small"], patch_size=(128, 128, 128), batch_size=2, num_classes=105).parameters
+    14596941
+    """
+    if batch_size // ranks < gradient_accumulation:
+        got = f"{batch_size} samples for {ranks} processes, each with {gradient_accumulation=}"
+        raise ArchitectureError(f"{got}: each micro-batch needs one, so raise the batch size or lower the others")
+    if (ranks > 1) == (parallel == "none"):
+        raise ArchitectureError(f"{ranks=} does not go with {parallel=}: none is for one process, ddp or fsdp for more")
+    if parallel == "fsdp" and fused_optimizer:
+        raise ArchitectureError("fused_optimizer does not go with parallel=fsdp, whose step PyTorch has not fused")
+    mixed, shards = precision == "amp", ranks if parallel == "fsdp" else 1
+    dtype = torch.half if mixed else torch.float
+    try:
+        with torch.device("meta"):
+            network = STUNet(
+                input_channels, num_classes, features_per_stage=size.features, n_blocks_per_stage=size.depth,
+                conv_op=CONV_OPS[len(patch_size)], strides=default_strides(patch_size) if strides is None else strides,
+                activation_checkpointing=activation_checkpointing,
+            )  # fmt: skip
+        network.to(dtype)  # in mixed precision, what computes are half copies of fp32 weights
+        sizes = [p.numel() for p in network.parameters()]
+        image = torch.empty(-(-batch_size // ranks), input_channels, *patch_size, device="meta")
+        forward = _run_forward(network, image[:1].to(dtype))
+        if momentum_dtype == "bf16":
+            temporary = min(_BF16_CHUNK_BYTES, 20 * sum(sizes))
+        elif fused_optimizer:
+            temporary = 0
+        else:  # on CUDA a second set of gradients, on the CPU two tensors of one parameter
+            temporary = (4 * sum(sizes) if mixed else 8 * max(sizes)) // shards
+        step = _step_bytes(network, image, gradient_accumulation, loss, shards, temporary)
+    except ArchitectureError:
+        raise
+    except (RuntimeError, ValueError) as error:  # PyTorch's own checks, of sizes beyond 64 bits
+        got = f"PyTorch cannot compute patch {list(patch_size)} with width {size.width}"
+        raise ArchitectureError(f"{got} ({str(error).splitlines()[0][:60]}): choose another patch or size") from error
+    copies = 2 * sum(sizes) if mixed else 0
+    held = sum(sizes) * (4 + (2 if momentum_dtype == "bf16" else 4)) // shards  # weights and momentum
+    if parallel == "fsdp":  # and the largest stage, gathered
+        held += dtype.itemsize * max(sum(p.numel() for p in unit.parameters()) for unit in sharded_units(network))
+    else:  # and with DDP its buckets, to which gradients are copied
+        held += copies + (4 * sum(sizes) if parallel == "ddp" else 0)
+    return Estimate(sum(sizes), forward.flops // 2, held + step, 4 * sum(sizes) + copies + forward.peak)
+
+
+def peak_forward_bytes(network: nn.Module, image_shape: Sequence[int]) -> int:
+    """Return the peak of all tensors of a forward pass, the output among them, the weights not.
+
+    Args:
+        network: Any network whose parameters are on PyTorch's meta device.
+        image_shape: ``(B, C, X, Y[, Z])``.
+    """
+    return _run_forward(network, torch.empty(*image_shape, device="meta")).peak
+
+
+class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sums the storages that operations make, follows them until they are freed, and counts operations.
+
+    Attributes:
+        current: Bytes of those that live.
+        peak: Most bytes that there were.
+        flops: Floating point operations.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.current = self.peak = self.flops = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=outputs)
+        inputs = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_iter(outputs):
+            if (
+                isinstance(tensor, Tensor)
+                and (key := id(storage := tensor.untyped_storage())) not in inputs | self._known
+            ):
+                self._known.add(key)
+                self.current += storage.nbytes()
+                self.peak = max(self.peak, self.current)
+                weakref.finalize(storage, self._remove, key, storage.nbytes())
+        return outputs
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.current -= size
+
+
+def _run_forward(network: nn.Module, image: Tensor) -> _Tracker:
+    network.eval()
+    tracker = _Tracker()
+    with torch.no_grad(), tracker:
+        network(torch.empty_like(image))  # a new one, so that it is counted
+    return tracker
+
+
+def _step_bytes(
+    network: STUNet, image: Tensor, gradient_accumulation: int, loss: Loss, shards: int, temporary: int
+) -> int:
+    """Return the peak of a training step without weights and momentum."""
+    parameter = next(network.parameters())
+    network.train()
+    network.decoder.deep_supervision = True
+    network.decoder.supervised_levels = len(network.decoder.stages) - 1  # the coarsest head weighs 0
+    gradients: dict[nn.Parameter, Tensor] = {}
+
+    def keep(p: nn.Parameter) -> None:
+        """Keep this process's shard of the gradient, in fp32."""
+        gradients.setdefault(p, torch.empty(math.ceil(p.numel() / shards), device="meta"))
+        p.grad = None
+
+    if shards > 1 or parameter.dtype == torch.half:
+        for p in network.parameters():
+            p.register_post_accumulate_grad_hook(keep)  # type: ignore[no-untyped-call]
+    tracker = _Tracker()
+    with tracker:
+        batch, size = torch.empty_like(image), list(image.shape[2:])
+        targets = []
+        for stride in network.encoder.strides[:-1]:
+            size = [n // s for n, s in zip(size, stride, strict=True)]
+            targets.append(torch.empty(len(image), 1, *size, device="meta", dtype=torch.int16))
+        # With the third micro-batch nothing is new; the first one's gradients are there when the second one's come.
+        for _ in range(min(gradient_accumulation, 2)):
+            logits = network(batch[: -(-len(image) // gradient_accumulation)].to(parameter.dtype))
+            value = sum((_LOSSES[loss](output) for output in logits), torch.zeros((), device="meta"))
+            if gradient_accumulation > 1:
+                logits = []
+            torch.autograd.backward(value)
+        del value
+        torch.empty(temporary, device="meta", dtype=torch.uint8)  # of the optimizer's step
+    return tracker.peak
+
+
+def _dice_and_cross_entropy(logits: Tensor) -> Tensor:
+    """Make the tensors of nnU-Net's loss: softmax and log-softmax in fp32 and a one-hot target."""
+    logits = logits.float()
+    target = torch.empty(logits.shape[0], *logits.shape[2:], device="meta", dtype=torch.long)
+    cross_entropy = nn.functional.cross_entropy(logits, target)
+    probabilities = logits.softmax(1)
+    with torch.no_grad():
+        one_hot = torch.zeros(logits.shape, device="meta", dtype=torch.bool).scatter_(1, target[:, None], 1)
+    axes = tuple(range(2, logits.ndim))
+    intersection, total = (probabilities * one_hot)[:, 1:].sum(axes), probabilities[:, 1:].sum(axes)
+    return cross_entropy - (2 * intersection / total).mean()
+
+
+#: This package's loss makes the logits' gradient alone, as does this in its place.
+_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "stunet": lambda logits: (logits * 0.5).sum(),
+    "nnunet": _dice_and_cross_entropy,
+}
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """Settings for one size.
+
+    Attributes:
+        fits: Whether a process needs no more than it has with these settings; else they are those that need least.
+        settings: Training settings other than the defaults, by the names that plans have for them.
+        estimate: With these settings.
+    """
+
+    fits: bool
+    settings: dict[str, Any]
+    estimate: Estimate
+
+
+def recommend(
+    size: STUNetSize,
+    gpu_bytes: int,
+    *,
+    batch_size: int,
+    ranks: int = 1,
+    parallel: Parallel | None = None,
+    batch_dice: bool = False,
+    **kwargs: Any,
+) -> Recommendation:
+    """Find the settings that cost least time among those that fit.
+
+    A step is about three forward passes. In this order, each with as few micro-batches as fit:
+
+    1. nothing; then ``fused_optimizer``, which is no slower and computes the same;
+    2. ``gradient_accumulation``: as many operations, on fewer samples at a time;
+    3. ``activation_checkpointing=encoder``, which runs less than half of the network forward once more, then
+       ``all``, which runs nearly all of it;
+    4. ``momentum_dtype=bf16``: little time, but the first that changes the training, by rounding at random;
+    5. ``parallel=fsdp``, where there are several processes: parameters travel before each use.
+
+    With ``batch_dice``, accumulation itself takes a forward pass more, and comes after checkpointing in 3.
+
+    Args:
+        size: Size of the network.
+        gpu_bytes: Memory of a GPU, of which :data:`USABLE_SHARE` counts.
+        batch_size: Patches in the batch of all processes.
+        ranks: Processes, each with a GPU of its own.
+        parallel: ``fsdp`` where nothing else is wanted; else DDP comes first where there are several processes.
+        batch_dice: Whether Dice is computed over the whole batch.
+        **kwargs: Further arguments of :func:`estimate`.
+
+    Raises:
+        ArchitectureError: As of :func:`estimate`.
+    """
+    default: Any = {"parallel": "none" if ranks == 1 else "ddp"}
+    share = -(-batch_size // ranks)
+    # Numbers of micro-batches, from 1, that make the largest one smaller than the number before.
+    numbers = sorted({-(-share // n): n for n in range(max(1, batch_size // ranks), 0, -1)}.values())
+
+    def attempt(settings: dict[str, Any], n: int) -> Recommendation:
+        settings = {**settings, **({"gradient_accumulation": n} if n > 1 else {})}
+        got = estimate(size, batch_size=batch_size, ranks=ranks, **{**default, **settings}, **kwargs)
+        return Recommendation(got.training_bytes <= USABLE_SHARE * gpu_bytes, settings, got)
+
+    tried = []
+    for settings, accumulates in _families(ranks, parallel, batch_dice and len(numbers) > 1):
+        *fewer, most = numbers if accumulates else [1]
+        tried.append(attempt(settings, most))
+        if tried[-1].fits:  # else fewer micro-batches do not fit either
+            return next((found for n in fewer if (found := attempt(settings, n)).fits), tried[-1])
+    return min(tried, key=lambda found: found.estimate.training_bytes)
+
+
+def _families(ranks: int, parallel: Parallel | None, accumulation_costs: bool) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Give settings from the cheapest in time, each with whether to accumulate gradients."""
+    sharded: list[dict[str, Any]] = [{"parallel": "fsdp"}] if ranks > 1 else []
+    for i, base in enumerate(sharded if parallel == "fsdp" else [{}, *sharded]):
+        if i == 0:
+            yield base, False
+        for momentum in ({}, {"momentum_dtype": "bf16"}):
+            for accumulates in (False, True) if accumulation_costs else (True,):
+                for where in ("none", "encoder", "all"):
+                    checkpointing = {} if where == "none" else {"activation_checkpointing": where}
+                    # PyTorch has no such step for shards; that in bf16 has few temporary tensors as it is.
+                    fused = {} if momentum or base else {"fused_optimizer": True}
+                    yield {**base, **fused, **momentum, **checkpointing}, accumulates
