@@ -28,6 +28,7 @@ from unittest import mock
 import SimpleITK as sitk
 import torch
 
+import stunet.cli.main  # noqa: F401 - now: its consoles keep the COLUMNS that they find when they are made
 from stunet.cli.env import trainers_folder
 
 #: Commands that import nnU-Net.
