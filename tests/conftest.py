@@ -1,10 +1,10 @@
-"""What tests share: where real data lies, commands in this process, and what nnU-Net makes of generated data, made once.
+"""What tests share: real data, commands called in this process, and what nnU-Net makes of generated data, made once.
 
 ==================  ==================================================================================================
 ``shared``          the folder with real data; without it the test is skipped
 ``nnunet_folders``  nnU-Net's three folders, empty, with the variables set
 ``dataset``         a preprocessed dataset without content, which trainers can be made on
-``shell``           nnU-Net's three folders, empty, and ``shell.run("stunet …")``: commands without a process of their own
+``shell``           nnU-Net's three folders, empty, and ``shell.run("stunet …")``, which takes no process of its own
 ``phantoms``        two generated datasets that nnU-Net has planned and preprocessed; only to be read
 ``trained``         the same with a model trained on the first; only to be read
 ==================  ==================================================================================================

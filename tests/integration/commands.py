@@ -11,11 +11,13 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -28,7 +30,8 @@ from unittest import mock
 import SimpleITK as sitk
 import torch
 
-import stunet.cli.main  # noqa: F401 - now: its consoles keep the COLUMNS that they find when they are made
+import stunet.cli.main  # now: its consoles keep the COLUMNS that they find when they are made
+import stunet.processes  # noqa: F401 - now, so that it keeps its executor when it is patched
 from stunet.cli.env import trainers_folder
 
 #: Commands that import nnU-Net.
@@ -46,9 +49,17 @@ class Threads(SpawnContext):
         return ThreadPool(processes, initializer, initargs)
 
 
+class ThreadExecutor(ThreadPoolExecutor):
+    """The same for our own processes."""
+
+    def __init__(self, max_workers: int | None = None, **of_processes: Any) -> None:
+        super().__init__(max_workers)
+
+
 def patches_of_this_process() -> Iterator[Any]:
     """What a process of its own would leave behind when it ends, and its pools."""
-    yield mock.patch.object(multiprocessing, "get_context", lambda method=None: Threads())
+    yield mock.patch.object(multiprocessing, "get_context", return_value=Threads())
+    yield mock.patch("stunet.processes.ProcessPoolExecutor", ThreadExecutor)
     yield mock.patch.object(torch, "set_num_threads")
     yield mock.patch.object(signal, "signal")
     yield mock.patch.object(os, "register_at_fork")
@@ -63,7 +74,9 @@ def patches_of_nnunet() -> Iterator[Any]:
     yield mock.patch.object(LocalLogger, "plot_progress_png")  # 30 x 54 inches after each epoch
     # Of small images it draws as many voxels as of large ones: a hundred million.
     voxels = property(lambda self: 1e5, lambda self, number: None)
-    yield mock.patch.object(DatasetFingerprintExtractor, "num_foreground_voxels_for_intensitystats", voxels, create=True)
+    yield mock.patch.object(
+        DatasetFingerprintExtractor, "num_foreground_voxels_for_intensitystats", voxels, create=True
+    )
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,7 @@ class Shell:
         return {**kept, **ours, **few, "PATH": f"{SCRIPTS}{os.pathsep}{kept['PATH']}", "PYTHONUNBUFFERED": "1"}
 
     def run(
-        self, line: str, *, status: int = 0, trainers: bool = False, only_stdout: bool = False, **variables: str
+        self, line: str, *, status: int = 0, trainers: bool = False, only_stdout: bool = False, **variables: str | None
     ) -> str:
         """Call a command's entry point in this process, and return what it printed.
 
@@ -116,15 +129,16 @@ class Shell:
             status: The exit status that it must have.
             trainers: Whether ``eval "$(stunet env)"`` went before.
             only_stdout: Whether to leave out what it printed on standard error.
-            **variables: More of the environment.
+            **variables: More of the environment; None takes one out.
         """
         name, *arguments = shlex.split(line)
         (script,) = entry_points(group="console_scripts", name=name)
         if trainers:
             variables = {"nnUNet_extTrainer": str(trainers_folder()), **variables}
+        environment = {k: v for k, v in {**self.environment, **variables}.items() if v is not None}
         printed, errors = io.StringIO(), io.StringIO()
         with ExitStack() as stack:
-            stack.enter_context(mock.patch.dict(os.environ, {**self.environment, **variables}, clear=True))
+            stack.enter_context(mock.patch.dict(os.environ, environment, clear=True))
             stack.enter_context(mock.patch.object(sys, "argv", [name, *arguments]))
             stack.enter_context(working_folder(self.root))
             stack.enter_context(redirect_stdout(printed))
@@ -135,7 +149,7 @@ class Shell:
                 code = script.load()()
             except SystemExit as end:
                 code = end.code
-            except Exception:  # noqa: BLE001 - as the interpreter does
+            except Exception:
                 traceback.print_exc()
                 code = 1
         said = printed.getvalue()
@@ -203,10 +217,24 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of each file of a folder, by its path within."""
     files = (p for p in sorted(folder.rglob("*")) if p.is_file())
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def verify(dataset: Path) -> None:
+    """Have nnU-Net check a raw dataset."""
+    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+
+    with mock.patch.object(multiprocessing, "get_context", return_value=Threads()):
+        verify_dataset_integrity(str(dataset), num_processes=1)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from commands import Shell
+from integration.commands import Shell
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from stunet.datasets import make_phantom
@@ -93,13 +93,15 @@ def test_back_to_published_bit_for_bit(shell: Shell, shared: Path, case: str) ->
 
 
 def test_stock_prediction(shell: Shell) -> None:
-    """``nnUNetv2_predict_from_modelfolder`` as it is typed, on an image of another spacing than the model's."""
+    """``nnUNetv2_predict`` on an image of another spacing than the model's, in a folder where nnU-Net looks for it."""
     (shell.root / "images").mkdir()
     image = sitk.GetImageFromArray(make_phantom(0, 6).image)
     image.SetSpacing((1.5, 2.0, 1.5))
     sitk.WriteImage(image, str(shell.root / "images" / "a_0000.nii.gz"))
+    model = shell.model("Dataset009_Golden", "nnUNetTrainer__nnUNetPlans__3d_fullres")
+    shutil.copytree(shell.root / "totalseg_strides", model)
     output = shell.run(
-        "nnUNetv2_predict_from_modelfolder -i images -o predictions -m totalseg_strides -f 0 -device cpu -npp 1 -nps 1"
+        "nnUNetv2_predict -i images -o predictions -d 9 -c 3d_fullres -f 0 -device cpu -npp 0 -nps 0 --disable_tta"
     )
     assert "nnUNet_extTrainer" not in output
     labels = sitk.ReadImage(str(shell.root / "predictions" / "a.nii.gz"))
