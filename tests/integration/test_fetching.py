@@ -56,14 +56,14 @@ class Terminal:
         """Start ``stunet`` in a process of its own."""
         return Shell(self.root).start("exec " + shlex.join([command, *args]), **{**self.variables, **environment})
 
-    def type(self, *args: str, status: int = 0, **environment: str) -> str:
-        """Run ``stunet`` to its end; all that it has printed. With more of an environment, a process of its own."""
-        if environment:
+    def type(self, *args: str, status: int = 0, alone: bool = False, **environment: str) -> str:
+        """Run ``stunet`` to its end, in a process of its own where it is ``alone``; all that it has printed."""
+        if alone:
             process = self.start(*args, **environment)
             said, _ = process.communicate(timeout=300)
             assert process.returncode == status, said
         else:
-            said = Shell(self.root).run(shlex.join(["stunet", *args]), status=status, **self.variables)
+            said = Shell(self.root).run(shlex.join(["stunet", *args]), status=status, **self.variables, **environment)
         assert "Traceback" not in said
         assert status != 2 or "error:" in said
         return said
@@ -120,6 +120,7 @@ def test_a_file_of_the_same_name_goes_before_the_registry(terminal: Terminal) ->
     terminal.type("convert", "published/x.model", "-o", "back.model", "--to", "published")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
 def test_a_fetch_that_is_stopped_or_killed_goes_on(terminal: Terminal, signal_number: int) -> None:
@@ -183,7 +184,7 @@ def test_a_disk_that_fills_up(terminal: Terminal, tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); main()\n"
     )
     limited.chmod(0o700)
-    said = terminal.type("weights", "fetch", "tiny", status=2, command=str(limited))
+    said = terminal.type("weights", "fetch", "tiny", status=2, alone=True, command=str(limited))
     assert "no room for a download" in said
     assert not (terminal.folder / "x.model").exists()
     terminal.type("weights", "fetch", "tiny")
@@ -213,9 +214,12 @@ def test_files_anywhere(terminal: Terminal) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("huggingface_hub") is None, reason="huggingface_hub is not installed")
-def test_a_hugging_face_repository(terminal: Terminal) -> None:
-    """``huggingface_hub`` itself, asking our server instead of Hugging Face's."""
+def test_a_hugging_face_repository(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``huggingface_hub`` itself, asking our server instead of Hugging Face's, as it does with HF_ENDPOINT."""
     server = terminal.server
+    addresses = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", addresses)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
     terminal.register(url=None)
     content = published(terminal)
     elsewhere = server.url.replace("127.0.0.1", "localhost")  # another host, as the real one redirects to
@@ -230,7 +234,7 @@ def test_a_hugging_face_repository(terminal: Terminal) -> None:
             redirect=f"{elsewhere}/cdn/x", headers=stated, authorization=token
         )
     server.files["/cdn/x"] = Served(content, cuts=[500_000])
-    hub = {"HF_ENDPOINT": server.url, "HF_TOKEN": "hf_s3cret"}
+    hub = {"HF_TOKEN": "hf_s3cret"}
     said = terminal.type("weights", "fetch", "tiny", "--hf", "me/nets", **hub)
     assert (terminal.folder / "x.model").read_bytes() == content
     assert server.ranges("/cdn/x") == [None, f"bytes={500_000 // 2**16 * 2**16}-"]
@@ -260,7 +264,7 @@ def test_without_the_library_of_hugging_face(terminal: Terminal) -> None:
     (terminal.root / "blocked").mkdir()
     (terminal.root / "blocked" / "huggingface_hub.py").write_text("raise ImportError('not here')")
     path = os.pathsep.join([str(terminal.root / "blocked"), os.environ.get("PYTHONPATH", "")])
-    said = terminal.type("weights", "fetch", "tiny", "--hf", "me/nets", status=2, PYTHONPATH=path)
+    said = terminal.type("weights", "fetch", "tiny", "--hf", "me/nets", status=2, alone=True, PYTHONPATH=path)
     assert "pip install 'stunet[hub]'" in said
 
 
@@ -342,15 +346,17 @@ def test_two_that_need_the_same_weights(named: Terminal) -> None:
 def test_names_that_are_neither_weights_nor_folders(terminal: Terminal) -> None:
     """Said before PyTorch is imported."""
     write_image(terminal.root / "ct.nii.gz", smooth_image((4, 4, 4)))
-    without = block_pytorch(terminal)
+    without: Any = {"alone": True, **block_pytorch(terminal)}
     said = terminal.type("predict", "-i", "ct.nii.gz", "-o", "out", "-m", "smal_ep4k", status=2, **without)
     assert "Did you mean small_ep4k" in said
-    assert "missing input" in terminal.type("predict", "-i", "no", "-o", "out", "-m", "tiny", status=2, **without)
+    assert "missing input" in terminal.type(
+        "predict", "-i", "no", "-o", "out", "-m", "tiny", status=2, alone=True, **without
+    )
     assert "no model" in terminal.type("predict", "-i", "ct.nii.gz", "-o", "out", status=2, **without)
 
 
 def test_list_needs_no_pytorch(terminal: Terminal) -> None:
-    without = {**block_pytorch(terminal), "COLUMNS": "80"}
+    without: Any = {"alone": True, "COLUMNS": "80", **block_pytorch(terminal)}
     said = terminal.type("list", **without)
     assert max(map(len, said.splitlines())) <= 80
     for name in ("tiny", "small_ep4k", "abdomenatlas_huge_ep2k", "btcv", "totalsegmentator_v2"):

