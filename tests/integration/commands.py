@@ -189,7 +189,7 @@ class Shell:
         """
         log = self.root / "killed.log"
         process = self.start(f"{line} > {log} 2>&1", trainers=True)
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 900
         try:
             while not when(log.read_text() if log.exists() else ""):
                 assert process.poll() is None, log.read_text()[-6000:]

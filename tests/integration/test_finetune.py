@@ -99,7 +99,7 @@ def test_a_terminated_fine_tuning_resumes(shell: Shell, source: Path, fine_tuned
     options = f"--from {source} --strategy warmup --name P_killed -device cpu -np 1 --set {settings}"
     command, log = f"stunet finetune -d 3 -f 1 {options}", shell.root / "terminated.log"
     process = shell.start(f"exec {command} > {log} 2>&1", nnUNet_n_proc_DA="1")
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while "Epoch 2" not in (log.read_text() if log.exists() else ""):
         assert process.poll() is None, log.read_text()[-6000:]
         assert time.monotonic() < deadline
