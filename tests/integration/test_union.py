@@ -85,25 +85,6 @@ def test_nnunet_checks_and_preprocesses_a_union(shell: Shell, sources: Path) -> 
     assert {path: path.read_bytes() for path in before} == before
 
 
-@pytest.mark.slow
-def test_killed_with_all_its_processes_and_continued(shell: Shell) -> None:
-    raw = shell.raw
-    write_raw(raw / SIDED, {"background": 0, "liver": 1}, [f"s{i:02d}" for i in range(60)])
-    write_raw(raw / WHOLE, {"background": 0, "spleen": 1}, ["w"])
-    line = "stunet import union --from 101 4"
-    shell.run(f"{line} -d 701 --name Whole -np 1")
-    union, n_labels = raw / UNION, 0
-
-    def wrote_some(log: str) -> bool:
-        return len(list((union / "labelsTr").glob("*.nii.gz"))) >= n_labels
-
-    for n_labels in (1, 20):  # noqa: B007 - read by wrote_some
-        shell.type_and_kill(f"{line} -d 700 -np 2", wrote_some)
-        assert not (union / "dataset.json").exists()
-    assert " 0 were finished before" not in shell.run(f"{line} -d 700 -np 2")
-    assert digests(union) == digests(raw / "Dataset701_Whole")
-
-
 def test_labels_check_tells_the_sources_apart(shell: Shell) -> None:
     raw = shell.raw
     write_raw(raw / SIDED, {"background": 0, "liver": 1, "left kidney": 2}, ["a", "b"])
