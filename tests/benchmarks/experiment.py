@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -63,21 +62,20 @@ class Experiment(ABC):
         )
         for folder in (self.raw, self.preprocessed, self.results):
             folder.mkdir(parents=True, exist_ok=True)
-        scripts = Path(sys.executable).parent
         self.environment = {
             **os.environ, **{folder.name: str(folder) for folder in (self.raw, self.preprocessed, self.results)},
-            "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "2",
+            "nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "2",
         }  # fmt: skip
 
     @abstractmethod
     def measure(self) -> dict[str, Any]:
         """Do all steps and return what is printed."""
 
-    def run(self, line: str) -> None:
-        """Run a line of shell with the trainers; leaves the benchmark where it fails."""
+    def run(self, line: str) -> int:
+        """Run a line of shell with the trainers and return its peak memory; leaves the benchmark where it fails."""
         share = self._shares.get()
         try:
-            run(f'taskset -cp {share} $$ >&2; eval "$(stunet env)"; {line}', self.environment)
+            return run(f'taskset -cp {share} $$ >&2; eval "$(stunet env)"; {line}', self.environment)
         finally:
             self._shares.put(share)
 

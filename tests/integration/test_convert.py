@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from commands import Shell
+from integration.commands import Shell
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from prediction_models import write_image
+from weights import v1_plans, v1_stage
 
 from stunet.datasets import make_phantom
 from stunet.network import build_stunet
@@ -25,28 +27,14 @@ CASES = ["totalseg_strides", "anisotropic_2ch", "shallow_padded"]
 
 def write_golden(golden: dict[str, Any], folder: Path, name: str) -> Path:
     """A golden case as the files of nnU-Net v1, with a list of labels."""
-    n_channels, n_classes = golden["input_channels"], golden["num_classes"]
-    plans = {
-        "num_modalities": n_channels,
-        "num_classes": n_classes - 1,
-        "modalities": dict.fromkeys(range(n_channels), "nonCT"),
-        "normalization_schemes": OrderedDict((c, "nonCT") for c in range(n_channels)),
-        "use_mask_for_norm": OrderedDict((c, False) for c in range(n_channels)),
-        "transpose_forward": [0, 1, 2],
-        "transpose_backward": [0, 1, 2],
-        "plans_per_stage": {
-            0: {
-                "batch_size": 2,
-                "patch_size": np.array(golden["input"].shape[2:]),
-                "current_spacing": np.array([1.5, 1.5, 1.5]),
-                "pool_op_kernel_sizes": golden["strides"],
-            }
-        },
-    }
+    spacing, patch = np.array([1.5, 1.5, 1.5]), np.array(golden["input"].shape[2:])
+    stage = v1_stage(patch_size=patch, current_spacing=spacing, pool_op_kernel_sizes=golden["strides"])
+    plans = v1_plans(golden["num_classes"], golden["input_channels"], plans_per_stage={0: stage})
     path = folder / f"{name}.model"
     torch.save({"epoch": 1, "state_dict": OrderedDict(golden["published_state_dict"])}, path)
     path.with_name(f"{path.name}.pkl").write_bytes(pickle.dumps(OrderedDict(init=(), name="x", plans=plans)))
-    path.with_suffix(".json").write_text(json.dumps(["background", *(f"structure {i}" for i in range(1, n_classes))]))
+    labels = ["background", *(f"structure {i}" for i in range(1, golden["num_classes"]))]
+    path.with_suffix(".json").write_text(json.dumps(labels))
     return path
 
 
@@ -93,13 +81,14 @@ def test_back_to_published_bit_for_bit(shell: Shell, shared: Path, case: str) ->
 
 
 def test_stock_prediction(shell: Shell) -> None:
-    """``nnUNetv2_predict_from_modelfolder`` as it is typed, on an image of another spacing than the model's."""
-    (shell.root / "images").mkdir()
-    image = sitk.GetImageFromArray(make_phantom(0, 6).image)
-    image.SetSpacing((1.5, 2.0, 1.5))
-    sitk.WriteImage(image, str(shell.root / "images" / "a_0000.nii.gz"))
+    """``nnUNetv2_predict`` on an image of another spacing than the model's, in a folder where nnU-Net looks for it."""
+    image = sitk.ReadImage(
+        write_image(shell.root / "images" / "a_0000.nii.gz", make_phantom(0, 6).image, (1.5, 2.0, 1.5))
+    )
+    model = shell.model("Dataset009_Golden", "nnUNetTrainer__nnUNetPlans__3d_fullres")
+    shutil.copytree(shell.root / "totalseg_strides", model)
     output = shell.run(
-        "nnUNetv2_predict_from_modelfolder -i images -o predictions -m totalseg_strides -f 0 -device cpu -npp 1 -nps 1"
+        "nnUNetv2_predict -i images -o predictions -d 9 -c 3d_fullres -f 0 -device cpu -npp 0 -nps 0 --disable_tta"
     )
     assert "nnUNet_extTrainer" not in output
     labels = sitk.ReadImage(str(shell.root / "predictions" / "a.nii.gz"))

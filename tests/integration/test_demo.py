@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from integration.commands import Shell, edit_json
 from matplotlib.image import imread
 
 from stunet.datasets import write_phantom_dataset
@@ -22,14 +20,12 @@ LABELS = {"background": 0, "soft organs": [1, 2, 3], "kidneys": [3], "spine": [4
 
 
 def _demo(tmp_path: Path, *options: str) -> str:
-    command = [str(Path(sys.executable).with_name("stunet")), "demo", *options, "-o", "out"]
     # A variable of the user's that would send the run to a service on the network.
-    environment = {**os.environ, "nnUNet_wandb_enabled": "1", "nnUNet_raw": "/nowhere", "COLUMNS": "150"}
-    got = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert got.returncode == 0, got.stdout[-4000:] + got.stderr[-2000:]
-    return got.stdout
+    user = {"nnUNet_wandb_enabled": "1", "nnUNet_raw": "/nowhere", "COLUMNS": "150"}
+    return Shell(tmp_path).type(f"stunet demo {' '.join(options)} -o out", **user)
 
 
+@pytest.mark.slow
 def test_demo_tells_the_story(tmp_path: Path) -> None:
     printed = _demo(tmp_path, "--epochs", "2")
     steps = [
@@ -83,12 +79,11 @@ def test_the_conclusion_says_what_the_figures_say(tuned: Any, scratch: Any, said
     assert said in conclude(dice, n_cases=3, iterations=80)
 
 
+@pytest.mark.slow
 def test_demo_on_data_of_ones_own(tmp_path: Path) -> None:
     data = tmp_path / "mine" / "Dataset123_Mine"
     write_phantom_dataset(data, n_training=7, n_test=0)
-    content = json.loads((data / "dataset.json").read_text())
-    changed = {**content, "labels": LABELS, "regions_class_order": [1, 3, 4, 5]}
-    (data / "dataset.json").write_text(json.dumps(changed))
+    edit_json(data / "dataset.json", labels=LABELS, regions_class_order=[1, 3, 4, 5])
     before = sorted(p.name for p in data.rglob("*"))
 
     printed = _demo(tmp_path, "--data", str(data), "--epochs", "1")

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from conftest import ROOT
 
 CHECK = """
@@ -31,38 +30,28 @@ print(Path(stunet.__file__).parent, trainers_folder())
 """
 
 
-@pytest.fixture(scope="module")
-def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package installed into a folder of its own, without its dependencies."""
-    target = tmp_path_factory.mktemp(request.param)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    options = ["--no-deps", "--no-build-isolation"]
-    if request.param == "wheel":
-        # From a copy, so that the checkout gets no build folder.
-        source = target / "source"
-        source.mkdir()
-        for name in ("pyproject.toml", "README.md", "LICENSE"):
-            shutil.copy(ROOT / name, source)
-        for name in ("stunet", "trainers", "plans"):
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-        subprocess.run([*pip, "wheel", *options, "-w", str(target), str(source)], check=True)
-        (wheel,) = target.glob("stunet-*.whl")
-        subprocess.run([*pip, "install", *options, "--target", str(target / "site"), str(wheel)], check=True)
-    return target / "site"
-
-
-@pytest.mark.parametrize("installed", ["wheel"], indirect=True)
-def test_wheel(installed: Path, tmp_path: Path) -> None:
-    code = f"import sys; sys.path.insert(0, {str(installed)!r})\n{CHECK}"
-    got = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )  # fmt: skip
+def check(code: str, folder: Path, package: Path, trainers: Path) -> None:
+    """Run the check in a process of its own, whose package must lie in this folder."""
+    got = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
     assert got.returncode == 0, got.stderr
-    assert got.stdout.splitlines()[-1] == f"{installed / 'stunet'} {installed / 'stunet' / 'trainers'}"
+    assert got.stdout.splitlines()[-1] == f"{package} {trainers}"
+
+
+def test_wheel(tmp_path: Path) -> None:
+    """A wheel, installed into a folder of its own without its dependencies."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    # From a copy, so that the checkout gets no build folder.
+    source, site = tmp_path / "source", tmp_path / "site"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("stunet", "trainers", "plans"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run([*pip, "install", "--no-deps", "--no-build-isolation", "--target", site, source], check=True)
+    code = f"import sys; sys.path.insert(0, {str(site)!r})\n{CHECK}"
+    check(code, tmp_path, site / "stunet", site / "stunet" / "trainers")
 
 
 def test_editable_install(tmp_path: Path) -> None:
     """This environment's own install, which the test command has made with ``pip install -e``."""
-    got = subprocess.run([sys.executable, "-c", CHECK], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert got.returncode == 0, got.stderr
-    assert got.stdout.splitlines()[-1] == f"{ROOT / 'stunet'} {ROOT / 'trainers'}"
+    check(CHECK, tmp_path, ROOT / "stunet", ROOT / "trainers")

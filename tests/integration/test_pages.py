@@ -22,7 +22,6 @@ CHROMIUM = next(
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr",
-    "--window-size=1300,2600",
 )  # fmt: skip
 
 #: Its own questions, for the time for example, which no flag keeps it from asking.
@@ -31,12 +30,15 @@ OF_THE_BROWSER = re.compile(r"^https?://[\w.-]+\.(google|googleapis|gvt1)\.com/"
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 
+def _browse(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={page.parent / 'profile'}", *options, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=True)
+
+
 def _open(page: Path, folder: Path) -> tuple[list[str], list[str], np.ndarray]:
     """What the browser wrote to its console, the addresses that it asked for, and what it showed."""
     shot, log = folder / "shot.png", folder / "net.json"
-    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={folder / 'profile'}", f"--screenshot={shot}",
-               f"--log-net-log={log}", page.as_uri()]  # fmt: skip
-    got = subprocess.run(command, capture_output=True, text=True, timeout=400, check=True)
+    got = _browse(page, "--window-size=1300,2600", f"--screenshot={shot}", f"--log-net-log={log}")
     console = [line for line in got.stderr.splitlines() if "CONSOLE" in line]
     events = json.loads(log.read_text())["events"]
     urls = {str(event.get("params", {}).get("url", "")) for event in events}
@@ -68,10 +70,7 @@ def test_a_wide_ranking_is_not_cut_off(tmp_path: Path) -> None:
     (tmp_path / "measured.html").write_text(
         page.replace('http-equiv="Content-Security-Policy"', "").replace("</body>", measure)
     )
-    flags = [flag for flag in FLAGS if not flag.startswith("--window-size")]
-    command = [str(CHROMIUM), *flags, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,1600",
-               "--dump-dom", (tmp_path / "measured.html").as_uri()]  # fmt: skip
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=400, check=True).stdout
+    dom = _browse(tmp_path / "measured.html", "--window-size=1200,1600", "--dump-dom").stdout
     assert re.search(r"<title>(-?\d+)</title>", dom).group(1) == "0"  # type: ignore[union-attr]
 
 

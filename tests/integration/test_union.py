@@ -1,21 +1,17 @@
-"""``stunet import union`` as it is typed, and what nnU-Net makes of a union."""
+"""``stunet import union``, and what nnU-Net makes of a union."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-from commands import Shell
+from integration.commands import Shell, digests, edit_json
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from raw_datasets import AFFINE, SHAPE, voxels, write_raw
 
-from stunet.cli.main import main
 from stunet.datasets import write_phantom_dataset
 
 SIDED, WHOLE, UNION = "Dataset101_Sided", "Dataset004_Whole", "Dataset700_Union"
@@ -24,14 +20,9 @@ PHANTOM = {"liver": 1, "spleen": 2, "kidneys": 3, "spine": 4, "aorta": 5}
 
 
 @pytest.fixture
-def shell(tmp_path: Path) -> Shell:
-    return Shell.make(tmp_path)
-
-
-@pytest.fixture
-def phantoms(shell: Shell) -> Path:
+def sources(shell: Shell) -> Path:
     """Sided: liver and each kidney, four cases. Whole: kidneys, spleen and aorta, three other cases."""
-    raw = shell.root / "nnUNet_raw"
+    raw = shell.raw
     for name, n, seed in ((SIDED, 4, 1), (WHOLE, 3, 2)):
         write_phantom_dataset(raw / name, n_training=n, n_test=0, seed=seed)
     for path in (raw / SIDED / "labelsTr").iterdir():
@@ -45,32 +36,29 @@ def phantoms(shell: Shell) -> Path:
         new = np.array([0, 0, 2, 1, 0, 3], np.uint8)[np.asarray(image.dataobj)]
         nib.save(nib.Nifti1Image(new, image.affine, image.header), path)
     for name, labels in ((SIDED, ["Liver", "left kidney", "kidney_r"]), (WHOLE, ["kidneys", "spleen", "aorta"])):
-        content = json.loads((raw / name / "dataset.json").read_text())
-        content["labels"] = {label: value for value, label in enumerate(["background", *labels])}
-        (raw / name / "dataset.json").write_text(json.dumps(content))
+        values = {label: value for value, label in enumerate(["background", *labels])}
+        edit_json(raw / name / "dataset.json", labels=values)
     return raw
 
 
-def test_nnunet_checks_and_preprocesses_a_union(shell: Shell, phantoms: Path) -> None:
-    before = {path: path.read_bytes() for path in phantoms.rglob("*") if path.is_file()}
-    preview = shell.run(
-        "stunet import union -d 700 --from 101 4 --dry-run 2> /dev/null > mapping.yaml; cat mapping.yaml"
-    )
+def test_nnunet_checks_and_preprocesses_a_union(shell: Shell, sources: Path) -> None:
+    before = {path: path.read_bytes() for path in sources.rglob("*") if path.is_file()}
+    preview = shell.run("stunet import union -d 700 --from 101 4 --dry-run", only_stdout=True)
+    (shell.root / "mapping.yaml").write_text(preview)
     assert "kidneys: kidney\n" in preview
-    assert not (phantoms / UNION).exists()
+    assert not (sources / UNION).exists()
     output = shell.run("stunet import union -d 700 --from 101 4 --mapping mapping.yaml --weights 4=0.25 -np 1")
-    assert "7 cases; 0 were finished before" in output
-    dataset = json.loads((phantoms / UNION / "dataset.json").read_text())
+    assert "7 cases" in output
+    dataset = json.loads((sources / UNION / "dataset.json").read_text())
     labels = {name: i for i, name in enumerate(
         ["background", "liver", "kidney_left", "kidney_right", "spleen", "aorta", "kidney"])}  # fmt: skip
     assert dataset["labels"] == labels
-    check = shell.run("stunet labels check -d 700 --json -np 1")
-    found = json.loads(check[check.index("{") : check.rindex("}") + 1])
+    found = json.loads(shell.run("stunet labels check -d 700 --json -np 1", only_stdout=True))
     annotated = {"D101": {"liver", "kidney_left", "kidney_right"}, "D004": {"kidney", "spleen", "aorta"}}
     assert len(found["cases"]) == 7
     for case, content in found["cases"].items():
         assert set(content["annotated"]) == annotated[case[:4]]
-        source = phantoms / (SIDED if case.startswith("D101") else WHOLE) / "labelsTr" / f"{case[5:]}.nii.gz"
+        source = sources / (SIDED if case.startswith("D101") else WHOLE) / "labelsTr" / f"{case[5:]}.nii.gz"
         values = [1, 2, 3] if case.startswith("D101") else [6, 4, 5]
         names = {value: name for name, value in labels.items()}
         counts = np.bincount(voxels(source).ravel(), minlength=4)[1:]
@@ -83,8 +71,8 @@ def test_nnunet_checks_and_preprocesses_a_union(shell: Shell, phantoms: Path) ->
     ]  # fmt: skip
 
     shell.run("nnUNetv2_plan_and_preprocess -d 700 --verify_dataset_integrity -c 3d_fullres -npfp 1 -np 1")
-    preprocessed = shell.root / "nnUNet_preprocessed" / UNION
-    manifest = (phantoms / UNION / "annotated_labels.json").read_bytes()
+    preprocessed = shell.preprocessed / UNION
+    manifest = (sources / UNION / "annotated_labels.json").read_bytes()
     assert (preprocessed / "annotated_labels.json").read_bytes() == manifest
     assert json.loads(manifest)["weights"] == {
         case: 0.5 if case.startswith("D101") else 0.25 for case in found["cases"]
@@ -97,71 +85,26 @@ def test_nnunet_checks_and_preprocesses_a_union(shell: Shell, phantoms: Path) ->
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_killed_with_all_its_processes_and_continued(shell: Shell, tmp_path: Path) -> None:
-    raw = tmp_path / "nnUNet_raw"
-    write_raw(raw / SIDED, {"background": 0, "liver": 1}, [f"s{i:02d}" for i in range(60)])
-    write_raw(raw / WHOLE, {"background": 0, "spleen": 1}, ["w"])
-    line = "stunet import union --from 101 4"
-    shell.run(f"{line} -d 701 --name Whole -np 1")
-    union, n_labels = raw / UNION, 0
-
-    def wrote_some(log: str) -> bool:
-        return len(list((union / "labelsTr").glob("*.nii.gz"))) >= n_labels
-
-    for n_labels in (1, 20):  # noqa: B007 - read by wrote_some
-        shell.run_and_kill(f"{line} -d 700 -np 2", wrote_some)
-        assert not (union / "dataset.json").exists()
-    assert " 0 were finished before" not in shell.run(f"{line} -d 700 -np 2")
-    assert digests(union) == digests(raw / "Dataset701_Whole")
-
-
-def digests(folder: Path) -> dict[str, str]:
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-Run = Callable[[str], tuple[int, str]]
-
-
-@pytest.fixture
-def stunet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command line in this process: exit status, and what was printed on either stream."""
-
-    def run(line: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["stunet", *line.split()])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        printed = capsys.readouterr()
-        return int(caught.value.code or 0), printed.out + printed.err
-
-    return run
-
-
-def test_labels_check_tells_the_sources_apart(nnunet_folders: dict[str, Path], stunet: Run) -> None:
-    raw = nnunet_folders["nnUNet_raw"]
+def test_labels_check_tells_the_sources_apart(shell: Shell) -> None:
+    raw = shell.raw
     write_raw(raw / SIDED, {"background": 0, "liver": 1, "left kidney": 2}, ["a", "b"])
     write_raw(raw / WHOLE, {"background": 0, "spleen": 1}, ["c"])
     nib.save(nib.Nifti1Image(np.zeros(SHAPE, np.uint8), AFFINE), raw / WHOLE / "labelsTr" / "c.nii.gz")
-    assert stunet("import union -np 1 -d 700 --from 101 4")[0] == 0
-    status, output = stunet("labels check -d 700 -np 1")
-    assert status == 0
+    shell.run("stunet import union -np 1 -d 700 --from 101 4")
+    output = shell.run("stunet labels check -d 700 -np 1")
     table = output[output.index("Structures by source") :].splitlines()
     cells = [line.split() for line in table if "Dataset" in line]
     assert cells == [[WHOLE, "1", "1", "0", "spleen"], [SIDED, "2", "2", "2"]]
-    status, output = stunet("labels check -d 700 -np 1 --json")
-    sources = json.loads(output[: output.rindex("}") + 1])["sources"]
-    assert sources == [
+    assert json.loads(shell.run("stunet labels check -d 700 -np 1 --json", only_stdout=True))["sources"] == [
         {"name": WHOLE, "cases": 1, "annotated": {"spleen": 1}, "present": {}},
         {"name": SIDED, "cases": 2, "annotated": {"liver": 2, "kidney_left": 2},
          "present": {"liver": 2, "kidney_left": 2}},
     ]  # fmt: skip
-    status, output = stunet("labels check -d 101 -np 1")
-    assert (status, "Structures by source" in output) == (0, False)
+    assert "Structures by source" not in shell.run("stunet labels check -d 101 -np 1")
 
 
-def test_errors(nnunet_folders: dict[str, Path], tmp_path: Path, stunet: Run) -> None:
-    raw = nnunet_folders["nnUNet_raw"]
+def test_errors(shell: Shell, tmp_path: Path) -> None:
+    raw = shell.raw
     write_raw(raw / SIDED, {"background": 0, "liver": 1, "kidney_left": 2}, ["a", "b"])
     write_raw(raw / WHOLE, {"background": 0, "spleen": 1}, ["c"])
     write_raw(raw / "Dataset005_Kidney", {"background": 0, "kidney": 1}, ["c"])
@@ -170,26 +113,21 @@ def test_errors(nnunet_folders: dict[str, Path], tmp_path: Path, stunet: Run) ->
     before = digests(raw)
     for line, expected in (
         ("-d 700 --from 101 9", "9"),
-        ("-d 700 --from 101 4 101", "Dataset101_Sided twice"),
-        ("-d 700 --from 101 Dataset101_Sided", "Dataset101_Sided twice"),
-        ("-d 700 --from 101", "two or more"),
-        ("-d 101 --from 101 4", "a dataset id that is taken"),
-        ("-d 4 --name Whole --from 101 4", "a dataset that is there already"),
+        ("-d 700 --from 101 4 101", SIDED),
+        ("-d 700 --from 101 Dataset101_Sided", SIDED),
+        ("-d 700 --from 101", SIDED),
+        ("-d 101 --from 101 4", SIDED),
+        ("-d 4 --name Whole --from 101 4", WHOLE),
         ("-d 700 --from 101 5", "kidney (Dataset005_Kidney) contains kidney_left (Dataset101_Sided)"),
-        (f"-d 700 --from 101 4 --mapping {tmp_path}/m.yaml", "liver has 1 members"),
-        (f"-d 700 --from 101 4 --mapping {tmp_path}/n.yaml", "No such file"),
-        ("-d 700 --from 101 4 --weights 7=1", "an impossible sampling weight"),
-        ("-d 700 --from 101 4 --weights 101=0", "an impossible sampling weight"),
-        ("-d 700 --from 101 4 --weights 101=1 101=2", "an impossible sampling weight"),
+        (f"-d 700 --from 101 4 --mapping {tmp_path}/m.yaml", "liver"),
+        (f"-d 700 --from 101 4 --mapping {tmp_path}/n.yaml", "n.yaml"),
+        ("-d 700 --from 101 4 --weights 7=1", "7"),
+        ("-d 700 --from 101 4 --weights 101=0", "101"),
+        ("-d 700 --from 101 4 --weights 101=1 101=2", "101"),
     ):
-        status, output = stunet(f"import union -np 1 {line}")
-        assert (status, "Traceback" in output) == (2, False), output
-        assert expected in " ".join(output.split()), output
+        shell.refuse(f"stunet import union -np 1 {line}", expected)
     assert digests(raw) == before
     (raw / SIDED / "labelsTr" / "b.nii.gz").write_bytes(b"broken")
-    status, output = stunet("import union -np 1 -d 700 --from 101 4")
-    assert (status, "Traceback" in output) == (2, False)
-    assert "labelsTr/b.nii.gz" in output
-    assert "1 cases could not be imported; the dataset is complete without them." in output
+    shell.refuse("stunet import union -np 1 -d 700 --from 101 4", "labelsTr/b.nii.gz")
     assert list(json.loads((raw / UNION / "dataset.json").read_text())["dataset"]) == ["D004_c", "D101_a"]
-    assert stunet("labels check -d 700 -np 1")[0] == 0
+    shell.run("stunet labels check -d 700 -np 1")
