@@ -240,7 +240,7 @@ def test_flat_images_have_contours(tmp_path: Path, ending: str) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"spacing": (1, 1, 1.1)}, r"p.nii.gz .*0.5 mm .* 1.1, .*r.nii.gz"),
+        ({"spacing": (1, 1, 1.1)}, r"p.nii.gz .*0.3 mm .* 1.1, .*r.nii.gz"),
         ({"origin": (0, 0.5, 0)}, r"p.nii.gz .*0.5 mm .* -0.5\], .*r.nii.gz"),
         ({"direction": np.diag([-1, -1, 1])}, r"p.nii.gz .*12.8 mm .*\[\[1.0, .*r.nii.gz by \[\[-1.0, "),
         ({"labels": np.zeros((4, 5, 7))}, r"p.nii.gz has another shape, \(7, 5, 4\), than .*r.nii.gz, \(6, 5, 4\)"),
