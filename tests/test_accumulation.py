@@ -129,8 +129,8 @@ def test_mixed_precision_and_scaled_gradients(dataset: Path) -> None:
 
 def test_the_peak_of_activations_is_that_of_a_piece(dataset: Path) -> None:
     piece = peak(made(1, batch_size=1, batch_dice=False), 1)
-    # A fifth more for the gradients of the pieces before.
-    assert peak(made(4, batch_size=4, batch_dice=False), 4) < 1.2 * piece
+    # A quarter more for the gradients of the pieces before.
+    assert peak(made(4, batch_size=4, batch_dice=False), 4) < 1.25 * piece
     assert peak(made(1, batch_size=4, batch_dice=False), 4) > 1.5 * piece
 
 
