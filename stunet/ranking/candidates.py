@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -25,7 +25,7 @@ _HEADS = "decoder.seg_layers."
 
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True):
-    path: str
+    path: Annotated[str, msgspec.Meta(min_length=1)]
     name: str | None = None
 
 
