@@ -28,24 +28,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from zipfile import BadZipFile
 
-__all__ = [
-    "ArchitectureError",
-    "CheckpointError",
-    "CommandError",
-    "DatasetError",
-    "DownloadError",
-    "FeatureError",
-    "LabelError",
-    "LossError",
-    "NnUNetPathError",
-    "PlansError",
-    "STUNetError",
-    "SettingsError",
-    "TransferabilityError",
-    "UsageError",
-    "reading",
-]
-
 
 class STUNetError(Exception):
     """Base class of all errors that stunet raises on purpose: what was got, what was expected, and the remedy."""

@@ -17,8 +17,6 @@ from typing import TypeVar
 
 from stunet.errors import CommandError, STUNetError
 
-__all__ = ["end_with_children", "in_order", "run_jobs", "worthwhile_processes"]
-
 _MOST_PROCESSES = 8  # by default: each needs memory, and what they read comes from one disk
 
 Job = TypeVar("Job")

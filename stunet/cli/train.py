@@ -12,8 +12,6 @@ import typer
 
 from stunet.cli.options import Continue, Device, FoldName, choose_device
 
-__all__ = ["train"]
-
 
 def train(
     dataset: Annotated[str, typer.Argument(help="Dataset id or name.")],

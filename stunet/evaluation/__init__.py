@@ -2,16 +2,3 @@
 
 from stunet.evaluation.evaluate import EvaluationResults, StructureSummary, collect_results, evaluate, score_cases
 from stunet.evaluation.scores import METRICS, CaseScores, EvaluationCase, StructureScore, score_case
-
-__all__ = [
-    "METRICS",
-    "CaseScores",
-    "EvaluationCase",
-    "EvaluationResults",
-    "StructureScore",
-    "StructureSummary",
-    "collect_results",
-    "evaluate",
-    "score_case",
-    "score_cases",
-]

@@ -4,17 +4,3 @@ from stunet.inference.folders import Progress, parse_memory, predict_folder
 from stunet.inference.images import Case, find_cases, read_geometry
 from stunet.inference.model import Model, load_model, published_model
 from stunet.inference.predictor import Predictor, predict
-
-__all__ = [
-    "Case",
-    "Model",
-    "Predictor",
-    "Progress",
-    "find_cases",
-    "load_model",
-    "parse_memory",
-    "predict",
-    "predict_folder",
-    "published_model",
-    "read_geometry",
-]

@@ -2,5 +2,3 @@
 
 from stunet.loss.loss import PartialDiceCELoss, WholeBatch, partial_dice_ce_loss
 from stunet.loss.partition import label_members
-
-__all__ = ["PartialDiceCELoss", "WholeBatch", "label_members", "partial_dice_ce_loss"]

@@ -23,28 +23,3 @@ from stunet.planning.rewrite import (
     rewrite_configuration,
     rewrite_plans,
 )
-
-__all__ = [
-    "ModelDescription",
-    "PreprocessedDataset",
-    "apply_preset",
-    "check_configuration",
-    "describe_model",
-    "fine_tuning_configurations",
-    "fine_tuning_settings",
-    "fit_strides",
-    "is_stunet",
-    "list_presets",
-    "load_plans",
-    "load_preset",
-    "missing_preprocessed_cases",
-    "open_preprocessed",
-    "plan_with_nnunet",
-    "plans_size",
-    "preview_transfer",
-    "resolve_configuration",
-    "rewrite_configuration",
-    "rewrite_plans",
-    "write_model_folder",
-    "write_plans",
-]

@@ -6,28 +6,3 @@ from stunet.ranking.ccfv import bootstrap_scores, ccfv
 from stunet.ranking.points import CaseFeatures, draw_points, extract_case
 from stunet.ranking.ranking import CandidateScores, Ranking, Target, prepare_target, rank, score_candidate
 from stunet.ranking.rivals import gbc, leep, logme, transrate
-
-__all__ = [
-    "RANKING_FORMAT",
-    "CandidateScores",
-    "CaseFeatures",
-    "Ranking",
-    "Target",
-    "agreement",
-    "bootstrap_scores",
-    "build_candidate",
-    "ccfv",
-    "draw_points",
-    "extract_case",
-    "gbc",
-    "leep",
-    "logme",
-    "prepare_target",
-    "rank",
-    "read_dice",
-    "read_scores",
-    "read_summaries",
-    "read_zoo",
-    "score_candidate",
-    "transrate",
-]

@@ -2,5 +2,3 @@
 
 from stunet.reports.figures import draw_scores, side_by_side
 from stunet.reports.story import StructureDice, mean_dice, read_dice
-
-__all__ = ["StructureDice", "draw_scores", "mean_dice", "read_dice", "side_by_side"]

@@ -2,5 +2,3 @@
 
 from stunet.training.launch import check_processes, train
 from stunet.training.trainer import BaseSTUNetTrainer
-
-__all__ = ["BaseSTUNetTrainer", "check_processes", "train"]
