@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stunet.environment import did_you_mean
 from stunet.errors import CheckpointError, UsageError, reading
 from stunet.forms import decode, read_document
 from stunet.network import STUNet, build_stunet
@@ -50,7 +51,7 @@ def read_zoo(path: str | os.PathLike[str]) -> dict[str, Path]:
     Raises:
         UsageError: Missing, not YAML, unknown keys, a name twice, or paths at which there is nothing.
     """
-    with reading(path, "a zoo file that cannot be used", UsageError):
+    with reading(path, "a zoo file that cannot be used", UsageError, remedy="Correct the file."):
         entries = decode(read_document(path), _Zoo).checkpoints
     if not entries:
         raise UsageError(f"the list of checkpoints in {path} is empty: give at least one")
@@ -79,7 +80,8 @@ def name_checkpoints(checkpoints: Sequence[str | os.PathLike[str]]) -> dict[str,
         known = load_registry()
         paths = [cached_weights(str(path)) if path in missing and str(path) in known else path for path in paths]
         if gone := [str(path) for path in paths if not path.exists()]:
-            raise UsageError(f"nothing at {', '.join(gone)}: give files, folders, or names of `stunet weights list`")
+            meant = did_you_mean(gone[0], known)
+            raise UsageError(f"nothing at {', '.join(gone)}: {meant}`stunet weights list` names what is published")
     paths = [path.resolve() for path in paths]
     if twice := sorted({str(path) for path in paths if paths.count(path) > 1}):
         raise UsageError(f"checkpoint {', '.join(twice)} is given twice: leave one out")
