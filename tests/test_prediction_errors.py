@@ -112,7 +112,7 @@ def test_arguments(
         (lambda m: (m / "dataset.json").write_text("{"), ("cannot be read", "dataset.json")),
         (lambda m: (m / "dataset.json").write_text('{"labels": {"background": 0}}'), ("cannot use", "channel_names")),
         (lambda m: (m / "plans.json").write_text('{"configurations": {}}'), ("cannot use",)),
-        (lambda m: shutil.rmtree(m / "fold_0"), ("fold_0/checkpoint_final.pth", "no checkpoint at all")),
+        (lambda m: shutil.rmtree(m / "fold_0"), ("fold_0/checkpoint_final.pth", "but no checkpoint")),
         (lambda m: (m / "fold_0" / "checkpoint_final.pth").write_bytes(b"PK"), ("truncated",)),
     ],
 )
