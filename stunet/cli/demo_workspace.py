@@ -244,7 +244,7 @@ class Workspace:
                 bar.update(task, description=text[: max(20, stdout.width - 40)])
                 if message := _epoch_message(text, epoch):
                     bar.update(task, total=epochs, completed=int(epoch["Epoch"]) + 1)
-                    stdout.print(f"  {message}")
+                    print_line(f"  {message}")
                     said = time.monotonic()
 
 
