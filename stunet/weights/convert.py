@@ -316,8 +316,7 @@ def _stunet_weights(path: Path, file: _File, pickles: list[Path], trust: Sequenc
 
 
 def _init_args(content: Mapping[str, Any]) -> dict[str, Any]:
-    init_args = content.get("init_args")
-    return init_args if isinstance(init_args, dict) else {}
+    return init_args if isinstance(init_args := content.get("init_args"), dict) else {}
 
 
 def _read_v1(pickles: Sequence[Path]) -> tuple[dict[str, Any], tuple[Any, ...]]:

@@ -7,7 +7,6 @@ appears under its name only after it has been checked: checksum, length, and tha
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import os
 import re
 import shutil
@@ -400,7 +399,9 @@ def _from_url(url: str, part: Path, attempts: int, say: Say) -> str | None:
         stated.extend(re.findall('^"?([0-9a-f]{64})"?$', response.headers.get("X-Linked-ETag", "")))
 
     say(f"Downloading {clean_url(url)}")
-    for attempt in itertools.count(1):
+    attempt = 0
+    while True:
+        attempt += 1
         try:
             bar, headers = sys.stderr.isatty(), {"Accept-Encoding": "identity"}
             get = pooch.HTTPDownloader(bar, 2**18, timeout=_TIMEOUTS, headers=headers, hooks={"response": look})
@@ -416,7 +417,6 @@ def _from_url(url: str, part: Path, attempts: int, say: Say) -> str | None:
             pause = min(0.5 * 2 ** (attempt - 1), 30)
             say(f"{_reason(error)}; again in {pause:g} s")
             time.sleep(pause)
-    raise AssertionError
 
 
 def _reason(error: BaseException) -> str:

@@ -57,7 +57,7 @@ _DTYPES = {
 _Count = Annotated[int, Meta(ge=0)]
 
 
-class _Piece(Struct):
+class _Shard(Struct):
     """One shard: where it lies in its tensor, and its bytes in a file."""
 
     offsets: list[_Count]
@@ -70,7 +70,7 @@ class _Piece(Struct):
 class _Tensor(Struct):
     dtype: str
     size: list[_Count]
-    pieces: list[_Piece]
+    pieces: list[_Shard]
 
 
 class _Index(Struct):
@@ -87,7 +87,7 @@ def _versions(folder: Path) -> list[Path]:
 
 
 class ShardedSave:
-    """A checkpoint that is being written while the training goes on. All processes of the group make one each.
+    """A checkpoint that is being written while the training continues. All processes of the group make one each.
 
     The tensors are copied to the CPU before the constructor returns, and may change then.
 
@@ -235,7 +235,7 @@ def _write_index(path: Path, metadata: Metadata) -> None:
         for chunk in entry.chunks:
             place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
             shard = list(chunk.offsets), list(chunk.sizes)
-            tensor.pieces.append(_Piece(*shard, place.relative_path, place.offset, place.length))
+            tensor.pieces.append(_Shard(*shard, place.relative_path, place.offset, place.length))
     path.write_bytes(msgspec.json.encode(index))
     sync_files([path])
 
