@@ -288,7 +288,9 @@ class STUNet(nn.Module):
             if n_stages != N_STAGES or len(values) != N_STAGES or min(values) < 1:
                 raise ArchitectureError(f"{name} {list(values)} with {n_stages=}: STU-Net has {N_STAGES} positive ones")
         if len(full) != N_STAGES or any(len(s) != n_axes or min(s) < 1 for s in full):
-            raise ArchitectureError(f"strides {full}: STU-Net has {N_STAGES}, each of {n_axes} positive whole numbers")
+            raise ArchitectureError(
+                f"impossible strides {full}: STU-Net has {N_STAGES}, each of {n_axes} positive whole numbers"
+            )
         if activation_checkpointing not in (choices := get_args(ActivationCheckpointing)):
             raise ArchitectureError(f"activation_checkpointing {activation_checkpointing!r} is none of {choices}")
         sizes = (features_per_stage, n_blocks_per_stage, full)
@@ -432,7 +434,7 @@ def _check_input(x: Tensor, strides: tuple[int, ...]) -> None:
         )
     if math.prod(x.shape[2:]) == math.prod(strides):
         raise ArchitectureError(
-            f"input {tuple(x.shape[2:])} leaves one voxel at the coarsest stage: take a larger patch"
+            f"input {tuple(x.shape[2:])} needs more than one voxel at the coarsest stage: enlarge the patch"
         )
 
 
