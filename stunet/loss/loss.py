@@ -13,7 +13,7 @@ from torch import distributed as dist
 from stunet.errors import LossError
 from stunet.loss.chunks import Case, Coefficients, Sums, batch_gradient, batch_sums, count_voxels
 from stunet.loss.partition import Partition, check_members, label_members, partition_outputs
-from stunet.network import is_recorded, is_transformed
+from stunet.network import aliases, is_recorded, is_transformed
 
 # nnU-Net's bound of the denominator of Dice.
 _SMALLEST_DENOMINATOR = 1e-8
@@ -423,7 +423,7 @@ class _PartialDiceCE(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, annotated, *coefficients = ctx.saved_tensors
         if is_recorded(grad_output):  # second derivatives, or many gradients at once
-            again = torch.is_grad_enabled()
+            again, (logits,) = torch.is_grad_enabled(), aliases(logits)
             with torch.enable_grad():
                 value = ctx.loss._by_operations(logits, target, annotated, ctx.partitions, ctx.whole)
             (gradient,) = torch.autograd.grad(value, logits, grad_output, create_graph=again)

@@ -11,8 +11,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from stunet.environment import require_configuration
 from stunet.errors import PlansError, SettingsError, reading
-from stunet.network import N_STAGES, STUNetSize, size_of, total_stride
-from stunet.network import CONV_OPS
+from stunet.network import CONV_OPS, N_STAGES, STUNetSize, size_of, total_stride
 from stunet.settings import SETTINGS, SETTINGS_KEY, check_settings
 
 __all__ = [

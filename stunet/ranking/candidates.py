@@ -13,8 +13,7 @@ from torch import nn
 
 from stunet.errors import CheckpointError
 from stunet.labels import Outputs
-from stunet.network import STUNet, total_stride
-from stunet.network import CONV_OPS
+from stunet.network import CONV_OPS, STUNet, total_stride
 from stunet.ranking.heads import SourceHead, source_head
 from stunet.weights import (
     SourceWeights,

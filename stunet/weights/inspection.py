@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from stunet.errors import ArchitectureError, CheckpointError
-from stunet.network import N_STAGES, STUNet, STUNetSize, size_of
-from stunet.network import CONV_OPS
+from stunet.network import CONV_OPS, N_STAGES, STUNet, STUNetSize, size_of
 from stunet.weights.loading import describe_mismatch
 
 __all__ = ["Architecture", "infer_architecture"]

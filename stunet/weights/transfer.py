@@ -11,8 +11,7 @@ from torch import Tensor
 
 from stunet.errors import CheckpointError, LabelError, UsageError
 from stunet.labels import Outputs, match_names, outputs_of, vocabulary_for
-from stunet.network import STUNet
-from stunet.network import CONV_OPS
+from stunet.network import CONV_OPS, STUNet
 from stunet.settings import HeadPolicy, StemPolicy
 from stunet.weights.loading import describe_mismatch
 from stunet.weights.sources import SourceWeights
