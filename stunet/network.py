@@ -571,9 +571,9 @@ class _NormActConv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, kernel = ctx.saved_tensors
         of_norm, out_of_place = any(ctx.needs_input_grad[:3]), is_recorded(grad)
-        inputs = aliases(x, weight, bias)
+        x, weight, bias = inputs = aliases(x, weight, bias)
         with torch.set_grad_enabled(of_norm):
-            normalized = _instance_norm(*inputs, ctx.eps)
+            normalized = _instance_norm(x, weight, bias, ctx.eps)
         # The gradient of the norm does not need the values that are overwritten.
         y = F.leaky_relu(normalized, ctx.slope) if out_of_place else F.leaky_relu_(normalized.detach(), ctx.slope)
         ones = [1] * (y.ndim - 2)
@@ -626,9 +626,9 @@ class _ChannelsLastNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         if is_recorded(grad):  # by PyTorch's own operations
-            inputs = aliases(x, weight, bias)
+            x, weight, bias = inputs = aliases(x, weight, bias)
             with torch.enable_grad():
-                y = F.instance_norm(inputs[0], weight=inputs[1], bias=inputs[2], eps=ctx.eps)
+                y = F.instance_norm(x, weight=weight, bias=bias, eps=ctx.eps)
             return *_grads_of_norm(y, inputs, grad), None
         grad = grad.contiguous(memory_format=torch.channels_last_3d)
         shape, voxels = (*x.shape[:2], 1, 1, 1), x[0, 0].numel()
