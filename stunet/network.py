@@ -288,7 +288,9 @@ class STUNet(nn.Module):
             if n_stages != N_STAGES or len(values) != N_STAGES or min(values) < 1:
                 raise ArchitectureError(f"{name} {list(values)} with {n_stages=}: STU-Net has {N_STAGES} positive ones")
         if len(full) != N_STAGES or any(len(s) != n_axes or min(s) < 1 for s in full):
-            raise ArchitectureError(f"strides {full}: STU-Net has {N_STAGES}, each of {n_axes} positive whole numbers")
+            raise ArchitectureError(
+                f"impossible strides {full}: STU-Net has {N_STAGES}, each of {n_axes} positive whole numbers"
+            )
         if activation_checkpointing not in (choices := get_args(ActivationCheckpointing)):
             raise ArchitectureError(f"activation_checkpointing {activation_checkpointing!r} is none of {choices}")
         sizes = (features_per_stage, n_blocks_per_stage, full)
@@ -432,7 +434,7 @@ def _check_input(x: Tensor, strides: tuple[int, ...]) -> None:
         )
     if math.prod(x.shape[2:]) == math.prod(strides):
         raise ArchitectureError(
-            f"input {tuple(x.shape[2:])} leaves one voxel at the coarsest stage: take a larger patch"
+            f"input {tuple(x.shape[2:])} needs more than one voxel at the coarsest stage: enlarge the patch"
         )
 
 
@@ -569,6 +571,7 @@ class _NormActConv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, kernel = ctx.saved_tensors
         of_norm, out_of_place = any(ctx.needs_input_grad[:3]), is_recorded(grad)
+        x, weight, bias = inputs = aliases(x, weight, bias)
         with torch.set_grad_enabled(of_norm):
             normalized = _instance_norm(x, weight, bias, ctx.eps)
         # The gradient of the norm does not need the values that are overwritten.
@@ -582,7 +585,13 @@ class _NormActConv(torch.autograd.Function):
             return None, None, None, grad_kernel, grad_conv_bias, None, None
         out = {} if out_of_place else {"grad_input": grad_y}
         grad_y = torch.ops.aten.leaky_relu_backward(grad_y, y, ctx.slope, True, **out)
-        return *_grads_of_norm(normalized, (x, weight, bias), grad_y), grad_kernel, grad_conv_bias, None, None
+        return *_grads_of_norm(normalized, inputs, grad_y), grad_kernel, grad_conv_bias, None, None
+
+
+def aliases(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return views to differentiate by, as hooks on the tensors themselves are for the backward pass around it."""
+    with torch.enable_grad():
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
 
 
 def _grads_of_norm(y: Tensor, inputs: tuple[Tensor, ...], grad: Tensor) -> Iterator[Tensor | None]:
@@ -617,9 +626,10 @@ class _ChannelsLastNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         if is_recorded(grad):  # by PyTorch's own operations
+            x, weight, bias = inputs = aliases(x, weight, bias)
             with torch.enable_grad():
                 y = F.instance_norm(x, weight=weight, bias=bias, eps=ctx.eps)
-            return *_grads_of_norm(y, (x, weight, bias), grad), None
+            return *_grads_of_norm(y, inputs, grad), None
         grad = grad.contiguous(memory_format=torch.channels_last_3d)
         shape, voxels = (*x.shape[:2], 1, 1, 1), x[0, 0].numel()
         sums, scale = _rows(grad).sum(2).sum(1), weight * rstd

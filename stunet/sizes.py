@@ -33,9 +33,11 @@ class STUNetSize:
     width: int
 
     def __post_init__(self) -> None:
-        if len(self.depth) != N_STAGES or any(type(n) is not int or n < 1 for n in (*self.depth, self.width)):
-            got = f"impossible depth {list(self.depth)} or width {self.width}"
-            raise ArchitectureError(f"{got}: give {N_STAGES} positive depths, as 1,1,2,2,2,2, and one width, as 24")
+        if len(self.depth) != N_STAGES or any(type(n) is not int or n < 1 for n in self.depth):
+            got = f"impossible depth {list(self.depth)}"
+            raise ArchitectureError(f"{got}: give {N_STAGES} positive whole numbers, for example 1,1,2,2,2,2")
+        if type(self.width) is not int or self.width < 1:
+            raise ArchitectureError(f"impossible width {self.width}: give a positive whole number, for example 24")
 
     @property
     def features(self) -> tuple[int, ...]:
@@ -78,8 +80,8 @@ def size_of(features_per_stage: Sequence[int], n_blocks_per_stage: Sequence[int]
     """
     size = STUNetSize("custom", tuple(n_blocks_per_stage), features_per_stage[0])
     if size.features != tuple(features_per_stage):
-        got = f"no STU-Net has channels {list(features_per_stage)}"
-        raise ArchitectureError(f"{got}: {list(size.features)} for width {size.width}; let `stunet plan` write plans")
+        got = f"{list(features_per_stage)} are channels that no STU-Net has"
+        raise ArchitectureError(f"{got}: {list(size.features)} for width {size.width}; use `stunet plan`")
     for published in SIZES.values():
         if (published.depth, published.width) == (size.depth, size.width):
             return published

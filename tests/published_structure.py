@@ -38,7 +38,7 @@ class Block(nn.Module):
         y = self.norm2(self.conv2(y))
         if self.projection is not None:
             x = self.projection(x)
-        y = y.add_(x) if self.act2.inplace else y + x
+        y = y.add_(x) if getattr(self.act2, "inplace", False) else y + x
         return self.act2(y)
 
 

@@ -299,6 +299,16 @@ def test_derivatives_of_any_kind(batch_dice: bool, seed: int) -> None:
     torch.testing.assert_close(ours, naive, rtol=1e-7, atol=1e-10)
 
 
+def test_hooks_on_logits_run_once() -> None:
+    logits, target = random_case(0)
+    logits.requires_grad_().register_hook(lambda grad: 2 * grad)
+    once, again = (
+        torch.autograd.grad(partial_dice_ce_loss(logits, target, batch_dice=True), logits, create_graph=c)[0].detach()
+        for c in (False, True)
+    )
+    torch.testing.assert_close(once, again)
+
+
 def test_second_derivatives_of_a_micro_batch_are_refused() -> None:
     logits, target = random_case(0)
     loss, whole = PartialDiceCELoss(6, batch_dice=True), WholeBatch()

@@ -139,6 +139,8 @@ TABLE: dict[str, tuple[str, Callable[[nn.Module, str], None]]] = {
     "forward hook on an upsampling": ("decoder.upsamplings.4", hooked("forward")),
     "forward hook on an upsampling's convolution": ("decoder.upsamplings.4.conv", hooked("forward")),
     "hook on a weight": (ENCODER + "conv2", changed(lambda m: m.weight.register_hook(lambda grad: 2 * grad))),
+    "hook on a norm's weight": (ENCODER + "norm1", changed(lambda m: m.weight.register_hook(lambda grad: 2 * grad))),
+    "hook on a norm's bias": (MERGING + "norm2", changed(lambda m: m.bias.register_hook(lambda grad: 2 * grad))),
     "GroupNorm": (ENCODER + "norm1", replaced(lambda old: nn.GroupNorm(1, old.num_features))),
     "BatchNorm": (ENCODER + "norm2", replaced(lambda old: nn.BatchNorm3d(old.num_features))),
     "InstanceNorm with statistics": (
@@ -209,7 +211,7 @@ def test_what_is_done_to_a_module_counts(case: str) -> None:
             assert_same(found, expected)
         with torch.no_grad():
             assert_same(ours(image()), published(image()))
-    if "backward" not in case and not case.startswith(("frozen", "nothing", "hook on a weight", "weight_norm")):
+    if "backward" not in case and not case.startswith(("frozen", "nothing", "hook on a", "weight_norm")):
         assert not torch.allclose(outputs[0], before)  # it did count
 
 
@@ -356,6 +358,17 @@ def test_second_derivatives_of_channels_last(case: str) -> None:
             results.append(torch.cat([g.flatten() for g in torch.autograd.grad(penalty, parameters)]))
     assert results[1].norm() > 0
     assert (results[0] - results[1]).norm() < 1e-2 * results[1].norm()
+
+
+def test_hooks_on_weights_of_channels_last() -> None:
+    found = []
+    for network in pair():
+        weight = network.float().get_submodule(ENCODER + "norm1").weight
+        weight.register_hook(lambda grad: 2 * grad)
+        for again in (False, True):
+            loss = loss_of(network)(image().float())
+            found.append(torch.autograd.grad(loss, weight, create_graph=again)[0].detach())
+    torch.testing.assert_close(found[:2], found[2:], rtol=1e-3, atol=1e-3 * float(found[3].abs().max()))
 
 
 @pytest.mark.parametrize("kind", ["adapter", "checkpointed"])

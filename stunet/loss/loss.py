@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import distributed as dist
 from stunet.errors import LossError
 from stunet.loss.chunks import Case, Coefficients, Sums, batch_gradient, batch_sums, count_voxels
 from stunet.loss.partition import Partition, check_members, label_members, partition_outputs
-from stunet.network import is_recorded, is_transformed
+from stunet.network import aliases, is_recorded, is_transformed
 
 # nnU-Net's bound of the denominator of Dice.
 _SMALLEST_DENOMINATOR = 1e-8
@@ -158,22 +158,16 @@ class PartialDiceCELoss(nn.Module):
         """Whether counting a micro-batch takes its logits; elsewhere the targets are enough."""
         return self.batch_dice
 
-    @contextmanager
-    def annotated_in(self, annotated: Tensor | None) -> Iterator[None]:
+    def annotated_in(self, annotated: Tensor | None) -> AbstractContextManager[None]:
         """Within this context, the batch annotates these labels; outside, every case annotates every output.
 
         Args:
             annotated: ``(B, L)``, boolean: which label values each case annotates. Label 0 is not read. None where each
                 case annotates every single output.
         """
-        before, self._annotated = self._annotated, annotated
-        try:
-            yield
-        finally:
-            self._annotated = before
+        return self._within("_annotated", annotated)
 
-    @contextmanager
-    def counted_in(self, whole: WholeBatch) -> Iterator[None]:
+    def counted_in(self, whole: WholeBatch) -> AbstractContextManager[None]:
         """Within this context, the calls add one micro-batch to the sums over its batch, and return 0.
 
         Logits are read with ``batch_dice`` only; elsewhere anything may stand in their place.
@@ -185,14 +179,9 @@ class PartialDiceCELoss(nn.Module):
             LossError: Some micro-batch has been computed already.
         """
         whole.begin_counting()
-        self._counting = whole
-        try:
-            yield
-        finally:
-            self._counting = None
+        return self._within("_counting", whole)
 
-    @contextmanager
-    def as_part_of(self, whole: WholeBatch) -> Iterator[None]:
+    def as_part_of(self, whole: WholeBatch) -> AbstractContextManager[None]:
         """Within this context, the calls return what one micro-batch contributes to the loss of its batch.
 
         The first time, with ``ddp``, the processes add up their sums, so each of them must come here.
@@ -201,11 +190,16 @@ class PartialDiceCELoss(nn.Module):
             whole: The batch, all of whose micro-batches are counted.
         """
         whole.begin_computing(ddp=self.ddp)
-        self._whole = whole
+        return self._within("_whole", whole)
+
+    @contextmanager
+    def _within(self, name: str, value: Any) -> Iterator[None]:
+        before = getattr(self, name)
+        setattr(self, name, value)
         try:
             yield
         finally:
-            self._whole = None
+            setattr(self, name, before)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the loss.
@@ -236,11 +230,6 @@ class PartialDiceCELoss(nn.Module):
             return self._by_operations(logits, target, annotated, partitions, self._whole)
         loss: Tensor = _PartialDiceCE.apply(logits, target, annotated, partitions, self, self._whole)
         return loss
-
-    def extra_repr(self) -> str:
-        """Shown by ``print``."""
-        (labels, outputs), names = self.members.shape, ("batch_dice", "smooth", "ignore_label", "ddp")
-        return ", ".join([f"labels={labels}, outputs={outputs}", *(f"{n}={getattr(self, n)}" for n in names)])
 
     def _check_shapes(self, logits: Tensor, target: Tensor) -> Tensor:
         n_outputs = self.members.shape[1]
@@ -434,7 +423,7 @@ class _PartialDiceCE(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, annotated, *coefficients = ctx.saved_tensors
         if is_recorded(grad_output):  # second derivatives, or many gradients at once
-            again = torch.is_grad_enabled()
+            again, (logits,) = torch.is_grad_enabled(), aliases(logits)
             with torch.enable_grad():
                 value = ctx.loss._by_operations(logits, target, annotated, ctx.partitions, ctx.whole)
             (gradient,) = torch.autograd.grad(value, logits, grad_output, create_graph=again)

@@ -19,7 +19,7 @@ def label_members(num_outputs: int, superclasses: Mapping[int, Collection[int]] 
 
     Args:
         num_outputs: C, outputs of the network, background included.
-        superclasses: Outputs by label value. The values go on where the outputs end.
+        superclasses: Outputs by label value. The values continue where the outputs end.
 
     Returns:
         ``(L, C)``, boolean: row l has the outputs of label value l.
