@@ -176,7 +176,7 @@ def test_two_launchers_as_on_two_machines(shell: Shell, undisturbed: dict[str, A
 
 @pytest.mark.slow
 def test_each_process_refuses_too_small_a_batch(shell: Shell) -> None:
-    output = shell.type(f"{TORCHRUN} --standalone --nproc-per-node 2 --no-python {TRAIN} --global-batch 1", status=1)
+    output = shell.type(f"torchrun --standalone --nproc-per-node 2 --no-python {TRAIN} --global-batch 1", status=1)
     assert "1 samples for 2 processes" in output
 
 
