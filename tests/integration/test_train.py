@@ -55,8 +55,9 @@ def finish(shell: Shell, name: str, plans: str = "STUNetPlans_whole") -> dict[st
 
 
 def assert_same(checkpoint: dict[str, Any], expected: dict[str, Any], tolerance: float = 0) -> None:
-    for part in ("network_weights", "optimizer_state"):
-        torch.testing.assert_close(checkpoint[part], expected[part], rtol=0, atol=tolerance)
+    torch.testing.assert_close(checkpoint["network_weights"], expected["network_weights"], rtol=0, atol=tolerance)
+    # The last gradients tell another order of summation apart by far more than weights do.
+    torch.testing.assert_close(checkpoint["optimizer_state"], expected["optimizer_state"], rtol=0, atol=100 * tolerance)
     losses, theirs = (each["logging"]["train_losses"] for each in (checkpoint, expected))
     assert losses == pytest.approx(theirs, rel=tolerance, abs=0)
 
@@ -175,7 +176,7 @@ def test_two_launchers_as_on_two_machines(shell: Shell, undisturbed: dict[str, A
 
 @pytest.mark.slow
 def test_each_process_refuses_too_small_a_batch(shell: Shell) -> None:
-    output = shell.type(f"{TORCHRUN} --standalone --nproc-per-node 2 --no-python {TRAIN} --global-batch 1", status=1)
+    output = shell.type(f"torchrun --standalone --nproc-per-node 2 --no-python {TRAIN} --global-batch 1", status=1)
     assert "1 samples for 2 processes" in output
 
 
