@@ -17,8 +17,8 @@
     ├── UsageError          an argument that a command cannot take
     └── CommandError        a command that stunet ran for the user has failed
 
-Each says what was got, what was expected and what to do about it. The command line prints exactly that, without a
-traceback, and exits with status 2.
+Each says in one sentence what was got, what was expected and what to do about it. The command line prints exactly that,
+without a traceback, and exits with status 2.
 """
 
 from __future__ import annotations
@@ -31,13 +31,6 @@ from zipfile import BadZipFile
 
 class STUNetError(Exception):
     """Base class of all errors that stunet raises on purpose: what was got, what was expected, and the remedy."""
-
-    def __init__(self, problem: str, *, got: object = None, expected: str = "", remedy: str = "") -> None:
-        message = problem
-        if got is not None:
-            message = f"{problem}\n  got:      {got}\n  expected: {expected}\n  remedy:   {remedy}"
-        self.problem, self.got, self.expected, self.remedy = problem, str(got), expected, remedy
-        super().__init__(message)
 
 
 class ArchitectureError(STUNetError, ValueError):
@@ -95,11 +88,9 @@ class CommandError(STUNetError):
 @contextmanager
 def reading(
     source: object,
-    problem: str = "a file that is damaged",
+    problem: str = "damaged",
     kind: type[STUNetError] = CheckpointError,
-    *,
-    expected: str = "a file as it was published or saved",
-    remedy: str = "Copy or download it again.",
+    remedy: str = "copy or download it again",
 ) -> Iterator[None]:
     """Turn whatever the content of a file leads to into one error that names the file.
 
@@ -108,9 +99,8 @@ def reading(
 
     Args:
         source: The file.
-        problem: What the error says it is.
+        problem: What it is then.
         kind: The error's class.
-        expected: What would have been right.
         remedy: What the user can do.
 
     Raises:
@@ -125,6 +115,4 @@ def reading(
         RuntimeError, SyntaxError, TypeError, ValueError, BadZipFile, struct.error,
     ) as error:  # fmt: skip
         said = (str(error).strip() or "no more is known").splitlines()[0][:200]
-        raise kind(
-            problem, got=f"{source}: {type(error).__name__}: {said}", expected=expected, remedy=remedy
-        ) from error
+        raise kind(f"{source} is {problem} ({type(error).__name__}: {said}): {remedy}") from error

@@ -89,14 +89,9 @@ def _check(pretrained_weights: Path | None, *, continue_training: bool, only_val
     from stunet.errors import UsageError
 
     if continue_training and pretrained_weights:
-        raise UsageError(
-            "two things to start from", got="--c and -pretrained_weights", expected="one of them",
-            remedy="Leave one of them out.",
-        )  # fmt: skip
+        raise UsageError("--c and -pretrained_weights are both given, but a training starts from one: leave one out")
     if continue_training and only_validation:
-        raise UsageError(
-            "two things to do", got="--c and --val", expected="one of them", remedy="Leave one of them out."
-        )
+        raise UsageError("--c and --val are both given, but only one can be done: leave one out")
 
 
 def _start_processes(number: int) -> None:

@@ -51,7 +51,7 @@ def read_zoo(path: str | os.PathLike[str]) -> dict[str, Path]:
     Raises:
         UsageError: Missing, not YAML, unknown keys, a name twice, or paths at which there is nothing.
     """
-    with reading(path, "a zoo file that cannot be used", UsageError, remedy="Correct the file."):
+    with reading(path, "a zoo file that cannot be used", UsageError, remedy="correct it"):
         entries = decode(read_document(path), _Zoo).checkpoints
     if not entries:
         raise UsageError(f"the list of checkpoints in {path} is empty: give at least one")
