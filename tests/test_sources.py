@@ -172,7 +172,7 @@ def changed(**changes: Any) -> dict[str, Any]:
             changed(**{"decoder.stages.0.0.norm1.weight": torch.zeros(3)}),
             r"decoder.stages.0.0.norm1.weight is \(3,\) instead of \(32,\)",
         ),
-        (changed(**{"encoder.stages.5.0.conv1.weight": torch.zeros(64, 32, 3, 3, 3)}), "channels that no STU-Net has"),
+        (changed(**{"encoder.stages.5.0.conv1.weight": torch.zeros(64, 32, 3, 3, 3)}), r"2, 4, 8, 16, 32, 64\]"),
         (changed(**{KEY: torch.zeros(2)}), "not the weight of a 2D or 3D convolution"),
         (changed(**{"decoder.seg_layers.4.weight": torch.zeros(3)}), "not the weight of a 2D or 3D convolution"),
         ({"encoder.stages.0.0.convs.0.conv.weight": torch.zeros(1)}, "conv1.weight is missing"),

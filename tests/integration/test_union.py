@@ -115,7 +115,7 @@ def test_errors(shell: Shell, tmp_path: Path) -> None:
         ("-d 700 --from 101 9", "9"),
         ("-d 700 --from 101 4 101", SIDED),
         ("-d 700 --from 101 Dataset101_Sided", SIDED),
-        ("-d 700 --from 101", SIDED),
+        ("-d 700 --from 101", "1 datasets"),
         ("-d 101 --from 101 4", SIDED),
         ("-d 4 --name Whole --from 101 4", WHOLE),
         ("-d 700 --from 101 5", "kidney (Dataset005_Kidney) contains kidney_left (Dataset101_Sided)"),
