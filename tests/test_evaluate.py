@@ -250,7 +250,7 @@ def test_some_of_the_cases_are_scored_when_asked(folders: Folders, run: Any, mor
         ("-d 8 -m model", "unknown dataset"),
         ("-d 7 -m nowhere", "nowhere does not exist: correct -m"),
         ("-d 7 --predictions nope", "nope does not exist: correct --predictions"),
-        ("-d 7 --predictions segmentations", "segmentations/dataset.json: FileNotFoundError"),
+        ("-d 7 --predictions segmentations", "segmentations/dataset.json"),
         ("-d 7 -m model --predictions nowhere", "no such folder"),
         ("-d 7 -m model --predictions model", "/model/a.nii.gz"),
         ("-d 7 -m model --predictions model --chill", "no segmentation of any case"),

@@ -65,7 +65,7 @@ def test_truncated_files(tmp_path: Path, share: float) -> None:
     torch.save(checkpoint(big=torch.randn(10_000)), tmp_path / "whole.pth")
     content = (tmp_path / "whole.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(CheckpointError, match=r"truncated[\s\S]*cut\.pth"):
+    with pytest.raises(CheckpointError, match=r"cut\.pth is .*truncated"):
         read_checkpoint(tmp_path / "cut.pth")
 
 

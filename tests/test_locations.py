@@ -91,7 +91,7 @@ def test_no_planner_writes_that_identifier(dataset: Path) -> None:
 
 
 def test_planning_needs_the_raw_data(dataset: Path, nnunet_folders: Folders) -> None:
-    with pytest.raises(DatasetError, match=r"cannot be planned[\s\S]*FileNotFoundError"):
+    with pytest.raises(DatasetError, match=r"cannot be planned.*FileNotFoundError"):
         plan_with_nnunet("Dataset001_Test", "nnUNetPlans", num_processes=1)
     raw = nnunet_folders["nnUNet_raw"] / "Dataset001_Test"
     raw.mkdir()

@@ -227,7 +227,7 @@ def test_which_bombs_are_refused() -> None:
 def test_truncated_anywhere() -> None:
     whole = pickle.dumps(v1_plans(), protocol=4)
     for n in range(0, len(whole), 3):
-        with pytest.raises(CheckpointError, match=r"truncated or damaged[\s\S]*x\.pkl"):
+        with pytest.raises(CheckpointError, match=r"x\.pkl is .*truncated"):
             unpickle(whole[:n], source="x.pkl")
 
 

@@ -70,7 +70,7 @@ def test_safetensors(tmp_path: Path, names: str) -> None:
     content = (tmp_path / "x.safetensors").read_bytes()
     for share in (0.0, 0.01, 0.5, 0.999):
         (tmp_path / "cut.safetensors").write_bytes(content[: int(share * len(content))])
-        with pytest.raises(CheckpointError, match=r"truncated[\s\S]*cut\.safetensors"):
+        with pytest.raises(CheckpointError, match=r"cut\.safetensors is .* truncated"):
             open_weights([tmp_path / "cut.safetensors"])
 
 
@@ -245,7 +245,7 @@ def test_truncated(tmp_path: Path, share: float, legacy: bool) -> None:
                _use_new_zipfile_serialization=not legacy)  # fmt: skip
     content = (tmp_path / "x.model").read_bytes()
     (tmp_path / "cut.model").write_bytes(content[: int(share * len(content))])
-    with pytest.raises(CheckpointError, match=r"truncated[\s\S]*cut\.model"):
+    with pytest.raises(CheckpointError, match=r"cut\.model is .*truncated"):
         open_weights([tmp_path / "cut.model"])
 
 

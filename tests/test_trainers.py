@@ -195,7 +195,7 @@ def test_a_truncated_latest_falls_back_to_best(dataset: Path) -> None:
     log = Path(resumed.log_file).read_text()
     assert "Passing over checkpoint_latest.pth: a checkpoint that is truncated" in log
     best.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"truncated[\s\S]*checkpoint_latest"):
+    with pytest.raises(CheckpointError, match=r"checkpoint_latest.* is .*truncated"):
         make(plans=narrow_plans()).load_checkpoint(str(latest))
 
 

@@ -104,9 +104,8 @@ def read_description(place: Path, option: str = "-m") -> ModelDescription:
     if not place.exists():
         raise UsageError(f"{place} does not exist: correct {option}")
     path = place / "dataset.json" if place.is_dir() else place
-    with reading(
-        path, "no names of a model's structures; give a model folder or its dataset.json with -m", DatasetError
-    ):
+    remedy = "give a model folder or its dataset.json with -m"
+    with reading(path, "without names of a model's structures", DatasetError, remedy):
         dataset_json = read_json(path)
         _ = dict(dataset_json["labels"]), len(dataset_json.get("channel_names", {}))
         plans_path = path.with_name("plans.json")
