@@ -236,5 +236,5 @@ def test_changed_annotations_are_noticed(annotated: Path, nnunet_folders: dict[s
     raw.mkdir()
     (raw / "dataset.json").write_text(json.dumps(DATASET))
     write_manifest({**CONTENT, "weights": {}}, raw / "annotated_labels.json")
-    with pytest.raises(Exception, match="annotated_labels.json"):
+    with pytest.raises(Exception, match=r"annotated_labels\.json"):
         make(plans=narrow_plans(), dataset_json=DATASET)

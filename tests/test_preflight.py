@@ -24,7 +24,7 @@ from plans import make_plans
 from stunet.cli.main import main
 from stunet.datasets import write_phantom_dataset
 from stunet.errors import LabelError
-from stunet.labels import declared_values
+from stunet.labels import Labels
 
 NAME = "Dataset001_Test"
 LABELS = {"background": 0, "liver": 1, "spleen": 2}
@@ -137,9 +137,9 @@ def test_a_value_that_is_not_declared(dataset: Dataset, run: Any, command: str) 
 def test_the_rules_for_labels(dataset_json: dict[str, Any], expected: Any) -> None:
     if isinstance(expected, str):
         with pytest.raises(LabelError, match=expected):
-            declared_values(dataset_json, "dataset.json")
+            Labels(dataset_json).check()
     else:
-        assert declared_values(dataset_json, "") == (list(range(4)) if expected == 4 else expected)
+        assert Labels(dataset_json).check() == (list(range(4)) if expected == 4 else expected)
 
 
 @pytest.mark.parametrize("command", [TRAIN, RANK])

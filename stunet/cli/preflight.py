@@ -114,9 +114,10 @@ def _check_plans(path: Path, content: dict[str, Any], name: str, configuration: 
 
 
 def _check_label_maps(folder: Path, content: dict[str, Any], seconds: float) -> None:
-    from stunet.labels import count_labels, declared_values
+    from stunet.labels import Labels
+    from stunet.volumes import count_labels
 
-    declared = declared_values(content, str(folder / "dataset.json"))
+    declared = Labels(content, folder / "dataset.json").check()
     if int(os.environ.get("RANK") or 0) > 0:  # the first process of a training looks for all
         return
     listed, ending = content.get("dataset"), str(content.get("file_ending", ""))

@@ -4,10 +4,8 @@ from stunet.datasets.imports import ImportReport, dataset_folder
 from stunet.datasets.phantoms import PHANTOM_LABELS, make_phantom, write_phantom_dataset, write_phantom_masks
 from stunet.datasets.raw import (
     RawDataset,
-    carry_side_files,
     case_names,
     check_hold_out,
-    exclusive_labels,
     has_annotations,
     hold_out,
     plane_names,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from nibabel.orientations import io_orientation
 
 from stunet.errors import DatasetError
 from stunet.files import atomic_path, write_json
-from stunet.labels import MANIFEST_NAME, AnnotationManifest, Labels, read_manifest
+from stunet.labels import MANIFEST_NAME, AnnotationManifest, read_manifest
 
 SPLITS_NAME = "splits_final.json"
 """Name of nnU-Net's file with the folds, which it reads from the preprocessed folder alone."""
@@ -250,15 +250,6 @@ def sync_to_preprocessed(
             with atomic_path(target) as temporary:
                 temporary.write_bytes(content)
     return left
-
-
-carry_side_files = sync_to_preprocessed
-
-
-def exclusive_labels(dataset_json: Mapping[str, Any]) -> tuple[dict[str, int], Callable[[Any], Any]]:
-    """Alias of :attr:`Labels.predicted` and :meth:`Labels.as_predicted`."""
-    labels = Labels(dataset_json)
-    return labels.predicted, labels.as_predicted
 
 
 def _dataset_folders(dataset_name: str) -> list[Path]:

@@ -28,12 +28,9 @@ from stunet.labels.labels import (
     Labels,
     Outputs,
     Vocabulary,
-    declared_values,
     list_vocabularies,
     load_vocabulary,
-    outputs_of,
     read_label_file,
     vocabulary_for,
 )
 from stunet.labels.unions import LabelUnion, UnionMapping, dump_mapping, merge_labels, read_mapping
-from stunet.volumes import count_labels

@@ -232,13 +232,3 @@ def _in_order(content: Any) -> tuple[str, ...]:
     if missing := set(range(len(pairs))) - {value for value, _ in pairs}:
         raise FormError(f"no name for label {min(missing)}")
     return tuple(names)
-
-
-def outputs_of(dataset_json: Mapping[str, Any]) -> Outputs:
-    """Alias of :attr:`Labels.outputs`."""
-    return Labels(dataset_json).outputs
-
-
-def declared_values(dataset_json: Mapping[str, Any], source: str) -> list[int]:
-    """Alias of :meth:`Labels.check`."""
-    return Labels(dataset_json, source).check()

@@ -19,7 +19,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from stunet.environment import find_plans, nnunet_folder, require_plans
 from stunet.errors import DatasetError, PlansError, reading
 from stunet.files import write_json
-from stunet.labels import outputs_of
+from stunet.labels import Labels
 from stunet.network import STUNetSize, find_size
 from stunet.planning.model_folder import CONFIGURATION, configuration_for
 from stunet.planning.rewrite import check_plans, has_own_architecture, resolve_configuration
@@ -221,7 +221,7 @@ def preview_transfer(
     Raises:
         CheckpointError: The weights do not fit a configuration: other axes, or another size.
     """
-    manager, outputs, reports = PlansManager(dict(plans)), outputs_of(dataset_json), []
+    manager, outputs, reports = PlansManager(dict(plans)), Labels(dataset_json).outputs, []
     for name in configurations:
         configuration = resolve_configuration(dict(plans), name)
         settings = configuration.get(SETTINGS_KEY, {})

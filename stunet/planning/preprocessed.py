@@ -17,7 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from stunet.environment import find_dataset, find_plans, nnunet_folder, preprocessed_folder
 from stunet.errors import DatasetError, UsageError, reading
-from stunet.labels import MANIFEST_NAME, AnnotationManifest, read_manifest
+from stunet.labels import MANIFEST_NAME, AnnotationManifest, Labels, read_manifest
 from stunet.planning.plans import load_plans
 from stunet.planning.rewrite import resolve_configuration
 
@@ -68,11 +68,8 @@ class PreprocessedDataset:
     @property
     def structures(self) -> dict[int, str]:
         """Name of each label value, background and the ignore label left out; regions have no one name."""
-        return {
-            value: name
-            for name, value in self.dataset_json["labels"].items()
-            if isinstance(value, int) and value not in (0, self.ignore_label)
-        }
+        structures = Labels(self.dataset_json).structures.items()
+        return {values[0]: name for name, values in structures if len(values) == 1}
 
     @cached_property
     def _manifest(self) -> AnnotationManifest:

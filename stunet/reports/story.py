@@ -14,6 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from stunet.labels import Labels
 from stunet.reports.pages import inline_png, inline_svg, write_page
 
 #: Differences of mean Dice below this are called none.
@@ -45,10 +46,10 @@ def read_dice(summary: str | os.PathLike[str], labels: Mapping[str, Any]) -> lis
     """
     cases = json.loads(Path(summary).read_text(encoding="utf-8"))["metric_per_case"]
     rows = []
-    for name, value in labels.items():
-        if name == "ignore" or value in (0, [0]):
-            continue
-        keys = [str(value)] if isinstance(value, int) else [str(tuple(value)), *map(str, value[:1])]
+    described = Labels({"labels": labels})
+    for name in described.structures:
+        values = described.values[name]
+        keys = [str(values), str(values[0])]
         scores = []
         for case in cases:
             # A region of one value counts as a region only where others have several.

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from stunet.errors import PlansError, SettingsError, UsageError
 from stunet.files import write_json
-from stunet.labels import outputs_of
+from stunet.labels import Labels
 from stunet.loss import PartialDiceCELoss, WholeBatch
 from stunet.network import STUNet, find_size
 from stunet.planning.rewrite import check_plans, is_stunet, plans_size, resolve_configuration, rewrite_configuration
@@ -280,7 +280,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
             raise UsageError(
                 f"pre-trained weights from two places: leave -pretrained_weights out, or {path} in the plans"
             )
-        network, outputs = self.plain_network, outputs_of(self.dataset_json)
+        network, outputs = self.plain_network, Labels(self.dataset_json).outputs
         report = transfer_weights(open_weights([path]), network, outputs, stem=self.stem, head=self.head)
         fresh, unused = {key: network.get_parameter(key) for key in report.fresh}, self._unused_parameters()
         stuck = [key for key, p in fresh.items() if not p.requires_grad and all(p is not other for other in unused)]

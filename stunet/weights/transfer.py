@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stunet.errors import CheckpointError, LabelError, UsageError
-from stunet.labels import Outputs, match_names, outputs_of, vocabulary_for
+from stunet.labels import Labels, Outputs, match_names, vocabulary_for
 from stunet.settings import HeadPolicy, StemPolicy
 from stunet.weights.convert import SourceWeights, UNetWeights, open_any_weights
 from stunet.weights.read import describe_mismatch
@@ -92,7 +92,7 @@ def source_outputs(weights: SourceWeights | UNetWeights) -> Outputs | None:
     num_classes = weights.architecture.num_classes
     labels = (weights.init_args.get("dataset_json") or {}).get("labels")
     if isinstance(labels, dict) and labels:
-        outputs = outputs_of({"labels": labels})
+        outputs = Labels({"labels": labels}).outputs
         return outputs if len(outputs.names) == num_classes else None
     try:
         return Outputs(vocabulary_for(num_classes).labels, exclusive=True)
