@@ -135,14 +135,21 @@ def end_with_children() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)  # at once: threads would complain of children that are gone
 
+    parent = [os.getpid()]
+
+    def before_fork() -> None:
+        parent[0] = os.getpid()
+
     def in_child() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if prctl is not None:
             prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+            if os.getppid() != parent[0]:  # it was killed before that
+                os._exit(1)
 
     signal.signal(signal.SIGTERM, stop)
     if hasattr(os, "register_at_fork"):  # not on Windows
-        os.register_at_fork(after_in_child=in_child)
+        os.register_at_fork(before=before_fork, after_in_child=in_child)
 
 
 def _call(function: Callable[[Job], Result], job: Job) -> Result | STUNetError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -193,7 +194,7 @@ def test_a_truncated_latest_falls_back_to_best(dataset: Path) -> None:
     resumed.load_checkpoint(str(latest))
     assert resumed.current_epoch == 1
     log = Path(resumed.log_file).read_text()
-    assert "Passing over checkpoint_latest.pth: a checkpoint that is truncated" in log
+    assert re.search(r"Passing over checkpoint_latest\.pth: .* truncated", log)
     best.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"checkpoint_latest.* is .*truncated"):
         make(plans=narrow_plans()).load_checkpoint(str(latest))
