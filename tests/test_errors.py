@@ -24,11 +24,12 @@ def test_the_docstring_draws_the_whole_tree() -> None:
 
 
 def test_whatever_a_file_leads_to_names_the_file(tmp_path: Path) -> None:
-    with pytest.raises(errors.PlansError, match=r"x\.json is odd \(KeyError: 'a'\): mend it") as caught:
-        with errors.reading(tmp_path / "x.json", "odd", errors.PlansError, "mend it"):
-            _ = {}["a"]
+    said = r"x\.json is odd \(KeyError: 'a'\): mend it"
+    reading = errors.reading(tmp_path / "x.json", "odd", errors.PlansError, "mend it")
+    with pytest.raises(errors.PlansError, match=said) as caught, reading:
+        _ = {}["a"]
     assert isinstance(caught.value.__cause__, KeyError)
-    with pytest.raises(errors.UsageError, match="^ours$"), errors.reading("x.json"):
+    with pytest.raises(errors.UsageError, match=r"^ours$"), errors.reading("x.json"):
         raise errors.UsageError("ours")
     with pytest.raises(KeyboardInterrupt), errors.reading("x.json"):
         raise KeyboardInterrupt
