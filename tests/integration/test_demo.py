@@ -30,8 +30,8 @@ def test_demo_tells_the_story(tmp_path: Path) -> None:
     printed = _demo(tmp_path, "--epochs", "2")
     steps = [
         "stunet import totalsegmentator", "stunet labels check", "nnUNetv2_plan_and_preprocess", "stunet plan",
-        "stunet train 1", "nnUNetv2_plan_and_preprocess", "stunet rank", "stunet finetune", "stunet plan",
-        "stunet train 2", "nnUNetv2_predict", "nnUNetv2_evaluate_folder", "nnUNetv2_predict",
+        "stunet train 1", "nnUNetv2_plan_and_preprocess", "stunet rank", "stunet plan", "stunet finetune",
+        "stunet train 2", "nnUNetv2_predict", "nnUNetv2_predict", "nnUNetv2_evaluate_folder",
     ]  # fmt: skip
     position = 0
     for step in steps:

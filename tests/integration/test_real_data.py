@@ -33,7 +33,7 @@ def shell(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Shell:
         shutil.copy(source / "imagesTr" / label.name.replace(".nii.gz", "_0000.nii.gz"), target / "imagesTr")
     shutil.copy(source / "dataset.json", target)
     edit_json(target / "dataset.json", numTraining=len(labels))
-    shell.type("nnUNetv2_plan_and_preprocess -d 4 -c 3d_fullres -npfp 1 -np 1")
+    shell.type("nnUNetv2_plan_and_preprocess -d 4 -c 3d_fullres -npfp 1 -np 1", nnUNet_n_proc_DA="1")
     return shell
 
 
