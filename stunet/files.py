@@ -194,7 +194,10 @@ def _is_running(pid: str) -> bool:
         os.kill(int(pid), 0)
     except (OSError, OverflowError) as error:  # of another user, or on a system that does not say
         return not isinstance(error, ProcessLookupError)
-    return True
+    try:  # in a container, where nobody may have asked for a dead process's status
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return True
 
 
 @contextmanager
