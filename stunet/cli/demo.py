@@ -24,7 +24,7 @@ _PRETRAINED, _FINE_TUNED, _SCRATCH = "pretrained", "finetuned", "scratch"  # pla
 _PRETRAINER, _TRAINER = "STUNetTrainer_pretrain", "STUNetTrainer"
 _N_SOURCE, _N_FEW, _N_VALIDATION, _N_UNSEEN = 20, 3, 3, 4
 #: Of both trainings on the target; enough for the fine-tuned network.
-_EPOCHS_ON_TARGET = 5
+_EPOCHS_ON_TARGET = 4
 
 
 def demo(
