@@ -15,6 +15,16 @@ What changes a file takes ``trained.copy(tmp_path)``.
 from __future__ import annotations
 
 import os
+
+# Test processes share the cores: with more threads than cores, each waits for the others at every operation. OpenMP
+# counts the cores that a process may use when PyTorch is imported, which the imports below do; so do the commands that
+# tests type, which inherit this.
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    n_workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.sched_setaffinity(0, cores[worker % len(cores) :: n_workers])
+
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,14 +35,6 @@ from integration.commands import FOLDERS, Shell
 
 from stunet.cli.env import trainers_folder
 from stunet.datasets import write_phantom_dataset
-
-# Test processes share the cores: with more threads than cores, each waits for the others at every operation. OpenMP
-# counts the cores that a process may use, and so do the commands that tests type, which inherit this.
-if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
-    cores = sorted(os.sched_getaffinity(0))
-    worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
-    n_workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    os.sched_setaffinity(0, cores[worker % len(cores) :: n_workers])
 
 ROOT = Path(__file__).resolve().parents[1]
 
