@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import shutil
@@ -88,6 +89,8 @@ def _read_nifti(path: Path, header_only: bool) -> Volume:
         shape = image.shape
         while len(shape) > 3 and shape[-1] == 1:
             shape = shape[:-1]
+        if image.dataobj.offset < int(image.header["sizeof_hdr"]):
+            raise ValueError("voxels that begin within the header")
         if len(shape) != 3 or min(shape) < 1:
             raise ValueError(f"shape {shape}, not three axes")
         if image.get_data_dtype().kind not in "uif":
@@ -185,7 +188,7 @@ def write_labels(labels: npt.NDArray[Any], like: Volume, path: str | os.PathLike
         sitk.WriteImage(image, str(staging / path.name), useCompression=True)
         move_into_place(staging / path.name, path)
     except RuntimeError as error:
-        raise OSError(f"{path}: {str(error).strip().splitlines()[-1]}") from error
+        raise OSError(errno.EIO, str(error).strip().splitlines()[-1], str(path)) from error
     finally:
         shutil.rmtree(staging)
 

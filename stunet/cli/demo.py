@@ -156,7 +156,10 @@ def _train_on_target(workspace: Workspace, winner: Path, epochs: int) -> None:
     options = f"-c {workspace.configuration} -f 0 --from {winner} --name {_FINE_TUNED} -device {workspace.device}"
     workspace.plan(_TARGET, _SCRATCH, settings)
     fine_tuning = f"stunet finetune -d 2 {options} --seed {workspace.seed} --set {settings}"
-    workspace.run(fine_tuning, workspace.training(_TARGET, _SCRATCH, _TRAINER), epochs=epochs)
+    trainings = (fine_tuning, workspace.training(_TARGET, _SCRATCH, _TRAINER))
+    # At once where each takes one core; large networks want all of them, or all of a GPU's memory.
+    for lines in [trainings] if workspace.threads else [(line,) for line in trainings]:
+        workspace.run(*lines, epochs=epochs)
 
 
 def _curve(workspace: Workspace, dataset: str, trainer: str, plans: str) -> list[float]:

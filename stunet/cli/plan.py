@@ -149,7 +149,7 @@ def _print_configurations(plans: dict[str, Any]) -> dict[str, dict[str, Any]]:
     stdout.print(table)
     for line, names in settings.items():
         if line:
-            print_line(f"options.Settings of {', '.join(names)}: {line}")
+            print_line(f"Settings of {', '.join(names)}: {line}")
     return trainable
 
 

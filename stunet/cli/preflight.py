@@ -60,7 +60,7 @@ def preflight(
     folders = (preprocessed, raw) if configuration else (raw, preprocessed)
     folder = next((folder for folder in folders if (folder / "dataset.json").is_file()), None)
     if folder is not None:
-        with reading(folder / "dataset.json", "a dataset.json that cannot be read", DatasetError):
+        with reading(folder / "dataset.json", "a description that cannot be read", DatasetError, "write it again"):
             content = read_json(folder / "dataset.json")
         if path is not None and path.is_file():
             _check_plans(path, content, name, configuration)

@@ -55,7 +55,7 @@ class ModelDescription:
 
 def evaluate(
     predictions: str | os.PathLike[str],
-    dataset: str | os.PathLike[str],
+    dataset: int | str | os.PathLike[str],
     *,
     model: str | os.PathLike[str] | None = None,
     label_map: str | None = None,
@@ -88,7 +88,7 @@ def evaluate(
     ('structure_1', 1.0)
     """
     place, described = Path(predictions), read_description(Path(model or predictions))
-    target = choose_cases(os.fspath(dataset), split, fold, cases)
+    target = choose_cases(str(dataset), split, fold, cases)
     _, jobs = compare_labels(described, target, label_map, place, tolerance=tolerance)
     check_predictions(jobs, place)
     return score_cases(jobs, num_processes=num_processes)

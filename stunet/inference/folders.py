@@ -10,8 +10,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,8 +129,8 @@ def predict_folder(
     folds = f"{len(model.checkpoints)} fold{'s' * (len(model.checkpoints) > 1)}"
     progress.note(f"Model {model.folder}, {folds} ({', '.join(model.checkpoints)})")
     stock = "probabilities are asked for" if save_probabilities else predictor.why_stock
-    found = find_cases(images, model, series) if isinstance(images, Path) else list(images)
-    own = found[part_id::n_parts]
+    output = Path(output)
+    found = find_cases(Path(images), model, series) if isinstance(images, str | os.PathLike) else list(images)
     is_file = output.name.endswith(NIFTI_ENDINGS) and not output.is_dir()
     beside = output.with_name(f"{output.name.removesuffix(ending)}.{MANIFEST_NAME}")
     first_stage = model.configuration_manager.previous_stage_name
@@ -149,10 +149,14 @@ def predict_folder(
         (is_file and not output.name.endswith(ending), f"-o {output} is no folder, and the model writes {ending}"),
         (is_file and output.exists() and not beside.exists(), f"-o {output} is there, and no prediction to replace"),
         (is_file and {*write} - {"names_in_header"}, f"-o {output} is no folder, which more than a label map needs"),
-        (is_file and (save_probabilities or continue_prediction or n_parts > 1), f"-o {output} is no folder"),
+        (
+            is_file and (save_probabilities or continue_prediction or n_parts > 1),
+            f"-o {output} is no folder, as this needs",
+        ),
     ):
         if wrong:
             raise UsageError(f"{said}: correct the option, or leave it out")
+    own = found[part_id::n_parts]
     folder = temporary_path(output.parent / "scratch") / "output" if is_file else output
     before = None if previous_stage is None else str(previous_stage.resolve())
     settings = {"structures": list(kept), "mirroring": mirroring, "step_size": step_size, "lowres": lowres}
@@ -219,7 +223,8 @@ def predict_folder(
         label: Label = partial(_label_streamed, predictor, progress)
         if stock is not None:
             label = partial(_label_stock, predictor, before, folder if save_probabilities else None)
-        labelled = _labelled(ready, predictor, scratch, label, fail, prepare if stock is None else convert)
+        cases = _labelled(ready, predictor, scratch, label, fail, prepare if stock is None else convert)
+        labelled = stack.enter_context(closing(cases))  # before the scratch folder goes
         writing = partial(
             write_case, model=model, folder=folder, structures=kept, write=frozenset(write), lowres=lowres
         )
@@ -267,7 +272,7 @@ def _labelled(
     label: Label,
     fail: Callable[[Case, Exception], None],
     prepare_case: Callable[..., CaseArray],
-) -> Iterator[CaseArray]:
+) -> Generator[CaseArray]:
     """Yield the labels of cases as arrays in files."""
 
     def feed() -> Iterator[Case]:
@@ -316,7 +321,7 @@ def _label_stock(
 def _describe(error: Exception) -> str:
     if isinstance(error, STUNetError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in (None, errno.ENOSPC, errno.EFBIG, errno.EDQUOT):  # None: numpy's
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
         return f"the disk is full: {error}"
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {said[:300]}"

@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
-from stunet.errors import CheckpointError, PlansError, reading
+from stunet.errors import CheckpointError, PlansError, UsageError, reading
 from stunet.files import read_json
 from stunet.labels import load_vocabulary, structure_values, vocabulary_for
 from stunet.planning import check_configuration, describe_model, write_model_folder
 from stunet.weights import (
     WeightsEntry,
+    alone_with,
     check_network,
     check_weights,
     entry_folder,
@@ -193,6 +193,8 @@ def load_model(
     if not folder.exists() and os.sep not in str(source):
         folder = published_model(find_entry(str(source)), say)
     if folder.is_file():
+        if folds is not None or checkpoint_name != CHECKPOINT:
+            raise UsageError(f"{folder} is one checkpoint: leave -f and -chk out, or name its model folder")
         checkpoints, checkpoint = {"0": folder}, read_checkpoint(folder)
         with reading(folder, "a checkpoint that was not written by nnU-Net v2's training"):
             plans, dataset_json = (dict(checkpoint["init_args"][name]) for name in ("plans", "dataset_json"))
@@ -228,7 +230,7 @@ def _find_checkpoints(folder: Path, folds: Sequence[str] | None, name: str) -> d
     if folds is None:
         folds = [fold for fold in present if fold != "all"] or list(present) or ["0"]
     missing = [f"fold_{fold}/{name}" for fold in folds if fold not in present]
-    if missing:
+    if missing or not folds:
         others = sorted(str(path.relative_to(folder)) for path in folder.glob("fold_*/checkpoint_*.pth"))
         raise CheckpointError(
             f"{folder} has no {', '.join(missing)}, but {', '.join(others) or 'no checkpoint'}: name a fold with "
@@ -270,8 +272,7 @@ def published_model(entry: WeightsEntry, say: Callable[[str], None] = lambda tex
     cached = entry_folder(entry.name) / entry.weights_file.file
     folder = entry_folder(entry.name).parents[1] / "models" / entry.name
     lock = folder.with_name(".locks") / entry.name
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):  # of two commands that need them, one waits
+    with alone_with(lock, say):  # of two commands that need them, one waits
         if not _is_made_of(folder / "model_card.json", cached, entry.weights_file.sha256):
             weights = open_weights([fetch(entry, say=say)])
             say(f"Converting {entry.name} into {folder}")

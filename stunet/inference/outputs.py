@@ -66,7 +66,8 @@ def write_case(
     """
     case, properties, scratch = labelled.case, labelled.properties, labelled.path.parent
     reader = model.plans_manager.image_reader_writer_class()
-    labels = restrict(np.load(labelled.path, mmap_mode="r"), structures)
+    labels = np.load(labelled.path, mmap_mode="r")
+    labels = labels if structures == model.structures else restrict(labels, structures)
     crop = None
     if lowres:
         properties, crop = coarse_grid(properties, labels.shape, model.plans_manager.transpose_backward)

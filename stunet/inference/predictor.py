@@ -219,7 +219,7 @@ def predict(
             labels = predictor.stock.predict_single_npy_array(voxels.astype(np.float32), properties)
         else:
             labels = predictor.predict(*preprocess(model, [(voxels, properties)]))
-        return restrict(labels, kept)
+        return labels if kept == model.structures else restrict(labels, kept)
 
     if isinstance(image, np.ndarray):
         if spacing is None or len(spacing) != 3:

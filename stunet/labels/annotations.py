@@ -37,7 +37,7 @@ class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
     cases: dict[Name, Name | Names]
     groups: dict[Name, Names] = {}
     default: Name | Names | msgspec.UnsetType = msgspec.UNSET
-    weights: dict[Name, Annotated[float, msgspec.Meta(gt=0)]] = {}
+    weights: dict[Name, Annotated[float, msgspec.Meta(gt=0, lt=float("inf"))]] = {}
     superclasses: dict[Name, Annotated[list[Name], msgspec.Meta(min_length=2)]] = {}
 
 

@@ -36,6 +36,15 @@ class Outputs(NamedTuple):
     exclusive: bool
 
 
+def _as_numbers(value: Any) -> Any:
+    """Turn numbers that are written as text into numbers, which nnU-Net does too."""
+    if isinstance(value, dict):
+        return {name: _as_numbers(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_as_numbers(one) for one in value]
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 class Labels:
     """The labels of a dataset.
 
@@ -59,7 +68,7 @@ class Labels:
 
     def __init__(self, dataset_json: Mapping[str, Any], source: object = "dataset.json") -> None:
         try:
-            listed = decode(dataset_json.get("labels"), _LABELS)
+            listed = decode(_as_numbers(dataset_json.get("labels")), _LABELS)
         except FormError as error:
             raise LabelError(f"{source}: no label values ({error}): give each name one, or several") from error
         self.source = source
@@ -85,6 +94,10 @@ class Labels:
         Raises:
             LabelError: Regions, values twice, names that differ only in case, or no structure.
         """
+        if zero := [
+            name for name, values in self.values.items() if name not in (BACKGROUND, IGNORE) and values == (0,)
+        ]:
+            raise LabelError(f"{self.source}: {zero[0]} has the value of the background, 0: give it one of its own")
         region = next((name for name, values in self.structures.items() if len(values) > 1), None)
         if region is not None:
             raise LabelError(f"{self.source}: {region} is a region, {list(self.values[region])}: list one value")

@@ -135,7 +135,12 @@ def _from_nnunet_v2(weights: SourceWeights, labels: Vocabulary | None) -> ModelD
         dataset_json["labels"] = labels.as_dataset_labels()
         dataset_json.pop("regions_class_order", None)
     plans.pop("continue_training", None)  # nnU-Net passes it through the plans while it trains
-    with reading(source, "a checkpoint whose plans or dataset description nnU-Net cannot use", PlansError):
+    with reading(
+        source,
+        "a checkpoint whose plans or dataset description nnU-Net cannot use",
+        PlansError,
+        "take the one that nnUNetv2_train wrote",
+    ):
         # Of foreign plans only what the weights need: others may name networks that are not installed, or worse.
         configuration = resolve_configuration(plans, name)
         configuration.pop("inherits_from", None)

@@ -91,7 +91,7 @@ def plan_with_nnunet(dataset_name: str, identifier: str, *, num_processes: int) 
             f"no file {find_plans(dataset_name, identifier)}: name one that exists, or one of {', '.join(_PLANNERS)}"
         )
     path = nnunet_folder("nnUNet_raw") / dataset_name / "dataset.json"
-    with reading(path, "a dataset that cannot be planned", DatasetError):
+    with reading(path, "a dataset that cannot be planned", DatasetError, "correct it"):
         content = json.loads(path.read_text(encoding="utf-8"))
         _ = content["channel_names"], content["labels"], content["file_ending"]
     dataset_id = convert_dataset_name_to_id(dataset_name)

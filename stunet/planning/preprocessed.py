@@ -43,6 +43,7 @@ class PreprocessedDataset:
     Attributes:
         name: For example ``Dataset004_Hippocampus``.
         plans: The plans that they were preprocessed with.
+        configuration_name: Name of the configuration.
         configuration: The configuration, inheritance resolved.
         dataset_json: As saved beside the plans.
         cases: Names of all cases, sorted.
@@ -52,6 +53,7 @@ class PreprocessedDataset:
     def __init__(self, name: str, plans: dict[str, Any], configuration: str) -> None:
         self.name = name
         self.plans = plans
+        self.configuration_name = configuration
         self.configuration = resolve_configuration(plans, configuration)
         self._base = nnunet_folder("nnUNet_preprocessed") / name
         self._folder = preprocessed_folder(name, plans, configuration)
@@ -114,7 +116,9 @@ class PreprocessedDataset:
 
     def load(self, case: str) -> PreprocessedCase:
         """Read one case."""
-        with reading(f"{case} in {self._folder}", "a preprocessed case that cannot be read", DatasetError):
+        with reading(
+            f"{case} in {self._folder}", "a preprocessed case that cannot be read", DatasetError, "preprocess it again"
+        ):
             image, segmentation, _, _ = self._dataset.load_case(case)
             return PreprocessedCase(
                 case, np.asarray(image[:], dtype=np.float32), np.asarray(segmentation[:])[0].astype(np.int16)
@@ -141,5 +145,5 @@ def open_preprocessed(dataset: str, plans: str, configuration: str) -> Preproces
 
 
 def _read_json(path: Path) -> Any:
-    with reading(path, "a file of a preprocessed dataset that cannot be read", DatasetError):
+    with reading(path, "a file of a preprocessed dataset that cannot be read", DatasetError, "preprocess it again"):
         return json.loads(path.read_text(encoding="utf-8"))

@@ -82,7 +82,12 @@ def resolve_configuration(plans: Plans, name: str) -> dict[str, Any]:
         PlansError: There is no such configuration.
     """
     require_configuration(plans, name)
-    with reading(plans.get("plans_name", "the plans"), f"configuration {name} cannot be read", PlansError):
+    with reading(
+        plans.get("plans_name", "the plans"),
+        f"plans whose configuration {name} cannot be read",
+        PlansError,
+        "plan with nnU-Net again",
+    ):
         resolved: dict[str, Any] = PlansManager(deepcopy(plans)).get_configuration(name).configuration
         _ = fit_strides(resolved["architecture"]["arch_kwargs"]["strides"]), resolved["patch_size"]
     return resolved

@@ -173,7 +173,7 @@ class _Summary(msgspec.Struct):
 
 def _read(path: str | os.PathLike[str], form: type[Form], content: Any = None) -> Form:
     """Decode JSON, with NaN as nnU-Net writes it."""
-    with reading(path, "a file of scores that cannot be used", TransferabilityError):
+    with reading(path, "a file of scores that cannot be used", TransferabilityError, "check its path and content"):
         content = json.loads(Path(path).read_text(encoding="utf-8")) if content is None else content
         return msgspec.convert(content, form)
 

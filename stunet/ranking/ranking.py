@@ -444,6 +444,8 @@ def rank(
     named = checkpoints if isinstance(checkpoints, Mapping) else name_checkpoints(checkpoints)
     if not isinstance(dataset, PreprocessedDataset):
         dataset = open_preprocessed(str(dataset), plans, configuration)
+    else:
+        plans = str(dataset.plans.get("plans_name", plans))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     cases = dataset.choose(dataset.training_cases(fold), n_cases, seed)
@@ -489,7 +491,7 @@ def rank(
         failures=tuple(result for result in results if result.error),
         metrics=tuple(metrics),
         target=target,
-        about={"dataset": dataset.name, "configuration": configuration, "plans": plans},
+        about={"dataset": dataset.name, "configuration": dataset.configuration_name, "plans": plans},
         settings=settings,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )

@@ -306,8 +306,8 @@ class TransferSelection:
             log(f"No transferability score for epoch {epoch}: {error}")
             return
         curve: list[dict[str, Any]] = []
-        with suppress(OSError, ValueError):  # none yet
-            curve = json.loads(curve_file.read_text(encoding="utf-8"))
+        with suppress(OSError, ValueError, TypeError):  # none yet
+            curve = list(json.loads(curve_file.read_text(encoding="utf-8")))
         # Epochs from here on are of a run that was interrupted, and are done again.
         curve = [point for point in curve if point["epoch"] < epoch]
         best = max((point["score"] for point in curve), default=-float("inf"))

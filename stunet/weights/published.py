@@ -57,6 +57,8 @@ def clean_url(url: str) -> str:
     >>> clean_url("https://me:s3cret@host.org/a.model?key=1")
     'https://host.org/a.model'
     """
+    if not re.match(_URL, url):
+        return "an address that cannot be read"
     return re.sub("//[^/]*@", "//", re.split("[?#]", url)[0])
 
 

@@ -87,6 +87,8 @@ def _empty_array(kind: Any, shape: Any, code: Any) -> np.ndarray[Any, Any]:
 
 def _checked(keys: Iterable[Any]) -> list[Any]:
     """Check what is hashed: nested tuples take for ever, as numbers that are chosen to collide may."""
+    if type(keys) not in (list, tuple, set):
+        raise ValueError(f"the elements of a {type(keys).__name__}")
     keys = list(keys)
     for key in keys:
         for part in key if type(key) is tuple else (key,):
@@ -100,7 +102,9 @@ def _checked(keys: Iterable[Any]) -> list[Any]:
 #: What a pickle may name, and what is called in its place.
 _NAMES: dict[str, Any] = {
     "collections.OrderedDict": lambda: OrderedDict(),  # its items are set afterwards
-    "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes in pickles of protocol 2
+    "_codecs.encode": lambda text, encoding: text.encode(
+        {"latin1": "latin1"}[encoding]
+    ),  # bytes in pickles of protocol 2
     "numpy.dtype": _Dtype,
     "numpy.ndarray": None,
 }
@@ -161,7 +165,8 @@ class _Unpickler(pickle._Unpickler):
         known = callable(function) and any(function is name for name in self.names.values())
         if type(args) is not tuple or not known:
             raise Refused(f"asks for a call of a {type(function).__name__}")
-        self.spend(sum(len(arg) for arg in args if isinstance(arg, list | set | dict | str | bytes | bytearray)))
+        self.spend(sum(len(arg) for arg in args if isinstance(arg, str | bytes | bytearray)))
+        self.spend(sum(_COST * len(arg) for arg in args if isinstance(arg, list | set | frozenset | dict | tuple)))
         self.stack.append(function(*args))
 
     def build(self) -> None:
@@ -220,18 +225,22 @@ def _check_extent(value: Any, max_bytes: int) -> Any:
     budget, open_values = _BUDGET, [(value, 0)]
     while open_values:
         value_, depth = open_values.pop()
-        budget -= _COST
         if isinstance(value_, Tensor | np.ndarray):
             max_bytes -= value_.nbytes
         elif isinstance(value_, str | bytes):
             budget -= len(value_)
         elif isinstance(value_, dict | list | tuple | set | frozenset):
+            budget -= _COST * len(value_) * (1 + isinstance(value_, dict))
+            if budget < 0:
+                break
             open_values += [(item, depth + 1) for item in value_]
             open_values += [(item, depth + 1) for item in value_.values()] if isinstance(value_, dict) else []
         if depth > _MAX_DEPTH:
             raise Refused(f"has containers nested more than {_MAX_DEPTH} deep")
         if min(budget, max_bytes) < 0:
-            raise Refused("has containers with more than the file can hold")
+            break
+    if min(budget, max_bytes) < 0:
+        raise Refused("has containers with more than the file can hold")
     return value
 
 
@@ -287,7 +296,7 @@ _TORCH_NAMES: dict[str, Any] = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": lambda tensor, requires_grad, hooks: tensor,
     "torch.device": lambda *which: torch.device(*which),
-    "torch.Size": lambda sizes: tuple(sizes),
+    "torch.Size": lambda sizes: tuple(_checked(sizes)),
     **{f"torch.{name}": dtype for name, dtype in _STORAGES.items()},
     **{str(dtype): dtype for dtype in _STORAGES.values()},
 }

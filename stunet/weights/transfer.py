@@ -259,6 +259,8 @@ def check_policies(stem: str, head: str = "fresh") -> None:
 
 
 def _check_fit(weights: SourceWeights | UNetWeights, target: Mapping[str, Tensor], outputs: Outputs) -> None:
+    if _STEM_WEIGHTS[0] not in target:
+        raise UsageError("labels are for the heads of a STU-Net, which this network is not: leave them out")
     n_axes = target[_STEM_WEIGHTS[0]].ndim - 2
     if (trained := weights.architecture.n_axes) != n_axes:
         text = f"a {n_axes}D network from {trained}D weights, {weights.path}: kernels trained on {trained} axes have no"
