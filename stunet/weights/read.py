@@ -102,9 +102,8 @@ def _checked(keys: Iterable[Any]) -> list[Any]:
 #: What a pickle may name, and what is called in its place.
 _NAMES: dict[str, Any] = {
     "collections.OrderedDict": lambda: OrderedDict(),  # its items are set afterwards
-    "_codecs.encode": lambda text, encoding: text.encode(
-        {"latin1": "latin1"}[encoding]
-    ),  # bytes in pickles of protocol 2
+    # Bytes in pickles of protocol 2.
+    "_codecs.encode": lambda text, encoding: text.encode({"latin1": "latin1"}[encoding]),
     "numpy.dtype": _Dtype,
     "numpy.ndarray": None,
 }
