@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,7 +38,7 @@ class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
     cases: dict[Name, Name | Names]
     groups: dict[Name, Names] = {}
     default: Name | Names | msgspec.UnsetType = msgspec.UNSET
-    weights: dict[Name, Annotated[float, msgspec.Meta(gt=0, lt=float("inf"))]] = {}
+    weights: dict[Name, Annotated[float, msgspec.Meta(gt=0, le=sys.float_info.max)]] = {}
     superclasses: dict[Name, Annotated[list[Name], msgspec.Meta(min_length=2)]] = {}
 
 
