@@ -42,6 +42,7 @@ class Made(PreprocessedDataset):
 
     def __init__(self, names: str = "abcd", patch: Any = (32, 32, 32), strides: Any = STRIDES, **known: Any) -> None:
         self.name, self.cases, self.ignore_label, self.known = "Dataset004_Made", list(names), None, known
+        self.plans, self.configuration_name = {"plans_name": "nnUNetPlans"}, "3d_fullres"
         self.configuration = {"patch_size": patch, "architecture": {"arch_kwargs": {"strides": strides}}}
         self.dataset_json = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1, "spleen": 2}}
 
