@@ -148,3 +148,12 @@ def test_truth_of_region_datasets_is_merged_as_nnunet_merges_predictions() -> No
 def test_labels_that_cannot_be_annotated_in_part(labels: dict[str, Any], expected: str) -> None:
     with pytest.raises(LabelError, match=expected):
         _ = Labels({"labels": labels}).exclusive
+
+
+def test_a_structure_with_the_value_of_the_background_is_refused() -> None:
+    with pytest.raises(LabelError, match="liver"):
+        _ = Labels({"labels": {"background": 0, "liver": 0, "spleen": 1}}).exclusive
+
+
+def test_values_written_as_text_are_numbers_as_for_nnunet() -> None:
+    assert Labels({"labels": {"background": "0", "liver": "1"}}).structures == {"liver": (1,)}

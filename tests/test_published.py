@@ -512,3 +512,8 @@ def test_an_entry_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("STUNET_REGISTRY", str(write_registry(tmp_path / "r.json", entry(), entry())))
     with pytest.raises(UsageError, match="mine twice"):
         load_registry()
+
+
+@pytest.mark.parametrize("url", ["https://me:cr#et@host/a", "https://me:cr/et@host/a", "https://me:cret@host/a"])
+def test_no_password_of_an_address_is_shown(url: str) -> None:
+    assert "me:cr" not in clean_url(url)
