@@ -248,3 +248,11 @@ def test_files(tmp_path: Path) -> None:
         file.truncate(MAX_PICKLE_BYTES + 1)
     with pytest.raises(CheckpointError, match=r"big\.pkl has \d+ bytes, too large"):
         read_pickle(tmp_path / "big.pkl")
+
+
+def test_one_tuple_made_into_sets_again_and_again_is_refused() -> None:
+    numbers = b"".join(b"J" + i.to_bytes(4, "little") for i in range(20_000))
+    one_set = b"h\x00h\x01\x85R"  # the memo's set, called with the memo's tuple
+    data = b"\x80\x04(cbuiltins\nset\n\x94(" + numbers + b"t\x94" + one_set * 1000 + b"l."
+    with pytest.raises(CheckpointError, match="asks for more than"):
+        unpickle(data, source="x.pkl")
