@@ -174,7 +174,7 @@ def test_without_anything_in_common() -> None:
         relate_labels(MODEL, {"background": 0, "prostate": 1})
 
 
-@pytest.mark.parametrize("labels", [{"a": "1"}, {"a": True}, {"a": -1}, {"a": []}, {"background": 0, "ignore": 2}])
+@pytest.mark.parametrize("labels", [{"a": "one"}, {"a": True}, {"a": -1}, {"a": []}, {"background": 0, "ignore": 2}])
 def test_labels_that_are_none(labels: dict[str, Any]) -> None:
     with pytest.raises(LabelError):
         structure_values(labels)
