@@ -25,6 +25,8 @@ _PRETRAINER, _TRAINER = "STUNetTrainer_pretrain", "STUNetTrainer"
 _N_SOURCE, _N_FEW, _N_VALIDATION, _N_UNSEEN = 20, 3, 3, 4
 #: Of both trainings on the target; enough for the fine-tuned network.
 _EPOCHS_ON_TARGET = 4
+#: Each patch of the few there are shows some structure.
+_SMALL_STRUCTURES = {"oversample_foreground_percent": 1}
 
 
 def demo(
@@ -117,7 +119,9 @@ def _pretrain(workspace: Workspace, epochs: int) -> None:
     workspace.run(f"stunet import totalsegmentator {source} {options}")
     workspace.run("stunet labels check -d 1 -np 2")
     workspace.preprocess(_SOURCE)
-    workspace.plan(_SOURCE, _PRETRAINED, workspace.settings(_SOURCE, epochs, keep_every=max(1, epochs // 3)))
+    # At the higher rate of the other trainings, some seeds learn the smaller structures late.
+    more = {**_SMALL_STRUCTURES, "initial_lr": 0.015, "keep_every": max(1, epochs // 3)}
+    workspace.plan(_SOURCE, _PRETRAINED, workspace.settings(_SOURCE, epochs, **more))
     workspace.run(workspace.training(_SOURCE, _PRETRAINED, _PRETRAINER), epochs=epochs)
 
 
@@ -151,7 +155,7 @@ def _rank(workspace: Workspace) -> dict[str, Any]:
 
 def _train_on_target(workspace: Workspace, winner: Path, epochs: int) -> None:
     """Fine-tune the checkpoint, and train from scratch beside it."""
-    settings = workspace.settings(_TARGET, epochs)
+    settings = workspace.settings(_TARGET, epochs, **_SMALL_STRUCTURES)
     workspace.define("SETTINGS", settings)
     options = f"-c {workspace.configuration} -f 0 --from {winner} --name {_FINE_TUNED} -device {workspace.device}"
     workspace.plan(_TARGET, _SCRATCH, settings)

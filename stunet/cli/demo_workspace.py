@@ -150,7 +150,7 @@ class Workspace:
         labels = self.dataset_json(dataset)["labels"]
         return {plans: read_dice(folder / "summary.json", labels) for plans, folder in folders.items()}
 
-    def settings(self, dataset: str, epochs: int, **more: int) -> str:
+    def settings(self, dataset: str, epochs: int, **more: float) -> str:
         """Return the values of ``--set`` for a training this short, whether it starts from weights or from noise.
 
         Where nnU-Net's patch would take too long on a CPU, a smaller one is taken.
