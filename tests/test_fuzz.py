@@ -28,7 +28,7 @@ from weights import published, tiny_weights, v1_plans, write_v1
 
 from stunet.cli.main import main
 from stunet.errors import CheckpointError, STUNetError
-from stunet.evaluation.evaluate import read_description
+from stunet.evaluation import read_description
 from stunet.inference import load_model
 from stunet.labels import Vocabulary
 from stunet.planning import describe_model

@@ -15,7 +15,7 @@ from jinja2 import UndefinedError
 
 from stunet.ranking import CandidateScores, Ranking, Target
 from stunet.ranking.points import CasePoints
-from stunet.reports.pages import write_page
+from stunet.reports.figures import write_page
 from stunet.reports.ranking import short_names, write_ranking
 
 

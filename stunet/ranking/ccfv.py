@@ -252,21 +252,18 @@ def noise_share(pairs: PairDistances) -> float:
     return float(np.clip(1 - pairs.squares.sum() / total, 0, 1))
 
 
-def hyperspherical_energy(points: ArrayLike, *, s: float = 1.0, floor: float = FLOOR) -> float:
-    """Average ``|v_i - v_j|^-s``, or ``-log |v_i - v_j|`` for ``s = 0``, over ordered pairs of different points.
+def hyperspherical_energy(points: ArrayLike, *, floor: float = FLOOR) -> float:
+    """Average ``|v_i - v_j|^-1`` over ordered pairs of different points.
 
     Points that coincide, as in air outside of the patient, would make the energy infinite, and a few that nearly do
-    would dominate it. So distances have a floor. With the default, a hundredth of the radius, a pair adds 100 at most
-    for ``s = 1``, where orthogonal points add 0.7. It changes the energy of the uniform distribution on the sphere in 3
+    would dominate it. So distances have a floor. With the default, a hundredth of the radius, a pair adds 100 at most,
+    where orthogonal points add 0.7. It changes the energy of the uniform distribution on the sphere in 3
     dimensions, where near points are common, by 1/400, and in more dimensions by much less.
 
     Args:
         points: ``(m, C)``, at least 2. Memory is that of the points and of 512 rows of distances.
-        s: The power, at least 0.
         floor: Lowest distance, as a share of the root mean square norm of the points.
     """
-    if s < 0 or floor <= 0:
-        raise TransferabilityError(f"no energy has power {s:g} and floor {floor:g}: give at least 0 and more than 0")
     rows = np.asarray(points, dtype=np.float64)
     radius = float(np.sqrt(np.square(rows).sum() / len(rows))) if rows.ndim == 2 and len(rows) > 1 else 0.0
     if not 0 < radius < np.inf:
@@ -279,12 +276,12 @@ def hyperspherical_energy(points: ArrayLike, *, s: float = 1.0, floor: float = F
         part = slice(start, start + _ROWS)
         squares = norms[part, None] + norms[start:] - 2 * rows[part] @ rows[start:].T
         np.clip(squares, floor**2, None, out=squares)
-        terms = -0.5 * np.log(squares) if s == 0 else squares ** (-s / 2)
+        terms = squares**-0.5
         np.fill_diagonal(terms, 0)  # no point pairs with itself
         # Pairs within the block occur twice already, those with later blocks once.
         total += terms[:, : len(terms)].sum() + 2 * terms[:, len(terms) :].sum()
     mean = float(total) / (len(rows) * (len(rows) - 1))
-    return mean - float(np.log(radius)) if s == 0 else mean * radius**-s
+    return mean * radius**-1.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
