@@ -380,7 +380,7 @@ def test_networks_as_dense_maps_have_it(name: str) -> None:
     network.eval()
     image = np.random.default_rng(0).standard_normal((2, *shape)).astype(np.float32)
     points = points_of(shape, 15)
-    head = finest_head(network.state_dict(), source="here")
+    head = finest_head(network.state_dict())
     features = extract_case(network, image, points, patch_size=patch_size, batch_size=2, head=head)
     everywhere = np.concatenate((points.balanced, points.whole))
     expected, softmax = dense_features(network, image, everywhere, patch_size)

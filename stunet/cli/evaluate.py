@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Option
 
-from stunet.cli.console import PlainTable, print_error, print_line, stderr, stdout
+from stunet.cli.console import PlainTable, print_error, print_line, say, stderr, stdout
 from stunet.cli.options import Device, Json, Trust, choose_device, complete_label_systems
 from stunet.errors import DatasetError, UsageError
 from stunet.files import atomic_path, refuse_existing, write_json
@@ -27,24 +27,18 @@ _MAP_HELP = "YAML file, or the name of a published label system, such as btcv."
 def evaluate(
     dataset: Annotated[str, Option("-d", "--dataset", help="Dataset to score on: id, name, or path of a raw dataset.")],
     model: Annotated[Path | None, Option("-m", "--model", help=_MODEL_HELP)] = None,
-    output: Annotated[
-        Path | None, Option("-o", "--output", help="Folder for the results; evaluation_DATASET by default.")
-    ] = None,
+    output: Annotated[Path | None, Option("-o", "--output", help="Folder; evaluation_DATASET by default.")] = None,
     label_map: Annotated[str | None, Option(help=_MAP_HELP, autocompletion=complete_label_systems)] = None,
     suggest_map: Annotated[bool, Option(help="Print a label map to edit, or write it to -o, and leave.")] = False,
     predictions: Annotated[Path | None, Option(help="Score the segmentations here, and predict nothing.")] = None,
     cases: Annotated[str | None, Option(help="Only these cases, names with commas between.")] = None,
-    chill: Annotated[
-        bool, Option(help="With --predictions: only the cases that have one, as nnU-Net names it.")
-    ] = False,
+    chill: Annotated[bool, Option(help="With --predictions: only cases that have one, as nnU-Net names it.")] = False,
     split: Annotated[Literal["train", "test"], Option(help="imagesTr or imagesTs.")] = "train",
     fold: Annotated[int | None, Option(help="Only the cases that this fold of splits_final.json validates on.")] = None,
     folds: Annotated[list[str] | None, Option(help="Folds of the model to average; all by default.")] = None,
     device: Device = "auto",
     disable_tta: Annotated[bool, Option(help="Do not mirror images in prediction: faster, less exact.")] = False,
-    tolerance: Annotated[
-        float, Option(help="Tolerance of the surface Dice in mm; TotalSegmentator's by default.")
-    ] = 3.0,
+    tolerance: Annotated[float, Option(help="Of the surface Dice, in mm; by default TotalSegmentator's.")] = 3.0,
     trust: Trust = None,
     as_json: Json = False,
     num_processes: Annotated[int, Option("-np", help="Cases to score at a time.", min=1)] = 4,
@@ -98,10 +92,10 @@ def evaluate(
     if results.cases:
         _report(results, tolerance, folder, relation, described, target, as_json=as_json)
     for case, error in results.failed.items():
-        print_line(f"case {case}:", error=True)
+        say(f"case {case}:")
         print_error(error)
     if results.failed:
-        print_line(f"{len(results.failed)} cases could not be scored; the results are without them.", error=True)
+        say(f"{len(results.failed)} cases could not be scored; the results are without them.")
         raise typer.Exit(2)
 
 
@@ -121,16 +115,13 @@ def _suggest(model: SegmentationModel, target: RawDataset, output: Path | None) 
 
 def _check_agreement(model: SegmentationModel, target: RawDataset) -> None:
     """Check that the model takes images such as the dataset has."""
-    of = [
-        (len(names), f"{len(names)} ({', '.join(map(str, names.values()))})", content.get("file_ending"))
-        for content in (target.dataset_json, model.dataset_json)
-        for names in [content.get("channel_names", {})]
-    ]
-    (n, channels, ending), (n_taken, taken, ending_taken) = of
-    if n != n_taken:
-        raise DatasetError(f"{target.folder} has other channels, {channels}, than {taken}, as {model.path} has")
-    if ending != ending_taken:
-        raise DatasetError(f"{target.folder} has {ending} files: convert them to {ending_taken}, as {model.path} has")
+    own, taken = (list(of.dataset_json.get("channel_names", {}).values()) for of in (target, model))
+    if len(own) != len(taken):
+        got, others = (f"{len(names)} ({', '.join(map(str, names))})" for names in (own, taken))
+        raise DatasetError(f"{target.folder} has other channels, {got}, than {others}, as {model.path} has")
+    ending, taken_ending = (of.dataset_json.get("file_ending") for of in (target, model))
+    if ending != taken_ending:
+        raise DatasetError(f"{target.folder} has {ending} files: convert them to {taken_ending}, as {model.path} has")
 
 
 def _print_relation(relation: LabelRelation, model: SegmentationModel, target: RawDataset, *, error: bool) -> None:
@@ -147,20 +138,17 @@ def _print_relation(relation: LabelRelation, model: SegmentationModel, target: R
         left = [name for name, why in relation.left_out.items() if why == reason]
         print_line(f"Not compared, {reason}: {', '.join(left)}", error=error)
     for name, structure in relation.doubtful:
-        print_line(f"warning: {name} is taken for {structure}, by its label value", error=True)
+        say(f"warning: {name} is taken for {structure}, by its label value")
 
 
 def _warn_of_training_cases(model: Path, fold: int | None, folds: Sequence[str] | None, *, predicted: bool) -> None:
     """Say that a model has seen cases in training; only those of its own fold were kept from it."""
     if fold is None:
-        print_line(
-            "warning: the model was trained on this dataset; see --split and --fold for other cases.", error=True
-        )
+        say("warning: the model was trained on this dataset; see --split and --fold for other cases.")
         return
     averaged = folds or [path.name.removeprefix("fold_") for path in sorted(model.glob("fold_*"))]
     if predicted and (others := [name for name in averaged if name != str(fold)]):
-        line = f"warning: fold {', '.join(others)} of the model was trained on these cases; give --folds {fold}."
-        print_line(line, error=True)
+        say(f"warning: fold {', '.join(others)} of the model was trained on these cases; give --folds {fold}.")
 
 
 def _report(
@@ -188,7 +176,7 @@ def _report(
         written = [name for name in ("summary.json", "scores.csv", "scores.png") if (folder / name).is_file()]
         print_line(f"Wrote {folder}: {', '.join(written)}")
     for warning in results.warnings:
-        print_line(f"warning: {warning}", error=True)
+        say(f"warning: {warning}")
 
 
 def _table(results: EvaluationResults, tolerance: float) -> PlainTable:

@@ -35,9 +35,7 @@ def rank(
     n_cases: Annotated[int, Option("--cases", help="Cases to look at, drawn by seed.", min=2)] = 20,
     per_class: Annotated[int, Option("--points", help="Voxels of each structure in a case.", min=8)] = 100,
     n_whole: Annotated[int, Option("--whole", help="Voxels of the whole volume of a case.", min=8)] = 1000,
-    normalize: Annotated[
-        Literal["none", "variety", "both"], Option(help="What sees features of unit length.")
-    ] = "both",
+    normalize: Annotated[Literal["none", "variety", "both"], Option(help="What sees unit features.")] = "both",
     debias: Annotated[Literal["none", "null", "project"], Option(help="What is done about sampling noise.")] = "null",
     device: Device = "auto",
     batch_size: Annotated[int, Option(help="Windows at once.", min=1)] = 2,
@@ -144,12 +142,8 @@ def _show(ranking: Ranking, page: Path) -> None:
 
 def rank_eval(
     scores: Annotated[Path, typer.Argument(help="ranking.json of stunet rank, or JSON of scores by name.")],
-    dice: Annotated[
-        Path | None, typer.Argument(help="JSON of Dice by name, or a folder of folders; see below.")
-    ] = None,
-    summary: Annotated[
-        list[str] | None, Option(help="NAME=PATH of a summary.json, or of its folder; repeatable.")
-    ] = None,
+    dice: Annotated[Path | None, typer.Argument(help="JSON of Dice by name, or a folder, see above.")] = None,
+    summary: Annotated[list[str] | None, Option(help="NAME=PATH of a summary.json or its folder; repeatable.")] = None,
     metric: Annotated[list[str] | None, Option(help="Metrics of ranking.json; all by default.")] = None,
     resamples: Annotated[int, Option(help="Bootstrap resamples of the checkpoints.", min=1)] = 2000,
     seed: Annotated[int, Option(help="Seed of the resamples.", min=0)] = 0,

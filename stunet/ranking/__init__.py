@@ -3,14 +3,5 @@
 from stunet.ranking.agreement import RANKING_FORMAT, agreement, read_dice, read_scores, read_summaries
 from stunet.ranking.ccfv import bootstrap_scores, ccfv
 from stunet.ranking.points import CaseFeatures, draw_points, extract_case
-from stunet.ranking.ranking import (
-    CandidateScores,
-    Ranking,
-    Target,
-    build_candidate,
-    prepare_target,
-    rank,
-    read_zoo,
-    score_candidate,
-)
+from stunet.ranking.ranking import CandidateScores, Ranking, build_candidate, prepare_target, rank, score_candidate
 from stunet.ranking.rivals import gbc, leep, logme, transrate

@@ -418,12 +418,6 @@ def _cases_by_class(cases: Sequence[CaseFeatures], min_points: int) -> dict[int,
     return {label: holders[label] for label in sorted(holders)}
 
 
-def draw_cases(n_cases: int, n_draws: int, seed: int = 0) -> NDArray[np.int64]:
-    """Draw bootstrap resamples of cases: how often each is drawn, ``(n_draws, n_cases)``, always the same."""
-    shares = np.full(n_cases, 1 / n_cases)
-    return np.asarray(np.random.default_rng(seed).multinomial(n_cases, shares, size=n_draws), dtype=np.int64)
-
-
 def scores_of_draws(result: CCFV, draws: NDArray[np.integer]) -> Array:
     """Score each resample ``(B, N)`` of the cases, from the distances and varieties that are there.
 
@@ -444,5 +438,6 @@ def scores_of_draws(result: CCFV, draws: NDArray[np.integer]) -> Array:
 
 
 def bootstrap_scores(result: CCFV, *, n_resamples: int = 1000, seed: int = 0) -> Array:
-    """Score bootstrap resamples of the cases: :func:`scores_of_draws` of :func:`draw_cases`."""
-    return scores_of_draws(result, draw_cases(len(result.cases), n_resamples, seed))
+    """Score bootstrap resamples of the cases, the same ones for every checkpoint; see :func:`scores_of_draws`."""
+    n = len(result.cases)
+    return scores_of_draws(result, np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples))

@@ -6,7 +6,6 @@ import csv
 import hashlib
 import json
 import os
-import re
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -268,7 +267,7 @@ def build_candidate(
     exclusive = origin is None or origin.exclusive  # nnU-Net's own way, where nothing speaks against it
     return Candidate(
         network=network,
-        head=finest_head(weights.tensors, source=str(weights.path)) if exclusive else None,
+        head=finest_head(weights.tensors) if exclusive else None,
         patch_size=tuple(fitted.tolist()),
         description={
             "path": str(weights.path),
@@ -286,20 +285,11 @@ def build_candidate(
     )
 
 
-def finest_head(tensors: Mapping[str, Tensor], *, source: str) -> SourceHead:
-    """Return the last of the decoder's heads, which STU-Net and nnU-Net's networks order from coarse to fine.
-
-    Raises:
-        CheckpointError: No head in the state dict of ``source``, or one that is no convolution of one voxel.
-    """
-    heads = (re.fullmatch(r"decoder\.seg_layers\.(\d+)\.weight", key) for key in tensors)
-    level = max((int(match[1]) for match in heads if match), default=0)
-    weight, bias = (tensors.get(f"{_HEADS}{level}.{kind}") for kind in ("weight", "bias"))
-    if weight is None or weight[0, 0].numel() != 1:
-        got = f"{_HEADS}{level}.weight of {source} {'is missing' if weight is None else tuple(weight.shape)}"
-        raise CheckpointError(f"{got}: give the weights of a whole network, with heads (K, C, 1, 1[, 1])")
-    bias = weight.new_zeros(len(weight)) if bias is None else bias
-    return SourceHead(weight.detach().flatten(1).float(), bias.detach().float())
+def finest_head(tensors: Mapping[str, Tensor]) -> SourceHead:
+    """Return the last of the decoder's heads, which STU-Net and nnU-Net's networks order from coarse to fine."""
+    level = max(int(key.split(".")[2]) for key in tensors if key.startswith(_HEADS))
+    weight, bias = (tensors[f"{_HEADS}{level}.{kind}"].detach().float() for kind in ("weight", "bias"))
+    return SourceHead(weight.flatten(1), bias)
 
 
 # Their scores ---------------------------------------------------------------------------------------------------------
@@ -555,24 +545,13 @@ class Ranking:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content of ``ranking.json``."""
-        target, consensus = self.target, self.consensus
-        candidates = [
-            {
-                "name": row.name,
-                "path": row.path,
-                "sha256": row.sha256,
-                "scores": row.scores,
-                "mean_rank": mean_rank,
-                "interval": row.interval,
-                "first_is_ahead": None if row is self.rows[0] else self.ahead(self.rows[0], row),
-                "network": row.description,
-                "ccfv": row.ccfv,
-                "zero_shot": row.zero_shot,
-                "notes": row.notes,
-                "seconds": row.seconds,
-            }
-            for row, mean_rank in zip(self.rows, self.mean_ranks or [None] * len(self.rows), strict=True)
-        ]
+        target, consensus, candidates = self.target, self.consensus, []
+        kept = ("name", "path", "sha256", "scores", "mean_rank", "interval", "first_is_ahead", "network", "ccfv")
+        for row, mean_rank in zip(self.rows, self.mean_ranks or [None] * len(self.rows), strict=True):
+            ahead = None if row is self.rows[0] else self.ahead(self.rows[0], row)
+            more = {"mean_rank": mean_rank, "interval": row.interval, "first_is_ahead": ahead}
+            content = {**vars(row), **more, "network": row.description}
+            candidates.append({key: content[key] for key in (*kept, "zero_shot", "notes", "seconds")})
         return {
             "format": RANKING_FORMAT,
             "date": self.date,
