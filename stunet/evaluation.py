@@ -69,43 +69,26 @@ Values = Mapping[str, tuple[int, ...]]
 
 
 class SegmentationModel(NamedTuple):
-    """What says what the values in segmentations mean.
+    """What says what the values in segmentations mean."""
 
-    Attributes:
-        path: A model folder, a folder of segmentations, or a ``dataset.json``.
-        dataset_json: Content of the ``dataset.json``.
-        plans: Content of the ``plans.json`` beside it; empty where there is none.
-    """
-
-    path: Path
+    path: Path  # a model folder, a folder of segmentations, or a dataset.json
     dataset_json: dict[str, Any]
-    plans: dict[str, Any]
+    plans: dict[str, Any]  # those beside it; empty where there are none
 
 
 @dataclass(frozen=True)
 class EvaluationCase:
-    """A case to score.
-
-    Attributes:
-        name: Name of the case.
-        reference: Its label map.
-        prediction: The model's segmentation.
-        comparisons: What is compared.
-        observed: Values of each comparison's structures in this label map; None where the case does not annotate them.
-        target_labels: Values of the dataset's structures, and ``source_labels`` of the model's.
-        ignore: The dataset's ignore label: its voxels count for nothing.
-        tolerance: Tolerance of the normalised surface Dice in mm.
-    """
+    """A case to score."""
 
     name: str
-    reference: Path
+    reference: Path  # its label map
     prediction: Path
     comparisons: tuple[Comparison, ...]
-    observed: tuple[tuple[int, ...] | None, ...]
-    target_labels: Values
-    source_labels: Values
-    ignore: int | None
-    tolerance: float
+    observed: tuple[tuple[int, ...] | None, ...]  # values of each in this label map; None where it is not annotated
+    target_labels: Values  # of the dataset's structures
+    source_labels: Values  # of the model's
+    ignore: int | None  # the dataset's label of voxels that count for nothing
+    tolerance: float  # of the normalised surface Dice, in mm
 
 
 def evaluate(
@@ -269,19 +252,12 @@ class Sides(NamedTuple):
 
 
 class CaseOrientation(NamedTuple):
-    """What a case says about left and right.
-
-    Attributes:
-        reference: Pairs in its label map.
-        prediction: Pairs in its prediction.
-        dice: Mean Dice of the sided structures that the label map has; None where it has none.
-        swapped_dice: The same with left and right of the prediction swapped.
-    """
+    """What a case says about left and right."""
 
     reference: Sides = Sides()
     prediction: Sides = Sides()
-    dice: float | None = None
-    swapped_dice: float | None = None
+    dice: float | None = None  # mean of the sided structures that the label map has; None where it has none
+    swapped_dice: float | None = None  # the same with left and right of the prediction swapped
 
 
 class CaseScores(NamedTuple):
@@ -351,12 +327,7 @@ def surface_scores(
 
     They are those of the ``surface-distance`` package: surfaces run between voxel centres, through the eight voxels of
     each cube that the structure does not fill (arXiv 1809.04430, section 4.4). Voxels beyond the arrays are outside.
-
-    Args:
-        reference: The structure in the label map, with 2 or 3 axes; not empty.
-        prediction: The structure in the prediction, of the same shape; not empty.
-        spacing: mm along each axis.
-        tolerance: How far surfaces may lie apart and still agree, in mm.
+    Both masks have 2 or 3 axes, and are not empty; ``spacing`` and ``tolerance`` are in mm.
     """
     (box,) = find_objects((reference | prediction).astype(np.uint8))
     masks = (np.ascontiguousarray(mask[box]) for mask in (reference, prediction))
@@ -461,19 +432,11 @@ def _swapped_dice(case: EvaluationCase, overlap: npt.NDArray[np.int64]) -> tuple
 
 @dataclass(frozen=True)
 class StructureSummary:
-    """Scores of one structure over all cases.
-
-    Attributes:
-        comparison: What is compared.
-        mean: Mean of each metric over the cases that have it; None where none has.
-        counts: Cases that have the structure in label map and prediction (``scored``), in the label map alone
-            (``missed``), in the prediction alone (``spurious``) or in neither (``absent``), or do not annotate it
-            (``not_annotated``); the last two have no scores.
-    """
+    """Scores of one structure over all cases."""
 
     comparison: Comparison
-    mean: Mapping[str, float | None]
-    counts: Mapping[str, int]
+    mean: Mapping[str, float | None]  # of each metric over the cases that have it; None where none has
+    counts: Mapping[str, int]  # of cases by status
 
     @property
     def infinite(self) -> int:

@@ -44,15 +44,10 @@ _BLOCK_BYTES = 2**25
 
 @dataclass(frozen=True, eq=False)
 class GaussianFactor:
-    """A Gaussian by its mean and a factor of its covariance.
+    """A Gaussian by its mean and a factor of its covariance."""
 
-    Attributes:
-        mean: ``(C,)``.
-        factor: ``(r, C)`` with ``factor.T @ factor`` the covariance, ``r`` at most ``C``.
-    """
-
-    mean: Array
-    factor: Array
+    mean: Array  # (C,)
+    factor: Array  # (r, C) with factor.T @ factor the covariance, r at most C
 
     @property
     def trace(self) -> float:
@@ -125,19 +120,12 @@ def _squared_distances(factors: Sequence[GaussianFactor], fidelity: Array) -> Ar
 
 @dataclass(frozen=True, eq=False)
 class PairDistances:
-    """Distances between the P cases that have a class, at one scale.
+    """Distances between the P cases that have a class, at one scale."""
 
-    Attributes:
-        cases: ``(P,)`` positions of the cases in the target, ascending.
-        distances: ``(P, P)`` W2 between the samples as they are.
-        squares: ``(P, P)`` squared W2 without noise, of which single ones may be negative; None if not asked for.
-        null: ``(P,)`` squared W2 between two random halves of the same case, each of half the points.
-    """
-
-    cases: NDArray[np.int64]
-    distances: Array
-    squares: Array | None
-    null: Array
+    cases: NDArray[np.int64]  # (P,) positions of the cases in the target, ascending
+    distances: Array  # (P, P) W2 between the samples as they are
+    squares: Array | None  # (P, P) squared W2 without noise, single ones may be negative; None if not asked for
+    null: Array  # (P,) squared W2 between two random halves of the same case, each of half the points
 
 
 def class_distances(

@@ -144,17 +144,11 @@ def _draw(
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """A window and the points that are read from it.
+    """A window and the points that are read from it."""
 
-    Attributes:
-        start: Its first voxel on each axis of the volume; below 0 where the window has padding on both sides.
-        points: ``(k,)``, which of the points it holds.
-        local: ``(k, n_axes)``, where these lie in the window; of a 2D window, its two axes.
-    """
-
-    start: tuple[int, ...]
-    points: Integers
-    local: Integers
+    start: tuple[int, ...]  # first voxel on each axis of the volume; below 0 where there is padding on both sides
+    points: Integers  # (k,), which of the points it holds
+    local: Integers  # (k, n_axes), where these lie in the window; of a 2D window, its two axes
 
 
 def assign_windows(points: Integers, shape: Sequence[int], patch_size: Sequence[int]) -> list[Window]:
@@ -248,15 +242,10 @@ def read_points(feature_map: Tensor, points: Integers, patch_size: Sequence[int]
 
 
 class SourceHead(NamedTuple):
-    """A checkpoint's finest head: a convolution of one voxel, so that its output at a point needs the features there.
+    """A checkpoint's finest head: a convolution of one voxel, whose output at a point needs the features there alone."""
 
-    Attributes:
-        weight: ``(K, C)``, for features of the decoder's finest stage.
-        bias: ``(K,)``.
-    """
-
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor  # (K, C), for features of the decoder's finest stage
+    bias: Tensor  # (K,)
 
     def probabilities(self, features: Tensor) -> Tensor:
         """Return the softmax ``(n, K)`` of the head's logits for float32 features ``(n, C)``."""

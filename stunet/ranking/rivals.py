@@ -144,10 +144,8 @@ def leep(probabilities: NDArray[np.floating], labels: NDArray[np.integer]) -> fl
         labels: ``(n,)``, at least two classes.
     """
     theta, classes = _check_pooled(probabilities, labels)
-    sums = theta.sum(1)
-    if theta.min() < 0 or np.abs(sums - 1).max() > 0.01:  # half precision rounds each output to 3 digits
-        got = f"values from {theta.min():g} and sums from {sums.min():g} to {sums.max():g}"
-        raise TransferabilityError(f"rows with {got} are no probabilities: apply softmax to the logits")
+    if theta.min() < 0 or np.abs(theta.sum(1) - 1).max() > 0.01:  # half precision rounds each output to 3 digits
+        raise TransferabilityError("rows with values below 0 or other sums than 1: apply softmax to the logits")
     theta = theta / theta.sum(1, keepdims=True)
     joint = np.eye(int(classes.max()) + 1)[classes].T @ theta
     marginal = joint.sum(0)
@@ -259,19 +257,12 @@ RIVALS: Mapping[str, Callable[[Sequence[CaseFeatures]], float]] = {
 
 @dataclass(frozen=True, eq=False)
 class PointPredictions:
-    """What a checkpoint's own head says at points of one case.
+    """What a checkpoint's own head says at points of one case."""
 
-    Attributes:
-        labels: ``(n,)``, the true class of each point.
-        outputs: ``(n,)``, the output with the highest probability.
-        voxels: For each class in the case how many voxels it has.
-        annotated: Label values of the structures that the case annotates; nothing is said about the others.
-    """
-
-    labels: NDArray[np.integer]
-    outputs: NDArray[np.integer]
-    voxels: Mapping[int, int]
-    annotated: frozenset[int]
+    labels: NDArray[np.integer]  # (n,), the true class of each point
+    outputs: NDArray[np.integer]  # (n,), the output with the highest probability
+    voxels: Mapping[int, int]  # for each class in the case how many voxels it has
+    annotated: frozenset[int]  # label values of the structures that the case annotates
 
 
 def zero_shot_at_points(
