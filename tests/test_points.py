@@ -60,7 +60,6 @@ def test_each_class_gets_as_many_points_as_asked_for_or_as_it_has() -> None:
     assert {tuple(p) for p in points.balanced[points.labels == 3].tolist()} == {(3, 4, 5), (9, 0, 10), (13, 8, 10)}
     assert len({tuple(p) for p in points.balanced.tolist()}) == 63  # each voxel once
     assert points.voxels == {c: int((labels == c).sum()) for c in range(4)}
-    assert points.fewer == {3: 3}
     assert json.loads(json.dumps(points.as_dict()))["fewer"] == {"3": 3}
     assert points.shape == labels.shape
 

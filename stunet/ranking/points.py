@@ -49,16 +49,11 @@ class CasePoints:
     n_whole: int
     voxels: Mapping[int, int]
 
-    @property
-    def fewer(self) -> dict[int, int]:
-        """Classes with fewer voxels than were asked for, and how many they have."""
-        return {label: count for label, count in self.voxels.items() if count < self.per_class}
-
     def as_dict(self) -> dict[str, Any]:
         """Return what was asked for and what there was, for JSON."""
         whole = {"asked": self.n_whole, "drawn": len(self.whole)}
-        counts = {"voxels": self.voxels, "fewer": self.fewer, "whole": whole}
-        return {"case": self.case, "per_class": self.per_class, **counts}
+        fewer = {label: count for label, count in self.voxels.items() if count < self.per_class}
+        return {"case": self.case, "per_class": self.per_class, "voxels": self.voxels, "fewer": fewer, "whole": whole}
 
 
 def draw_points(
@@ -242,7 +237,7 @@ def read_points(feature_map: Tensor, points: Integers, patch_size: Sequence[int]
 
 
 class SourceHead(NamedTuple):
-    """A checkpoint's finest head: a convolution of one voxel, whose output at a point needs the features there alone."""
+    """A checkpoint's finest head: a convolution of one voxel, whose output at a point needs features there."""
 
     weight: Tensor  # (K, C), for features of the decoder's finest stage
     bias: Tensor  # (K,)

@@ -58,17 +58,11 @@ _HEADS = "decoder.seg_layers."
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Target:
-    """Cases of a target dataset, with the points at which every checkpoint is looked at.
+    """Cases of a target dataset, with the points at which every checkpoint is looked at."""
 
-    Attributes:
-        dataset: The dataset. Images are read anew for each checkpoint: twenty CTs would not fit into memory.
-        points: Points of each case, in order.
-        digest: SHA-256 over all images and segmentations, and what is annotated.
-    """
-
-    dataset: PreprocessedDataset
-    points: tuple[CasePoints, ...]
-    digest: str
+    dataset: PreprocessedDataset  # images are read anew for each checkpoint: twenty CTs would not fit into memory
+    points: tuple[CasePoints, ...]  # of each case, in order
+    digest: str  # SHA-256 over all images and segmentations, and what is annotated
 
     @property
     def voxels(self) -> dict[int, dict[str, int]]:
@@ -628,7 +622,7 @@ def rank(
 
     Args:
         checkpoints: Checkpoints, model folders or names of published weights that were fetched; or these by the names
-            that the table shall have; or a zoo file, see :func:`stunet.ranking.read_zoo`.
+            that the table shall have; or a zoo file, see :func:`read_zoo`.
         dataset: The target: id or name of a preprocessed dataset, or one that is open.
         configuration: Configuration of the target's plans.
         plans: Identifier of the plans that the target is preprocessed with.

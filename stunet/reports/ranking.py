@@ -59,14 +59,7 @@ def _figures(ranking: Ranking, scored: Sequence[CandidateScores]) -> list[dict[s
 def score_bars(
     names: Sequence[str], scores: Sequence[float], intervals: Sequence[tuple[float, float] | None], label: str
 ) -> Figure:
-    """Draw a dot for each checkpoint, best on top, with its interval.
-
-    Args:
-        names: Checkpoints, best first.
-        scores: Their scores.
-        intervals: Lower and upper end, or None.
-        label: What the score is.
-    """
+    """Draw a dot for the score of each checkpoint, best on top, with the lower and upper end of its interval."""
     figure = Figure(figsize=(8, 0.9 + 0.36 * len(names)), layout="constrained")
     axes = figure.subplots()
     # CC-FV is a logarithm: 0 means nothing, so dots and not bars from 0 on.
