@@ -22,7 +22,6 @@ from stunet.ranking.ccfv import (
     GaussianFactor,
     bootstrap_scores,
     ccfv,
-    draw_cases,
     gaussian_factor,
     hyperspherical_energy,
     pairwise_fidelity,
@@ -197,7 +196,7 @@ def test_projection_leaves_narrow_features_alone() -> None:
 def test_bootstrap_against_a_loop(debias: Any) -> None:
     cases = with_gaps()
     result = ccfv(cases, debias=debias, normalise="none", project_to=4)
-    draws = draw_cases(4, 25, seed=3)
+    draws = np.random.default_rng(3).multinomial(4, np.full(4, 1 / 4), size=25)
     got = scores_of_draws(result, draws)
     for draw, score in zip(draws, got, strict=True):
         drawn = [i for i, count in enumerate(draw) for _ in range(count)]
@@ -221,11 +220,8 @@ def test_bootstrap_against_a_loop(debias: Any) -> None:
 
 def test_bootstrap_draws() -> None:
     result = ccfv(with_gaps())
-    draws = draw_cases(4, 2000, seed=1)
-    assert (draws.sum(1) == 4).all()
-    assert draws.mean(0) == pytest.approx(np.ones(4), abs=0.08)
-    np.testing.assert_array_equal(draws, draw_cases(4, 2000, seed=1))
-    assert not np.array_equal(draws, draw_cases(4, 2000, seed=2))
+    draws = np.random.default_rng(1).multinomial(4, np.full(4, 1 / 4), size=2000)
+    assert not np.array_equal(bootstrap_scores(result, n_resamples=9, seed=2), bootstrap_scores(result, n_resamples=9))
     scores = bootstrap_scores(result, n_resamples=2000, seed=1)
     np.testing.assert_array_equal(scores, scores_of_draws(result, draws))
     # No pair where one case is all that was drawn.
@@ -418,13 +414,10 @@ def test_uniform_on_the_sphere(width: int, expected: float) -> None:
     assert hyperspherical_energy(on_sphere(3000, width)) == pytest.approx(got, rel=5e-3)
 
 
-@pytest.mark.parametrize("s", [0, 0.5, 1, 2])
 @pytest.mark.parametrize("n", [2, 512, 1100])
-def test_blocks_against_all_pairs_at_once(s: float, n: int) -> None:
+def test_blocks_against_all_pairs_at_once(n: int) -> None:
     points = 3 + 2 * np.random.default_rng(1).standard_normal((n, 5))
-    distances = pdist(points)
-    expected = -np.log(distances).mean() if s == 0 else (distances**-s).mean()
-    assert hyperspherical_energy(points, s=s, floor=1e-9) == pytest.approx(expected, rel=1e-9)
+    assert hyperspherical_energy(points, floor=1e-9) == pytest.approx(np.mean(1 / pdist(points)), rel=1e-9)
 
 
 def test_coincident_points_are_bounded_and_scale_does_not_matter_to_that() -> None:
@@ -456,9 +449,6 @@ def test_what_has_no_energy_is_refused() -> None:
     for bad in (np.ones((1, 3)), np.zeros((4, 3)), np.ones(3), np.array([[1.0, np.nan], [0, 1]])):
         with pytest.raises(TransferabilityError, match="at least 2 points"):
             hyperspherical_energy(bad)
-    for options in ({"s": -1.0}, {"floor": 0.0}):
-        with pytest.raises(TransferabilityError, match="power"):
-            hyperspherical_energy(np.eye(3), **options)
     dead = [replaced(c, variety=tuple(np.zeros_like(v) for v in c.variety)) for c in make_cases(2)]
     with pytest.raises(TransferabilityError, match="dead layer"):
         ccfv(dead)

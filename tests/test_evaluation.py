@@ -16,9 +16,15 @@ from nnunetv2.evaluation.evaluate_predictions import compute_metrics, load_summa
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from stunet.errors import DatasetError
-from stunet.evaluation import EvaluationCase, collect_results, score_case
-from stunet.evaluation.evaluate import orientation_warnings
-from stunet.evaluation.scores import CaseOrientation, Sides, surface_scores
+from stunet.evaluation import (
+    CaseOrientation,
+    EvaluationCase,
+    Sides,
+    collect_results,
+    orientation_warnings,
+    score_case,
+    surface_scores,
+)
 from stunet.labels import Comparison, relate_labels, structure_values
 from stunet.reports import read_dice
 from stunet.volumes import read_labels

@@ -28,11 +28,11 @@ from weights import published, tiny_weights, v1_plans, write_v1
 
 from stunet.cli.main import main
 from stunet.errors import CheckpointError, STUNetError
-from stunet.evaluation.evaluate import read_description
+from stunet.evaluation import read_description
 from stunet.inference import load_model
 from stunet.labels import Vocabulary
 from stunet.planning import describe_model
-from stunet.ranking import read_zoo
+from stunet.ranking.ranking import read_zoo
 from stunet.weights import SourceWeights, open_any_weights, open_weights, read_checkpoint, read_pickle
 from stunet.weights.sharded import load_sharded, read_sharded
 

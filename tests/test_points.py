@@ -19,21 +19,19 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, avg_pool3d, interpolate
 from weights import STRIDES, TINY
 
-from stunet.errors import DatasetError, FeatureError, UsageError
+from stunet.errors import DatasetError, FeatureError, TransferabilityError, UsageError
 from stunet.network import build_stunet
-from stunet.ranking.candidates import finest_head
 from stunet.ranking.points import (
     CaseFeatures,
     CasePoints,
     assign_windows,
     cut_window,
-    decoder_stages,
     draw_points,
     extract_case,
-    layer_outputs,
+    read_decoder,
     read_points,
-    unwrap,
 )
+from stunet.ranking.ranking import finest_head
 
 IGNORE = 4
 
@@ -62,7 +60,6 @@ def test_each_class_gets_as_many_points_as_asked_for_or_as_it_has() -> None:
     assert {tuple(p) for p in points.balanced[points.labels == 3].tolist()} == {(3, 4, 5), (9, 0, 10), (13, 8, 10)}
     assert len({tuple(p) for p in points.balanced.tolist()}) == 63  # each voxel once
     assert points.voxels == {c: int((labels == c).sum()) for c in range(4)}
-    assert points.fewer == {3: 3}
     assert json.loads(json.dumps(points.as_dict()))["fewer"] == {"3": 3}
     assert points.shape == labels.shape
 
@@ -120,10 +117,6 @@ def test_cases_without_labels_and_impossible_numbers() -> None:
         draw(np.full((3, 3, 3), -1))
     with pytest.raises(DatasetError, match="no voxel to draw"):
         draw(np.full((3, 3, 3), IGNORE))
-    with pytest.raises(DatasetError, match="channel axis"):
-        draw(labels[None])
-    with pytest.raises(DatasetError, match="float64"):
-        draw(labels.astype(float))
     for wrong in ({"per_class": 0}, {"n_whole": 0}, {"seed": -1}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             draw(labels, **wrong)
@@ -133,13 +126,10 @@ SHAPES = [((30, 41, 24), (16, 16, 8)), ((30, 10, 7), (16, 16, 8)), ((5, 6, 7), (
 
 
 @pytest.mark.parametrize(("shape", "patch_size"), SHAPES)
-@pytest.mark.parametrize("step_size", [0.5, 1.0])
-def test_each_point_is_in_the_window_that_weighs_most(
-    shape: tuple[int, ...], patch_size: tuple[int, ...], step_size: float
-) -> None:
+def test_each_point_is_in_the_window_that_weighs_most(shape: tuple[int, ...], patch_size: tuple[int, ...]) -> None:
     points = np.stack([np.random.default_rng(0).integers(0, n, 200) for n in shape], axis=1)
     points[:8] = list(itertools.product(*[(0, n - 1) for n in shape]))
-    windows = assign_windows(points, shape, patch_size, step_size=step_size)
+    windows = assign_windows(points, shape, patch_size)
     assert sorted(np.concatenate([w.points for w in windows])) == list(range(200))
     assert len({w.start for w in windows}) == len(windows)
     n_flat = 3 - len(patch_size)
@@ -147,7 +137,7 @@ def test_each_point_is_in_the_window_that_weighs_most(
     _, slicer = pad_nd_image(np.empty(shape), patch_size, "constant", {}, return_slicer=True)
     offset = np.array([s.start for s in slicer])
     gaussian = compute_gaussian(patch_size, device=torch.device("cpu"), dtype=torch.float32).numpy()
-    starts = list(itertools.product(*compute_steps_for_sliding_window(padded, patch_size, step_size)))
+    starts = list(itertools.product(*compute_steps_for_sliding_window(padded, patch_size, 0.5)))
     for window in windows:
         assert (window.local >= 0).all()
         assert (window.local < patch_size).all()
@@ -162,30 +152,20 @@ def test_windows_without_points_are_left_out() -> None:
     points = np.array([[0, 0, 0], [1, 1, 1], [99, 99, 99]])
     windows = assign_windows(points, (100, 100, 100), (16, 16, 16))
     assert [(w.start, w.points.tolist()) for w in windows] == [((0, 0, 0), [0, 1]), ((84, 84, 84), [2])]
-    assert assign_windows(points[:0], (100, 100, 100), (16, 16, 16)) == []
 
 
 @pytest.mark.parametrize(("shape", "patch_size"), SHAPES)
-@pytest.mark.parametrize("kind", ["array", "tensor"])
-def test_windows_are_cut_as_nnunet_pads(shape: tuple[int, ...], patch_size: tuple[int, ...], kind: str) -> None:
+def test_windows_are_cut_as_nnunet_pads(shape: tuple[int, ...], patch_size: tuple[int, ...]) -> None:
     image = np.random.default_rng(1).standard_normal((2, *shape)).astype(np.float32)
-    given = image if kind == "array" else torch.from_numpy(image)
     padded, slicer = pad_nd_image(image, patch_size, "constant", {"constant_values": 0}, return_slicer=True)
     n_flat = 3 - len(patch_size)
     corners = np.array(list(itertools.product(*[(0, n - 1) for n in shape])))
     for window in assign_windows(corners, shape, patch_size):
         first = [start + s.start for start, s in zip(window.start, slicer[1:], strict=True)]
         box = [slice(a, a + n) for a, n in zip(first[n_flat:], patch_size, strict=True)]
-        cut = cut_window(given, window.start, patch_size)
+        cut = cut_window(image, window.start, patch_size)
         assert cut.dtype == torch.float32
         assert np.array_equal(cut.numpy(), padded[(slice(None), *first[:n_flat], *box)])
-
-
-def test_impossible_windows() -> None:
-    points = np.zeros((1, 3), np.int64)
-    for patch, step in (((8,), 0.5), ((8, 8, 8, 8), 0.5), ((8, 8, 0), 0.5), ((8, 8, 8), 0.0), ((8, 8, 8), 1.5)):
-        with pytest.raises(FeatureError, match="cannot be laid"):
-            assign_windows(points, (9, 9, 9), patch, step_size=step)
 
 
 def n_hooks(network: nn.Module) -> int:
@@ -193,13 +173,12 @@ def n_hooks(network: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("name", ["PlainConvUNet", "ResidualEncoderUNet"])
-def test_decoder_stages_of_nnunets_networks_finest_first(name: str) -> None:
+def test_the_decoder_of_nnunets_networks_finest_first(name: str) -> None:
     network = unet(name)
     network.decoder.deep_supervision = False  # nnU-Net's decoder then runs the finest head alone
     x = torch.randn(2, 1, *UNET_PATCH)
-    assert decoder_stages(network) == ("decoder.stages.1", "decoder.stages.0")
     with torch.no_grad():
-        fine, coarse = layer_outputs(network, x, decoder_stages(network))
+        fine, coarse = read_decoder(network, x, Tensor.clone)
         assert (tuple(fine.shape), tuple(coarse.shape)) == ((2, 4, 8, 16, 12), (2, 8, 8, 8, 6))
         # By hand: the decoder's formula.
         skips = network.encoder(x)
@@ -208,61 +187,33 @@ def test_decoder_stages_of_nnunets_networks_finest_first(name: str) -> None:
         torch.testing.assert_close(network.decoder.seg_layers[-1](fine), network(x))
 
 
-def test_decoder_stages_of_stunet_finest_first() -> None:
+def test_the_decoder_of_stunet_finest_first() -> None:
     network = build_stunet(TINY, 1, 3, STRIDES).eval()
     with torch.no_grad():
-        maps = layer_outputs(network, torch.randn(1, 1, 32, 32, 32), decoder_stages(network))
+        maps = read_decoder(network, torch.randn(1, 1, 32, 32, 32), Tensor.clone)
     assert [m.shape[1] for m in maps] == [2, 4, 8, 16, 32]
     assert [m.shape[4] for m in maps] == [32, 16, 8, 4, 2]
-    assert decoder_stages(network) == tuple(f"decoder.stages.{i}" for i in (4, 3, 2, 1, 0))
 
 
-def test_named_layers_in_the_order_given() -> None:
-    network = unet()
-    names = ("encoder.stages.2", "encoder.stages.0.0.convs.1.norm", "decoder.stages.1")
-    x = torch.randn(1, 1, *UNET_PATCH)
+class Stages(nn.Module):
+    """Runs the first stages of its decoder, and then changes what they gave in place."""
+
+    def __init__(self, *stages: nn.Module, n_run: int) -> None:
+        super().__init__()
+        self.decoder, self.n_run = nn.Module(), n_run
+        self.decoder.stages = nn.ModuleList(stages)
+
+    def forward(self, x: Tensor) -> None:
+        for stage in self.decoder.stages[: self.n_run]:
+            stage(x).mul_(0)
+
+
+def test_outputs_are_read_before_a_later_layer_changes_them() -> None:
+    network, x = Stages(nn.Conv2d(1, 2, 1), n_run=1), torch.randn(1, 1, 4, 4)
     with torch.no_grad():
-        maps = layer_outputs(network, x, names)
-        stages = network.encoder(x)
-    torch.testing.assert_close(maps[0], stages[2])
-    assert [m.shape[1] for m in maps] == [16, 4, 4]
-
-
-def test_a_reader_sees_an_output_before_the_next_layer_changes_it() -> None:
-    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.LeakyReLU(0.5, inplace=True))
-    x = torch.randn(1, 1, 4, 4)
-    expected = network[0](x).detach().clone()
-    assert (expected < 0).any()
-    with torch.no_grad():
-        (changed,) = layer_outputs(network, x, ["0"])
-        (read,) = layer_outputs(network, x, ["0"], lambda name, output: output.clone() if name == "0" else output * 0)
+        expected = network.decoder.stages[0](x)
+        (read,) = read_decoder(network, x, Tensor.clone)
     assert torch.equal(read, expected)
-    assert not torch.equal(changed, expected)
-
-
-@pytest.mark.parametrize("wrap", ["parallel", "compiled", "both", "none"])
-def test_wrappers_are_seen_through(wrap: str) -> None:
-    network = unet()
-    wrapped = nn.DataParallel(network) if wrap in ("parallel", "both") else network
-    if wrap in ("compiled", "both"):
-        wrapped = torch.compile(wrapped, backend="eager")  # never compiled, as the inner network is run
-    assert unwrap(wrapped) is network
-    x = torch.randn(1, 1, *UNET_PATCH)
-    names = decoder_stages(wrapped)
-    with torch.no_grad():
-        for ours, theirs in zip(layer_outputs(wrapped, x, names), layer_outputs(network, x, names), strict=True):
-            torch.testing.assert_close(ours, theirs)
-    assert n_hooks(network) == 0
-
-
-def test_a_part_called_module_is_no_wrapper() -> None:
-    class Network(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.module, self.head = nn.Conv2d(1, 2, 1), nn.Conv2d(2, 2, 1)
-
-    network = Network()
-    assert unwrap(network) is network
 
 
 class Failing(nn.Module):
@@ -271,31 +222,20 @@ class Failing(nn.Module):
 
 
 def test_hooks_are_gone_when_the_network_fails() -> None:
-    network = nn.Sequential(nn.Conv2d(1, 2, 1), Failing())
-    with pytest.raises(RuntimeError, match="no"):
-        layer_outputs(network, torch.randn(1, 1, 4, 4), ["0"])
+    network = Stages(nn.Conv2d(1, 2, 1), Failing(), n_run=2)
+    with pytest.raises(RuntimeError, match="no"), torch.no_grad():
+        read_decoder(network, torch.randn(1, 1, 4, 4), Tensor.clone)
     assert n_hooks(network) == 0
 
 
-def test_unknown_layers_are_named_with_some_that_exist() -> None:
-    x = torch.randn(1, 1, *UNET_PATCH)
-    with pytest.raises(FeatureError, match=r"'decoder\.stage\.1'.*decoder\.stages\.1"):
-        layer_outputs(unet(), x, ["decoder.stage.1"])
-    with pytest.raises(FeatureError, match="'0', '1'"):
-        layer_outputs(nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU()), x, ["zzzzzz"])
-    with pytest.raises(FeatureError, match=r"decoder\.stages"):
-        decoder_stages(nn.Sequential(nn.Conv2d(1, 2, 1)))
-
-
-def test_layers_that_do_not_run_or_give_no_map() -> None:
-    network = unet()
-    network.decoder.deep_supervision = False
-    x = torch.randn(1, 1, *UNET_PATCH)
-    with pytest.raises(FeatureError, match=r"decoder\.seg_layers\.0 does not run"), torch.no_grad():
-        layer_outputs(network, x, ["decoder.seg_layers.0"])
-    with pytest.raises(FeatureError, match=r"encoder, a PlainConvEncoder, gives a list"), torch.no_grad():
-        layer_outputs(network, x, ["encoder"])
-    assert n_hooks(network) == 0
+def test_decoders_that_are_none() -> None:
+    x = torch.randn(1, 1, 4, 4)
+    for network, got in (
+        (nn.Sequential(nn.Conv2d(1, 2, 1)), "0 of the 0 stages in decoder.stages of a Sequential"),
+        (Stages(nn.Conv2d(1, 2, 1), nn.Conv2d(1, 2, 1), n_run=1), "1 of the 2"),
+    ):
+        with pytest.raises(FeatureError, match=got), torch.no_grad():
+            read_decoder(network, x, Tensor.clone)
 
 
 class Pooling(nn.Module):
@@ -398,7 +338,7 @@ def dense_features(
     padded, slicer = pad_nd_image(image, patch_size, "constant", {"constant_values": 0}, return_slicer=True)
     offset = np.array([s.start for s in slicer[1:]])
     maps: dict[str, Tensor] = {}
-    names = decoder_stages(network)
+    names = [f"decoder.stages.{i}" for i in reversed(range(len(network.decoder.stages)))]
     rows: list[list[Tensor]] = [[] for _ in (*names, "softmax")]
     for window in assign_windows(points, shape, patch_size):
         start = (np.array(window.start) + offset)[n_flat:]
@@ -439,7 +379,7 @@ def test_networks_as_dense_maps_have_it(name: str) -> None:
     network.eval()
     image = np.random.default_rng(0).standard_normal((2, *shape)).astype(np.float32)
     points = points_of(shape, 15)
-    head = finest_head(network.state_dict(), source="here")
+    head = finest_head(network.state_dict())
     features = extract_case(network, image, points, patch_size=patch_size, batch_size=2, head=head)
     everywhere = np.concatenate((points.balanced, points.whole))
     expected, softmax = dense_features(network, image, everywhere, patch_size)
@@ -460,69 +400,20 @@ def extract(network: nn.Module, **more: Any) -> CaseFeatures:
     return extract_case(network, image, points_of(shape, 10), **{"patch_size": UNET_PATCH, **more})
 
 
-def test_the_networks_mode_and_supervision_come_back() -> None:
-    network = unet()
-    network.decoder.deep_supervision = True
-    network.train()
-    network.encoder.stages[0].eval()
-    modes = {name: module.training for name, module in network.named_modules()}
-    features = extract(network)
-    assert {name: module.training for name, module in network.named_modules()} == modes
-    assert network.decoder.deep_supervision is True
-    assert features.probabilities is None
-    with pytest.raises(FeatureError):
-        extract(network, layers=["decoder.seg_layers.0"])  # a coarse head, which is switched off
-    assert {name: module.training for name, module in network.named_modules()} == modes
-    assert network.decoder.deep_supervision is True
-    assert not any(module._forward_hooks for module in network.modules())
-    for scale, wrapped in zip(features.scales, extract(nn.DataParallel(network)).scales, strict=True):
-        assert np.array_equal(scale, wrapped)
-
-
-def test_dropout_draws_nothing() -> None:
-    network = unet()
-    network.encoder.stages[1].append(nn.Dropout3d(0.5))
-    network.train()
-    for first, second in zip(extract(network).scales, extract(network).scales, strict=True):
-        assert np.array_equal(first, second)
-
-
-def test_chosen_layers_and_the_head_beside_them() -> None:
-    network = unet()
-    head = finest_head(network.state_dict(), source="here")
-    features = extract(network, layers=["encoder.stages.2", "decoder.stages.0"], head=head)
-    default = extract(network, head=head)
-    assert [scale.shape[1] for scale in features.scales] == [16, 8]
-    assert np.array_equal(features.scales[1], default.scales[1])
-    assert features.probabilities is not None
-    assert np.array_equal(features.probabilities, default.probabilities)
-
-
-def test_a_tensor_is_an_image_too_and_larger_steps_run_fewer_windows() -> None:
-    shape, points = (40, 30, 23), points_of((40, 30, 23))
-    dense, sparse = (Coordinates([(1, 1, 1)]) for _ in range(2))
-    image = torch.from_numpy(coordinate_image(shape))
-    for network, step_size in ((dense, 0.5), (sparse, 1.0)):
-        features = extract_case(network, image, points, patch_size=(16, 16, 8), step_size=step_size)
-        assert np.array_equal(features.scales[0], points.balanced)
-    assert sum(sparse.batches) < sum(dense.batches)
-
-
-def test_features_that_are_not_finite_name_layer_and_checkpoint() -> None:
-    network = unet()
+def test_features_that_are_not_finite() -> None:
+    network = unet().eval()
     with torch.no_grad():
         network.decoder.stages[1].convs[1].norm.weight[0] = torch.nan
-    with pytest.raises(FeatureError, match=r"some\.pth: decoder\.stages\.1 has \d+ NaN or infinite.*case_1"):
-        extract(network, source="some.pth")
+    with pytest.raises(TransferabilityError, match=r"scale 0: \d+ of \d+ values are NaN or infinite in case case_1"):
+        extract(network)
 
 
-def test_images_and_layers_that_do_not_fit() -> None:
-    network = unet()
+def test_images_and_stages_that_do_not_fit() -> None:
     points = points_of((11, 20, 9))
     for shape in ((1, 11, 20, 10), (11, 20, 9)):
         with pytest.raises(FeatureError, match="do not belong together"):
-            extract_case(network, np.zeros(shape, np.float32), points, patch_size=UNET_PATCH)
+            extract_case(unet(), np.zeros(shape, np.float32), points, patch_size=UNET_PATCH)
     flattening = Coordinates([(1, 1, 1)])
     flattening.decoder.stages.append(nn.Flatten())
-    with pytest.raises(FeatureError, match=r"decoder\.stages\.1 with an output of shape \(1, 16\)"):
-        extract(flattening, layers=["decoder.stages.1"], patch_size=(4, 2, 2))
+    with pytest.raises(FeatureError, match=r"Tensor \[1, 16\], no map of 1 windows"):
+        extract(flattening, patch_size=(4, 2, 2))

@@ -70,7 +70,7 @@ def test_importing_masks_loads_neither_torch_nor_nnunet() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("module", ["stunet.datasets", "stunet.evaluation.scores"])
+@pytest.mark.parametrize("module", ["stunet.datasets", "stunet.evaluation"])
 def test_workers_load_neither_torch_nor_nnunet(module: str) -> None:
     code = f"import sys, {module}; assert not {{'torch', 'nnunetv2', 'SimpleITK'}} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -153,7 +153,7 @@ def test_results_are_kept_by_content(checkpoints: dict[str, Path], tmp_path: Pat
     assert not scored
 
 
-@pytest.mark.parametrize("damage", ["cut", "other content"])
+@pytest.mark.parametrize("damage", ["cut", "other content", "of something else", "of another checkpoint"])
 def test_kept_results_that_cannot_be_used(checkpoints: dict[str, Path], tmp_path: Path, damage: str) -> None:
     def run() -> CandidateScores:
         (row,) = rank(_only(checkpoints, "x"), Made(), metrics=("ccfv",), keep_in=tmp_path / "kept", **OPTIONS).rows
@@ -161,9 +161,22 @@ def test_kept_results_that_cannot_be_used(checkpoints: dict[str, Path], tmp_path
 
     before = run()
     (file,) = (tmp_path / "kept").iterdir()
-    file.write_text(file.read_text()[:200] if damage == "cut" else json.dumps({"scores": {"ccfv": "high"}}))
+    kept = json.loads(file.read_text())
+    other = {"name": "x", "path": "y", "scores": {"ccfv": 9.0}}
+    content = {"other content": {"scores": {"ccfv": "high"}}, "of something else": other}
+    content["of another checkpoint"] = {**kept, **other, "identity": kept["identity"][::-1]}
+    file.write_text(file.read_text()[:200] if damage == "cut" else json.dumps(content[damage]))
     assert run().scores == before.scores
     assert run().seconds == 0
+
+
+def test_published_names_have_names_of_the_users(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stunet.ranking.ranking.load_registry", lambda: {"small_ep4k": "its entry"})
+    monkeypatch.setattr("stunet.ranking.ranking.cached_weights", {"small_ep4k": checkpoints["x"]}.__getitem__)
+    (row,) = rank({"small": "small_ep4k"}, Made(), metrics=("logme",), **OPTIONS).rows
+    assert (row.name, row.path) == ("small", str(checkpoints["x"]))
+    with pytest.raises(UsageError, match="nothing at smal_ep4k: Did you mean small_ep4k"):
+        rank({"small": "smal_ep4k"}, Made(), metrics=("logme",), **OPTIONS)
 
 
 def _scored(name: str, score: float, draws: list[float | None]) -> CandidateScores:

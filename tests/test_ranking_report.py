@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from jinja2 import UndefinedError
 
-from stunet.ranking import CandidateScores, Ranking, Target
+from stunet.ranking import CandidateScores, Ranking
 from stunet.ranking.points import CasePoints
-from stunet.reports.pages import write_page
+from stunet.ranking.ranking import Target
+from stunet.reports.figures import write_page
 from stunet.reports.ranking import short_names, write_ranking
 
 

@@ -17,8 +17,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from scipy.spatial.transform import Rotation
 
 from stunet.datasets import plane_names, read_image, read_plane_names
-from stunet.evaluation import CaseScores, EvaluationCase, collect_results
-from stunet.evaluation.scores import CaseOrientation, volume_scores
+from stunet.evaluation import CaseOrientation, CaseScores, EvaluationCase, collect_results, volume_scores
 from stunet.inference.outputs import draw_preview
 from stunet.labels import Comparison
 from stunet.reports import draw_scores, read_dice, side_by_side

@@ -8,67 +8,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer import Option
 
-from stunet.cli.console import PlainTable, print_error, stderr, stdout
-from stunet.cli.options import Device, choose_device, complete_label_systems
+from stunet.cli.console import PlainTable, print_error, print_line, say, stderr, stdout
+from stunet.cli.options import Device, Json, Trust, choose_device, complete_label_systems
 from stunet.errors import DatasetError, UsageError
 from stunet.files import atomic_path, refuse_existing, write_json
 
 if TYPE_CHECKING:
     from stunet.datasets import RawDataset
-    from stunet.evaluation import EvaluationResults
-    from stunet.evaluation.evaluate import ModelDescription
+    from stunet.evaluation import EvaluationResults, SegmentationModel
     from stunet.labels import LabelRelation
+
+_MODEL_HELP = "Model folder; with --predictions a dataset.json will do, or nothing."
+_MAP_HELP = "YAML file, or the name of a published label system, such as btcv."
 
 
 def evaluate(
-    dataset: Annotated[
-        str, typer.Option("-d", "--dataset", help="Dataset to score on: id, name, or path of a raw dataset.")
-    ],
-    model: Annotated[
-        Path | None,
-        typer.Option("-m", "--model", help="Model folder; with --predictions a dataset.json will do, or nothing."),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder for the results; evaluation_DATASET by default.")
-    ] = None,
-    label_map: Annotated[
-        str | None,
-        typer.Option(
-            "--label-map",
-            help="YAML file, or the name of a published label system, such as btcv.",
-            autocompletion=complete_label_systems,
-        ),
-    ] = None,
-    suggest_map: Annotated[
-        bool, typer.Option("--suggest-map", help="Print a label map to edit, or write it to -o, and leave.")
-    ] = False,
-    predictions: Annotated[
-        Path | None, typer.Option(help="Score the segmentations in this folder, and predict nothing.")
-    ] = None,
-    cases: Annotated[str | None, typer.Option("--cases", help="Only these cases, names with commas between.")] = None,
-    chill: Annotated[
-        bool, typer.Option("--chill", help="With --predictions: only the cases that have one, as nnU-Net names it.")
-    ] = False,
-    split: Annotated[Literal["train", "test"], typer.Option(help="imagesTr or imagesTs.")] = "train",
-    fold: Annotated[
-        int | None, typer.Option(help="Only the validation cases of this fold of the dataset's splits_final.json.")
-    ] = None,
-    folds: Annotated[
-        list[str] | None, typer.Option("--folds", help="Folds of the model to average; all by default. Takes several.")
-    ] = None,
+    dataset: Annotated[str, Option("-d", "--dataset", help="Dataset to score on: id, name, or path of a raw dataset.")],
+    model: Annotated[Path | None, Option("-m", "--model", help=_MODEL_HELP)] = None,
+    output: Annotated[Path | None, Option("-o", "--output", help="Folder; evaluation_DATASET by default.")] = None,
+    label_map: Annotated[str | None, Option(help=_MAP_HELP, autocompletion=complete_label_systems)] = None,
+    suggest_map: Annotated[bool, Option(help="Print a label map to edit, or write it to -o, and leave.")] = False,
+    predictions: Annotated[Path | None, Option(help="Score the segmentations here, and predict nothing.")] = None,
+    cases: Annotated[str | None, Option(help="Only these cases, names with commas between.")] = None,
+    chill: Annotated[bool, Option(help="With --predictions: only cases that have one, as nnU-Net names it.")] = False,
+    split: Annotated[Literal["train", "test"], Option(help="imagesTr or imagesTs.")] = "train",
+    fold: Annotated[int | None, Option(help="Only the cases that this fold of splits_final.json validates on.")] = None,
+    folds: Annotated[list[str] | None, Option(help="Folds of the model to average; all by default.")] = None,
     device: Device = "auto",
-    disable_tta: Annotated[
-        bool, typer.Option("--disable-tta", help="Do not mirror images in prediction: faster, a little less exact.")
-    ] = False,
-    tolerance: Annotated[
-        float, typer.Option(help="Tolerance of the normalised surface Dice, in mm; TotalSegmentator's 3 by default.")
-    ] = 3.0,
-    trust: Annotated[
-        list[str] | None, typer.Option("--trust", help="A network class of others' that may be imported. Repeatable.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    num_processes: Annotated[int, typer.Option("-np", help="Cases to score at a time.", min=1)] = 4,
+    disable_tta: Annotated[bool, Option(help="Do not mirror images in prediction: faster, less exact.")] = False,
+    tolerance: Annotated[float, Option(help="Of the surface Dice, in mm; by default TotalSegmentator's.")] = 3.0,
+    trust: Trust = None,
+    as_json: Json = False,
+    num_processes: Annotated[int, Option("-np", help="Cases to score at a time.", min=1)] = 4,
 ) -> None:
     """Predict a dataset with a model that was trained on other labels, and score it on the dataset's own.
 
@@ -81,8 +54,7 @@ def evaluate(
     """
     from rich.progress import Progress
 
-    from stunet.evaluation import score_cases
-    from stunet.evaluation.evaluate import check_predictions, choose_cases, compare_labels, read_description
+    from stunet.evaluation import check_predictions, choose_cases, compare_labels, read_description, score_cases
 
     place = model or predictions
     if place is None:
@@ -120,14 +92,14 @@ def evaluate(
     if results.cases:
         _report(results, tolerance, folder, relation, described, target, as_json=as_json)
     for case, error in results.failed.items():
-        _print(f"case {case}:", error=True)
+        say(f"case {case}:")
         print_error(error)
     if results.failed:
-        _print(f"{len(results.failed)} cases could not be scored; the results are without them.", error=True)
+        say(f"{len(results.failed)} cases could not be scored; the results are without them.")
         raise typer.Exit(2)
 
 
-def _suggest(model: ModelDescription, target: RawDataset, output: Path | None) -> None:
+def _suggest(model: SegmentationModel, target: RawDataset, output: Path | None) -> None:
     from stunet.labels import structure_values, suggest_label_map
 
     names = (list(structure_values(of.dataset_json["labels"])) for of in (model, target))
@@ -138,53 +110,49 @@ def _suggest(model: ModelDescription, target: RawDataset, output: Path | None) -
     refuse_existing(output)
     with atomic_path(output) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    _print(f"Wrote {output}. Next: stunet evaluate … --label-map {output}")
+    print_line(f"Wrote {output}. Next: stunet evaluate … --label-map {output}")
 
 
-def _check_agreement(model: ModelDescription, target: RawDataset) -> None:
+def _check_agreement(model: SegmentationModel, target: RawDataset) -> None:
     """Check that the model takes images such as the dataset has."""
-    of = [
-        (len(names), f"{len(names)} ({', '.join(map(str, names.values()))})", content.get("file_ending"))
-        for content in (target.dataset_json, model.dataset_json)
-        for names in [content.get("channel_names", {})]
-    ]
-    (n, channels, ending), (n_taken, taken, ending_taken) = of
-    if n != n_taken:
-        raise DatasetError(f"{target.folder} has other channels, {channels}, than {taken}, as {model.path} has")
-    if ending != ending_taken:
-        raise DatasetError(f"{target.folder} has {ending} files: convert them to {ending_taken}, as {model.path} has")
+    own, taken = (list(of.dataset_json.get("channel_names", {}).values()) for of in (target, model))
+    if len(own) != len(taken):
+        got, others = (f"{len(names)} ({', '.join(map(str, names))})" for names in (own, taken))
+        raise DatasetError(f"{target.folder} has other channels, {got}, than {others}, as {model.path} has")
+    ending, taken_ending = (of.dataset_json.get("file_ending") for of in (target, model))
+    if ending != taken_ending:
+        raise DatasetError(f"{target.folder} has {ending} files: convert them to {taken_ending}, as {model.path} has")
 
 
-def _print_relation(relation: LabelRelation, model: ModelDescription, target: RawDataset, *, error: bool) -> None:
+def _print_relation(relation: LabelRelation, model: SegmentationModel, target: RawDataset, *, error: bool) -> None:
     n = len(relation.comparisons)
-    _print(f"{n} structures are compared on {len(target.cases)} cases of {target.folder.name}.", error=error)
+    print_line(f"{n} structures are compared on {len(target.cases)} cases of {target.folder.name}.", error=error)
     for c in relation.comparisons:
         if c.source != (c.name,):
-            _print(f"  {c.name}: {' + '.join(c.source)}", error=error)
+            print_line(f"  {c.name}: {' + '.join(c.source)}", error=error)
     configurations = list(model.plans.get("configurations", {}).values())
     if len(configurations) == 1 and "spacing" in configurations[0]:
         spacing = " x ".join(f"{side:g}" for side in configurations[0]["spacing"])
-        _print(f"The model works at {spacing} mm; scores are those on the dataset's own grids.", error=error)
+        print_line(f"The model works at {spacing} mm; scores are those on the dataset's own grids.", error=error)
     for reason in dict.fromkeys(relation.left_out.values()):
         left = [name for name, why in relation.left_out.items() if why == reason]
-        _print(f"Not compared, {reason}: {', '.join(left)}", error=error)
+        print_line(f"Not compared, {reason}: {', '.join(left)}", error=error)
     for name, structure in relation.doubtful:
-        _print(f"warning: {name} is taken for {structure}, by its label value", error=True)
+        say(f"warning: {name} is taken for {structure}, by its label value")
 
 
 def _warn_of_training_cases(model: Path, fold: int | None, folds: Sequence[str] | None, *, predicted: bool) -> None:
     """Say that a model has seen cases in training; only those of its own fold were kept from it."""
     if fold is None:
-        _print("warning: the model was trained on this dataset; see --split and --fold for other cases.", error=True)
+        say("warning: the model was trained on this dataset; see --split and --fold for other cases.")
         return
     averaged = folds or [path.name.removeprefix("fold_") for path in sorted(model.glob("fold_*"))]
     if predicted and (others := [name for name in averaged if name != str(fold)]):
-        line = f"warning: fold {', '.join(others)} of the model was trained on these cases; give --folds {fold}."
-        _print(line, error=True)
+        say(f"warning: fold {', '.join(others)} of the model was trained on these cases; give --folds {fold}.")
 
 
 def _report(
-    results: EvaluationResults, tolerance: float, folder: Path, relation: LabelRelation, model: ModelDescription,
+    results: EvaluationResults, tolerance: float, folder: Path, relation: LabelRelation, model: SegmentationModel,
     target: RawDataset, *, as_json: bool,
 ) -> None:  # fmt: skip
     from stunet.reports import draw_scores
@@ -206,9 +174,9 @@ def _report(
     else:
         stdout.print(_table(results, tolerance))
         written = [name for name in ("summary.json", "scores.csv", "scores.png") if (folder / name).is_file()]
-        _print(f"Wrote {folder}: {', '.join(written)}")
+        print_line(f"Wrote {folder}: {', '.join(written)}")
     for warning in results.warnings:
-        _print(f"warning: {warning}", error=True)
+        say(f"warning: {warning}")
 
 
 def _table(results: EvaluationResults, tolerance: float) -> PlainTable:
@@ -229,7 +197,3 @@ def _table(results: EvaluationResults, tolerance: float) -> PlainTable:
 def _numbers(mean: Mapping[str, Any]) -> list[str]:
     formats = {"Dice": ".3f", "NSD": ".3f", "HD95": ".1f"}
     return ["" if mean[metric] is None else format(mean[metric], digits) for metric, digits in formats.items()]
-
-
-def _print(line: str, *, error: bool = False) -> None:
-    (stderr if error else stdout).print(line, soft_wrap=True, highlight=False)

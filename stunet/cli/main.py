@@ -57,8 +57,7 @@ from stunet.cli.finetune import finetune
 from stunet.cli.info import info
 from stunet.cli.plan import plan
 from stunet.cli.predict import predict
-from stunet.cli.rank import rank
-from stunet.cli.rank_eval import rank_eval
+from stunet.cli.rank import rank, rank_eval
 from stunet.cli.train import train
 from stunet.cli.weights import list_names
 from stunet.errors import STUNetError

@@ -1,57 +1,49 @@
-"""``stunet rank``: which pre-trained checkpoint to fine-tune on a dataset."""
+"""``stunet rank``: which pre-trained checkpoint to fine-tune on a dataset; ``stunet rank-eval``: was it right?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import json
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+from typer import Option
 
-from stunet.cli.options import Device, complete_weights
+from stunet.cli.console import PlainTable, print_line, stderr, stdout
+from stunet.cli.options import Device, Json, Trust, choose_device, complete_weights
+from stunet.errors import UsageError
 
 if TYPE_CHECKING:
     from stunet.ranking import CandidateScores, Ranking
 
+_CHECKPOINTS_HELP = "Checkpoints, model folders or fetched names. Takes several."
+_METRICS = "ccfv,logme,transrate,leep,gbc,zero-shot"
+
 
 def rank(
-    dataset: Annotated[str, typer.Option("-d", "--dataset", help="Target dataset: id or name, preprocessed.")],
-    checkpoints: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--checkpoints",
-            help="Checkpoints, model folders or fetched names. Takes several.",
-            autocompletion=complete_weights,
-        ),
-    ] = None,
-    zoo: Annotated[Path | None, typer.Option(help="YAML file with the checkpoints and names for them.")] = None,
-    configuration: Annotated[str, typer.Option("-c", "--configuration", help="A configuration.")] = "3d_fullres",
-    fold: Annotated[str, typer.Option("-f", "--fold", help="Take only cases that this fold trains on.")] = "all",
-    plans: Annotated[
-        str, typer.Option("--plans", "-p", help="Plans that the target is preprocessed with.")
-    ] = "nnUNetPlans",
-    metrics: Annotated[
-        str, typer.Option(help="Names with commas between; the first one ranks.")
-    ] = "ccfv,logme,transrate,leep,gbc,zero-shot",
-    n_cases: Annotated[int, typer.Option("--cases", help="Cases to look at, drawn by seed.", min=2)] = 20,
-    per_class: Annotated[int, typer.Option("--points", help="Voxels of each structure in a case.", min=8)] = 100,
-    n_whole: Annotated[int, typer.Option("--whole", help="Voxels of the whole volume of a case.", min=8)] = 1000,
-    normalize: Annotated[
-        Literal["none", "variety", "both"], typer.Option(help="Unit features: none, variety or both.")
-    ] = "both",
-    debias: Annotated[
-        Literal["none", "null", "project"], typer.Option(help="Noise of small samples: none, null or project.")
-    ] = "null",
+    dataset: Annotated[str, Option("-d", "--dataset", help="Target dataset: id or name, preprocessed.")],
+    checkpoints: Annotated[list[str] | None, Option(help=_CHECKPOINTS_HELP, autocompletion=complete_weights)] = None,
+    zoo: Annotated[Path | None, Option(help="YAML file with the checkpoints and names for them.")] = None,
+    configuration: Annotated[str, Option("-c", "--configuration", help="A configuration.")] = "3d_fullres",
+    fold: Annotated[str, Option("-f", "--fold", help="Take only cases that this fold trains on.")] = "all",
+    plans: Annotated[str, Option("--plans", "-p", help="Plans that the target is preprocessed with.")] = "nnUNetPlans",
+    metrics: Annotated[str, Option(help="Names with commas between; the first one ranks.")] = _METRICS,
+    n_cases: Annotated[int, Option("--cases", help="Cases to look at, drawn by seed.", min=2)] = 20,
+    per_class: Annotated[int, Option("--points", help="Voxels of each structure in a case.", min=8)] = 100,
+    n_whole: Annotated[int, Option("--whole", help="Voxels of the whole volume of a case.", min=8)] = 1000,
+    normalize: Annotated[Literal["none", "variety", "both"], Option(help="What sees unit features.")] = "both",
+    debias: Annotated[Literal["none", "null", "project"], Option(help="What is done about sampling noise.")] = "null",
     device: Device = "auto",
-    batch_size: Annotated[int, typer.Option(help="Windows at once.", min=1)] = 2,
-    n_resamples: Annotated[int, typer.Option("--resamples", help="Bootstrap resamples of the cases.", min=10)] = 1000,
-    seed: Annotated[int, typer.Option(help="Seed of cases, points and resamples.", min=0)] = 0,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the results.")] = Path("ranking"),
-    trust: Annotated[
-        list[str] | None, typer.Option("--trust", help="A network class of others' that may be imported. Repeatable.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print ranking.json instead of a table.")] = False,
+    batch_size: Annotated[int, Option(help="Windows at once.", min=1)] = 2,
+    n_resamples: Annotated[int, Option("--resamples", help="Bootstrap resamples of the cases.", min=10)] = 1000,
+    seed: Annotated[int, Option(help="Seed of cases, points and resamples.", min=0)] = 0,
+    output: Annotated[Path, Option("-o", "--output", help="Folder for the results.")] = Path("ranking"),
+    trust: Trust = None,
+    as_json: Annotated[bool, Option("--json", help="Print ranking.json instead of a table.")] = False,
 ) -> None:
     """Rank checkpoints by how well they will transfer to a dataset, without fine-tuning any of them.
 
@@ -62,15 +54,17 @@ def rank(
     from stunet.cli.preflight import preflight
 
     preflight(dataset, plans=plans, configuration=configuration, device=device, writes=output)
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
     from stunet import ranking
-    from stunet.cli.options import choose_device
-    from stunet.errors import UsageError
     from stunet.reports.ranking import write_ranking
 
     if bool(checkpoints) == (zoo is not None):
         got = "neither --checkpoints nor --zoo" if zoo is None else "both --checkpoints and --zoo"
         raise UsageError(f"{got} given: name the checkpoints by one of them")
-    with _progress() as (on_progress, on_candidate):
+    columns = (BarColumn(20), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
+        bar = progress.add_task("reading cases", total=1.0)
         result = ranking.rank(
             zoo or checkpoints or [],
             dataset,
@@ -89,8 +83,8 @@ def rank(
             seed=seed,
             trust=trust or (),
             keep_in=output / "results",
-            on_progress=on_progress,
-            on_candidate=on_candidate,
+            on_progress=lambda doing, share: progress.update(bar, completed=share, description=doing),
+            on_candidate=_report,
         )
     output.mkdir(parents=True, exist_ok=True)
     paths = write_ranking(result, output)
@@ -102,34 +96,14 @@ def rank(
         raise typer.Exit(1 if result.rows else 2)
 
 
-@contextmanager
-def _progress() -> Iterator[tuple[Callable[[str, float], None], Callable[[CandidateScores], None]]]:
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    from stunet.cli.console import stderr
-
-    columns = (BarColumn(20), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
-    with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
-        bar = progress.add_task("reading cases", total=1.0)
-
-        def report(result: CandidateScores) -> None:
-            took = f"{result.seconds:.1f} s" if result.seconds else "kept from an earlier run"
-            said = f"{result.name} could not be scored: {result.error}" if result.error else f"{result.name}: {took}"
-            stderr.print(said, highlight=False, markup=False, soft_wrap=True)
-
-        yield lambda doing, share: progress.update(bar, completed=share, description=doing), report
+def _report(result: CandidateScores) -> None:
+    took = f"{result.seconds:.1f} s" if result.seconds else "kept from an earlier run"
+    said = f"{result.name} could not be scored: {result.error}" if result.error else f"{result.name}: {took}"
+    print_line(said, error=True)
 
 
 def _show(ranking: Ranking, page: Path) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    from stunet.cli.console import stdout
     from stunet.reports.ranking import short_names
-
-    def say(line: str, **style: Any) -> None:
-        stdout.print(line, highlight=False, markup=False, soft_wrap=True, **style)
 
     mean_ranks, has_interval = ranking.mean_ranks, "ccfv" in ranking.metrics
     heads = [name.replace("transrate", "trans-\nrate").replace("zero-shot", "zero-\nshot") for name in ranking.metrics]
@@ -156,11 +130,65 @@ def _show(ranking: Ranking, page: Path) -> None:
     stdout.print(table)
     for place, (name, whole) in enumerate(zip(names, full, strict=True), start=1):
         if name != whole:
-            say(f"{place}: {whole}")
-    stdout.print(f"\n{ranking.verdict}", highlight=False, markup=False)
+            print_line(f"{place}: {whole}")
+    stdout.print(f"\n{ranking.verdict}")
     for warning in ranking.warnings:
-        say(f"warning: {warning}")
-    say(f"Report: {page}")
+        print_line(f"warning: {warning}")
+    print_line(f"Report: {page}")
     for number, command in enumerate(ranking.commands):
-        say("or:" if number else "Next:")
-        say(f"$ {command}", style="bold")
+        print_line("or:" if number else "Next:")
+        print_line(f"$ {command}", style="bold")
+
+
+def rank_eval(
+    scores: Annotated[Path, typer.Argument(help="ranking.json of stunet rank, or JSON of scores by name.")],
+    dice: Annotated[Path | None, typer.Argument(help="JSON of Dice by name, or a folder, see above.")] = None,
+    summary: Annotated[list[str] | None, Option(help="NAME=PATH of a summary.json or its folder; repeatable.")] = None,
+    metric: Annotated[list[str] | None, Option(help="Metrics of ranking.json; all by default.")] = None,
+    resamples: Annotated[int, Option(help="Bootstrap resamples of the checkpoints.", min=1)] = 2000,
+    seed: Annotated[int, Option(help="Seed of the resamples.", min=0)] = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare scores with Dice: weighted Kendall tau, Pearson, Spearman, and the Dice that trusting the score costs.
+
+    In brackets: 95% percentile intervals over resamples of the checkpoints. A folder of Dice has a folder for each name
+    of a checkpoint, in which one summary.json of nnU-Net lies at any depth.
+    """
+    from stunet.ranking.agreement import agreement, read_dice, read_scores, read_summaries
+
+    by_metric = read_scores(scores)
+    paths = dict(text.partition("=")[::2] for text in summary or ())
+    if len(paths) < len(summary or ()) or not all(name and path for name, path in paths.items()):
+        raise UsageError(f"--summary {' '.join(summary or ())} is not NAME=PATH with each name once")
+    if dice is None and not paths:
+        raise UsageError("neither DICE nor --summary given: name a JSON file, a folder, or NAME=PATH of summary.json")
+    truth = {} if dice is None else read_dice(dice)
+    if twice := sorted(set(truth) & set(paths)):
+        raise UsageError(f"two values of one Dice for {', '.join(twice)}: name each in DICE or in --summary")
+    truth |= read_summaries(paths)
+    if unknown := [name for name in metric or () if name not in by_metric]:
+        raise UsageError(f"unknown metric {', '.join(unknown)}: {scores} has {', '.join(by_metric)}")
+    lacking = {name: [c for c, value in row.items() if math.isnan(value)] for name, row in by_metric.items()}
+    complete = [name for name, without in lacking.items() if not without]
+    missing = [f"{name}: no score for {', '.join(lacking[name])}" for name in metric or by_metric if lacking[name]]
+    if missing and (metric or not complete):
+        raise UsageError(f"{'; '.join(missing)}: choose other metrics, or leave these out of both files")
+    for line in missing:
+        print_line(line.replace(":", " is left out:", 1), error=True)
+    results = {name: agreement(by_metric[name], truth, n_resamples=resamples, seed=seed) for name in metric or complete}
+    if as_json:
+        typer.echo(json.dumps({"metrics": {name: result.as_dict() for name, result in results.items()}}, indent=4))
+        return
+    first = next(iter(results.values()))
+    degenerate = max(estimate.degenerate for result in results.values() for estimate in result.estimates.values())
+    caption = f"{resamples} resamples of the checkpoints"
+    caption += f"; up to {degenerate} without a value are left out" if degenerate else ""
+    numbers = ("weighted Kendall", "Pearson", "Spearman", "regret")
+    title = f"{first.n_checkpoints} checkpoints, best Dice: {first.best}"
+    table = PlainTable("metric", *numbers, title=title, caption=caption, numbers=numbers)
+    for name, result in results.items():
+        table.add_row(name, *(f"{e.value:.3f}\n[{e.low:.3f}, {e.high:.3f}]" for e in result.estimates.values()))
+    stdout.print(table)
+    for top in dict.fromkeys(result.top for result in results.values()):
+        names = ", ".join(name for name, result in results.items() if result.top == top)
+        print_line(f"First choice of {names}: {top}")

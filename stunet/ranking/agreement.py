@@ -26,39 +26,24 @@ RANKING_FORMAT = 1
 
 @dataclass(frozen=True)
 class Statistic:
-    """A statistic with its percentile bootstrap interval.
+    """A statistic with its percentile bootstrap interval."""
 
-    Attributes:
-        value: Over all checkpoints.
-        low: Lower end of the interval, NaN where no resample has a value, and likewise the upper end ``high``.
-        degenerate: Resamples without a value, which the interval leaves out: all scores or all Dice equal.
-    """
-
-    value: float
-    low: float
-    high: float
-    degenerate: int
+    value: float  # over all checkpoints
+    low: float  # lower end of the interval, NaN where no resample has a value
+    high: float  # upper end, likewise
+    degenerate: int  # resamples without a value, which the interval leaves out: all scores or all Dice equal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """Scores of one metric beside the Dice after fine-tuning.
+    """Scores of one metric beside the Dice after fine-tuning."""
 
-    Attributes:
-        estimates: By name of the statistic. All but the regret, a difference of Dice, are 1 at best; the regret is 0.
-        top: The checkpoint with the highest score, the first of equal ones.
-        best: The checkpoint with the highest Dice.
-        n_checkpoints: How many there are.
-        n_resamples: How many resamples are behind each interval.
-        confidence: Share of the resamples that the intervals span.
-    """
-
-    estimates: Mapping[str, Statistic]
-    top: str
-    best: str
+    estimates: Mapping[str, Statistic]  # by name; all but the regret, a difference of Dice, are 1 at best
+    top: str  # the checkpoint with the highest score, the first of equal ones
+    best: str  # the checkpoint with the highest Dice
     n_checkpoints: int
-    n_resamples: int
-    confidence: float
+    n_resamples: int  # behind each interval
+    confidence: float  # share of the resamples that the intervals span
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content for JSON, where NaN is null."""

@@ -44,15 +44,10 @@ _BLOCK_BYTES = 2**25
 
 @dataclass(frozen=True, eq=False)
 class GaussianFactor:
-    """A Gaussian by its mean and a factor of its covariance.
+    """A Gaussian by its mean and a factor of its covariance."""
 
-    Attributes:
-        mean: ``(C,)``.
-        factor: ``(r, C)`` with ``factor.T @ factor`` the covariance, ``r`` at most ``C``.
-    """
-
-    mean: Array
-    factor: Array
+    mean: Array  # (C,)
+    factor: Array  # (r, C) with factor.T @ factor the covariance, r at most C
 
     @property
     def trace(self) -> float:
@@ -125,19 +120,12 @@ def _squared_distances(factors: Sequence[GaussianFactor], fidelity: Array) -> Ar
 
 @dataclass(frozen=True, eq=False)
 class PairDistances:
-    """Distances between the P cases that have a class, at one scale.
+    """Distances between the P cases that have a class, at one scale."""
 
-    Attributes:
-        cases: ``(P,)`` positions of the cases in the target, ascending.
-        distances: ``(P, P)`` W2 between the samples as they are.
-        squares: ``(P, P)`` squared W2 without noise, of which single ones may be negative; None if not asked for.
-        null: ``(P,)`` squared W2 between two random halves of the same case, each of half the points.
-    """
-
-    cases: NDArray[np.int64]
-    distances: Array
-    squares: Array | None
-    null: Array
+    cases: NDArray[np.int64]  # (P,) positions of the cases in the target, ascending
+    distances: Array  # (P, P) W2 between the samples as they are
+    squares: Array | None  # (P, P) squared W2 without noise, single ones may be negative; None if not asked for
+    null: Array  # (P,) squared W2 between two random halves of the same case, each of half the points
 
 
 def class_distances(
@@ -252,21 +240,18 @@ def noise_share(pairs: PairDistances) -> float:
     return float(np.clip(1 - pairs.squares.sum() / total, 0, 1))
 
 
-def hyperspherical_energy(points: ArrayLike, *, s: float = 1.0, floor: float = FLOOR) -> float:
-    """Average ``|v_i - v_j|^-s``, or ``-log |v_i - v_j|`` for ``s = 0``, over ordered pairs of different points.
+def hyperspherical_energy(points: ArrayLike, *, floor: float = FLOOR) -> float:
+    """Average ``|v_i - v_j|^-1`` over ordered pairs of different points.
 
     Points that coincide, as in air outside of the patient, would make the energy infinite, and a few that nearly do
-    would dominate it. So distances have a floor. With the default, a hundredth of the radius, a pair adds 100 at most
-    for ``s = 1``, where orthogonal points add 0.7. It changes the energy of the uniform distribution on the sphere in 3
+    would dominate it. So distances have a floor. With the default, a hundredth of the radius, a pair adds 100 at most,
+    where orthogonal points add 0.7. It changes the energy of the uniform distribution on the sphere in 3
     dimensions, where near points are common, by 1/400, and in more dimensions by much less.
 
     Args:
         points: ``(m, C)``, at least 2. Memory is that of the points and of 512 rows of distances.
-        s: The power, at least 0.
         floor: Lowest distance, as a share of the root mean square norm of the points.
     """
-    if s < 0 or floor <= 0:
-        raise TransferabilityError(f"no energy has power {s:g} and floor {floor:g}: give at least 0 and more than 0")
     rows = np.asarray(points, dtype=np.float64)
     radius = float(np.sqrt(np.square(rows).sum() / len(rows))) if rows.ndim == 2 and len(rows) > 1 else 0.0
     if not 0 < radius < np.inf:
@@ -279,12 +264,12 @@ def hyperspherical_energy(points: ArrayLike, *, s: float = 1.0, floor: float = F
         part = slice(start, start + _ROWS)
         squares = norms[part, None] + norms[start:] - 2 * rows[part] @ rows[start:].T
         np.clip(squares, floor**2, None, out=squares)
-        terms = -0.5 * np.log(squares) if s == 0 else squares ** (-s / 2)
+        terms = squares**-0.5
         np.fill_diagonal(terms, 0)  # no point pairs with itself
         # Pairs within the block occur twice already, those with later blocks once.
         total += terms[:, : len(terms)].sum() + 2 * terms[:, len(terms) :].sum()
     mean = float(total) / (len(rows) * (len(rows) - 1))
-    return mean - float(np.log(radius)) if s == 0 else mean * radius**-s
+    return float(mean * radius**-1.0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -421,12 +406,6 @@ def _cases_by_class(cases: Sequence[CaseFeatures], min_points: int) -> dict[int,
     return {label: holders[label] for label in sorted(holders)}
 
 
-def draw_cases(n_cases: int, n_draws: int, seed: int = 0) -> NDArray[np.int64]:
-    """Draw bootstrap resamples of cases: how often each is drawn, ``(n_draws, n_cases)``, always the same."""
-    shares = np.full(n_cases, 1 / n_cases)
-    return np.asarray(np.random.default_rng(seed).multinomial(n_cases, shares, size=n_draws), dtype=np.int64)
-
-
 def scores_of_draws(result: CCFV, draws: NDArray[np.integer]) -> Array:
     """Score each resample ``(B, N)`` of the cases, from the distances and varieties that are there.
 
@@ -447,5 +426,6 @@ def scores_of_draws(result: CCFV, draws: NDArray[np.integer]) -> Array:
 
 
 def bootstrap_scores(result: CCFV, *, n_resamples: int = 1000, seed: int = 0) -> Array:
-    """Score bootstrap resamples of the cases: :func:`scores_of_draws` of :func:`draw_cases`."""
-    return scores_of_draws(result, draw_cases(len(result.cases), n_resamples, seed))
+    """Score bootstrap resamples of the cases, the same ones for every checkpoint; see :func:`scores_of_draws`."""
+    n = len(result.cases)
+    return scores_of_draws(result, np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples))

@@ -5,13 +5,11 @@ Feature maps are read as they are: nothing is upsampled, and only the windows th
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +22,8 @@ from torch.nn.functional import grid_sample, linear
 from stunet.errors import DatasetError, FeatureError, TransferabilityError, UsageError
 
 Integers = npt.NDArray[np.int64]
+
+_STEP = 0.5  # between windows, in windows, as in nnU-Net's prediction
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,16 +49,11 @@ class CasePoints:
     n_whole: int
     voxels: Mapping[int, int]
 
-    @property
-    def fewer(self) -> dict[int, int]:
-        """Classes with fewer voxels than were asked for, and how many they have."""
-        return {label: count for label, count in self.voxels.items() if count < self.per_class}
-
     def as_dict(self) -> dict[str, Any]:
         """Return what was asked for and what there was, for JSON."""
         whole = {"asked": self.n_whole, "drawn": len(self.whole)}
-        counts = {"voxels": self.voxels, "fewer": self.fewer, "whole": whole}
-        return {"case": self.case, "per_class": self.per_class, **counts}
+        fewer = {label: count for label, count in self.voxels.items() if count < self.per_class}
+        return {"case": self.case, "per_class": self.per_class, "voxels": self.voxels, "fewer": fewer, "whole": whole}
 
 
 def draw_points(
@@ -91,13 +86,10 @@ def draw_points(
         ignore_label: Label of voxels that nobody annotated.
 
     Raises:
-        DatasetError: No label map of three axes, or one without a voxel to draw.
+        DatasetError: There is no voxel to draw.
     """
     if min(per_class, n_whole) < 1 or seed < 0:
         raise UsageError(f"per_class={per_class}, n_whole={n_whole} and seed={seed} must be at least 1, 1 and 0")
-    if segmentation.ndim != 3 or not np.issubdtype(segmentation.dtype, np.integer):
-        got = f"{segmentation.dtype} {segmentation.shape}"
-        raise DatasetError(f"labels of case {case} are {got}: give whole numbers (X, Y, Z) without channel axis")
     n_labels = max(int(segmentation.max()), 0) + 1
     # Counting needs indices of 64 bits, which of a plane cost little and of a volume eight bytes a voxel.
     indices = (np.maximum(plane.ravel().astype(np.int64), -1) + 1 for plane in segmentation)
@@ -147,22 +139,14 @@ def _draw(
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """A window and the points that are read from it.
+    """A window and the points that are read from it."""
 
-    Attributes:
-        start: Its first voxel on each axis of the volume; below 0 where the window has padding on both sides.
-        points: ``(k,)``, which of the points it holds.
-        local: ``(k, n_axes)``, where these lie in the window; of a 2D window, its two axes.
-    """
-
-    start: tuple[int, ...]
-    points: Integers
-    local: Integers
+    start: tuple[int, ...]  # first voxel on each axis of the volume; below 0 where there is padding on both sides
+    points: Integers  # (k,), which of the points it holds
+    local: Integers  # (k, n_axes), where these lie in the window; of a 2D window, its two axes
 
 
-def assign_windows(
-    points: Integers, shape: Sequence[int], patch_size: Sequence[int], *, step_size: float = 0.5
-) -> list[Window]:
+def assign_windows(points: Integers, shape: Sequence[int], patch_size: Sequence[int]) -> list[Window]:
     """Find the windows of nnU-Net's sliding window that hold points; each point in the one in which it is most central.
 
     That is the window with the greatest weight at this point when nnU-Net merges its predictions: its Gaussian is a
@@ -172,18 +156,12 @@ def assign_windows(
         points: ``(n, 3)``, voxels in the volume.
         shape: The volume, ``(X, Y, Z)``.
         patch_size: The window. With two axes, as in 2D configurations, windows are slices along the first axis.
-        step_size: Greatest distance of neighbouring windows, in windows.
     """
     n_flat = len(shape) - len(patch_size)
-    if n_flat not in (0, 1) or min(patch_size) < 1 or not 0 < step_size <= 1:
-        got = f"patch_size={list(patch_size)} and step_size={step_size:g}"
-        raise FeatureError(f"{got} cannot be laid over {list(shape)}: take the configuration's patch, a step up to 1")
-    if len(points) == 0:
-        return []
     starts = points.copy()
     for axis, (size, patch) in enumerate(zip(shape[n_flat:], patch_size, strict=True), start=n_flat):
         if size > patch:
-            steps = np.array(compute_steps_for_sliding_window((size,), (patch,), step_size)[0])
+            steps = np.array(compute_steps_for_sliding_window((size,), (patch,), _STEP)[0])
         else:
             steps = np.array([-((patch - size) // 2)])  # in the middle, as nnU-Net pads
         local = points[:, axis, None] - steps
@@ -208,62 +186,37 @@ def cut_window(image: Any, start: Sequence[int], patch_size: Sequence[int]) -> T
     return padded
 
 
-def unwrap(network: nn.Module) -> nn.Module:
-    """Return the network within the wrappers of ``DistributedDataParallel`` and ``torch.compile``, in any order."""
-    # A wrapper has the network as its only child. A network that calls one of its parts "module" has other parts too.
-    while [name for name, _ in network.named_children()] in (["module"], ["_orig_mod"]):
-        network = next(network.children())
-    return network
+def read_decoder(network: nn.Module, x: Tensor, read: Callable[[Any], Tensor]) -> list[Tensor]:
+    """Run a network once, and return what ``read`` makes of the output of each decoder stage, finest first.
 
-
-def decoder_stages(network: nn.Module) -> tuple[str, ...]:
-    """Name the decoder's stages, finest first, of STU-Net and of nnU-Net's networks.
-
-    The stages, not the heads: nnU-Net's decoders compute the coarse heads in training alone.
-    """
-    network = unwrap(network)
-    stages = getattr(getattr(network, "decoder", None), "stages", None)
-    if not isinstance(stages, nn.ModuleList) or len(stages) == 0:
-        raise FeatureError(f"a {type(network).__name__} has no list of modules decoder.stages: name the layers to read")
-    return tuple(f"decoder.stages.{i}" for i in reversed(range(len(stages))))
-
-
-def layer_outputs(
-    network: nn.Module, x: Tensor, names: Sequence[str], read: Callable[[str, Tensor], Tensor] | None = None
-) -> list[Tensor]:
-    """Run a network once and return the outputs of some of its layers.
+    Of STU-Net and of nnU-Net's networks. The stages, not the heads: nnU-Net's decoders compute the coarse heads in
+    training alone.
 
     Args:
-        network: The network. Of a wrapped one the inner network is run: compiled code ignores hooks that were not
-            there when it was compiled.
+        network: The network.
         x: ``(B, C, X, Y[, Z])``.
-        names: Layers as in the inner network's ``named_modules``.
-        read: What to make of a layer's output, given its name and ``(B, C_d, ...)``, as soon as it is there: later
-            layers may change it in place, and what is not kept need not stay in memory. By default the output itself.
+        read: Takes an output ``(B, C_d, ...)`` as soon as it is there: later layers may change it in place, and what is
+            not kept need not stay in memory.
 
     Raises:
-        FeatureError: No such layer, one that did not run, or one that gives something else than one tensor.
+        FeatureError: The network has no such stages, or one does not run.
     """
-    network = unwrap(network)
-    modules = dict(network.named_modules())
-    outputs: dict[str, Tensor] = {}
+    stages = getattr(getattr(network, "decoder", None), "stages", ())
+    outputs: dict[int, Tensor] = {}
 
-    def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        if not isinstance(output, Tensor):
-            got = f"{name}, a {type(module).__name__}, gives a {type(output).__name__}"
-            raise FeatureError(f"{got} instead of one tensor: name a layer within it")
-        outputs[name] = output if read is None else read(name, output)
+    def keep(index: int, module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs[index] = read(output)
 
-    with ExitStack() as stack:
-        for name in names:
-            if name not in modules or name == "":
-                alike = difflib.get_close_matches(name, modules, n=5, cutoff=0.4) or [*modules][1:6]
-                raise FeatureError(f"the network has no layer {name!r}: name one of its modules, such as {alike}")
-            stack.enter_context(modules[name].register_forward_hook(partial(keep, name)))
+    handles = [stage.register_forward_hook(partial(keep, index)) for index, stage in enumerate(stages)]
+    try:
         network(x)
-    if missing := [name for name in names if name not in outputs]:
-        raise FeatureError(f"layer {missing[0]} does not run in prediction: name another, such as a decoder stage")
-    return [outputs[name] for name in names]
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not outputs or len(outputs) < len(stages):
+        got = f"{len(outputs)} of the {len(stages)} stages in decoder.stages of a {type(network).__name__} run"
+        raise FeatureError(f"{got}: leave this checkpoint out, all stages of a decoder are compared")
+    return [outputs[index] for index in reversed(range(len(stages)))]
 
 
 def read_points(feature_map: Tensor, points: Integers, patch_size: Sequence[int]) -> Tensor:
@@ -283,22 +236,15 @@ def read_points(feature_map: Tensor, points: Integers, patch_size: Sequence[int]
     return values.reshape(len(feature_map), -1).T
 
 
-@dataclass(frozen=True, eq=False)
-class SourceHead:
-    """A checkpoint's finest head: a convolution of one voxel, so that its output at a point needs the features there.
+class SourceHead(NamedTuple):
+    """A checkpoint's finest head: a convolution of one voxel, whose output at a point needs features there."""
 
-    Attributes:
-        layer: The layer whose output it takes, the decoder's finest stage.
-        weight: ``(K, C)``, beside a bias ``(K,)``.
-    """
-
-    layer: str
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor  # (K, C), for features of the decoder's finest stage
+    bias: Tensor  # (K,)
 
     def probabilities(self, features: Tensor) -> Tensor:
-        """Return the softmax ``(n, K)`` of the head's logits for float32 features ``(n, C)``, on their device."""
-        return linear(features, self.weight.to(features.device), self.bias.to(features.device)).softmax(-1)
+        """Return the softmax ``(n, K)`` of the head's logits for float32 features ``(n, C)``."""
+        return linear(features, self.weight, self.bias).softmax(-1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -344,17 +290,14 @@ def check_cases(cases: Sequence[CaseFeatures]) -> None:
 
 def extract_case(
     network: nn.Module,
-    image: Any,
+    image: npt.NDArray[np.floating[Any]],
     points: CasePoints,
     *,
     patch_size: Sequence[int],
     device: str | torch.device = "cpu",
     batch_size: int = 1,
-    step_size: float = 0.5,
-    layers: Sequence[str] | None = None,
     head: SourceHead | None = None,
-    source: str = "the network",
-    on_window: Callable[[float], Any] | None = None,
+    on_window: Callable[[float], Any] = lambda share: None,
 ) -> CaseFeatures:
     """Read a network's features of one case.
 
@@ -362,85 +305,55 @@ def extract_case(
     in mixed precision, as in nnU-Net's prediction.
 
     Args:
-        network: The network, wrapped or not. Its mode and its deep supervision are afterwards as they were before; it
-            is moved to the device and stays there.
-        image: ``(C, X, Y, Z)``, preprocessed; an array, or anything that gives arrays when sliced.
+        network: The network in evaluation mode, without deep supervision. It is moved to the device and stays there.
+        image: ``(C, X, Y, Z)``, preprocessed.
         points: Where to read.
         patch_size: Voxels of a window; two axes in a 2D configuration.
         device: Where the network runs.
         batch_size: Windows at once.
-        step_size: Greatest distance of neighbouring windows, in windows. 0.5 as in nnU-Net's prediction; 1 runs the
-            fewest windows.
-        layers: Names of the layers to read, finest first; the decoder's stages by default.
         head: The checkpoint's own head, for the probabilities.
-        source: The checkpoint, for messages.
         on_window: Called with the share of the windows that are done.
 
     Raises:
-        FeatureError: Image and points of different cases, a layer that does not exist or does not run, or features that
-            are not finite; names the layer.
+        FeatureError: Image and points of different cases, or a decoder without maps.
+        TransferabilityError: Features that are not finite.
     """
-    if tuple(image.shape[1:]) != tuple(points.shape):
-        got = f"an image {tuple(image.shape)} and points in {tuple(points.shape)} of case {points.case}"
+    if image.shape[1:] != points.shape:
+        got = f"an image {image.shape} and points in {points.shape} of case {points.case}"
         raise FeatureError(f"{got} do not belong together: give image (C, X, Y, Z) and segmentation of one case")
     device = torch.device(device)
-    names = decoder_stages(network) if layers is None else tuple(layers)
-    needed = names if head is None or head.layer in names else (*names, head.layer)
     everywhere = np.concatenate((points.balanced, points.whole))
-    windows = assign_windows(everywhere, points.shape, patch_size, step_size=step_size)
+    windows = assign_windows(everywhere, points.shape, patch_size)
     network.to(device)
-    read: dict[str, Tensor] = {}
-    with _as_in_prediction(unwrap(network), device):
+    scales: list[Tensor] = []
+    with torch.inference_mode(), torch.autocast(device.type, enabled=device.type == "cuda"):
         for first in range(0, len(windows), batch_size):
             batch = windows[first : first + batch_size]
             index = torch.from_numpy(np.concatenate([window.points for window in batch]))
             x = torch.stack([cut_window(image, window.start, patch_size) for window in batch]).to(device)
-            values = layer_outputs(network, x, needed, partial(_read_windows, batch, patch_size))
-            for name, rows in zip(needed, values, strict=True):
-                if name not in read:
-                    read[name] = torch.empty(len(everywhere), rows.shape[1])
-                read[name][index] = rows.cpu()
-            if on_window is not None:
-                on_window(min(first + batch_size, len(windows)) / len(windows))
-    for name, rows in read.items():
-        if n_bad := int((~torch.isfinite(rows)).sum()):
-            got = f"{source}: {name} has {n_bad} NaN or infinite values of {rows.numel()} in case {points.case}"
-            raise FeatureError(f"{got}: check the image, else leave this checkpoint out, or read it on the CPU")
+            values = read_decoder(network, x, partial(_read_windows, batch, patch_size))
+            scales = scales or [torch.empty(len(everywhere), rows.shape[1]) for rows in values]
+            for scale, rows in zip(scales, values, strict=True):
+                scale[index] = rows.cpu()
+            on_window(min(first + batch_size, len(windows)) / len(windows))
     n = len(points.balanced)
     return CaseFeatures(
         case=points.case,
-        labels=points.labels.copy(),
-        scales=tuple(read[name][:n].numpy() for name in names),
-        variety=tuple(read[name][n:].numpy() for name in names),
-        probabilities=None if head is None else head.probabilities(read[head.layer][:n]).numpy(),
+        labels=points.labels,
+        scales=tuple(scale[:n].numpy() for scale in scales),
+        variety=tuple(scale[n:].numpy() for scale in scales),
+        probabilities=None if head is None else head.probabilities(scales[0][:n]).numpy(),
     )
 
 
-def _read_windows(windows: Sequence[Window], patch_size: Sequence[int], name: str, output: Tensor) -> Tensor:
-    """Read the points of a batch of windows from a layer's output ``(B, C, ...)``: ``(k, C)``, window by window."""
-    if output.ndim != len(patch_size) + 2 or len(output) != len(windows):
-        got = f"{name} with an output of shape {tuple(output.shape)}"
-        raise FeatureError(f"{got} has no map of {len(windows)} windows {list(patch_size)}: name a convolutional layer")
+def _read_windows(windows: Sequence[Window], patch_size: Sequence[int], output: Any) -> Tensor:
+    """Read the points of a batch of windows from a stage's output ``(B, C, ...)``: ``(k, C)``, window by window."""
+    if not isinstance(output, Tensor) or output.ndim != len(patch_size) + 2 or len(output) != len(windows):
+        got = f"{type(output).__name__} {list(getattr(output, 'shape', []))}"
+        raise FeatureError(
+            f"a decoder stage gives a {got}, no map of {len(windows)} windows: leave this checkpoint out"
+        )
     # Coordinates in half precision would miss the points.
     with torch.autocast(output.device.type, enabled=False):
         maps = zip(output, windows, strict=True)
         return torch.cat([read_points(feature_map, window.local, patch_size) for feature_map, window in maps])
-
-
-@contextmanager
-def _as_in_prediction(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Set evaluation mode, no gradients, the finest head alone, mixed precision on CUDA; and everything back."""
-    modes = {module: module.training for module in network.modules()}
-    decoder: Any = getattr(network, "decoder", None)
-    supervised = getattr(decoder, "deep_supervision", None)
-    try:
-        network.eval()
-        if supervised is not None:
-            decoder.deep_supervision = False
-        with torch.inference_mode(), torch.autocast(device.type, enabled=device.type == "cuda"):
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        if supervised is not None:
-            decoder.deep_supervision = supervised

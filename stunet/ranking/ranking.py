@@ -1,4 +1,4 @@
-"""Which pre-trained checkpoint to fine-tune on a dataset: the target, the scores, the order."""
+"""Which pre-trained checkpoint to fine-tune on a dataset: the target, the candidates, their scores, the order."""
 
 from __future__ import annotations
 
@@ -8,27 +8,34 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 import torch
 from scipy.stats import rankdata
+from torch import Tensor, nn
 
-from stunet.errors import STUNetError, TransferabilityError, UsageError
+from stunet.environment import did_you_mean
+from stunet.errors import CheckpointError, STUNetError, TransferabilityError, UsageError, reading
 from stunet.files import atomic_path, file_sha256, write_json
+from stunet.forms import Name, decode, read_document
+from stunet.network import build_stunet
 from stunet.planning import PreprocessedDataset, fit_strides, open_preprocessed
-from stunet.ranking.candidates import build_candidate, name_checkpoints, read_zoo
+from stunet.ranking.agreement import RANKING_FORMAT
 from stunet.ranking.ccfv import Debias, Normalise, bootstrap_scores, ccfv
-from stunet.ranking.points import CasePoints, draw_points, extract_case
+from stunet.ranking.points import CasePoints, SourceHead, draw_points, extract_case
 from stunet.ranking.rivals import RIVALS, PointPredictions, zero_shot_at_points
-from stunet.weights import locate_checkpoint
+from stunet.weights.convert import UNetWeights, locate_checkpoint, open_any_weights
+from stunet.weights.published import cached_weights, load_registry
+from stunet.weights.transfer import adapt_stem, source_outputs
 
 METRICS = ("ccfv", *RIVALS, "zero-shot")
 """Names of all metrics."""
@@ -41,29 +48,30 @@ _WHAT_RESAMPLES_SAY = (
     "Resampling shows how much the order depends on the choice of cases; it does not show which checkpoint is better "
     "after fine-tuning."
 )
-#: Grows with every change of what is computed.
-_KEPT_FORMAT = 2
+#: Grows with every change of what is computed, or of how results are kept.
+_KEPT_FORMAT = 3
+_HEADS = "decoder.seg_layers."
+
+
+# The target -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Target:
-    """Cases of a target dataset, with the points at which every checkpoint is looked at.
+    """Cases of a target dataset, with the points at which every checkpoint is looked at."""
 
-    Attributes:
-        dataset: The dataset. Images are read anew for each checkpoint: twenty CTs would not fit into memory.
-        points: Points of each case, in order.
-        digest: SHA-256 over all images and segmentations, and what is annotated.
-    """
-
-    dataset: PreprocessedDataset
-    points: tuple[CasePoints, ...]
-    digest: str
+    dataset: PreprocessedDataset  # images are read anew for each checkpoint: twenty CTs would not fit into memory
+    points: tuple[CasePoints, ...]  # of each case, in order
+    digest: str  # SHA-256 over all images and segmentations, and what is annotated
 
     @property
-    def shared(self) -> dict[int, list[str]]:
-        """For each structure in the points the cases that have it."""
-        labels = sorted({label for drawn in self.points for label in drawn.voxels if label != 0})
-        return {label: [drawn.case for drawn in self.points if label in drawn.voxels] for label in labels}
+    def voxels(self) -> dict[int, dict[str, int]]:
+        """For each structure in the points how many voxels it has in each case that has it."""
+        counts: dict[int, dict[str, int]] = {}
+        for drawn in self.points:
+            for label, n in drawn.voxels.items():
+                counts.setdefault(label, {})[drawn.case] = n
+        return {label: counts[label] for label in sorted(counts) if label != 0}
 
     def structure(self, label: int) -> str:
         """Return the name of a label value."""
@@ -79,15 +87,9 @@ def prepare_target(
     seed: int = 0,
     on_progress: Callable[[float], Any] = lambda share: None,
 ) -> Target:
-    """Read each case once and draw its points, as :func:`stunet.ranking.draw_points` does.
+    """Read each case of a dataset once and draw its points, as :func:`stunet.ranking.points.draw_points` does.
 
-    Args:
-        dataset: The target dataset.
-        cases: Names of its cases.
-        per_class: Voxels of each class in each case.
-        n_whole: Voxels of the whole volume of each case.
-        seed: For the points.
-        on_progress: Called with the share of the cases that is done.
+    ``on_progress`` is called with the share of the cases that is done.
 
     Raises:
         DatasetError: A case cannot be read, or has no voxel to draw.
@@ -104,10 +106,187 @@ def prepare_target(
         points.append(draw(case.segmentation, case=name))
         on_progress(done / len(cases))
     target = Target(dataset=dataset, points=tuple(points), digest=digest.hexdigest())
-    if all(len(holders) < 2 for holders in target.shared.values()):
-        found = "; ".join(f"{target.structure(k)} in {', '.join(names)}" for k, names in target.shared.items())
+    if all(len(holders) < 2 for holders in target.voxels.values()):
+        found = "; ".join(f"{target.structure(k)} in {', '.join(names)}" for k, names in target.voxels.items())
         raise TransferabilityError(f"no two of {len(cases)} cases share a structure ({found}): take more cases")
     return target
+
+
+# The checkpoints to choose from ---------------------------------------------------------------------------------------
+
+
+class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+    path: Name
+    name: Annotated[str, msgspec.Meta(pattern=r"\S")] | None = None
+
+
+class _Zoo(msgspec.Struct, forbid_unknown_fields=True):
+    checkpoints: list[_Entry]
+
+
+def read_zoo(path: str | os.PathLike[str]) -> dict[str, Path]:
+    """Read a zoo file, and return paths by name, in its order.
+
+    It is YAML (or JSON) with a list under ``checkpoints``; each entry has a ``path``, relative to the file, and may
+    have a ``name``::
+
+        checkpoints:
+          - name: base, TotalSegmentator
+            path: models/STUNetTrainer_pretrain__STUNetPlans_base__3d_fullres/fold_all/checkpoint_final.pth
+          - path: other/checkpoint_best.pth
+
+    Raises:
+        UsageError: Missing, not YAML, unknown keys, a name twice or blank, or paths at which there is nothing.
+    """
+    with reading(path, "a zoo file that cannot be used", UsageError, remedy="correct it"):
+        entries = decode(read_document(path), _Zoo).checkpoints
+    if not entries:
+        raise UsageError(f"the list of checkpoints in {path} is empty: give at least one")
+    defaults = name_checkpoints([Path(path).parent / Path(entry.path).expanduser() for entry in entries])
+    names = [entry.name or default for entry, default in zip(entries, defaults, strict=True)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"{path} names {', '.join(twice)} twice: give each checkpoint a name of its own")
+    return dict(zip(names, defaults.values(), strict=True))
+
+
+def find_checkpoints(checkpoints: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Find checkpoint files, model folders, and published weights by name, which must have been fetched.
+
+    Raises:
+        CheckpointError: Published weights that were not fetched.
+        UsageError: There is nothing.
+    """
+    paths = []
+    for path in map(Path, checkpoints):
+        if not path.exists() and str(path) not in (known := load_registry()):
+            meant = did_you_mean(str(path), known)
+            raise UsageError(f"nothing at {path}: {meant}`stunet weights list` names what is published")
+        paths.append(path if path.exists() else cached_weights(str(path)))
+    return paths
+
+
+def name_checkpoints(checkpoints: Iterable[str | os.PathLike[str]]) -> dict[str, Path]:
+    """Return what :func:`find_checkpoints` finds by short names that tell them apart: what differs in their paths.
+
+    Raises:
+        UsageError: A path twice.
+    """
+    paths = [path.resolve() for path in find_checkpoints(checkpoints)]
+    if twice := sorted({str(path) for path in paths if paths.count(path) > 1}):
+        raise UsageError(f"checkpoint {', '.join(twice)} is given twice: leave one out")
+    # Of each path the last parts that tell it apart, without parts that all of them have.
+    parts = [[*path.parts[1:-1], path.stem if path.is_file() else path.name] for path in paths]
+    common = set.intersection(*map(set, parts)) if len(parts) > 1 else set()
+    parts = [[part for part in own if part not in common] or own for own in parts]
+    for n in range(1, max(map(len, parts), default=0) + 1):
+        named = {"/".join(own[-n:]): path for own, path in zip(parts, paths, strict=True)}
+        if len(named) == len(paths):
+            return named
+    return {str(path): path for path in paths}  # they differ in their suffix alone
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Candidate:
+    """A checkpoint as a network that features of a target's images can be read from.
+
+    Attributes:
+        network: In evaluation mode, on the CPU. Its own heads are 0 and say nothing.
+        head: The checkpoint's finest head; None where its outputs are regions, which do not exclude each other.
+        patch_size: The smallest patch that it takes and that is no smaller than the target's. A STU-Net takes the
+            target's own; one of nnU-Net's networks has the strides that it was trained with.
+        description: For JSON: the ``path``; the ``network``, for example ``STU-Net base``; ``parameters``, heads left
+            out; ``n_axes``; ``source_channels`` and ``input_channels`` of the images, and what was done with the
+            ``stem`` where these differ; ``n_outputs``; what the ``outputs`` stand for, background first, None where
+            nothing says it, and whether they are ``exclusive``; the ``epoch``.
+    """
+
+    network: nn.Module
+    head: SourceHead | None
+    patch_size: tuple[int, ...]
+    description: dict[str, Any]
+
+
+def build_candidate(
+    path: str | os.PathLike[str],
+    *,
+    input_channels: int,
+    patch_size: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    trust: Sequence[str] = (),
+) -> Candidate:
+    """Build the network that a checkpoint belongs to, for a target's images, and load it.
+
+    A STU-Net of whatever size gets the target's strides, on which its weights do not depend. One of nnU-Net's networks
+    keeps its own: its transposed convolutions have their shape. All parameters but those of the heads are taken; the
+    stem is adapted where the target has other channels.
+
+    Args:
+        path: As for :func:`stunet.weights.convert.open_any_weights`.
+        input_channels: Channels of the target's images.
+        patch_size: Voxels of the target's patch; two axes in a 2D configuration.
+        strides: Stride of each of STU-Net's six stages for each axis, see :func:`stunet.planning.fit_strides`.
+        trust: Classes that the plans of checkpoints may name, see :func:`stunet.weights.networks.check_network`.
+
+    Raises:
+        ArchitectureError: Strides or channels that no STU-Net has.
+        CheckpointError: The file cannot be read, its weights are not finite, or have another number of axes.
+    """
+    weights = open_any_weights(path, trust)
+    architecture, n_axes = weights.architecture, weights.architecture.n_axes
+    if n_axes != len(patch_size):
+        got = f"{weights.path} holds {n_axes}D weights for {len(patch_size)}D patches"
+        raise CheckpointError(f"{got}: choose a {n_axes}D configuration of the target, or leave this checkpoint out")
+    # One output, which nobody looks at: a map of logits for a hundred classes would take more than the features.
+    with torch.device("meta"):  # initialisation would take long
+        if isinstance(weights, UNetWeights):
+            name, network = weights.architecture.name, weights.architecture.build(input_channels, 1)
+        else:
+            name, size = f"STU-Net {weights.architecture.size.name}", weights.architecture.size
+            conv_op = nn.Conv3d if n_axes == 3 else nn.Conv2d
+            network = build_stunet(size, input_channels, 1, strides, conv_op=conv_op)
+    network = network.to_empty(device="cpu").eval()
+    with torch.no_grad():
+        for key, parameter in network.state_dict(keep_vars=True).items():
+            if key.startswith(_HEADS):
+                parameter.zero_()
+            elif weights.tensors[key].shape != parameter.shape:  # the stem
+                parameter.copy_(adapt_stem(weights.tensors[key], parameter, "repeat-scaled"))
+            else:
+                parameter.copy_(weights.tensors[key])
+    stride = np.prod(network.encoder.strides, axis=0)  # type: ignore[union-attr, arg-type]
+    fitted = np.ceil(np.array(patch_size) / stride).astype(int) * stride
+    if (fitted == stride).all():  # norms need more than one voxel at the coarsest stage
+        fitted[0] *= 2
+    origin = source_outputs(weights)
+    exclusive = origin is None or origin.exclusive  # nnU-Net's own way, where nothing speaks against it
+    return Candidate(
+        network=network,
+        head=finest_head(weights.tensors) if exclusive else None,
+        patch_size=tuple(fitted.tolist()),
+        description={
+            "path": str(weights.path),
+            "network": name,
+            "parameters": sum(p.numel() for name, p in network.named_parameters() if not name.startswith(_HEADS)),
+            "n_axes": n_axes,
+            "source_channels": architecture.input_channels,
+            "input_channels": input_channels,
+            "stem": "repeat-scaled" if architecture.input_channels != input_channels else "",
+            "n_outputs": architecture.num_classes,
+            "outputs": None if origin is None else origin.names,
+            "exclusive": exclusive,
+            "epoch": weights.epoch,
+        },
+    )
+
+
+def finest_head(tensors: Mapping[str, Tensor]) -> SourceHead:
+    """Return the last of the decoder's heads, which STU-Net and nnU-Net's networks order from coarse to fine."""
+    level = max(int(key.split(".")[2]) for key in tensors if key.startswith(_HEADS))
+    weight, bias = (tensors[f"{_HEADS}{level}.{kind}"].detach().float() for kind in ("weight", "bias"))
+    return SourceHead(weight.flatten(1), bias)
+
+
+# Their scores ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
@@ -119,10 +298,11 @@ class CandidateScores:
         path: The checkpoint.
         error: Why it could not be scored; empty where it was.
         sha256: Of its content.
-        description: What kind of network it is, see :class:`stunet.ranking.Candidate`.
+        identity: Digest of all that the scores depend on: checkpoint, target and settings.
+        description: What kind of network it is, see :class:`Candidate`.
         scores: By metric, higher is better; None where the metric says nothing about this checkpoint.
         notes: Why a score is missing, by metric.
-        ccfv: What CC-FV is made of, see :meth:`stunet.ranking.CCFV.as_dict`; empty where it was not asked for.
+        ccfv: What CC-FV is made of, see :meth:`stunet.ranking.ccfv.CCFV.as_dict`; empty where it was not asked for.
         draws: CC-FV on resamples of the cases, the same ones for all checkpoints; None where a resample has no pair.
         zero_shot: Estimated Dice by structure of what the checkpoint predicts as it is.
         seconds: That scoring took; 0 where the result was there already.
@@ -132,6 +312,7 @@ class CandidateScores:
     path: str
     error: str = ""
     sha256: str = ""
+    identity: str = ""
     description: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, float | None] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
@@ -172,31 +353,22 @@ def score_candidate(
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or does not fit the target.
-        FeatureError: Features that are not finite.
-        TransferabilityError: The cases allow no score.
+        FeatureError: No features can be read.
+        TransferabilityError: Features that are not finite, or cases that allow no score.
     """
     started = time.monotonic()
     on_progress("loading", 0.0)
-    candidate = build_candidate(path, **_network_options(target.dataset), trust=trust)
+    dataset, n_cases = target.dataset, len(target.points)
+    candidate = build_candidate(path, **_network_options(dataset), trust=trust)
     head, cases, predictions = candidate.head, [], []
-    n_cases = len(target.points)
-    for index, points in enumerate(target.points):
-        case, annotated = target.dataset.load(points.case), target.dataset.annotated(points.case)
+    read = partial(extract_case, patch_size=candidate.patch_size, device=device, batch_size=batch_size, head=head)
+    for done, points in enumerate(target.points):
 
-        def report(share: float, *, index: int = index, name: str = points.case) -> None:
-            on_progress(f"case {index + 1} of {n_cases}, {name}", (index + share) / n_cases)
+        def report(share: float, done: int = done, case: str = points.case) -> None:
+            on_progress(f"case {done + 1} of {n_cases}, {case}", (done + share) / n_cases)
 
-        features = extract_case(
-            candidate.network,
-            case.image,
-            points,
-            patch_size=candidate.patch_size,
-            device=device,
-            batch_size=batch_size,
-            head=head,
-            source=str(path),
-            on_window=report,
-        )
+        case, annotated = dataset.load(points.case), dataset.annotated(points.case)
+        features = read(candidate.network, case.image, points, on_window=report)
         probabilities = features.probabilities
         if head is not None and probabilities is not None:
             # The points of the whole volume too: most of them are background, where false positives are.
@@ -204,7 +376,7 @@ def score_candidate(
             labels = np.concatenate((points.labels, case.segmentation[tuple(points.whole.T)]))
             outputs = np.concatenate((probabilities, whole)).argmax(1)
             predictions.append(PointPredictions(labels, outputs, points.voxels, annotated))
-        if not annotated >= set(target.dataset.structures) and (kept := features.labels != 0).any():
+        if not annotated >= set(dataset.structures) and (kept := features.labels != 0).any():
             # Background that is not known to be background.
             scales = tuple(scale[kept] for scale in features.scales)
             rest = None if probabilities is None else probabilities[kept]
@@ -222,8 +394,7 @@ def score_candidate(
         elif metric in ("leep", "zero-shot") and head is None:
             result.notes[metric] = "its outputs are regions, or it has no head"
         elif metric == "zero-shot":
-            names = candidate.description["outputs"]
-            result.zero_shot = zero_shot_at_points(predictions, target.dataset.structures, names)
+            result.zero_shot = zero_shot_at_points(predictions, dataset.structures, candidate.description["outputs"])
             if known := [dice for dice in result.zero_shot.values() if dice is not None]:
                 result.scores[metric] = float(np.mean(known))
             else:
@@ -235,10 +406,13 @@ def score_candidate(
 
 
 def _network_options(dataset: PreprocessedDataset) -> dict[str, Any]:
-    """What the target's plans say about the networks that shall read its images."""
+    """Return what a network must be like to read the dataset's images."""
     configuration = dataset.configuration
     strides = fit_strides(configuration["architecture"]["arch_kwargs"]["strides"])
     return {"input_channels": dataset.input_channels, "patch_size": configuration["patch_size"], "strides": strides}
+
+
+# The table ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +436,11 @@ class Ranking:
     about: Mapping[str, str]
     settings: Mapping[str, Any]
     date: str
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of what computes."""
+        return {name: version(name) for name in ("stunet", "nnunetv2", "torch", "numpy", "scipy")}
 
     @property
     def metric(self) -> str:
@@ -339,9 +518,9 @@ class Ranking:
         points, said = self.target.points, list[str]()
         if (n := len(points)) < _FEW_CASES:
             said = [f"Only {n} cases: scores and intervals of fewer than {_FEW_CASES} say little. Take more cases."]
-        for label, cases in self.target.shared.items():
-            if few := [drawn.voxels[label] for drawn in points if label in drawn.fewer]:
-                short = f"{len(few)} of {len(cases)} cases have fewer than {points[0].per_class} voxels of it"
+        for label, counts in self.target.voxels.items():
+            if few := [count for count in counts.values() if count < points[0].per_class]:
+                short = f"{len(few)} of {len(counts)} cases have fewer than {points[0].per_class} voxels of it"
                 said.append(f"{self.target.structure(label)}: {short}, the fewest {min(few)}")
         return said
 
@@ -357,6 +536,38 @@ class Ranking:
                 command += ["--from", row.path, *(["-p", plans] if plans != "nnUNetPlans" else [])]
                 commands.append(shlex.join(command))
         return commands
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the content of ``ranking.json``."""
+        target, consensus, candidates = self.target, self.consensus, []
+        kept = ("name", "path", "sha256", "scores", "mean_rank", "interval", "first_is_ahead", "network", "ccfv")
+        for row, mean_rank in zip(self.rows, self.mean_ranks or [None] * len(self.rows), strict=True):
+            ahead = None if row is self.rows[0] else self.ahead(self.rows[0], row)
+            more = {"mean_rank": mean_rank, "interval": row.interval, "first_is_ahead": ahead}
+            content = {**vars(row), **more, "network": row.description}
+            candidates.append({key: content[key] for key in (*kept, "zero_shot", "notes", "seconds")})
+        return {
+            "format": RANKING_FORMAT,
+            "date": self.date,
+            "versions": self.versions,
+            "target": {
+                **self.about,
+                "cases": [points.as_dict() for points in target.points],
+                "structures": {str(label): name for label, name in target.dataset.structures.items()},
+                "digest": target.digest,
+            },
+            "settings": self.settings,
+            "metric": self.metric,
+            "verdict": self.verdict,
+            "warnings": self.warnings,
+            "preferred": {metric: row.name for metric, row in self.preferred.items()},
+            "consensus": None if consensus is None else consensus.name,
+            "tied_with_the_first": [row.name for row in self.tied],
+            "candidates": candidates,
+            "failures": [{"name": row.name, "path": row.path, "error": row.error} for row in self.failures],
+            "command": (self.commands or [""])[0],
+            "commands": self.commands,
+        }
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the table as CSV: rank, name, a column for each metric, mean rank, interval of CC-FV, checkpoint."""
@@ -411,7 +622,7 @@ def rank(
 
     Args:
         checkpoints: Checkpoints, model folders or names of published weights that were fetched; or these by the names
-            that the table shall have; or a zoo file, see :func:`stunet.ranking.read_zoo`.
+            that the table shall have; or a zoo file, see :func:`read_zoo`.
         dataset: The target: id or name of a preprocessed dataset, or one that is open.
         configuration: Configuration of the target's plans.
         plans: Identifier of the plans that the target is preprocessed with.
@@ -440,8 +651,11 @@ def rank(
     if not metrics or len({*metrics} & {*METRICS}) < len(metrics):
         raise UsageError(f"metrics {', '.join(metrics) or 'none'}: give some of {', '.join(METRICS)}, each once")
     if isinstance(checkpoints, str | os.PathLike):
-        checkpoints = read_zoo(checkpoints)
-    named = checkpoints if isinstance(checkpoints, Mapping) else name_checkpoints(checkpoints)
+        named = read_zoo(checkpoints)
+    elif isinstance(checkpoints, Mapping):
+        named = dict(zip(checkpoints, find_checkpoints(checkpoints.values()), strict=True))
+    else:
+        named = name_checkpoints(checkpoints)
     if not isinstance(dataset, PreprocessedDataset):
         dataset = open_preprocessed(str(dataset), plans, configuration)
     else:
@@ -459,17 +673,18 @@ def rank(
     results = []
     for done, (name, path) in enumerate(named.items()):
 
-        def report(doing: str, share: float, *, name: str = name, done: int = done) -> None:
+        def report(doing: str, share: float, name: str = name, done: int = done) -> None:
             on_progress(f"{doing}: {name}", (read + done + 0.95 * share) / total)
 
         try:
             checkpoint = locate_checkpoint(path)
             sha256 = file_sha256(checkpoint)
-            digest = hashlib.sha256(json.dumps([sha256, *what]).encode()).hexdigest()
-            file = None if keep_in is None else Path(keep_in) / f"{digest[:32]}.json"
-            result = _kept(file)
+            identity = hashlib.sha256(json.dumps([sha256, *what]).encode()).hexdigest()
+            file = None if keep_in is None else Path(keep_in) / f"{identity[:32]}.json"
+            result = _kept(file, identity)
             if result is None:
                 result = score(name, path, on_progress=report)
+                result.identity = identity
                 if file is not None:
                     file.parent.mkdir(parents=True, exist_ok=True)
                     write_json(asdict(result), file)
@@ -480,7 +695,6 @@ def rank(
         results.append(result)
         on_progress(name, (read + done + 1) / total)
         on_candidate(result)
-
     settings = {"fold": fold, "cases": len(cases), "points of each structure": per_class}
     settings |= {"points of the whole volume": n_whole, "normalize": normalise, "debias": debias}
     settings |= {"resamples": n_resamples, "seed": seed, "device": str(device)}
@@ -497,9 +711,10 @@ def rank(
     )
 
 
-def _kept(file: Path | None) -> CandidateScores | None:
-    """Read a result that was kept; None where there is none, or somebody has damaged it."""
+def _kept(file: Path | None, identity: str) -> CandidateScores | None:
+    """Read a result that was kept; None where there is none, somebody has damaged it, or it is of something else."""
     with suppress(OSError, ValueError):
         if file is not None:
-            return replace(msgspec.json.decode(file.read_bytes(), type=CandidateScores), seconds=0.0)
+            kept = msgspec.json.decode(file.read_bytes(), type=CandidateScores)
+            return replace(kept, seconds=0.0) if kept.identity == identity else None
     return None

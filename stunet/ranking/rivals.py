@@ -32,21 +32,6 @@ def _check_pooled(features: NDArray[np.floating], labels: NDArray[np.integer]) -
     return rows, classes.reshape(-1).astype(np.int64)
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """The evidence of one target of LogME, at its own maximum.
-
-    Attributes:
-        alpha: Precision of the weights.
-        beta: Precision of the targets.
-        log_evidence: Log density of all targets, ``log N(y; 0, F F^T / alpha + I / beta)``.
-    """
-
-    alpha: float
-    beta: float
-    log_evidence: float
-
-
 def logme(features: NDArray[np.floating], labels: NDArray[np.integer]) -> float:
     """LogME: how well a Bayesian linear model of the features explains the labels (arXiv 2102.11005).
 
@@ -63,20 +48,13 @@ def logme(features: NDArray[np.floating], labels: NDArray[np.integer]) -> float:
         labels: ``(n,)``, at least two classes.
     """
     rows, classes = _check_pooled(features, labels)
-    variances, axes = _decompose(rows)
+    variances, axes = decompose(rows)
     targets = np.eye(int(classes.max()) + 1)[classes].T
-    totals = [_evidence(axes.T @ y, variances, y, rows.shape[1]).log_evidence for y in targets]
+    totals = [evidence(axes.T @ y, variances, y, rows.shape[1])[2] for y in targets]
     return float(np.mean(totals) / len(rows))
 
 
-def evidence(features: NDArray[np.floating], target: NDArray[np.floating]) -> Evidence:
-    """Find the evidence of one target ``(n,)`` of real numbers for features ``(n, C)``."""
-    rows, y = np.asarray(features, dtype=np.float64), np.asarray(target, dtype=np.float64)
-    variances, axes = _decompose(rows)
-    return _evidence(axes.T @ y, variances, y, rows.shape[1])
-
-
-def _decompose(rows: Array) -> tuple[Array, Array]:
+def decompose(rows: Array) -> tuple[Array, Array]:
     """Return eigenvalues of ``F F^T`` above rounding, and its eigenvectors ``(n, k)``, by the smaller Gram matrix."""
     n, channels = rows.shape
     gram = rows @ rows.T if n < channels else rows.T @ rows
@@ -86,8 +64,19 @@ def _decompose(rows: Array) -> tuple[Array, Array]:
     return values, vectors if n < channels else rows @ vectors / np.sqrt(values)
 
 
-def _evidence(projected: Array, variances: Array, target: Array, channels: int) -> Evidence:
-    """Find alpha and beta by fixed point (the paper's algorithm 1), along each axis, then the log evidence."""
+def evidence(projected: Array, variances: Array, target: Array, channels: int) -> tuple[float, float, float]:
+    """Find the evidence of one target ``(n,)`` at its maximum, by fixed point (the paper's algorithm 1).
+
+    Args:
+        projected: ``(k,)``, the target along the axes of the features' variance.
+        variances: ``(k,)``, eigenvalues of ``F F^T``.
+        target: ``(n,)``.
+        channels: Width of the features.
+
+    Returns:
+        ``alpha``, precision of the weights; ``beta``, precision of the targets; and the log density of all targets,
+        ``log N(y; 0, F F^T / alpha + I / beta)``.
+    """
     n, rank = len(target), len(variances)
     parts = np.square(projected)
     outside = max(float(np.vdot(target, target) - parts.sum()), 0.0)  # what no weights can explain
@@ -112,7 +101,7 @@ def _evidence(projected: Array, variances: Array, target: Array, channels: int) 
     # D/2 ln alpha of the prior and -(D - k)/2 ln alpha of the determinant's zero eigenvalues leave k/2 ln alpha.
     log_determinant = float(np.log(alpha + beta * variances).sum()) + (channels - rank) * math.log(alpha)
     logs = n * math.log(beta) + channels * math.log(alpha) - n * math.log(2 * math.pi)
-    return Evidence(alpha, beta, 0.5 * (logs - beta * residual - alpha * length - log_determinant))
+    return alpha, beta, 0.5 * (logs - beta * residual - alpha * length - log_determinant)
 
 
 def transrate(features: NDArray[np.floating], labels: NDArray[np.integer], *, eps: float = 1e-4) -> float:
@@ -155,10 +144,8 @@ def leep(probabilities: NDArray[np.floating], labels: NDArray[np.integer]) -> fl
         labels: ``(n,)``, at least two classes.
     """
     theta, classes = _check_pooled(probabilities, labels)
-    sums = theta.sum(1)
-    if theta.min() < 0 or np.abs(sums - 1).max() > 0.01:  # half precision rounds each output to 3 digits
-        got = f"values from {theta.min():g} and sums from {sums.min():g} to {sums.max():g}"
-        raise TransferabilityError(f"rows with {got} are no probabilities: apply softmax to the logits")
+    if theta.min() < 0 or np.abs(theta.sum(1) - 1).max() > 0.01:  # half precision rounds each output to 3 digits
+        raise TransferabilityError("rows with values below 0 or other sums than 1: apply softmax to the logits")
     theta = theta / theta.sum(1, keepdims=True)
     joint = np.eye(int(classes.max()) + 1)[classes].T @ theta
     marginal = joint.sum(0)
@@ -270,19 +257,12 @@ RIVALS: Mapping[str, Callable[[Sequence[CaseFeatures]], float]] = {
 
 @dataclass(frozen=True, eq=False)
 class PointPredictions:
-    """What a checkpoint's own head says at points of one case.
+    """What a checkpoint's own head says at points of one case."""
 
-    Attributes:
-        labels: ``(n,)``, the true class of each point.
-        outputs: ``(n,)``, the output with the highest probability.
-        voxels: For each class in the case how many voxels it has.
-        annotated: Label values of the structures that the case annotates; nothing is said about the others.
-    """
-
-    labels: NDArray[np.integer]
-    outputs: NDArray[np.integer]
-    voxels: Mapping[int, int]
-    annotated: frozenset[int]
+    labels: NDArray[np.integer]  # (n,), the true class of each point
+    outputs: NDArray[np.integer]  # (n,), the output with the highest probability
+    voxels: Mapping[int, int]  # for each class in the case how many voxels it has
+    annotated: frozenset[int]  # label values of the structures that the case annotates
 
 
 def zero_shot_at_points(

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from stunet.labels import Labels
-from stunet.reports.pages import inline_png, inline_svg, write_page
+from stunet.reports.figures import inline_png, inline_svg, write_page
 
 #: Differences of mean Dice below this are called none.
 _CLEAR = 0.05
