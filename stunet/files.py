@@ -17,7 +17,8 @@ from filelock import FileLock, Timeout
 
 from stunet.errors import CommandError, DatasetError, UsageError
 
-_MAX_JSON_BYTES = 8 * 2**20
+#: The dataset.json of a union lists the files of each case, for some 10,000 of them.
+_MAX_JSON_BYTES = 256 * 2**20
 _GZIP_TRAILER_BYTES = 8  # checksum and length of the content
 _FICLONE = 0x40049409  # <linux/fs.h>
 
@@ -52,18 +53,6 @@ def move_into_place(temporary: AnyPath, path: AnyPath) -> None:
     """Rename a finished file on the same file system; its content is on disk before, and its name after."""
     sync_files([temporary])
     place_files([(temporary, path)])
-
-
-def start_sync(path: AnyPath) -> None:
-    """Make the system begin to write a file to the disk, where it can be told to, so that syncing it takes less."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        # Linux writes what it shall forget. What it cannot forget yet, because it is not written, it keeps.
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
 
 
 def sync_files(paths: Iterable[AnyPath]) -> None:

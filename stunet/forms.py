@@ -16,7 +16,7 @@ import yaml
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 Names = Annotated[list[Name], msgspec.Meta(min_length=1)]
 
-_MAX_YAML_BYTES = 2**20
+_MAX_YAML_LENGTH = 2**20  # which takes PyYAML a minute
 
 
 class FormError(ValueError):
@@ -53,20 +53,23 @@ def _refuse_constant(name: str) -> None:
 
 
 def read_document(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file (by its ending) or a YAML file as plain values. Nothing in it is run.
+    """Read a JSON or YAML file as plain values; what is JSON counts as that, whatever its name. Nothing in it is run.
 
     Raises:
         FormError: Missing, no text, of another format, too large, an alias, or a key twice in one mapping.
     """
     path = Path(path)
     try:
-        if path.suffix == ".json":
-            text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        try:
             return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-        if path.stat().st_size > _MAX_YAML_BYTES:
-            raise ValueError(f"{path.stat().st_size} bytes, more than {_MAX_YAML_BYTES}")
+        except json.JSONDecodeError:
+            if path.suffix == ".json":
+                raise
+        if len(text) > _MAX_YAML_LENGTH:
+            raise ValueError(f"{len(text)} characters that are no JSON; of YAML at most {_MAX_YAML_LENGTH} are read")
         # A SafeLoader: it makes plain values only.
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506
+        return yaml.load(text, Loader=_UniqueKeys)  # noqa: S506
     except (OSError, yaml.YAMLError, ArithmeticError, LookupError, AttributeError, ValueError, TypeError) as error:
         raise FormError(" ".join(str(error).split())) from error
     except RecursionError as error:

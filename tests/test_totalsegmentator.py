@@ -375,3 +375,29 @@ def test_tasks_of_ones_own(tmp_path: Path, source: Path) -> None:
         task.write_text(json.dumps(content))
         with pytest.raises(LabelError, match=expected):
             choose_structures(found, task=str(task))
+
+
+def test_links_take_the_place_of_earlier_ones_at_once(
+    source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(source, folder, link_images=True)
+    (folder / "labelsTr" / "a0.nii.gz").unlink()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.link", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(source, folder, link_images=True)
+    assert (folder / "imagesTr" / "a0_0000.nii.gz").samefile(source / "a0" / "ct.nii.gz")
+    run(source, folder, link_images=True)
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_an_import_that_ends_while_another_begins(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal is there when it is asked for, and gone when it is read."""
+    run(source, folder)
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: path.name == ".import.jsonl" or exists(path))
+    assert run(source, folder).reused == 3

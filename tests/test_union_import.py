@@ -226,3 +226,17 @@ def test_other_file_endings(raw: Path, ending: str) -> None:
     assert run(raw).reused == 2
     (raw / NAMES[0] / "labelsTr" / f"c{ending}").write_bytes(b"broken")
     assert list(run(raw).failed) == ["D007_c"]
+
+
+def test_file_endings_in_upper_case(raw: Path) -> None:
+    run(raw)
+    for folder in (raw / NAMES[0], raw / NAMES[1]):
+        for path in folder.rglob("*.nii.gz"):
+            path.rename(path.with_name(path.name.replace(".nii.gz", ".NII.GZ")))
+        description = {**dataset_json(folder), "file_ending": ".NII.GZ"}
+        (folder / "dataset.json").write_text(json.dumps(description))
+    run(raw, "Dataset701_U")
+    plain, upper = raw / "Dataset700_U" / "labelsTr", raw / "Dataset701_U" / "labelsTr"
+    written = {path.name.replace(".NII.GZ", ".nii.gz"): path.read_bytes() for path in upper.iterdir()}
+    assert written == contents(plain)
+    assert dataset_json(upper.parent)["file_ending"] == ".NII.GZ"

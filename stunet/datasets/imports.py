@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -267,12 +267,13 @@ def _read_state(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Re
     """Records and begun cases of the import that a folder holds, unfinished (journal) or finished (report)."""
     known: dict[str, Any] = {}
     records: dict[str, Record] = {}
-    if (folder / _JOURNAL).exists():
+    try:  # without asking first: another import may end in between
         known, *lines = map(_parse, (folder / _JOURNAL).read_text(encoding="utf-8").splitlines())
         records = {line["case"]: line["record"] for line in lines if line}
-    elif (folder / REPORT_NAME).exists():
-        known = _parse((folder / REPORT_NAME).read_text(encoding="utf-8"))
-        records = known.get("cases", {})
+    except FileNotFoundError:
+        with suppress(FileNotFoundError):
+            known = _parse((folder / REPORT_NAME).read_text(encoding="utf-8"))
+            records = known.get("cases", {})
     others = [key for key in settings if known.get(key) != settings[key]]
     present = folder.iterdir() if folder.is_dir() else ()
     if others and (known or any(not path.name.lstrip(".").startswith("import.") for path in present)):

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from stunet.datasets.imports import ENDING, ImportCase, ImportReport, Record, case_files, check_annotated, importing
 from stunet.errors import DatasetError, LabelError, UsageError
-from stunet.files import atomic_path, clone_or_copy, fingerprint
+from stunet.files import atomic_path, clone_or_copy, fingerprint, temporary_path
 from stunet.forms import FormError, Names, decode, read_document
 from stunet.labels import group_cases, list_vocabularies, load_vocabulary
 from stunet.labels.labels import BACKGROUND, IGNORE, check_names
@@ -235,9 +235,10 @@ def _inside(mask: Volume) -> npt.NDArray[np.bool_]:
     # Slope and intercept have 32 bits: 255 times 1/255 is not quite 1.
     values = mask.values if mask.scaling is None else mask.values.round(4)
     inside: npt.NDArray[np.bool_] = values != 0
-    found = np.unique(values[inside])
+    marked = values[inside]
     remedy = "write 0 outside and 1 (or 255) inside, of probabilities what is above 0.5"
-    if found.tolist() not in ([], [1], [255]):
+    if marked.size and not (marked[0] in (1, 255) and (marked == marked[0]).all()):
+        found = np.unique(marked)
         shown = ", ".join(f"{v:g}" for v in found[:5]) + ", …" * (len(found) > 5)
         raise DatasetError(f"{mask.path}: values {shown}, not 0 and 1, or 0 and 255: {remedy}")
     if inside.all() and mask.scaling is not None:
@@ -274,11 +275,13 @@ class MaskCase(ImportCase):
         merged = merge_masks([(value, self.case.mask(s)) for value, s in names.items()], ct, len(self.structures))
         image, label = self.outputs
         if self.link:
-            image.unlink(missing_ok=True)
+            temporary = temporary_path(image)
             try:
-                os.link(self.case.ct.resolve(), image)
+                os.link(self.case.ct.resolve(), temporary)
             except OSError:  # another file system, or one without hard links
-                image.symlink_to(self.case.ct.resolve())
+                temporary.symlink_to(self.case.ct.resolve())
+            os.replace(temporary, image)
+            temporary.unlink(missing_ok=True)  # a rename of one link of a file over another does nothing
         else:
             with atomic_path(image) as temporary:
                 clone_or_copy(self.case.ct, temporary)

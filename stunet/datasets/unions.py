@@ -35,7 +35,15 @@ from stunet.labels import (
     read_manifest,
 )
 from stunet.labels.labels import check_names
-from stunet.volumes import LABEL_ENDINGS, NIFTI_ENDINGS, check_shape, read_labels, read_volume, write_labels
+from stunet.volumes import (
+    LABEL_ENDINGS,
+    NIFTI_ENDINGS,
+    check_shape,
+    read_labels,
+    read_volume,
+    value_counts,
+    write_labels,
+)
 
 _FORMAT = 1
 _SPACING_TOLERANCE = 1e-5  # of the spacing, as nnU-Net's integrity check has it
@@ -158,7 +166,7 @@ def check_sources(sources: Sequence[UnionSource]) -> None:
                 raise DatasetError(f"different {what}, {names[0]}: {values[0]}; {name}: {value}: {why}")
 
     described = [source.dataset.dataset_json for source in sources]
-    ending = str(described[0]["file_ending"])
+    ending = str(described[0]["file_ending"]).casefold()
     one_reader = "nnU-Net reads all files of a dataset with one reader; convert one of them"
     check_same("file endings", [str(content["file_ending"]) for content in described], one_reader)
     if ending not in LABEL_ENDINGS:
@@ -244,7 +252,7 @@ class LabelCase(ImportCase):
                 both = f"{mine.tolist()}, than its image {path}, {others.tolist()}"
                 raise DatasetError(f"{self.label} has another spacing, {both}: resample it, or leave the case out")
         lookup = dict(self.lookup)
-        if unknown := sorted(set(np.unique(labels.voxels).tolist()) - set(lookup)):
+        if unknown := [v for v, n in enumerate(value_counts(labels.voxels)) if n and v not in lookup]:
             shown = ", ".join(map(str, unknown[:5])) + " …" * (len(unknown) > 5)
             raise DatasetError(f"{self.label} has values that its dataset.json does not list: {shown}; correct either")
         table = np.zeros(2**16, np.uint8 if self.highest <= 255 else np.uint16)
