@@ -18,7 +18,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from plans import DATASET_JSON
 from stunet.errors import LossError, SettingsError
-from stunet.labels import write_manifest
+from stunet.labels.annotations import write_manifest
 from stunet.loss import PartialDiceCELoss, WholeBatch, label_members
 
 LABELS = {"background": 0, "liver": 1, "left": 2, "right": 3, "kidney": 4, "ignore": 5}

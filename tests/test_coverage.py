@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from masks import SHAPE, save
 
-from stunet.labels import Coverage, bind_manifest, measure_coverage
+from stunet.labels.annotations import Coverage, bind_manifest, measure_coverage
 
 LABELS = {"background": 0, "a": 1, "b": 2, "c": 3, "whole": 4, "ignore": 5}
 

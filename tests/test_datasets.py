@@ -9,15 +9,8 @@ import pytest
 import SimpleITK as sitk
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 
-from stunet.datasets import (
-    PHANTOM_LABELS,
-    hold_out,
-    make_phantom,
-    read_image,
-    read_raw_dataset,
-    write_phantom_dataset,
-    write_phantom_masks,
-)
+from stunet.datasets.phantoms import PHANTOM_LABELS, make_phantom, write_phantom_dataset, write_phantom_masks
+from stunet.datasets.raw import hold_out, read_image, read_raw_dataset
 from stunet.errors import DatasetError
 
 

@@ -19,7 +19,7 @@ from stunet.errors import DatasetError
 from stunet.evaluation import EvaluationCase, collect_results, score_case
 from stunet.evaluation.evaluate import orientation_warnings
 from stunet.evaluation.scores import CaseOrientation, Sides, surface_scores
-from stunet.labels import Comparison, relate_labels, structure_values
+from stunet.labels.comparisons import Comparison, relate_labels, structure_values
 from stunet.reports import read_dice
 from stunet.volumes import read_labels
 

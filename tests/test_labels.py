@@ -11,7 +11,7 @@ import pytest
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from stunet.errors import LabelError
-from stunet.labels import Labels, list_vocabularies, load_vocabulary, read_label_file, vocabulary_for
+from stunet.labels.labels import Labels, list_vocabularies, load_vocabulary, read_label_file, vocabulary_for
 
 
 def test_published_orders() -> None:

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from stunet.errors import LabelError
-from stunet.labels import bind_manifest, group_cases, manifest_schema, read_manifest, write_manifest
+from stunet.labels.annotations import bind_manifest, group_cases, manifest_schema, read_manifest, write_manifest
 
 LABELS = {"background": 0, "kidney_left": 1, "kidney_right": 2, "liver": 3, "kidney": 4, "ignore": 5}
 FULL = {

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from plans import DATASET_JSON
 from stunet.errors import LabelError
-from stunet.labels import AnnotationManifest, bind_manifest, write_manifest
+from stunet.labels.annotations import AnnotationManifest, bind_manifest, write_manifest
 from stunet.loss import PartialDiceCELoss, partial_dice_ce_loss
 from stunet.training.partial_labels import PartialLabels, count_voxels, mask_summary
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from stunet.errors import CommandError, LabelError, STUNetError
-from stunet.labels import load_vocabulary
+from stunet.labels.labels import load_vocabulary
 from stunet.processes import in_order, run_jobs, worthwhile_processes
 
 

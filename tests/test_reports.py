@@ -16,11 +16,11 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from scipy.spatial.transform import Rotation
 
-from stunet.datasets import plane_names, read_image, read_plane_names
+from stunet.datasets.raw import plane_names, read_image, read_plane_names
 from stunet.evaluation import CaseScores, EvaluationCase, collect_results
 from stunet.evaluation.scores import CaseOrientation, volume_scores
 from stunet.inference.outputs import draw_preview
-from stunet.labels import Comparison
+from stunet.labels.comparisons import Comparison
 from stunet.reports import draw_scores, read_dice, side_by_side
 
 

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from masks import AFFINE, SHAPE, STRUCTURES, naive_label_map, random_masks, save, write_case, write_meta, write_source
 
-from stunet.datasets import ImportReport, choose_structures, dataset_folder, import_cases, read_totalsegmentator
+from stunet.datasets.imports import ImportReport, dataset_folder
+from stunet.datasets.totalsegmentator import choose_structures, import_cases, read_totalsegmentator
 from stunet.errors import CommandError, DatasetError, LabelError, UsageError
-from stunet.labels import load_vocabulary, read_manifest
+from stunet.labels.annotations import read_manifest
+from stunet.labels.labels import load_vocabulary
 
 
 def run(source: Path, folder: Path, structures: list[str] | None = None, **options: Any) -> ImportReport:

@@ -20,7 +20,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 import stunet
 from plans import DATASET_JSON, make_plans
 from stunet.errors import CheckpointError, PlansError, SettingsError
-from stunet.labels import write_manifest
+from stunet.labels.annotations import write_manifest
 from stunet.network import STUNet, STUNetSize
 from stunet.planning import plans_size, rewrite_plans
 from stunet.weights.read import read_checkpoint

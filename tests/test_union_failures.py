@@ -16,9 +16,9 @@ from killing import run_and_kill
 from raw_datasets import AFFINE, SHAPE, write_raw
 from union_cases import B_LABELS, NAMES, annotated, contents, dataset_json, run, write_sources
 
-from stunet.datasets import check_sources, read_union_source
+from stunet.datasets.unions import check_sources, read_union_source
 from stunet.errors import DatasetError, LabelError
-from stunet.labels import UnionMapping
+from stunet.labels.unions import UnionMapping
 
 
 @pytest.fixture

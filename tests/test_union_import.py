@@ -13,9 +13,9 @@ import SimpleITK as sitk
 from raw_datasets import voxels, write_raw
 from union_cases import A_LABELS, B_LABELS, NAMES, annotated, contents, dataset_json, run, write_sources
 
-from stunet.datasets import import_union, merge_sources, read_union_source, sources_of_cases
+from stunet.datasets.unions import import_union, merge_sources, read_union_source, sources_of_cases
 from stunet.errors import DatasetError, UsageError
-from stunet.labels import UnionMapping
+from stunet.labels.unions import UnionMapping
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from stunet.errors import DatasetError, UsageError
 from stunet.files import atomic_path, refuse_existing, write_json
 
 if TYPE_CHECKING:
-    from stunet.datasets import RawDataset
+    from stunet.datasets.raw import RawDataset
     from stunet.evaluation import EvaluationResults
     from stunet.evaluation.evaluate import ModelDescription
-    from stunet.labels import LabelRelation
+    from stunet.labels.comparisons import LabelRelation
 
 
 def evaluate(
@@ -128,7 +128,7 @@ def evaluate(
 
 
 def _suggest(model: ModelDescription, target: RawDataset, output: Path | None) -> None:
-    from stunet.labels import structure_values, suggest_label_map
+    from stunet.labels.comparisons import structure_values, suggest_label_map
 
     names = (list(structure_values(of.dataset_json["labels"])) for of in (model, target))
     text = suggest_label_map(*names)

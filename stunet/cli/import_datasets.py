@@ -19,8 +19,9 @@ from stunet.environment import find_dataset, nnunet_folder
 from stunet.errors import UsageError
 
 if TYPE_CHECKING:
-    from stunet.datasets import ImportReport, UnionReport, UnionSource
-    from stunet.labels import LabelUnion
+    from stunet.datasets.imports import ImportReport
+    from stunet.datasets.unions import UnionReport, UnionSource
+    from stunet.labels.unions import LabelUnion
 
 app = typer.Typer(cls=Group, help="Turn other layouts into nnU-Net raw datasets.", no_args_is_help=True)
 
@@ -67,7 +68,7 @@ def totalsegmentator(
         allow_unannotated: Keep structures that no training case annotates.
         num_processes: Cases at a time; by default up to 8, as cores and images are worth it.
     """
-    from stunet.datasets import KNOWN_BAD_CASES, choose_structures, import_cases, read_totalsegmentator
+    from stunet.datasets.totalsegmentator import KNOWN_BAD_CASES, choose_structures, import_cases, read_totalsegmentator
 
     folder = _new_dataset(dataset_id, name)
     found = read_totalsegmentator(source)
@@ -161,8 +162,8 @@ def union(
         allow_unannotated: Keep structures that no case annotates.
         num_processes: Cases at a time.
     """
-    from stunet.datasets import check_sources, import_union, merge_sources, read_union_source
-    from stunet.labels import dump_mapping, read_mapping
+    from stunet.datasets.unions import check_sources, import_union, merge_sources, read_union_source
+    from stunet.labels.unions import dump_mapping, read_mapping
 
     overrides = read_mapping(mapping) if mapping is not None else None
     folder = _new_dataset(dataset_id, name)
@@ -238,7 +239,7 @@ def _print_labels(merged: LabelUnion, *, error: bool) -> None:
 def _print_weights(
     sources: Sequence[UnionSource], cases: Mapping[str, Sequence[str]], given: Mapping[str, float], *, error: bool
 ) -> None:
-    from stunet.datasets import sampling_weights
+    from stunet.datasets.unions import sampling_weights
 
     totals = {s.name: sum(sampling_weights(s, cases[s.name], given).values()) for s in sources}
     numbers = ("cases", "weight of a case", "share of training")
@@ -251,7 +252,7 @@ def _print_weights(
 
 def _new_dataset(dataset_id: int, name: str) -> Path:
     """Return the folder of a dataset to be made, or to be continued."""
-    from stunet.datasets import dataset_folder
+    from stunet.datasets.imports import dataset_folder
 
     others = [Path(v) for v in map(os.environ.get, (_PREPROCESSED, "nnUNet_results")) if v]
     return dataset_folder(dataset_id, name, raw=nnunet_folder("nnUNet_raw"), others=others)

@@ -15,7 +15,7 @@ from stunet.cli.preflight import preflight
 from stunet.environment import find_dataset, nnunet_folder
 
 if TYPE_CHECKING:
-    from stunet.labels import Coverage
+    from stunet.labels.annotations import Coverage
 
 app = typer.Typer(cls=Group, help="Check and carry annotated_labels.json.", no_args_is_help=True)
 
@@ -34,8 +34,9 @@ def check(dataset: Dataset, as_json: Json = False, num_processes: Processes = 8)
         as_json: Print JSON, with what each case has.
         num_processes: Cases at a time.
     """
-    from stunet.datasets import case_names, read_raw_dataset, sources_of_cases
-    from stunet.labels import MANIFEST_NAME, measure_coverage, read_manifest
+    from stunet.datasets.raw import case_names, read_raw_dataset
+    from stunet.datasets.unions import sources_of_cases
+    from stunet.labels.annotations import MANIFEST_NAME, measure_coverage, read_manifest
 
     raw = read_raw_dataset(nnunet_folder("nnUNet_raw") / preflight(dataset, seconds=-1))  # all are read below
     labels = raw.dataset_json["labels"]
@@ -107,7 +108,7 @@ def carry(dataset: Dataset) -> None:
     Training reads them there. Importing and training do this by themselves while nothing differs; where the raw files
     have changed since, check that the preprocessed data is of after the change.
     """
-    from stunet.datasets import sync_to_preprocessed
+    from stunet.datasets.raw import sync_to_preprocessed
 
     name = find_dataset(dataset)
     folder = nnunet_folder("nnUNet_preprocessed") / name

@@ -19,7 +19,7 @@ from nibabel.orientations import io_orientation
 
 from stunet.errors import DatasetError
 from stunet.files import atomic_path, write_json
-from stunet.labels import MANIFEST_NAME, AnnotationManifest, read_manifest
+from stunet.labels.annotations import MANIFEST_NAME, AnnotationManifest, read_manifest
 
 SPLITS_NAME = "splits_final.json"
 """Name of nnU-Net's file with the folds, which it reads from the preprocessed folder alone."""

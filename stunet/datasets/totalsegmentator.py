@@ -18,8 +18,8 @@ from stunet.datasets.imports import ENDING, ImportCase, ImportReport, Record, ca
 from stunet.errors import DatasetError, LabelError, UsageError
 from stunet.files import atomic_path, clone_or_copy, fingerprint, temporary_path
 from stunet.forms import FormError, Names, decode, read_document
-from stunet.labels import group_cases, list_vocabularies, load_vocabulary
-from stunet.labels.labels import BACKGROUND, IGNORE, check_names
+from stunet.labels.annotations import group_cases
+from stunet.labels.labels import BACKGROUND, IGNORE, check_names, list_vocabularies, load_vocabulary
 from stunet.processes import worthwhile_processes
 from stunet.volumes import Volume, check_finite, check_same_grid, read_volume, write_labels
 

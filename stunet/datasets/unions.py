@@ -23,18 +23,9 @@ from stunet.datasets.imports import (
 from stunet.datasets.raw import SPLITS_NAME, RawDataset, case_names, read_raw_dataset
 from stunet.errors import DatasetError, LabelError, UsageError
 from stunet.files import fingerprint
-from stunet.labels import (
-    MANIFEST_NAME,
-    AnnotationManifest,
-    Labels,
-    LabelUnion,
-    UnionMapping,
-    bind_manifest,
-    group_cases,
-    merge_labels,
-    read_manifest,
-)
-from stunet.labels.labels import check_names
+from stunet.labels.annotations import MANIFEST_NAME, AnnotationManifest, bind_manifest, group_cases, read_manifest
+from stunet.labels.labels import Labels, check_names
+from stunet.labels.unions import LabelUnion, UnionMapping, merge_labels
 from stunet.volumes import (
     LABEL_ENDINGS,
     NIFTI_ENDINGS,

@@ -12,19 +12,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stunet.datasets import RawDataset, read_raw_dataset, read_test_dataset, read_validation_dataset
+from stunet.datasets.raw import RawDataset, read_raw_dataset, read_test_dataset, read_validation_dataset
 from stunet.environment import find_dataset, nnunet_folder
 from stunet.errors import DatasetError, STUNetError, UsageError, reading
 from stunet.evaluation.scores import CaseOrientation, CaseScores, EvaluationCase, score_case
 from stunet.files import atomic_path, read_json
-from stunet.labels import (
-    MANIFEST_NAME,
+from stunet.labels.annotations import MANIFEST_NAME, read_manifest
+from stunet.labels.comparisons import (
     Comparison,
     LabelRelation,
     load_label_system,
     observed_values,
     read_label_map,
-    read_manifest,
     relate_labels,
     structure_values,
 )

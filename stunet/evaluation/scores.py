@@ -28,7 +28,8 @@ from scipy.ndimage import find_objects
 from surface_distance import compute_robust_hausdorff, compute_surface_dice_at_tolerance, compute_surface_distances
 
 from stunet.errors import DatasetError
-from stunet.labels import Comparison, canonical_name
+from stunet.labels.aliases import canonical_name
+from stunet.labels.comparisons import Comparison
 from stunet.volumes import GRID_TOLERANCE, LABEL_ENDINGS, Volume, check_shape, corner_distance, read_labels
 
 METRICS = ("Dice", "NSD", "HD95")

@@ -27,7 +27,7 @@ import numpy as np
 import SimpleITK as sitk
 from experiment import Experiment, make_parser, spread
 
-from stunet.labels import group_cases, write_manifest
+from stunet.labels.annotations import group_cases, write_manifest
 
 DATA = "Dataset004_Hippocampus"
 FULL, PARTIAL, NAIVE = "Dataset201_Full", "Dataset202_Partial", "Dataset203_Naive"

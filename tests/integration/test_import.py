@@ -12,7 +12,7 @@ import pytest
 from integration.commands import Shell, digests, verify
 from masks import AFFINE, SHAPE, random_masks, save, write_case, write_meta
 
-from stunet.labels import load_vocabulary
+from stunet.labels.labels import load_vocabulary
 
 DATASET = "Dataset101_TotalSegmentator"
 

@@ -11,8 +11,8 @@ import SimpleITK as sitk
 from integration.commands import Shell, edit_json, read_array, rewrite_image
 from test_variants import TINY
 
-from stunet.datasets import write_phantom_dataset
-from stunet.labels import write_manifest
+from stunet.datasets.phantoms import write_phantom_dataset
+from stunet.labels.annotations import write_manifest
 from stunet.weights import read_checkpoint
 
 MINI, PARTIAL = "Dataset101_TotalSegmentator", "Dataset002_Partial"
