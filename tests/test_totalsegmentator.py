@@ -280,7 +280,7 @@ def test_a_folder_that_holds_something_else_is_kept(source: Path, folder: Path) 
 def test_two_imports_at_once(source: Path, folder: Path) -> None:
     errors = []
 
-    def intrude(case: str, n_masks: int, reused: bool) -> None:
+    def intrude(case: str, reused: bool) -> None:
         with pytest.raises(CommandError, match="another import"):
             run(source, folder)
         errors.append(case)
@@ -351,8 +351,6 @@ def test_versions_orders_and_groups(tmp_path: Path) -> None:
     for options, expected in (
         ({"groups": ["rib"]}, "unknown group"),
         ({"structures": ["Liver"]}, "unknown structure Liver: .*liver"),
-        ({"version": "3"}, "unknown version"),
-        ({"label_order": "random"}, "unknown label order"),
         ({"task": "nothing"}, "unknown task"),
     ):
         with pytest.raises((LabelError, UsageError), match=expected):

@@ -9,7 +9,8 @@ from typing import Any
 
 from raw_datasets import write_raw
 
-from stunet.datasets.unions import UnionReport, UnionSource, import_union, merge_sources, read_union_source
+from stunet.datasets.imports import ImportReport
+from stunet.datasets.unions import UnionSource, import_union, merge_sources, read_union_source
 from stunet.labels.annotations import read_manifest
 from stunet.labels.unions import UnionMapping
 
@@ -30,7 +31,7 @@ def run(
     mapping: UnionMapping | None = None,
     sources: Sequence[UnionSource] = (),
     **options: Any,
-) -> UnionReport:
+) -> ImportReport:
     sources = sources or [read_union_source(raw / name) for name in NAMES]
     return import_union(sources, merge_sources(sources, mapping), raw / folder, **options)
 

@@ -222,7 +222,7 @@ def _print_dice(columns: Mapping[str, Sequence[StructureDice]]) -> None:
 
 def _draw_cases(workspace: Workspace, dataset: str, predictions: Mapping[str, Path]) -> Path:
     """Draw three test cases with truth and predictions side by side."""
-    from stunet.datasets.raw import read_image, read_plane_names
+    from stunet.datasets.raw import plane_names, read_image
     from stunet.labels.labels import Labels
     from stunet.reports import side_by_side
 
@@ -232,8 +232,9 @@ def _draw_cases(workspace: Workspace, dataset: str, predictions: Mapping[str, Pa
     cases: list[Any] = []
     for truth in sorted((raw / "labelsTs").glob(f"*{ending}"))[:3]:
         name = truth.name.removesuffix(ending)
-        image, spacing = read_image(raw / "imagesTs" / f"{name}_0000{ending}")
+        image, properties = read_image(raw / "imagesTs" / f"{name}_0000{ending}")
         predicted = {title: read_image(folder / truth.name)[0] for title, folder in predictions.items()}
         cases.append((name, image, {"truth": labels.as_predicted(read_image(truth)[0]), **predicted}))
-    side_by_side(cases, labels.predicted, path, spacing=spacing, plane_name=read_plane_names(truth)[0])
+    plane = plane_names(properties)[0]
+    side_by_side(cases, labels.predicted, path, spacing=properties["spacing"], plane_name=plane)
     return path

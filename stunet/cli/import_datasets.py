@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,7 +20,7 @@ from stunet.errors import UsageError
 
 if TYPE_CHECKING:
     from stunet.datasets.imports import ImportReport
-    from stunet.datasets.unions import UnionReport, UnionSource
+    from stunet.datasets.unions import UnionSource
     from stunet.labels.unions import LabelUnion
 
 app = typer.Typer(cls=Group, help="Turn other layouts into nnU-Net raw datasets.", no_args_is_help=True)
@@ -37,8 +37,8 @@ def totalsegmentator(
     dataset_id: _Id,
     name: str = "TotalSegmentator",
     task: str = "total",
-    version: str = "auto",
-    label_order: str | None = None,
+    version: Literal["auto", "1", "2"] = "auto",
+    label_order: Literal["stunet", "official"] | None = None,
     structures: list[str] | None = None,
     group: list[str] | None = None,
     exclude: list[str] | None = None,
@@ -81,16 +81,8 @@ def totalsegmentator(
         if unknown := sorted(excluded - set(found.cases) - set(found.absent)):
             raise UsageError(f"an unknown case to exclude, {unknown[0]}: give --exclude cases of {source}, or none")
     print_line(f"{len(found.cases)} cases, {len(chosen)} structures" + (f" of version {told}" if told else ""))
-    started, n_masks = time.monotonic(), 0
-    n_cases = sum(case.name not in excluded for case in found.cases.values())
-    with _case_bar("Importing", n_cases) as (progress, bar):
-
-        def on_case(case: str, n_decoded: int, reused: bool) -> None:
-            nonlocal n_masks
-            n_masks += 0 if reused else n_decoded
-            rate = n_masks / max(time.monotonic() - started, 1e-9)
-            progress.update(bar, advance=1, rate=f"{rate:.0f} masks/s")
-
+    started = time.monotonic()
+    with _case_bar("Importing", sum(case not in excluded for case in found.cases)) as on_case:
         report = import_cases(
             list(found.cases.values()),
             chosen,
@@ -103,13 +95,9 @@ def totalsegmentator(
             num_processes=num_processes,
             on_case=on_case,
         )
-    seconds = time.monotonic() - started
     n_train, n_val, n_test = (list(report.splits.values()).count(split) for split in ("train", "val", "test"))
     print_line(f"Wrote {report.folder}: {n_train} cases to train, {n_val} to validate, {n_test} to test")
-    masks_per_second = f", {n_masks / seconds:.0f} masks/s" if n_masks else ""
-    print_line(
-        f"{n_masks} masks decoded in {seconds:.1f} s{masks_per_second}; {report.reused} cases were finished before"
-    )
+    print_line(f"It took {time.monotonic() - started:.1f} s; {report.reused} cases were finished before")
     _print_cases(sorted(excluded & set(found.cases)), "excluded")
     _print_cases(report.left_out, "left out, as they annotate none of these structures")
     _print_cases(report.kept, "kept from an earlier run, as the source does not have them whole any more")
@@ -179,7 +167,7 @@ def union(
         _print_weights(found, {s.name: list(s.cases) for s in found}, given, error=True)
         typer.echo(dump_mapping(merged.mapping, merged.superclasses), nl=False)
         return
-    with _case_bar("Label maps", sum(len(source.cases) for source in found)) as (progress, bar):
+    with _case_bar("Label maps", sum(len(source.cases) for source in found)) as on_case:
         report = import_union(
             found,
             merged,
@@ -188,11 +176,10 @@ def union(
             allow_unannotated=allow_unannotated,
             preprocessed=os.environ.get(_PREPROCESSED) or None,
             num_processes=num_processes,
-            on_case=lambda case, reused: progress.advance(bar),
+            on_case=on_case,
         )
-    n_cases = sum(map(len, report.cases.values()))
-    print_line(f"Wrote {report.folder}: {n_cases} cases; {report.reused} were finished before")
-    own_names = {s.name: [case for case, new in s.cases.items() if new in report.cases[s.name]] for s in found}
+    print_line(f"Wrote {report.folder}: {len(report.records)} cases; {report.reused} were finished before")
+    own_names = {s.name: [case for case, new in s.cases.items() if new in report.records] for s in found}
     _print_weights(found, own_names, given, error=False)
     _print_cases(report.left_out, "left out, as they annotate none of these structures")
     _print_cases(report.kept, "kept from an earlier run, as their source cannot be read any more")
@@ -259,13 +246,11 @@ def _new_dataset(dataset_id: int, name: str) -> Path:
 
 
 @contextmanager
-def _case_bar(text: str, n_cases: int) -> Iterator[tuple[Progress, Any]]:
-    rate = TextColumn("{task.fields[rate]}")
-    with Progress(
-        TextColumn(text), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(), console=stdout
-    ) as progress:
-        bar = progress.add_task("", total=n_cases, rate="")
-        yield progress, bar
+def _case_bar(text: str, n_cases: int) -> Iterator[Callable[[str, bool], None]]:
+    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stdout) as progress:
+        bar = progress.add_task("", total=n_cases)
+        yield lambda case, reused: progress.advance(bar)
         progress.update(bar, completed=n_cases)
 
 
@@ -274,7 +259,7 @@ def _print_cases(names: Sequence[str], what: str) -> None:
         print_line(f"{len(names)} {'case' if len(names) == 1 else 'cases'} {what}: {shorten(names)}")
 
 
-def _finish(report: ImportReport | UnionReport, dataset_id: int) -> None:
+def _finish(report: ImportReport, dataset_id: int) -> None:
     for path in report.stale:
         again = f"stunet labels carry -d {report.folder.name}"
         print_line(f"Left alone, as it differs: {path}. Preprocess again, then: {again}")

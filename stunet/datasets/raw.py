@@ -175,30 +175,19 @@ def hold_out(dataset: RawDataset, folder: str | os.PathLike[str], *, n_held_out:
     return held_out
 
 
-def read_image(path: str | os.PathLike[str]) -> tuple[npt.NDArray[Any], tuple[float, float, float]]:
+def read_image(path: str | os.PathLike[str]) -> tuple[npt.NDArray[Any], dict[str, Any]]:
     """Read one channel of a case, or its labels, with the reader that nnU-Net takes for such files.
 
     Returns:
-        Array of shape ``(Z, Y, X)``, and the spacing in mm along these axes.
+        Array of shape ``(Z, Y, X)``, and the reader's properties, with the ``spacing`` in mm along these axes.
     """
-    volume, properties = _read(path)
-    z, y, x = (float(s) for s in properties["spacing"])
-    return volume[0], (z, y, x)
-
-
-def read_plane_names(path: str | os.PathLike[str]) -> tuple[str, str, str]:
-    """Return the planes across the axes of :func:`read_image`'s array: axial, coronal and sagittal in some order."""
-    return plane_names(_read(path)[1])
-
-
-def _read(path: str | os.PathLike[str]) -> tuple[npt.NDArray[Any], dict[str, Any]]:
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
 
     reader = determine_reader_writer_from_file_ending(
         "." + Path(path).name.partition(".")[2], str(path), allow_nonmatching_filename=True, verbose=False
     )()
     volume, properties = reader.read_images([str(path)])
-    return volume, properties
+    return volume[0], properties
 
 
 def plane_names(properties: Mapping[str, Any]) -> tuple[str, str, str]:

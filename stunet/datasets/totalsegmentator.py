@@ -5,18 +5,19 @@ from __future__ import annotations
 import csv
 import difflib
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from stunet.datasets.imports import ENDING, ImportCase, ImportReport, Record, case_files, check_annotated, importing
-from stunet.errors import DatasetError, LabelError, UsageError
-from stunet.files import atomic_path, clone_or_copy, fingerprint, temporary_path
+from stunet.errors import DatasetError, LabelError
+from stunet.files import atomic_path, fingerprint, temporary_path
 from stunet.forms import FormError, Names, decode, read_document
 from stunet.labels.annotations import group_cases
 from stunet.labels.labels import BACKGROUND, IGNORE, check_names, list_vocabularies, load_vocabulary
@@ -26,15 +27,14 @@ from stunet.volumes import Volume, check_finite, check_same_grid, read_volume, w
 KNOWN_BAD_CASES: dict[str, tuple[str, ...]] = {"1": ("s0864",), "2": ()}
 """Cases of each version that are left out by default: in v1, s0864 has a corrupt CT."""
 
+Version = Literal["auto", "1", "2"]
+LabelOrder = Literal["stunet", "official"]
+
 _SPLITS = ("train", "val", "test")
-_LABEL_ORDERS = ("stunet", "official")
 _FORMAT = 1
 _CHOOSE = "choose --structures or --group, see --exclude"
 #: Bytes of images that are imported, with their masks, while a process starts.
 _BYTES_PER_START = 2**25
-
-OnCase = Callable[[str, int, bool], None]
-"""Called as a case is done, with its name, number of masks, and whether an earlier run had finished it."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ def choose_structures(
     source: TotalSegmentatorSource,
     *,
     task: str = "total",
-    version: str = "auto",
-    label_order: str | None = None,
+    version: Version = "auto",
+    label_order: LabelOrder | None = None,
     structures: Collection[str] = (),
     groups: Collection[str] = (),
 ) -> tuple[str, list[str]]:
@@ -139,20 +139,17 @@ def choose_structures(
         The version, or an empty string for other tasks; and the structures.
 
     Raises:
-        UsageError, LabelError: Unknown task, version, order, structure or group.
+        LabelError: Unknown task, structure or group.
         DatasetError: The version cannot be told, or masks whose names differ only in case from a structure's.
     """
-    if label_order not in (None, *_LABEL_ORDERS):
-        raise UsageError(f"unknown label order {label_order}: give {' or '.join(_LABEL_ORDERS)} as --label-order")
-    if version not in ("auto", "1", "2"):
-        raise UsageError(f"unknown version {version}: give auto, 1 or 2 as --version")
     known_groups: Mapping[str, Collection[str]] = {}
+    told = ""
     if task == "total":
-        version = _tell_version(source) if version == "auto" else version
-        vocabulary = load_vocabulary(f"totalsegmentator_v{version}")
+        told = _tell_version(source) if version == "auto" else version
+        vocabulary = load_vocabulary(f"totalsegmentator_v{told}")
         known, known_groups = list(vocabulary.labels[1:]), vocabulary.groups
     else:
-        version, known = "", _read_task(task)
+        known = _read_task(task)
     if unknown := next((group for group in groups if group not in known_groups), None):
         listed = ", ".join(known_groups) or "none"
         raise LabelError(f"unknown group {unknown}: give one of {listed} as --group, or name --structures")
@@ -167,7 +164,7 @@ def choose_structures(
         close = ", ".join(difflib.get_close_matches(odd[0], known, 3) or known[:3])
         raise LabelError(f"unknown structure {odd[0]}: give --structures of the task, such as {close}")
     alphabetical = (label_order or ("stunet" if task == "total" else "official")) == "stunet"
-    return version, [name for name in (sorted(known) if alphabetical else known) if name in wanted]
+    return told, [name for name in (sorted(known) if alphabetical else known) if name in wanted]
 
 
 def _tell_version(source: TotalSegmentatorSource) -> str:
@@ -284,7 +281,7 @@ class MaskCase(ImportCase):
             temporary.unlink(missing_ok=True)  # a rename of one link of a file over another does nothing
         else:
             with atomic_path(image) as temporary:
-                clone_or_copy(self.case.ct, temporary)
+                shutil.copyfile(self.case.ct, temporary)
         write_labels(merged.labels, ct, label)
         overlaps: dict[str, dict[str, int]] = {}
         for (loser, winner), n in sorted(merged.overlaps.items()):
@@ -303,7 +300,7 @@ def import_cases(
     allow_unannotated: bool = False,
     preprocessed: str | os.PathLike[str] | None = None,
     num_processes: int | None = 1,
-    on_case: OnCase = lambda case, n_masks, reused: None,
+    on_case: Callable[[str, bool], None] = lambda case, reused: None,
 ) -> ImportReport:
     """Import cases, or resume an import of the same structures into the same folder.
 
@@ -322,7 +319,7 @@ def import_cases(
         allow_unannotated: Whether structures may stay that no training case annotates.
         preprocessed: nnU-Net's ``nnUNet_preprocessed``, where manifest and folds are needed too.
         num_processes: Cases at a time; None for as many as there are processor cores and as the images are worth.
-        on_case: Called as a case is done.
+        on_case: Called as a case is done, with its name and whether an earlier run had finished it.
 
     Raises:
         DatasetError: The folder holds something else, nothing could be imported, or no training case annotates one of
@@ -345,7 +342,6 @@ def import_cases(
     if num_processes is None:
         size = sum(job.case.ct.stat().st_size for job in jobs if job.case.ct.exists())
         num_processes = worthwhile_processes(size, share=_BYTES_PER_START)
-    n_masks = {job.name: len(job.case.masks & set(structures)) for job in jobs}
     with importing(
         folder,
         settings,
@@ -353,7 +349,7 @@ def import_cases(
         lambda name, record: case_files(folder, name, record["split"]),
         may_keep=lambda name: name not in excluded,
         num_processes=num_processes,
-        on_case=lambda name, reused: on_case(name, n_masks[name], reused),
+        on_case=on_case,
     ) as report:
         records = report.records
         training = [record["voxels"] for record in records.values() if record["split"] != "test"]

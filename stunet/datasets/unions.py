@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from stunet.datasets.imports import (
     importing,
 )
 from stunet.datasets.raw import SPLITS_NAME, RawDataset, case_names, read_raw_dataset
-from stunet.errors import DatasetError, LabelError, UsageError
+from stunet.errors import DatasetError, LabelError
 from stunet.files import fingerprint
 from stunet.labels.annotations import MANIFEST_NAME, AnnotationManifest, bind_manifest, group_cases, read_manifest
 from stunet.labels.labels import Labels, check_names
@@ -252,14 +252,6 @@ class LabelCase(ImportCase):
         return {}
 
 
-@dataclass(frozen=True)
-class UnionReport(ImportReport):
-    """What has become of a union."""
-
-    cases: Mapping[str, list[str]] = field(default_factory=dict)  # names of the union's cases, by source
-    weights: Mapping[str, float] = field(default_factory=dict)  # how often each case is drawn, relative to the others
-
-
 def import_union(
     sources: Sequence[UnionSource],
     union: LabelUnion,
@@ -270,7 +262,7 @@ def import_union(
     preprocessed: str | os.PathLike[str] | None = None,
     num_processes: int = 1,
     on_case: Callable[[str, bool], None] = lambda case, reused: None,
-) -> UnionReport:
+) -> ImportReport:
     """Make a union of datasets' training cases, or resume making it.
 
     ``dataset.json`` refers to the sources' images by paths relative to its folder where they lie in the same
@@ -294,13 +286,9 @@ def import_union(
         DatasetError: Sources that do not fit together, a folder that holds something else, no room, or a structure that
             no case annotates.
         LabelError: A case that annotates two overlapping structures.
-        UsageError: A weight that is none.
     """
-    folder, given = Path(folder), weights or {}
+    folder = Path(folder)
     check_sources(sources)
-    known = [source.name for source in sources]
-    if odd := [f"{name}={w:g}" for name, w in given.items() if name not in known or not 0 < w < float("inf")]:
-        raise UsageError(f"impossible sampling weight {odd[0]}: give --weights above 0 for {', '.join(known)}")
     folds = [source.first_fold() for source in sources]
     superclasses = {name: list(members) for name, members in union.superclasses.items()}
     settings = {
@@ -348,12 +336,11 @@ def import_union(
         annotated = {name: record["annotated"] for name, record in report.records.items()}
         if not annotated or not allow_unannotated:
             check_annotated(order, annotated.values(), remedy, superclasses=superclasses, failed=report.failed)
-        cases = {source.name: [case for case in source.cases if source.cases[case] in annotated] for source in sources}
-        weight_of = {
-            source.cases[case]: weight
-            for source in sources
-            for case, weight in sampling_weights(source, cases[source.name], given).items()
-        }
+        weight_of: dict[str, float] = {}
+        for source in sources:
+            cases = [case for case, name in source.cases.items() if name in annotated]
+            own = sampling_weights(source, cases, weights)
+            weight_of |= {source.cases[case]: weight for case, weight in own.items()}
         manifest = {**group_cases(annotated, order), "weights": weight_of}
         if superclasses:
             manifest["superclasses"] = superclasses
@@ -371,9 +358,7 @@ def import_union(
         parts = ("train", "val") if all(folds) else ()
         fold = {part: sorted(n for fold in folds if fold for n in fold[part] if n in annotated) for part in parts}
         left_out = sorted(job.name for job in jobs if not job.annotated)
-        done = report.finish(manifest, fold, dataset_json, left_out, preprocessed)
-    names = {source.name: [source.cases[case] for case in cases[source.name]] for source in sources}
-    return UnionReport(**vars(done), cases=names, weights=weight_of)
+        return report.finish(manifest, fold, dataset_json, left_out, preprocessed)
 
 
 def _reference(image: Path, folder: Path) -> str:
