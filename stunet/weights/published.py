@@ -29,7 +29,7 @@ from platformdirs import user_cache_path
 from stunet.environment import did_you_mean
 from stunet.errors import CheckpointError, DownloadError, UsageError
 from stunet.files import file_sha256, move_into_place, write_json
-from stunet.labels.labels import list_vocabularies, load_vocabulary
+from stunet.labels import list_vocabularies, load_vocabulary
 
 REGISTRY_VARIABLE = "STUNET_REGISTRY"
 """Environment variable that names a further registry; its entries go before ours of the same name."""
@@ -39,7 +39,9 @@ CACHE_VARIABLE = "STUNET_CACHE"
 _Text = Annotated[str, Meta(min_length=1)]
 _Positive = Annotated[int, Meta(gt=0)]
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}"
-_URL = r"^(?i:https?)://([^/?#@\s]*@)?(\[[0-9a-fA-F:.]+\]|[^/?#@:\s\[\]]+)(:\d+)?([/?#]|\Z)"  # with a host, and a port or none
+_URL = (
+    r"^(?i:https?)://([^/?#@\s]*@)?(\[[0-9a-fA-F:.]+\]|[^/?#@:\s\[\]]+)(:\d+)?([/?#]|\Z)"  # with a host, and a port or none
+)
 _Url = Annotated[str, Meta(pattern=_URL)]
 Say = Callable[[str], None]
 """What takes lines that a person may want to read."""
@@ -302,9 +304,7 @@ def fetch(
     for url in urls:
         if not re.match(_URL, url):
             scheme = url.split("://")[0] + "://…" if "://" in url else "an address without http://"
-            raise DownloadError(
-                f"{scheme} cannot be downloaded from; give an address that begins with http:// or https://"
-            )
+            raise DownloadError(f"{scheme} cannot be downloaded from; give an address that begins with http:// or https://")
     sources = {file.file: _source(entry, file, urls, hub) for file in entry.files}
     by_hand = []
     with alone_with(folder / ".partial" / "lock", say):
