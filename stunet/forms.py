@@ -13,14 +13,12 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import msgspec
 import yaml
 
+from stunet.errors import FormError
+
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 Names = Annotated[list[Name], msgspec.Meta(min_length=1)]
 
 _MAX_YAML_LENGTH = 2**20  # which takes PyYAML a minute
-
-
-class FormError(ValueError):
-    """Why a file is not what it should be, in one line; callers turn it into an error that says what it is for."""
 
 
 class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
@@ -83,7 +81,7 @@ def decode(content: Any, form: Any, place: str = "") -> Any:
 
     >>> decode({"liver": 1, "kidney": "2"}, dict[str, int])
     Traceback (most recent call last):
-    stunet.forms.FormError: ['kidney']: Expected int, got str
+    stunet.errors.FormError: ['kidney']: Expected int, got str
 
     Raises:
         FormError: The values are of another form; names the place and what was expected there.

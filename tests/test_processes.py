@@ -65,7 +65,8 @@ def test_no_more_processes_than_are_worth_it(monkeypatch: pytest.MonkeyPatch) ->
 def test_importing_masks_loads_neither_torch_nor_nnunet() -> None:
     code = (
         "import sys; from stunet.cli import import_datasets; from stunet.environment import nnunet_folder; "
-        "from stunet.datasets.totalsegmentator import import_cases; assert not {'torch', 'nnunetv2', 'SimpleITK'} & set(sys.modules)"
+        "from stunet.datasets.totalsegmentator import import_cases; "
+        "assert not {'torch', 'nnunetv2', 'SimpleITK'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -176,7 +176,7 @@ def test_folds_are_carried_where_all_sources_have_them(raw: Path, tmp_path: Path
     for folder in (raw / "Dataset700_U", tmp_path / "preprocessed" / "Dataset700_U"):
         assert json.loads((folder / "splits_final.json").read_text()) == expected
     (raw / NAMES[1] / "splits_final.json").write_text(json.dumps([{"train": ["y"], "val": []}]))
-    with pytest.raises(DatasetError, match=r"Dataset123_B\S* cannot be used .*'y'"):
+    with pytest.raises(DatasetError, match=r"Dataset123_B\S* is .* cannot be used .*'y'"):
         run(raw)
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from stunet.datasets.imports import ENDING, ImportCase, ImportReport, Record, case_files, check_annotated, importing
-from stunet.errors import DatasetError, LabelError
+from stunet.errors import DatasetError, LabelError, reading
 from stunet.files import atomic_path, fingerprint, temporary_path
-from stunet.forms import FormError, Names, decode, read_document
+from stunet.forms import Names, decode, read_document
 from stunet.labels.annotations import group_cases
 from stunet.labels.labels import BACKGROUND, IGNORE, check_names, list_vocabularies, load_vocabulary
 from stunet.processes import worthwhile_processes
@@ -101,11 +101,11 @@ def _read_splits(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     remedy = "give image_id and split, separated by semicolons, or remove the file to do without the official split"
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [(row["image_id"].strip(), row["split"].strip()) for row in csv.DictReader(file, delimiter=";")]
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError, AttributeError) as error:
-        raise DatasetError(f"{path} cannot be used ({type(error).__name__} {error}): {remedy}") from error
+    with (
+        reading(path, "a split that cannot be used", DatasetError, remedy),
+        path.open(encoding="utf-8-sig", newline="") as file,
+    ):
+        rows = [(row["image_id"].strip(), row["split"].strip()) for row in csv.DictReader(file, delimiter=";")]
     if other := next((row for row in rows if row[1] not in _SPLITS), None):
         raise DatasetError(f"{path}: {other[0]} has the split {other[1]!r}, not one of {', '.join(_SPLITS)}: {remedy}")
     name, n = Counter(name for name, _ in rows).most_common(1)[0] if rows else ("", 0)
@@ -182,11 +182,9 @@ def _tell_version(source: TotalSegmentatorSource) -> str:
 def _read_task(task: str) -> list[str]:
     if task in list_vocabularies():
         return list(load_vocabulary(task).labels[1:])
-    try:
+    remedy = f"give total, {', '.join(list_vocabularies())}, or a JSON list of structures"
+    with reading(task, "an unknown task", LabelError, remedy):
         names: list[str] = decode(read_document(task), Names)
-    except FormError as error:
-        known = ", ".join(list_vocabularies())
-        raise LabelError(f"unknown task {task} ({error}): give total, {known}, or a JSON list of structures") from error
     odd = [name for name, n in Counter(names).items() if n > 1 or name in (BACKGROUND, IGNORE)]
     if odd:
         raise LabelError(f"{task} lists {odd[0]} twice, or as what is no structure: correct the file")

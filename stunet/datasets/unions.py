@@ -21,7 +21,7 @@ from stunet.datasets.imports import (
     importing,
 )
 from stunet.datasets.raw import SPLITS_NAME, RawDataset, case_names, read_raw_dataset
-from stunet.errors import DatasetError, LabelError
+from stunet.errors import DatasetError, LabelError, reading
 from stunet.files import fingerprint
 from stunet.labels.annotations import MANIFEST_NAME, AnnotationManifest, bind_manifest, group_cases, read_manifest
 from stunet.labels.labels import Labels, check_names
@@ -68,14 +68,10 @@ class UnionSource:
         path = self.dataset.folder / SPLITS_NAME
         if not path.is_file():
             return None
-        try:
+        remedy = "list folds of the dataset's own training cases, or move the file elsewhere to do without"
+        with reading(path, "a list of folds that cannot be used", DatasetError, remedy):
             content = json.loads(path.read_text(encoding="utf-8"))
             return {part: [self.cases[case] for case in content[0][part]] for part in ("train", "val")}
-        except (OSError, ValueError, TypeError, LookupError) as error:
-            raise DatasetError(
-                f"{path} cannot be used ({type(error).__name__} {error}): list folds of the dataset's own training "
-                "cases, or move the file elsewhere to do without"
-            ) from error
 
 
 def sources_of_cases(folder: str | os.PathLike[str], cases: Iterable[str]) -> dict[str, str]:

@@ -16,9 +16,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from stunet.errors import LabelError, STUNetError
+from stunet.errors import LabelError, STUNetError, reading
 from stunet.files import write_json
-from stunet.forms import FormError, Name, Names, decode, read_document
+from stunet.forms import Name, Names, decode, read_document
 from stunet.labels.aliases import did_you_mean
 from stunet.labels.labels import Labels
 from stunet.processes import run_jobs
@@ -29,6 +29,7 @@ MANIFEST_NAME = "annotated_labels.json"
 
 _VERSION = 1
 _EVERYTHING = "everything"
+_UNUSABLE = "a manifest that cannot be used"
 
 
 class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
@@ -120,10 +121,8 @@ def read_manifest(
     if not Path(path).exists():
         structures = Labels({"labels": labels}).exclusive
         return AnnotationManifest(structures, {}, {}, tuple(structures), {}, f"{path} (absent)")
-    try:
+    with reading(path, _UNUSABLE, LabelError, "correct it"):
         content = read_document(path)
-    except FormError as error:
-        raise LabelError(f"{path} cannot be used: {error}; correct the file") from error
     return bind_manifest(content, labels=labels, cases=cases, source=str(path))
 
 
@@ -178,10 +177,8 @@ def bind_manifest(
 
 
 def _check_form(content: Any, source: object) -> _Manifest:
-    try:
+    with reading(source, _UNUSABLE, LabelError, "correct it"):
         form: _Manifest = decode(content, _Manifest)
-    except FormError as error:
-        raise LabelError(f"{source} cannot be used: {error}; correct the file") from error
     return form
 
 
