@@ -344,8 +344,7 @@ def import_cases(
         folder,
         settings,
         jobs,
-        lambda name, record: case_files(folder, name, record["split"]),
-        may_keep=lambda name: name not in excluded,
+        lambda name, record: () if name in excluded else case_files(folder, name, record["split"]),
         num_processes=num_processes,
         on_case=on_case,
     ) as report:
@@ -361,4 +360,5 @@ def import_cases(
         }
         manifest = group_cases({name: record["voxels"] for name, record in records.items()}, structures)
         fold = {part: [name for name in records if records[name]["split"] == part] for part in ("train", "val")}
-        return report.finish(manifest, fold, dataset_json, left_out, preprocessed)
+        report.finish(manifest, fold, dataset_json, left_out, preprocessed)
+    return report

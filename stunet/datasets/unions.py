@@ -324,8 +324,7 @@ def import_union(
         folder,
         settings,
         list(chosen.values()),
-        lambda name, record: chosen[name].outputs,
-        may_keep=chosen.__contains__,
+        lambda name, record: chosen[name].outputs if name in chosen else (),
         num_processes=num_processes,
         on_case=on_case,
     ) as report:
@@ -354,7 +353,8 @@ def import_union(
         parts = ("train", "val") if all(folds) else ()
         fold = {part: sorted(n for fold in folds if fold for n in fold[part] if n in annotated) for part in parts}
         left_out = sorted(job.name for job in jobs if not job.annotated)
-        return report.finish(manifest, fold, dataset_json, left_out, preprocessed)
+        report.finish(manifest, fold, dataset_json, left_out, preprocessed)
+    return report
 
 
 def _reference(image: Path, folder: Path) -> str:
