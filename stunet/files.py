@@ -8,8 +8,8 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -227,18 +227,12 @@ def write_json(content: Any, path: AnyPath) -> None:
     write_json_files({Path(path): content})
 
 
-def write_json_files(contents: Mapping[Path, Any]) -> None:
+def write_json_files(contents: dict[Path, Any]) -> None:
     """Write several files as :func:`write_json` does, which appear in this order, once all of them are written."""
-    files = {temporary_path(path): path for path in contents}
-    try:
-        for temporary, path in files.items():
-            with naming_file(path):
-                temporary.write_text(json.dumps(contents[path], indent=4) + "\n", encoding="utf-8")
-        sync_files(files)
-        place_files(files.items())
-    finally:
-        for temporary in files:
-            temporary.unlink(missing_ok=True)
+    with ExitStack() as stack:
+        for path, content in reversed(contents.items()):  # which is the order in which the stack is left
+            temporary = stack.enter_context(atomic_path(path))
+            temporary.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -102,7 +102,7 @@ class ImportReport:
             overlaps.setdefault(loser, {})[winner] = n
         found = {"left_out": left_out, "failed": {name: str(error) for name, error in self.failed.items()}}
         found |= {"kept": self.kept, "overlaps": overlaps, "cases": self.records}
-        files: dict[Path, Any] = {folder / MANIFEST_NAME: order_manifest(manifest, source=str(folder / MANIFEST_NAME))}
+        files: dict[Path, Any] = {folder / MANIFEST_NAME: order_manifest(manifest)}
         files |= {folder / SPLITS_NAME: [fold]} if self.has_folds else {}
         files |= {folder / REPORT_NAME: {**self.settings, **found}, folder / "dataset.json": dataset_json}
         write_json_files(files)

@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 from stunet.errors import LabelError, STUNetError, reading
-from stunet.files import write_json
 from stunet.forms import Name, Names, decode, read_document
 from stunet.labels.aliases import did_you_mean
 from stunet.labels.labels import Labels
@@ -187,18 +186,8 @@ def _and_more(names: list[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def write_manifest(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a manifest atomically; equal contents give equal bytes.
-
-    Raises:
-        LabelError: The content is not of the form that the schema says.
-    """
-    write_json(order_manifest(content, source=str(path)), path)
-
-
-def order_manifest(content: Mapping[str, Any], *, source: str) -> dict[str, Any]:
-    """Return the content of a manifest in the order in which it is written; errors as of :func:`write_manifest`."""
-    _check_form(dict(content), source)
+def order_manifest(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a manifest in the order in which it is written, so that equal contents give equal bytes."""
     keys = [key for key in ("groups", "cases", "default", "weights", "superclasses") if key in content]
     ordered = {key: dict(sorted(value.items())) if isinstance(value := content[key], dict) else value for key in keys}
     return {"version": _VERSION, **ordered}
