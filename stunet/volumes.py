@@ -188,10 +188,10 @@ def count_labels(path: str | os.PathLike[str]) -> dict[int, int]:
 
 def value_counts(voxels: npt.NDArray[Any]) -> list[int]:
     """Count the voxels of each value from 0 in a label map of uint8 or uint16, ``(X, Y, Z)``."""
-    n = int(voxels.max()) + 1
-    # Plane by plane, since bincount takes 8 bytes for each voxel.
-    counts: list[int] = sum(np.bincount(plane.ravel(order="K"), minlength=n) for plane in voxels.T).tolist()
-    return counts
+    counts = np.zeros(int(voxels.max()) + 1, np.int64)
+    for plane in voxels.T:  # one by one, since bincount takes 8 bytes for each voxel
+        counts += np.bincount(plane.ravel(order="K"), minlength=len(counts))
+    return [int(n) for n in counts]
 
 
 def write_labels(labels: npt.NDArray[Any], like: Volume, path: str | os.PathLike[str]) -> None:

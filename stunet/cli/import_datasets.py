@@ -150,7 +150,7 @@ def union(
         allow_unannotated: Keep structures that no case annotates.
         num_processes: Cases at a time.
     """
-    from stunet.datasets.unions import check_sources, import_union, merge_sources, read_union_source
+    from stunet.datasets.unions import import_union, merge_sources, read_union_source
     from stunet.labels.unions import dump_mapping, read_mapping
 
     overrides = read_mapping(mapping) if mapping is not None else None
@@ -159,9 +159,8 @@ def union(
     names = [find_dataset(source) for source in sources]
     once = {each: read_union_source(raw / each, name=each) for each in dict.fromkeys(names)}
     found = [once[each] for each in names]
-    check_sources(found)
-    given = _parse_weights(weights or [], found)
     merged = merge_sources(found, overrides)
+    given = _parse_weights(weights or [], found)
     _print_labels(merged, error=dry_run)
     if dry_run:
         _print_weights(found, {s.name: list(s.cases) for s in found}, given, error=True)

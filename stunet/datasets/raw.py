@@ -247,11 +247,9 @@ def has_annotations(dataset_name: str) -> bool:
 def read_annotations(dataset_name: str, dataset_json: Mapping[str, Any]) -> AnnotationManifest:
     """Read what the cases of a preprocessed dataset annotate; what trainers call, in the process of rank 0 first.
 
-    The preprocessed folder's manifest counts, since it belongs to the data beside it. Where that folder has none and
-    the raw one has, that is copied, with the folds; so it is when the dataset was preprocessed before
-    ``nnUNet_preprocessed`` had a copy. Where both have one and they differ, nobody but the user can know whether the
-    data was preprocessed before or after the change, and training on the wrong one would teach that annotated
-    structures are background.
+    The preprocessed folder's manifest counts, since it belongs to the data beside it; where it is missing, the raw
+    folder's is copied, with the folds. Where they differ, only the user can know whether the data was preprocessed
+    before or after the change, and training on the wrong one would teach that annotated structures are background.
 
     Raises:
         DatasetError: Raw and preprocessed manifest differ.

@@ -128,10 +128,9 @@ def choose_structures(
     Args:
         source: Where they are from, which tells the version.
         task: ``total``, the name of a vocabulary of this package, or a JSON file with a list of structures.
-        version: ``auto``, ``1`` or ``2``; counts for the task ``total`` alone.
-        label_order: ``official``, the order of the task's list; or ``stunet``, alphabetical, which is the order of
-            the published STU-Net weights where all 104 structures of version 1 are imported. ``stunet`` by default
-            for ``total``, ``official`` for others.
+        version: Of the task ``total``.
+        label_order: ``official``, the order of the task's list; or ``stunet``, alphabetical, as in the published
+            weights. ``stunet`` by default for ``total``, ``official`` for others.
         structures: Only these and those of ``groups``; all by default.
         groups: Names of groups of the task.
 
@@ -302,10 +301,9 @@ def import_cases(
 ) -> ImportReport:
     """Import cases, or resume an import of the same structures into the same folder.
 
-    Each case is written atomically. ``dataset.json`` appears last, with the cases that could be imported; those that
-    could not are reported, and tried again by the next run. Cases that an earlier run has imported leave the dataset
-    only where they are excluded by name. The same source gives the same bytes, however often the import was
-    interrupted.
+    Cases are written atomically, ``dataset.json`` last, with the cases that could be imported; those that could not are
+    reported, and tried again by the next run. Cases of an earlier run leave the dataset only where they are excluded by
+    name. The same source gives the same bytes, however often the import was interrupted.
 
     Args:
         cases: What the source has.
@@ -316,12 +314,12 @@ def import_cases(
         link_images: Hard links (symbolic ones to other file systems) in place of copies of the images.
         allow_unannotated: Whether structures may stay that no training case annotates.
         preprocessed: nnU-Net's ``nnUNet_preprocessed``, where manifest and folds are needed too.
-        num_processes: Cases at a time; None for as many as there are processor cores and as the images are worth.
+        num_processes: Cases at a time; None for as many as cores and images are worth.
         on_case: Called as a case is done, with its name and whether an earlier run had finished it.
 
     Raises:
-        DatasetError: The folder holds something else, nothing could be imported, or no training case annotates one of
-            the structures.
+        DatasetError: A folder that holds something else, nothing imported, or a structure that no training case
+            annotates.
     """
     folder, mode = Path(folder), "link" if link_images else "copy"
     settings = {"format": _FORMAT, **details, "images": mode, "structures": list(structures)}

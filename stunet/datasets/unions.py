@@ -101,7 +101,13 @@ def read_union_source(folder: str | os.PathLike[str], *, name: str | None = None
 
 
 def merge_sources(sources: Sequence[UnionSource], mapping: UnionMapping | None = None) -> LabelUnion:
-    """Merge the labels of datasets; see :func:`stunet.labels.merge_labels`."""
+    """Merge the labels of datasets; see :func:`merge_labels`.
+
+    Raises:
+        DatasetError: A dataset twice, or datasets of different channels, readers, file endings or units of spacing.
+        LabelError: As of :func:`merge_labels`.
+    """
+    check_sources(sources)
     declared = {
         s.name: {
             s.manifest.names[value]: [s.manifest.names[m] for m in members]
@@ -137,11 +143,7 @@ def sampling_weights(
 
 
 def check_sources(sources: Sequence[UnionSource]) -> None:
-    """Check that one dataset can hold all these.
-
-    Raises:
-        DatasetError: A dataset twice, or datasets of different channels, readers, file endings or units of spacing.
-    """
+    """Check that one dataset can hold all these; errors as of :func:`merge_sources`."""
     names = [source.name for source in sources]
     if len(set(names)) < len(names) or len(names) < 2:
         found = next((f"{name} twice" for name in names if names.count(name) > 1), f"{len(names)} datasets")
@@ -259,32 +261,27 @@ def import_union(
     num_processes: int = 1,
     on_case: Callable[[str, bool], None] = lambda case, reused: None,
 ) -> ImportReport:
-    """Make a union of datasets' training cases, or resume making it.
+    """Make a union of datasets' training cases, or resume making it; images stay where they are.
 
-    ``dataset.json`` refers to the sources' images by paths relative to its folder where they lie in the same
-    ``nnUNet_raw``. Each label map is written atomically, ``dataset.json`` last. Cases that cannot be read are
-    reported, and tried again by the next run. The same sources give the same bytes, however often it was interrupted.
-
-    The first folds of the sources' ``splits_final.json`` become the union's only fold where each source has such a file
-    in ``nnUNet_raw``; otherwise nnU-Net makes five folds of its own.
+    Label maps are written atomically, ``dataset.json`` last. Cases that cannot be read are reported, and tried again by
+    the next run. The same sources give the same bytes, however often it was interrupted. The first folds of the
+    sources' ``splits_final.json`` become the union's only fold where each source has such a file in ``nnUNet_raw``.
 
     Args:
         sources: The datasets.
         union: Their labels, as of ``merge_sources``.
         folder: The new dataset's folder in ``nnUNet_raw``.
-        weights: Mean sampling weight of a case by source, in place of the default; see ``sampling_weights``.
+        weights: Mean sampling weight of a case by source; see ``sampling_weights``.
         allow_unannotated: Whether structures may stay that no case annotates.
         preprocessed: nnU-Net's ``nnUNet_preprocessed``, where manifest and folds are needed too.
         num_processes: Cases at a time.
         on_case: Called as a case is done, with its name and whether an earlier run had finished it.
 
     Raises:
-        DatasetError: Sources that do not fit together, a folder that holds something else, no room, or a structure that
-            no case annotates.
+        DatasetError: A folder that holds something else, no room, or a structure that no case annotates.
         LabelError: A case that annotates two overlapping structures.
     """
     folder = Path(folder)
-    check_sources(sources)
     folds = [source.first_fold() for source in sources]
     superclasses = {name: list(members) for name, members in union.superclasses.items()}
     settings = {
@@ -306,16 +303,17 @@ def import_union(
             if source.ignore is not None:
                 lookup[source.ignore] = union.labels["ignore"]
             images, label = source.dataset.cases[case]
-            job = LabelCase(
-                name=name,
-                images=tuple(images),
-                label=label,
-                lookup=tuple(sorted(lookup.items())),
-                highest=max(union.labels.values()),
-                annotated=tuple(structure for structure in order if structure in structures),
-                outputs=case_files(folder, name, ending=ending)[1:],
+            jobs.append(
+                LabelCase(
+                    name=name,
+                    images=tuple(images),
+                    label=label,
+                    lookup=tuple(sorted(lookup.items())),
+                    highest=max(union.labels.values()),
+                    annotated=tuple(structure for structure in order if structure in structures),
+                    outputs=case_files(folder, name, ending=ending)[1:],
+                )
             )
-            jobs.append(job)
     remedy = 'drop it in a mapping file ("background", --mapping)'
     if not allow_unannotated:
         check_annotated(order, (job.annotated for job in jobs), remedy, superclasses=superclasses)
