@@ -145,8 +145,8 @@ def _read_other(path: Path, header_only: bool) -> Volume:
     if not header_only:
         if image.GetNumberOfComponents() != 1:
             raise ValueError(f"{image.GetNumberOfComponents()} values in each voxel, not one")
-        pixel = sitk.GetArrayViewFromImage(sitk.Image((1,) * n, image.GetPixelID()))
-        _check_room(image.GetSize(), 2 * pixel.itemsize)  # SimpleITK's array is a copy
+        pixel: Any = sitk.Image([1] * n, image.GetPixelID())  # type: ignore[no-untyped-call]
+        _check_room(image.GetSize(), 2 * sitk.GetArrayFromImage(pixel).itemsize)  # its array is a copy
         image = image.Execute()
     affine = np.eye(4)
     affine[:n, :n] = np.reshape(image.GetDirection(), (n, n)) * image.GetSpacing()

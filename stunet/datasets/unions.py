@@ -71,7 +71,8 @@ class UnionSource:
         remedy = "list folds of the dataset's own training cases, or move the file elsewhere to do without"
         with reading(path, "a list of folds that cannot be used", DatasetError, remedy):
             content = json.loads(path.read_text(encoding="utf-8"))
-            return {part: [self.cases[case] for case in content[0][part]] for part in ("train", "val")}
+            fold = {part: [self.cases[case] for case in content[0][part]] for part in ("train", "val")}
+        return fold
 
 
 def sources_of_cases(folder: str | os.PathLike[str], cases: Iterable[str]) -> dict[str, str]:
