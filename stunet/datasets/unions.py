@@ -71,9 +71,7 @@ class UnionSource:
         remedy = "list folds of the dataset's own training cases, or move the file elsewhere to do without"
         with reading(path, "a list of folds that cannot be used", DatasetError, remedy):
             content = json.loads(path.read_text(encoding="utf-8"))
-            fold: dict[str, list[str]] = {
-                part: [self.cases[case] for case in content[0][part]] for part in ("train", "val")
-            }
+            fold: dict[str, list[str]] = {p: [self.cases[case] for case in content[0][p]] for p in ("train", "val")}
         return fold
 
 
