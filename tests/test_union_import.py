@@ -233,8 +233,8 @@ def test_file_endings_in_upper_case(raw: Path) -> None:
     for folder in (raw / NAMES[0], raw / NAMES[1]):
         for path in folder.rglob("*.nii.gz"):
             path.rename(path.with_name(path.name.replace(".nii.gz", ".NII.GZ")))
-        description = {**dataset_json(folder), "file_ending": ".NII.GZ"}
-        (folder / "dataset.json").write_text(json.dumps(description))
+        description = (folder / "dataset.json").read_text()
+        (folder / "dataset.json").write_text(description.replace(".nii.gz", ".NII.GZ"))
     run(raw, "Dataset701_U")
     plain, upper = raw / "Dataset700_U" / "labelsTr", raw / "Dataset701_U" / "labelsTr"
     written = {path.name.replace(".NII.GZ", ".nii.gz"): path.read_bytes() for path in upper.iterdir()}
