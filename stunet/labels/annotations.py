@@ -130,7 +130,8 @@ def bind_manifest(
     content: Any, *, labels: Mapping[str, Any], cases: Iterable[str] | None = None, source: str
 ) -> AnnotationManifest:
     """Check the content of a manifest against a dataset; arguments and errors as in :func:`read_manifest`."""
-    form = _check_form(content, source)
+    with reading(source, _UNUSABLE, LabelError, "correct it"):
+        form: _Manifest = decode(content, _Manifest)
     structures = Labels({"labels": labels}).exclusive
 
     def check(place: str, names: Iterable[str]) -> tuple[str, ...]:
@@ -174,12 +175,6 @@ def bind_manifest(
         if missing := [] if default is not None else sorted(known - set(listed)):
             raise LabelError(f"{source} says nothing about case {missing[0]}{_and_more(missing)}: add it, or a default")
     return AnnotationManifest(structures, superclasses, listed, default, form.weights, source)
-
-
-def _check_form(content: Any, source: object) -> _Manifest:
-    with reading(source, _UNUSABLE, LabelError, "correct it"):
-        form: _Manifest = decode(content, _Manifest)
-    return form
 
 
 def _and_more(names: list[str]) -> str:
