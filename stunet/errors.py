@@ -1,28 +1,12 @@
 """The exceptions that stunet raises for its users.
 
-::
-
-    STUNetError
-    ├── ArchitectureError   a size, depth, width, stride or input that no STU-Net can have
-    ├── SettingsError       a training setting that is unknown or out of range
-    ├── PlansError          a plans file that is missing, unreadable, outdated or in conflict
-    ├── DatasetError        a dataset that is unknown, incomplete or malformed
-    ├── LabelError          a list of label names that is malformed or does not fit the outputs
-    ├── LossError           logits, target or annotation that a loss cannot take
-    ├── TransferabilityError  features, labels or scores that no transferability metric can take
-    ├── NnUNetPathError     one of nnU-Net's environment variables is missing or points nowhere
-    ├── CheckpointError     a checkpoint that is truncated, foreign or does not fit
-    ├── FeatureError        a layer, image or point that no features can be read from, or features that are not finite
-    ├── DownloadError       a download that failed, or that no program can do
-    ├── UsageError          an argument that a command cannot take
-    └── CommandError        a command that stunet ran for the user has failed
-
 Each says in one sentence what was got, what was expected and what to do about it. The command line prints exactly that,
 without a traceback, and exits with status 2.
 """
 
 from __future__ import annotations
 
+import csv
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,6 +69,10 @@ class CommandError(STUNetError):
     """A command that stunet ran for the user has failed."""
 
 
+class FormError(ValueError):
+    """Why a file is not what it should be, in one line; :func:`reading` says which file, and the remedy."""
+
+
 @contextmanager
 def reading(
     source: object,
@@ -112,7 +100,8 @@ def reading(
         raise
     except (
         ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError,
-        RuntimeError, SyntaxError, TypeError, ValueError, BadZipFile, struct.error,
+        RuntimeError, SyntaxError, TypeError, ValueError, BadZipFile, csv.Error, struct.error,
     ) as error:  # fmt: skip
         said = (str(error).strip() or "no more is known").splitlines()[0][:200]
-        raise kind(f"{source} is {problem} ({type(error).__name__}: {said}): {remedy}") from error
+        said = said if isinstance(error, FormError) else f"{type(error).__name__}: {said}"
+        raise kind(f"{source} is {problem} ({said}): {remedy}") from error

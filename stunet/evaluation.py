@@ -30,19 +30,18 @@ import numpy.typing as npt
 from scipy.ndimage import find_objects
 from surface_distance import compute_robust_hausdorff, compute_surface_dice_at_tolerance, compute_surface_distances
 
-from stunet.datasets import RawDataset, read_raw_dataset, read_test_dataset, read_validation_dataset
+from stunet.datasets.raw import RawDataset, read_raw_dataset, read_test_dataset, read_validation_dataset
 from stunet.environment import find_dataset, nnunet_folder
 from stunet.errors import DatasetError, STUNetError, UsageError, reading
 from stunet.files import atomic_path, read_json
-from stunet.labels import (
-    MANIFEST_NAME,
+from stunet.labels.annotations import MANIFEST_NAME, read_manifest
+from stunet.labels.comparisons import (
     Comparison,
     LabelRelation,
     canonical_name,
     load_label_system,
     observed_values,
     read_label_map,
-    read_manifest,
     relate_labels,
     structure_values,
 )

@@ -8,8 +8,8 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from filelock import FileLock, Timeout
 
 from stunet.errors import CommandError, DatasetError, UsageError
 
-_MAX_JSON_BYTES = 8 * 2**20
+#: The dataset.json of a union lists the files of each case, for some 10,000 of them.
+_MAX_JSON_BYTES = 256 * 2**20
 _GZIP_TRAILER_BYTES = 8  # checksum and length of the content
-_FICLONE = 0x40049409  # <linux/fs.h>
 
 AnyPath = str | os.PathLike[str]
 
@@ -54,22 +54,15 @@ def move_into_place(temporary: AnyPath, path: AnyPath) -> None:
     place_files([(temporary, path)])
 
 
-def start_sync(path: AnyPath) -> None:
-    """Make the system begin to write a file to the disk, where it can be told to, so that syncing it takes less."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        # Linux writes what it shall forget. What it cannot forget yet, because it is not written, it keeps.
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
-
-
 def sync_files(paths: Iterable[AnyPath]) -> None:
-    """Wait until the contents of files are on disk (fsync)."""
+    """Wait until the contents of files and folders are on disk (fsync)."""
     for path in paths:
-        _fsync(path, os.O_RDWR)
+        if not Path(path).is_dir():
+            _fsync(path, os.O_RDWR)
+            continue
+        # Windows cannot open a folder, and some network file systems cannot fsync one; the files in it are safe by now.
+        with suppress(OSError):
+            _fsync(path, os.O_RDONLY)
 
 
 def place_files(files: Iterable[tuple[AnyPath, AnyPath]]) -> None:
@@ -77,19 +70,7 @@ def place_files(files: Iterable[tuple[AnyPath, AnyPath]]) -> None:
     files = list(files)
     for temporary, path in files:
         os.replace(temporary, path)
-    for folder in {Path(path).parent for _, path in files}:
-        _fsync_folder(folder)
-
-
-def clone_or_copy(source: AnyPath, target: AnyPath) -> None:
-    """Copy a file's content; where the file system can (Btrfs, XFS), the two share their blocks until one changes."""
-    with suppress(ImportError, OSError):
-        import fcntl  # not on Windows
-
-        with Path(source).open("rb") as old, Path(target).open("wb") as new:
-            fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
-        return
-    shutil.copyfile(source, target)
+    sync_files({Path(path).parent for _, path in files})
 
 
 def file_sha256(path: AnyPath) -> str:
@@ -138,12 +119,7 @@ def atomic_folder(path: AnyPath) -> Iterator[Path]:
     try:
         with naming_file(path):
             yield temporary
-        for entry in temporary.rglob("*"):
-            if entry.is_file():
-                _fsync(entry, os.O_RDWR)
-            else:
-                _fsync_folder(entry)
-        _fsync_folder(temporary)
+        sync_files([*temporary.rglob("*"), temporary])
         refuse_existing(path)  # a rename would silently replace an empty folder
         place_files([(temporary, path)])
     except BaseException:
@@ -174,9 +150,8 @@ def remove_leftovers(folder: AnyPath, name: str, *, of_the_dead: bool = False) -
         What was removed.
     """
     here = f".{glob.escape(socket.gethostname())}" if of_the_dead else ""
-    leftovers = sorted(Path(folder).glob(f".{name}{here}.*.tmp"))
-    if of_the_dead:
-        leftovers = [path for path in leftovers if not _is_running(path.name.split(".")[-2])]
+    found = sorted(Path(folder).glob(f".{name}{here}.*.tmp"))
+    leftovers = [path for path in found if not (of_the_dead and _is_running(path.name.split(".")[-2]))]
     for leftover in leftovers:
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -225,15 +200,11 @@ def locked(path: Path, doing: str) -> Iterator[None]:
         CommandError: Another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=0)
     try:
-        lock.acquire()
+        with FileLock(path, timeout=0):
+            yield
     except Timeout:
         raise CommandError(f"another {doing} holds {path}: wait until it has ended") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def read_json(path: AnyPath) -> dict[str, Any]:
@@ -256,18 +227,12 @@ def write_json(content: Any, path: AnyPath) -> None:
     write_json_files({Path(path): content})
 
 
-def write_json_files(contents: Mapping[Path, Any]) -> None:
+def write_json_files(contents: dict[Path, Any]) -> None:
     """Write several files as :func:`write_json` does, which appear in this order, once all of them are written."""
-    files = {temporary_path(path): path for path in contents}
-    try:
-        for temporary, path in files.items():
-            with naming_file(path):
-                temporary.write_text(json.dumps(contents[path], indent=4) + "\n", encoding="utf-8")
-        sync_files(files)
-        place_files(files.items())
-    finally:
-        for temporary in files:
-            temporary.unlink(missing_ok=True)
+    with ExitStack() as stack:
+        for path, content in reversed(contents.items()):  # which is the order in which the stack is left
+            temporary = stack.enter_context(atomic_path(path))
+            temporary.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -279,12 +244,6 @@ def naming_file(path: Path) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = os.fspath(path)
         raise
-
-
-def _fsync_folder(folder: Path) -> None:
-    # Windows cannot open a folder, and some network file systems cannot fsync one; the files in it are safe by now.
-    with suppress(OSError):
-        _fsync(folder, os.O_RDONLY)
 
 
 def _fsync(path: AnyPath, flags: int) -> None:

@@ -13,14 +13,12 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import msgspec
 import yaml
 
+from stunet.errors import FormError
+
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 Names = Annotated[list[Name], msgspec.Meta(min_length=1)]
 
-_MAX_YAML_BYTES = 2**20
-
-
-class FormError(ValueError):
-    """Why a file is not what it should be, in one line; callers turn it into an error that says what it is for."""
+_MAX_YAML_LENGTH = 2**20  # which takes PyYAML a minute
 
 
 class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
@@ -53,20 +51,23 @@ def _refuse_constant(name: str) -> None:
 
 
 def read_document(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file (by its ending) or a YAML file as plain values. Nothing in it is run.
+    """Read a JSON or YAML file as plain values; what is JSON counts as that, whatever its name. Nothing in it is run.
 
     Raises:
         FormError: Missing, no text, of another format, too large, an alias, or a key twice in one mapping.
     """
     path = Path(path)
     try:
-        if path.suffix == ".json":
-            text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        try:
             return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-        if path.stat().st_size > _MAX_YAML_BYTES:
-            raise ValueError(f"{path.stat().st_size} bytes, more than {_MAX_YAML_BYTES}")
+        except json.JSONDecodeError:
+            if path.suffix == ".json":
+                raise
+        if len(text) > _MAX_YAML_LENGTH:
+            raise ValueError(f"{len(text)} characters that are no JSON; of YAML at most {_MAX_YAML_LENGTH} are read")
         # A SafeLoader: it makes plain values only.
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506
+        return yaml.load(text, Loader=_UniqueKeys)  # noqa: S506
     except (OSError, yaml.YAMLError, ArithmeticError, LookupError, AttributeError, ValueError, TypeError) as error:
         raise FormError(" ".join(str(error).split())) from error
     except RecursionError as error:
@@ -80,7 +81,7 @@ def decode(content: Any, form: Any, place: str = "") -> Any:
 
     >>> decode({"liver": 1, "kidney": "2"}, dict[str, int])
     Traceback (most recent call last):
-    stunet.forms.FormError: ['kidney']: Expected int, got str
+    stunet.errors.FormError: ['kidney']: Expected int, got str
 
     Raises:
         FormError: The values are of another form; names the place and what was expected there.

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import gzip
+import math
 import os
-import shutil
+import re
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import numpy.typing as npt
 from nibabel.openers import ImageOpener
 
 from stunet.errors import DatasetError
-from stunet.files import atomic_path, move_into_place, temporary_path
+from stunet.files import atomic_path, move_into_place
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 #: Endings of label maps that are one file with values and geometry.
@@ -74,10 +77,34 @@ def read_volume(path: str | os.PathLike[str], *, header_only: bool = False) -> V
     if not path.is_file():
         raise DatasetError(f"missing image file {path}: add it, or leave its case out")
     try:
-        return (_read_nifti if path.name.endswith(NIFTI_ENDINGS) else _read_other)(path, header_only)
+        return (_read_nifti if _is_nifti(path) else _read_other)(path, header_only)
     except Exception as error:  # the errors of nibabel's and SimpleITK's readers have no class in common
         said = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise DatasetError(f"unreadable image file {path} ({said}): get it again, or leave its case out") from error
+
+
+def _is_nifti(path: Path) -> bool:
+    return path.name.casefold().endswith(NIFTI_ENDINGS)
+
+
+def available_bytes() -> int | None:
+    """Return what this machine, or the container of this process, has to spare; None where that is unknown."""
+    found = []
+    with suppress(OSError, ValueError, AttributeError, TypeError):
+        meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
+        found.append(int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo)[1]) * 1024)  # type: ignore[index]
+    with suppress(OSError, ValueError):
+        limit, used, stat = (Path(f"/sys/fs/cgroup/memory.{n}").read_text("ascii") for n in ("max", "current", "stat"))
+        cached = re.findall(r"^(?:in)?active_file (\d+)", stat, re.MULTILINE)  # which the system gives up when asked
+        found.append(int(limit) - int(used) + sum(map(int, cached)))  # a limit of "max" is none
+    return min(found, default=None)
+
+
+def _check_room(shape: tuple[int, ...], itemsize: int) -> None:
+    """Refuse what would take more than all memory, as a few MB of gzip can: the system would kill the process."""
+    size, spare = math.prod(shape) * itemsize, available_bytes()
+    if spare is not None and size > spare:
+        raise ValueError(f"{size / 2**30:.3g} GB of voxels, more than the {spare / 2**30:.3g} GB of memory to spare")
 
 
 def _read_nifti(path: Path, header_only: bool) -> Volume:
@@ -101,6 +128,7 @@ def _read_nifti(path: Path, header_only: bool) -> Volume:
         scaling = None if (slope, inter) == (1, 0) else (slope, inter)
         voxels = np.broadcast_to(np.uint8(0), shape)
         if not header_only:
+            _check_room(shape, image.get_data_dtype().itemsize if scaling is None else 8)
             voxels = image.dataobj.get_unscaled().reshape(shape, order="F")
             while file.read(2**20):  # gzip's checksum stands at the end
                 pass
@@ -112,13 +140,14 @@ def _read_other(path: Path, header_only: bool) -> Volume:
 
     image: Any = sitk.ImageFileReader()  # type: ignore[no-untyped-call]
     image.SetFileName(str(path))
-    if header_only:
-        image.ReadImageInformation()
-    else:
-        image = image.Execute()
-        if image.GetNumberOfComponentsPerPixel() != 1:
-            raise ValueError(f"{image.GetNumberOfComponentsPerPixel()} values in each voxel, not one")
+    image.ReadImageInformation()
     n = image.GetDimension()
+    if not header_only:
+        if image.GetNumberOfComponents() != 1:
+            raise ValueError(f"{image.GetNumberOfComponents()} values in each voxel, not one")
+        pixel: Any = sitk.Image([1] * n, image.GetPixelID())  # type: ignore[no-untyped-call]
+        _check_room(image.GetSize(), 2 * sitk.GetArrayFromImage(pixel).itemsize)  # its array is a copy
+        image = image.Execute()
     affine = np.eye(4)
     affine[:n, :n] = np.reshape(image.GetDirection(), (n, n)) * image.GetSpacing()
     affine[:n, 3] = image.GetOrigin()
@@ -154,8 +183,15 @@ def count_labels(path: str | os.PathLike[str]) -> dict[int, int]:
     Raises:
         DatasetError: Unreadable, or with values that are no labels.
     """
-    values, counts = np.unique(read_labels(path).voxels, return_counts=True)
-    return dict(zip(values.tolist(), counts.tolist(), strict=True))
+    return {value: n for value, n in enumerate(value_counts(read_labels(path).voxels)) if n}
+
+
+def value_counts(voxels: npt.NDArray[Any]) -> list[int]:
+    """Count the voxels of each value from 0 in a label map of uint8 or uint16, ``(X, Y, Z)``."""
+    counts = np.zeros(int(voxels.max()) + 1, np.int64)
+    for plane in voxels.T:  # one by one, since bincount takes 8 bytes for each voxel
+        counts += np.bincount(plane.ravel(order="K"), minlength=len(counts))
+    return [int(n) for n in counts]
 
 
 def write_labels(labels: npt.NDArray[Any], like: Volume, path: str | os.PathLike[str]) -> None:
@@ -167,7 +203,7 @@ def write_labels(labels: npt.NDArray[Any], like: Volume, path: str | os.PathLike
         path: A file of the same format.
     """
     path = Path(path)
-    if path.name.endswith(NIFTI_ENDINGS):
+    if _is_nifti(path):
         header = type(like.header)(endianness="<")
         header["pixdim"][:4] = like.header["pixdim"][:4]
         for name in _GEOMETRY_FIELDS:
@@ -176,21 +212,19 @@ def write_labels(labels: npt.NDArray[Any], like: Volume, path: str | os.PathLike
         kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
         content = kind(labels, like.affine, header).to_bytes()
         with atomic_path(path) as temporary:
-            temporary.write_bytes(gzip.compress(content, 1, mtime=0) if path.suffix == ".gz" else content)
+            temporary.write_bytes(gzip.compress(content, 1, mtime=0) if path.suffix.casefold() == ".gz" else content)
         return
     import SimpleITK as sitk
 
     image: Any = sitk.GetImageFromArray(labels.reshape(like.header.GetSize()).T)
     image.CopyInformation(like.header)
-    staging = temporary_path(path)  # a folder, since SimpleITK goes by the file's ending
-    staging.mkdir()
-    try:
-        sitk.WriteImage(image, str(staging / path.name), useCompression=True)
-        move_into_place(staging / path.name, path)
-    except RuntimeError as error:
-        raise OSError(errno.EIO, str(error).strip().splitlines()[-1], str(path)) from error
-    finally:
-        shutil.rmtree(staging)
+    # In a folder, since SimpleITK goes by the file's ending.
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as staging:
+        try:
+            sitk.WriteImage(image, f"{staging}/{path.name}", useCompression=True)
+        except RuntimeError as error:
+            raise OSError(errno.EIO, str(error).strip().splitlines()[-1], str(path)) from error
+        move_into_place(f"{staging}/{path.name}", path)
 
 
 def check_finite(volume: Volume) -> None:

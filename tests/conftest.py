@@ -34,7 +34,7 @@ from filelock import FileLock
 from integration.commands import FOLDERS, Shell
 
 from stunet.cli.env import trainers_folder
-from stunet.datasets import write_phantom_dataset
+from stunet.datasets.phantoms import write_phantom_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -18,7 +18,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from plans import DATASET_JSON
 from stunet.errors import LossError, SettingsError
-from stunet.labels import write_manifest
+from stunet.files import write_json
+from stunet.labels.annotations import order_manifest
 from stunet.loss import PartialDiceCELoss, WholeBatch, label_members
 
 LABELS = {"background": 0, "liver": 1, "left": 2, "right": 3, "kidney": 4, "ignore": 5}
@@ -33,7 +34,7 @@ PATCH = [128, 64]
 
 @pytest.fixture
 def annotated(dataset: Path) -> Path:
-    write_manifest(CONTENT, dataset / "annotated_labels.json")
+    write_json(order_manifest(CONTENT), dataset / "annotated_labels.json")
     (dataset / "dataset.json").write_text(json.dumps(DATASET))
     return dataset
 

@@ -23,7 +23,7 @@ import stunet.training
 from stunet.cli.main import app, main
 from stunet.cli.options import choose_device
 from stunet.errors import UsageError
-from stunet.labels import load_vocabulary
+from stunet.labels.labels import load_vocabulary
 from stunet.settings import SETTINGS
 from stunet.weights import load_registry
 

@@ -9,15 +9,8 @@ import pytest
 import SimpleITK as sitk
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 
-from stunet.datasets import (
-    PHANTOM_LABELS,
-    hold_out,
-    make_phantom,
-    read_image,
-    read_raw_dataset,
-    write_phantom_dataset,
-    write_phantom_masks,
-)
+from stunet.datasets.phantoms import PHANTOM_LABELS, make_phantom, write_phantom_dataset, write_phantom_masks
+from stunet.datasets.raw import hold_out, read_image, read_raw_dataset
 from stunet.errors import DatasetError
 
 
@@ -57,9 +50,9 @@ def test_written_phantoms_pass_nnunets_own_check_and_are_equal_bytes(tmp_path: P
             [hashlib.sha256(sitk.GetArrayFromImage(sitk.ReadImage(str(f))).tobytes()).digest() for f in files]
         )
     assert hashes[0] == hashes[1]
-    image, spacing = read_image(tmp_path / "Dataset001_A" / "imagesTs" / "phantom_005_0000.nii.gz")
+    image, properties = read_image(tmp_path / "Dataset001_A" / "imagesTs" / "phantom_005_0000.nii.gz")
     phantom = make_phantom(3, 5)
-    assert spacing == pytest.approx(phantom.spacing)
+    assert properties["spacing"] == pytest.approx(phantom.spacing)
     assert np.array_equal(image, np.round(phantom.image))
 
 
@@ -125,9 +118,9 @@ def test_phantoms_in_totalsegmentators_layout(tmp_path: Path) -> None:
     n_masks = {"train": 0, "val": 0, "test": 0}
     for case, split in splits.items():
         phantom = make_phantom(3, int(case[1:]))
-        ct, spacing = read_image(tmp_path / case / "ct.nii.gz")
+        ct, properties = read_image(tmp_path / case / "ct.nii.gz")
         np.testing.assert_array_equal(ct[0] if ct.ndim == 4 else ct, np.round(phantom.image))
-        assert spacing == pytest.approx(phantom.spacing)
+        assert properties["spacing"] == pytest.approx(phantom.spacing)
         for mask in (tmp_path / case / "segmentations").iterdir():
             n_masks[split] += 1
             value = PHANTOM_LABELS[mask.name.removesuffix(".nii.gz")]

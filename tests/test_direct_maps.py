@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 
 from stunet.errors import LabelError
-from stunet.labels import (
-    bind_manifest,
+from stunet.labels.annotations import bind_manifest
+from stunet.labels.comparisons import (
     list_label_systems,
     load_label_system,
-    load_vocabulary,
     observed_values,
     read_label_map,
     relate_labels,
     structure_values,
     suggest_label_map,
 )
+from stunet.labels.labels import load_vocabulary
 
 MODEL = {"background": 0, "kidney_left": 1, "kidney_right": 2, "liver": 3, "heart": 4}
 TARGET = {"background": 0, "Kidneys": 1, "Liver": 2, "liver tumour": 3, "prostate": 4, "ignore": 5}

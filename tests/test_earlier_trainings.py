@@ -16,7 +16,7 @@ import torch
 from made_trainers import make, trained
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from stunet.labels import Vocabulary
+from stunet.labels.labels import Vocabulary
 from stunet.planning import describe_model, write_model_folder
 from stunet.training import BaseSTUNetTrainer
 from stunet.weights import open_weights, read_checkpoint

@@ -18,11 +18,6 @@ def test_errors_survive_pickling(cls: type[errors.STUNetError]) -> None:
     assert str(copy) == "3 is no 4: take 4"
 
 
-def test_the_docstring_draws_the_whole_tree() -> None:
-    drawn = {line.split("── ")[1].split()[0] for line in (errors.__doc__ or "").splitlines() if "── " in line}
-    assert drawn == {c.__name__ for c in CLASSES} - {"STUNetError"}
-
-
 def test_whatever_a_file_leads_to_names_the_file(tmp_path: Path) -> None:
     said = r"x\.json is odd \(KeyError: 'a'\): mend it"
     reading = errors.reading(tmp_path / "x.json", "odd", errors.PlansError, "mend it")

@@ -25,7 +25,7 @@ from stunet.evaluation import (
     score_case,
     surface_scores,
 )
-from stunet.labels import Comparison, relate_labels, structure_values
+from stunet.labels.comparisons import Comparison, relate_labels, structure_values
 from stunet.reports import read_dice
 from stunet.volumes import read_labels
 

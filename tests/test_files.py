@@ -12,11 +12,9 @@ from stunet.errors import UsageError
 from stunet.files import (
     atomic_folder,
     atomic_path,
-    clone_or_copy,
     place_files,
+    read_json,
     remove_leftovers,
-    start_sync,
-    sync_files,
     write_json,
     write_json_files,
 )
@@ -133,14 +131,7 @@ def test_json_files_appear_in_order_or_not_at_all(tmp_path: Path, monkeypatch: p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
 
 
-def test_copies_are_independent_and_lasting(tmp_path: Path) -> None:
-    content = bytes(range(256)) * 1000
-    (tmp_path / "a").write_bytes(content)
-    (tmp_path / "b").write_bytes(b"longer" * 100_000)  # replaced as a whole
-    clone_or_copy(tmp_path / "a", tmp_path / "b")
-    start_sync(tmp_path / "b")
-    sync_files([tmp_path / "a", tmp_path / "b"])
-    (tmp_path / "a").write_bytes(b"changed")
-    assert (tmp_path / "b").read_bytes() == content
-    with pytest.raises(FileNotFoundError):
-        clone_or_copy(tmp_path / "none", tmp_path / "b")
+def test_the_description_of_a_large_union_is_read(tmp_path: Path) -> None:
+    content = {"dataset": {f"D101_s{i:06d}": {"images": ["x" * 500], "label": "y" * 500} for i in range(10_000)}}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    assert read_json(tmp_path / "dataset.json") == content

@@ -30,7 +30,7 @@ from stunet.cli.main import main
 from stunet.errors import CheckpointError, STUNetError
 from stunet.evaluation import read_description
 from stunet.inference import load_model
-from stunet.labels import Vocabulary
+from stunet.labels.labels import Vocabulary
 from stunet.planning import describe_model
 from stunet.ranking.ranking import read_zoo
 from stunet.weights import SourceWeights, open_any_weights, open_weights, read_checkpoint, read_pickle

@@ -10,7 +10,7 @@ import pytest
 from killing import run_and_kill
 from masks import STRUCTURES, random_masks, save, write_source
 
-from stunet.datasets import import_cases, read_totalsegmentator
+from stunet.datasets.totalsegmentator import import_cases, read_totalsegmentator
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 

@@ -11,7 +11,7 @@ import pytest
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from stunet.errors import LabelError
-from stunet.labels import Labels, list_vocabularies, load_vocabulary, read_label_file, vocabulary_for
+from stunet.labels.labels import Labels, list_vocabularies, load_vocabulary, read_label_file, vocabulary_for
 
 
 def test_published_orders() -> None:
@@ -157,3 +157,11 @@ def test_a_structure_with_the_value_of_the_background_is_refused() -> None:
 
 def test_values_written_as_text_are_numbers_as_for_nnunet() -> None:
     assert Labels({"labels": {"background": "0", "liver": "1"}}).structures == {"liver": (1,)}
+
+
+@pytest.mark.parametrize("name", ["labels", "labels.txt", "labels.yaml"])
+def test_label_files_of_any_name_are_json_or_yaml(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    for text in ('{\n\t"background": 0,\n\t"liver": 1\n}\n', "background: 0\nliver: 1\n", "- background\n- liver\n"):
+        path.write_text(text)
+        assert read_label_file(path, 2).labels == ("background", "liver")

@@ -17,7 +17,7 @@ from weights import STRIDES, TINY, published, tiny_weights, v1_plans, write_v1
 from plans import DATASET_JSON, make_plans
 from stunet.cli.main import main
 from stunet.errors import CheckpointError, PlansError, UsageError
-from stunet.labels import Vocabulary
+from stunet.labels.labels import Vocabulary
 from stunet.planning import describe_model, resolve_configuration, write_model_folder
 from stunet.weights import open_weights, read_checkpoint
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from plans import DATASET_JSON
 from stunet.errors import LabelError
-from stunet.labels import AnnotationManifest, bind_manifest, write_manifest
+from stunet.files import write_json
+from stunet.labels.annotations import AnnotationManifest, bind_manifest, order_manifest
 from stunet.loss import PartialDiceCELoss, partial_dice_ce_loss
 from stunet.training.partial_labels import PartialLabels, count_voxels, mask_summary
 
@@ -39,7 +40,7 @@ def manifest(content: dict[str, Any] = CONTENT, labels: dict[str, int] = LABELS)
 @pytest.fixture
 def annotated(dataset: Path) -> Path:
     """A preprocessed dataset with the manifest above."""
-    write_manifest(CONTENT, dataset / "annotated_labels.json")
+    write_json(order_manifest(CONTENT), dataset / "annotated_labels.json")
     (dataset / "dataset.json").write_text(json.dumps(DATASET))
     (dataset / "splits_final.json").write_text(json.dumps([{"train": ["a", "b", "c"], "val": ["d"]}]))
     return dataset
@@ -235,6 +236,6 @@ def test_changed_annotations_are_noticed(annotated: Path, nnunet_folders: dict[s
     raw = nnunet_folders["nnUNet_raw"] / annotated.name
     raw.mkdir()
     (raw / "dataset.json").write_text(json.dumps(DATASET))
-    write_manifest({**CONTENT, "weights": {}}, raw / "annotated_labels.json")
+    write_json(order_manifest({**CONTENT, "weights": {}}), raw / "annotated_labels.json")
     with pytest.raises(Exception, match=r"annotated_labels\.json"):
         make(plans=narrow_plans(), dataset_json=DATASET)

@@ -22,9 +22,9 @@ from weights import tiny_weights
 
 from plans import make_plans
 from stunet.cli.main import main
-from stunet.datasets import write_phantom_dataset
+from stunet.datasets.phantoms import write_phantom_dataset
 from stunet.errors import LabelError
-from stunet.labels import Labels
+from stunet.labels.labels import Labels
 
 NAME = "Dataset001_Test"
 LABELS = {"background": 0, "liver": 1, "spleen": 2}

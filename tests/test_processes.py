@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from stunet.errors import CommandError, LabelError, STUNetError
-from stunet.labels import load_vocabulary
+from stunet.labels.labels import load_vocabulary
 from stunet.processes import in_order, run_jobs, worthwhile_processes
 
 
@@ -65,7 +65,8 @@ def test_no_more_processes_than_are_worth_it(monkeypatch: pytest.MonkeyPatch) ->
 def test_importing_masks_loads_neither_torch_nor_nnunet() -> None:
     code = (
         "import sys; from stunet.cli import import_datasets; from stunet.environment import nnunet_folder; "
-        "from stunet.datasets import import_cases; assert not {'torch', 'nnunetv2', 'SimpleITK'} & set(sys.modules)"
+        "from stunet.datasets.totalsegmentator import import_cases; "
+        "assert not {'torch', 'nnunetv2', 'SimpleITK'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -18,7 +18,7 @@ from weights import tiny_weights, v1_plans, write_v1
 
 from stunet.errors import CheckpointError, DownloadError, UsageError
 from stunet.files import file_sha256
-from stunet.labels import load_vocabulary
+from stunet.labels.labels import load_vocabulary
 from stunet.network import SIZES, STUNetSize
 from stunet.weights import (
     cached_weights,

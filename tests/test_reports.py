@@ -16,10 +16,11 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from scipy.spatial.transform import Rotation
 
-from stunet.datasets import plane_names, read_image, read_plane_names
+from stunet.datasets import read_plane_names
+from stunet.datasets.raw import plane_names, read_image
 from stunet.evaluation import CaseOrientation, CaseScores, EvaluationCase, collect_results, volume_scores
 from stunet.inference.outputs import draw_preview
-from stunet.labels import Comparison
+from stunet.labels.comparisons import Comparison
 from stunet.reports import draw_scores, read_dice, side_by_side
 
 
@@ -95,8 +96,8 @@ def test_pictures_name_their_planes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Axes, "set_title", lambda self, text, **_: titles.append(text))
     image = sitk.DICOMOrient(sitk.GetImageFromArray(np.ones((4, 5, 6), np.float32)), "PSR")
     sitk.WriteImage(image, str(tmp_path / "a.nii.gz"))
-    volume, spacing = read_image(tmp_path / "a.nii.gz")
-    planes = read_plane_names(tmp_path / "a.nii.gz")
+    volume, properties = read_image(tmp_path / "a.nii.gz")
+    spacing, planes = properties["spacing"], plane_names(properties)
     labels = np.zeros(volume.shape, np.uint8)
     labels[1, 2, 3] = 1
     draw_preview(volume, labels, {"liver": (1,)}, spacing, tmp_path / "p.png", title="a", planes=planes)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stunet.datasets import read_annotations, sync_to_preprocessed
+from stunet.datasets.raw import read_annotations, sync_to_preprocessed
 from stunet.errors import DatasetError
 
 NAME = "Dataset101_T"

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from masks import AFFINE, SHAPE, STRUCTURES, naive_label_map, random_masks, save, write_case, write_meta, write_source
 
-from stunet.datasets import ImportReport, choose_structures, dataset_folder, import_cases, read_totalsegmentator
+from stunet.datasets.imports import ImportReport, dataset_folder
+from stunet.datasets.totalsegmentator import choose_structures, import_cases, read_totalsegmentator
 from stunet.errors import CommandError, DatasetError, LabelError, UsageError
-from stunet.labels import load_vocabulary, read_manifest
+from stunet.labels.annotations import read_manifest
+from stunet.labels.labels import load_vocabulary
 
 
 def run(source: Path, folder: Path, structures: list[str] | None = None, **options: Any) -> ImportReport:
@@ -278,7 +280,7 @@ def test_a_folder_that_holds_something_else_is_kept(source: Path, folder: Path) 
 def test_two_imports_at_once(source: Path, folder: Path) -> None:
     errors = []
 
-    def intrude(case: str, n_masks: int, reused: bool) -> None:
+    def intrude(case: str, reused: bool) -> None:
         with pytest.raises(CommandError, match="another import"):
             run(source, folder)
         errors.append(case)
@@ -349,8 +351,6 @@ def test_versions_orders_and_groups(tmp_path: Path) -> None:
     for options, expected in (
         ({"groups": ["rib"]}, "unknown group"),
         ({"structures": ["Liver"]}, "unknown structure Liver: .*liver"),
-        ({"version": "3"}, "unknown version"),
-        ({"label_order": "random"}, "unknown label order"),
         ({"task": "nothing"}, "unknown task"),
     ):
         with pytest.raises((LabelError, UsageError), match=expected):
@@ -375,3 +375,29 @@ def test_tasks_of_ones_own(tmp_path: Path, source: Path) -> None:
         task.write_text(json.dumps(content))
         with pytest.raises(LabelError, match=expected):
             choose_structures(found, task=str(task))
+
+
+def test_links_take_the_place_of_earlier_ones_at_once(
+    source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(source, folder, link_images=True)
+    (folder / "labelsTr" / "a0.nii.gz").unlink()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.link", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(source, folder, link_images=True)
+    assert (folder / "imagesTr" / "a0_0000.nii.gz").samefile(source / "a0" / "ct.nii.gz")
+    run(source, folder, link_images=True)
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_an_import_that_ends_while_another_begins(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal is there when it is asked for, and gone when it is read."""
+    run(source, folder)
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: path.name == ".import.jsonl" or exists(path))
+    assert run(source, folder).reused == 3

@@ -20,7 +20,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 import stunet
 from plans import DATASET_JSON, make_plans
 from stunet.errors import CheckpointError, PlansError, SettingsError
-from stunet.labels import write_manifest
+from stunet.files import write_json
+from stunet.labels.annotations import order_manifest
 from stunet.network import STUNet, STUNetSize
 from stunet.planning import plans_size, rewrite_plans
 from stunet.weights.read import read_checkpoint
@@ -278,7 +279,7 @@ def test_a_sharded_network_computes_in_bf16_on_cuda(dataset: Path, monkeypatch: 
 
 def test_a_training_step_passes_through_few_files(dataset: Path) -> None:
     content = {"version": 1, "cases": {"a": ["liver"], "b": ["spleen"]}}
-    write_manifest(content, dataset / "annotated_labels.json")
+    write_json(order_manifest(content), dataset / "annotated_labels.json")
     (dataset / "dataset.json").write_text(json.dumps(DATASET_JSON))
     trainer = make(plans=narrow_plans())
     trainer.initialize()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from weights import STRIDES, TINY, tiny_weights, write_v1
 
 from stunet.errors import CheckpointError, UsageError
-from stunet.labels import Outputs
+from stunet.labels.labels import Outputs
 from stunet.network import STUNet, STUNetSize, build_stunet
 from stunet.weights import SourceWeights, adapt_stem, load_weights, open_weights, source_outputs, transfer_weights
 

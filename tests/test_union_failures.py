@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -16,9 +17,9 @@ from killing import run_and_kill
 from raw_datasets import AFFINE, SHAPE, write_raw
 from union_cases import B_LABELS, NAMES, annotated, contents, dataset_json, run, write_sources
 
-from stunet.datasets import check_sources, read_union_source
+from stunet.datasets.unions import check_sources, read_union_source
 from stunet.errors import DatasetError, LabelError
-from stunet.labels import UnionMapping
+from stunet.labels.unions import UnionMapping
 
 
 @pytest.fixture
@@ -69,7 +70,8 @@ def test_a_bad_label_map_is_named_and_stops_no_other(raw: Path, damage: Callable
     union = raw / "Dataset700_U"
     assert [p.name[:-7] for p in sorted((union / "labelsTr").iterdir())] == ["D007_a0", "D007_a2", "D007_a3", "D123_x"]
     assert dataset_json(union)["numTraining"] == 4
-    assert report.weights["D007_a0"] == pytest.approx(3**-0.5, rel=1e-5)
+    weights = json.loads((union / "annotated_labels.json").read_text())["weights"]
+    assert weights["D007_a0"] == pytest.approx(3**-0.5, rel=1e-5)
     kept = run(raw, "Dataset701_U")  # which had it when it was whole
     assert (list(kept.failed), kept.kept) == (["D007_a1"], ["D007_a1"])
     path.write_bytes(whole)

@@ -268,3 +268,41 @@ def test_each_blank_mask_is_compared_with_its_image(tmp_path: Path) -> None:
     (tmp_path / "2.nii.gz").write_bytes((tmp_path / "1.nii.gz").read_bytes()[:-1])
     with pytest.raises(DatasetError, match="unreadable image file"):
         merge_masks([(i + 1, tmp_path / f"{i}.nii.gz") for i in range(3)], read_volume(tmp_path / "ct.nii.gz"), 3)
+
+
+@pytest.mark.parametrize("offset", [353, 357, 400])
+@pytest.mark.parametrize("ending", ["nii", "nii.gz"])
+def test_voxels_begin_where_nibabel_says(tmp_path: Path, offset: int, ending: str) -> None:
+    image = nib.Nifti1Image(np.random.default_rng(0).integers(0, 99, SHAPE).astype(np.int16), AFFINE)
+    content = bytearray(image.to_bytes())
+    content[108:112] = np.float32(offset).tobytes()
+    content[352:352] = bytes(offset - 352)
+    path = tmp_path / f"a.{ending}"
+    path.write_bytes(gzip.compress(content) if ending == "nii.gz" else content)
+    assert np.array_equal(read_all(path), nib.load(path).get_fdata())
+    assert np.array_equal(read_all(path), image.get_fdata())
+
+
+def test_voxels_do_not_begin_within_the_header(tmp_path: Path) -> None:
+    """nibabel refuses 1 to 351, and of 0 it makes voxels of the header's own bytes."""
+    for offset in (0, 1, 351):
+        content = bytearray(nib.Nifti1Image(np.ones(SHAPE, np.int16), AFFINE).to_bytes())
+        content[108:112] = np.float32(offset).tobytes()
+        (tmp_path / "a.nii").write_bytes(content)
+        with pytest.raises(DatasetError, match=r"unreadable image file \S*a\.nii"):
+            read_all(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nrrd", "a.mha"])
+def test_volumes_larger_than_memory_are_refused_before_they_are_read(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume = np.zeros((200, 200, 100), np.int16)
+    sitk.WriteImage(sitk.GetImageFromArray(volume), str(tmp_path / name), useCompression=True)
+    assert (tmp_path / name).stat().st_size < volume.nbytes / 100
+    monkeypatch.setattr("stunet.volumes.available_bytes", lambda: volume.nbytes - 1)
+    with pytest.raises(DatasetError, match=rf"{name} \(.*GB of voxels, more than .* memory"):
+        count_labels(tmp_path / name)
+    assert read_volume(tmp_path / name, header_only=True).voxels.shape == (100, 200, 200)
+    monkeypatch.undo()
+    assert count_labels(tmp_path / name) == {0: volume.size}

@@ -9,8 +9,10 @@ from typing import Any
 
 from raw_datasets import write_raw
 
-from stunet.datasets import UnionReport, UnionSource, import_union, merge_sources, read_union_source
-from stunet.labels import UnionMapping, read_manifest
+from stunet.datasets.imports import ImportReport
+from stunet.datasets.unions import UnionSource, import_union, merge_sources, read_union_source
+from stunet.labels.annotations import read_manifest
+from stunet.labels.unions import UnionMapping
 
 A_LABELS = {"background": 0, "liver": 1, "Left Kidney": 2, "right kidney": 3}
 B_LABELS = {"background": 0, "kidneys": 1, "Spleen": 2, "liver tumour": 3}
@@ -29,7 +31,7 @@ def run(
     mapping: UnionMapping | None = None,
     sources: Sequence[UnionSource] = (),
     **options: Any,
-) -> UnionReport:
+) -> ImportReport:
     sources = sources or [read_union_source(raw / name) for name in NAMES]
     return import_union(sources, merge_sources(sources, mapping), raw / folder, **options)
 

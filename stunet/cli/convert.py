@@ -44,7 +44,7 @@ def convert(
     refuse_existing(output)
     remove_leftovers(output.parent, glob.escape(output.name), of_the_dead=True)
     entry, paths = find_fetched(weights)
-    from stunet.labels import load_vocabulary, read_label_file, vocabulary_for
+    from stunet.labels.labels import load_vocabulary, read_label_file, vocabulary_for
     from stunet.planning import describe_model, write_model_folder
     from stunet.weights import open_weights, write_published
 

@@ -16,7 +16,7 @@ from stunet.cli.options import Device, Positive, Size, choose_device, choose_siz
 from stunet.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from stunet.datasets import RawDataset
+    from stunet.datasets.raw import RawDataset
     from stunet.reports import StructureDice
 
 _SOURCE, _TARGET = "Dataset001_Venous", "Dataset002_Arterial"
@@ -107,7 +107,7 @@ def _demonstrate_phantoms(workspace: Workspace, epochs: int) -> None:
 
 
 def _pretrain(workspace: Workspace, epochs: int) -> None:
-    from stunet.datasets import PHANTOM_LABELS, write_phantom_masks
+    from stunet.datasets.phantoms import PHANTOM_LABELS, write_phantom_masks
 
     workspace.print_exports()
     source, structures = workspace.root / "phantoms", workspace.root / "structures.json"
@@ -127,7 +127,7 @@ def _pretrain(workspace: Workspace, epochs: int) -> None:
 
 def _rank(workspace: Workspace) -> dict[str, Any]:
     """Make the target, rank the checkpoints of the pre-training for it, and return ``ranking.json``."""
-    from stunet.datasets import write_phantom_dataset
+    from stunet.datasets.phantoms import write_phantom_dataset
 
     n_labelled = _N_FEW + _N_VALIDATION
     stdout.print(f"\nMaking a target dataset with {_N_FEW} cases to train on …")
@@ -176,7 +176,7 @@ def _curve(workspace: Workspace, dataset: str, trainer: str, plans: str) -> list
 
 
 def _read_own_data(data: Path) -> RawDataset:
-    from stunet.datasets import check_hold_out, read_raw_dataset
+    from stunet.datasets.raw import check_hold_out, read_raw_dataset
 
     raw = read_raw_dataset(data)
     check_hold_out(raw, _n_held_out(raw))
@@ -189,7 +189,7 @@ def _n_held_out(raw: RawDataset) -> int:
 
 def _demonstrate_own_data(workspace: Workspace, raw: RawDataset, epochs: int) -> None:
     """Train on a dataset in nnU-Net's raw layout, hold cases out, predict and score them."""
-    from stunet.datasets import hold_out, read_image
+    from stunet.datasets.raw import hold_out, read_image
 
     plans = "demo"
     name = raw.folder.name.partition("_")[2] or raw.folder.name
@@ -226,8 +226,8 @@ def _print_dice(columns: Mapping[str, Sequence[StructureDice]]) -> None:
 
 def _draw_cases(workspace: Workspace, dataset: str, predictions: Mapping[str, Path]) -> Path:
     """Draw three test cases with truth and predictions side by side."""
-    from stunet.datasets import read_image, read_plane_names
-    from stunet.labels import Labels
+    from stunet.datasets.raw import plane_names, read_image
+    from stunet.labels.labels import Labels
     from stunet.reports import side_by_side
 
     description, raw = workspace.dataset_json(dataset), workspace.raw(dataset)
@@ -236,8 +236,9 @@ def _draw_cases(workspace: Workspace, dataset: str, predictions: Mapping[str, Pa
     cases: list[Any] = []
     for truth in sorted((raw / "labelsTs").glob(f"*{ending}"))[:3]:
         name = truth.name.removesuffix(ending)
-        image, spacing = read_image(raw / "imagesTs" / f"{name}_0000{ending}")
+        image, properties = read_image(raw / "imagesTs" / f"{name}_0000{ending}")
         predicted = {title: read_image(folder / truth.name)[0] for title, folder in predictions.items()}
         cases.append((name, image, {"truth": labels.as_predicted(read_image(truth)[0]), **predicted}))
-    side_by_side(cases, labels.predicted, path, spacing=spacing, plane_name=read_plane_names(truth)[0])
+    plane = plane_names(properties)[0]
+    side_by_side(cases, labels.predicted, path, spacing=properties["spacing"], plane_name=plane)
     return path

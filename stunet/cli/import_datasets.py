@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,8 +19,9 @@ from stunet.environment import find_dataset, nnunet_folder
 from stunet.errors import UsageError
 
 if TYPE_CHECKING:
-    from stunet.datasets import ImportReport, UnionReport, UnionSource
-    from stunet.labels import LabelUnion
+    from stunet.datasets.imports import ImportReport
+    from stunet.datasets.unions import UnionSource
+    from stunet.labels.unions import LabelUnion
 
 app = typer.Typer(cls=Group, help="Turn other layouts into nnU-Net raw datasets.", no_args_is_help=True)
 
@@ -36,8 +37,8 @@ def totalsegmentator(
     dataset_id: _Id,
     name: str = "TotalSegmentator",
     task: str = "total",
-    version: str = "auto",
-    label_order: str | None = None,
+    version: Literal["auto", "1", "2"] = "auto",
+    label_order: Literal["stunet", "official"] | None = None,
     structures: list[str] | None = None,
     group: list[str] | None = None,
     exclude: list[str] | None = None,
@@ -67,7 +68,7 @@ def totalsegmentator(
         allow_unannotated: Keep structures that no training case annotates.
         num_processes: Cases at a time; by default up to 8, as cores and images are worth it.
     """
-    from stunet.datasets import KNOWN_BAD_CASES, choose_structures, import_cases, read_totalsegmentator
+    from stunet.datasets.totalsegmentator import KNOWN_BAD_CASES, choose_structures, import_cases, read_totalsegmentator
 
     folder = _new_dataset(dataset_id, name)
     found = read_totalsegmentator(source)
@@ -80,16 +81,8 @@ def totalsegmentator(
         if unknown := sorted(excluded - set(found.cases) - set(found.absent)):
             raise UsageError(f"an unknown case to exclude, {unknown[0]}: give --exclude cases of {source}, or none")
     print_line(f"{len(found.cases)} cases, {len(chosen)} structures" + (f" of version {told}" if told else ""))
-    started, n_masks = time.monotonic(), 0
-    n_cases = sum(case.name not in excluded for case in found.cases.values())
-    with _case_bar("Importing", n_cases) as (progress, bar):
-
-        def on_case(case: str, n_decoded: int, reused: bool) -> None:
-            nonlocal n_masks
-            n_masks += 0 if reused else n_decoded
-            rate = n_masks / max(time.monotonic() - started, 1e-9)
-            progress.update(bar, advance=1, rate=f"{rate:.0f} masks/s")
-
+    started = time.monotonic()
+    with _case_bar("Importing", sum(case not in excluded for case in found.cases)) as on_case:
         report = import_cases(
             list(found.cases.values()),
             chosen,
@@ -102,13 +95,9 @@ def totalsegmentator(
             num_processes=num_processes,
             on_case=on_case,
         )
-    seconds = time.monotonic() - started
     n_train, n_val, n_test = (list(report.splits.values()).count(split) for split in ("train", "val", "test"))
     print_line(f"Wrote {report.folder}: {n_train} cases to train, {n_val} to validate, {n_test} to test")
-    masks_per_second = f", {n_masks / seconds:.0f} masks/s" if n_masks else ""
-    print_line(
-        f"{n_masks} masks decoded in {seconds:.1f} s{masks_per_second}; {report.reused} cases were finished before"
-    )
+    print_line(f"It took {time.monotonic() - started:.1f} s; {report.reused} cases were finished before")
     _print_cases(sorted(excluded & set(found.cases)), "excluded")
     _print_cases(report.left_out, "left out, as they annotate none of these structures")
     _print_cases(report.kept, "kept from an earlier run, as the source does not have them whole any more")
@@ -161,8 +150,8 @@ def union(
         allow_unannotated: Keep structures that no case annotates.
         num_processes: Cases at a time.
     """
-    from stunet.datasets import check_sources, import_union, merge_sources, read_union_source
-    from stunet.labels import dump_mapping, read_mapping
+    from stunet.datasets.unions import import_union, merge_sources, read_union_source
+    from stunet.labels.unions import dump_mapping, read_mapping
 
     overrides = read_mapping(mapping) if mapping is not None else None
     folder = _new_dataset(dataset_id, name)
@@ -170,15 +159,14 @@ def union(
     names = [find_dataset(source) for source in sources]
     once = {each: read_union_source(raw / each, name=each) for each in dict.fromkeys(names)}
     found = [once[each] for each in names]
-    check_sources(found)
-    given = _parse_weights(weights or [], found)
     merged = merge_sources(found, overrides)
+    given = _parse_weights(weights or [], found)
     _print_labels(merged, error=dry_run)
     if dry_run:
         _print_weights(found, {s.name: list(s.cases) for s in found}, given, error=True)
         typer.echo(dump_mapping(merged.mapping, merged.superclasses), nl=False)
         return
-    with _case_bar("Label maps", sum(len(source.cases) for source in found)) as (progress, bar):
+    with _case_bar("Label maps", sum(len(source.cases) for source in found)) as on_case:
         report = import_union(
             found,
             merged,
@@ -187,11 +175,10 @@ def union(
             allow_unannotated=allow_unannotated,
             preprocessed=os.environ.get(_PREPROCESSED) or None,
             num_processes=num_processes,
-            on_case=lambda case, reused: progress.advance(bar),
+            on_case=on_case,
         )
-    n_cases = sum(map(len, report.cases.values()))
-    print_line(f"Wrote {report.folder}: {n_cases} cases; {report.reused} were finished before")
-    own_names = {s.name: [case for case, new in s.cases.items() if new in report.cases[s.name]] for s in found}
+    print_line(f"Wrote {report.folder}: {len(report.records)} cases; {report.reused} were finished before")
+    own_names = {s.name: [case for case, new in s.cases.items() if new in report.records] for s in found}
     _print_weights(found, own_names, given, error=False)
     _print_cases(report.left_out, "left out, as they annotate none of these structures")
     _print_cases(report.kept, "kept from an earlier run, as their source cannot be read any more")
@@ -238,7 +225,7 @@ def _print_labels(merged: LabelUnion, *, error: bool) -> None:
 def _print_weights(
     sources: Sequence[UnionSource], cases: Mapping[str, Sequence[str]], given: Mapping[str, float], *, error: bool
 ) -> None:
-    from stunet.datasets import sampling_weights
+    from stunet.datasets.unions import sampling_weights
 
     totals = {s.name: sum(sampling_weights(s, cases[s.name], given).values()) for s in sources}
     numbers = ("cases", "weight of a case", "share of training")
@@ -251,20 +238,18 @@ def _print_weights(
 
 def _new_dataset(dataset_id: int, name: str) -> Path:
     """Return the folder of a dataset to be made, or to be continued."""
-    from stunet.datasets import dataset_folder
+    from stunet.datasets.imports import dataset_folder
 
     others = [Path(v) for v in map(os.environ.get, (_PREPROCESSED, "nnUNet_results")) if v]
     return dataset_folder(dataset_id, name, raw=nnunet_folder("nnUNet_raw"), others=others)
 
 
 @contextmanager
-def _case_bar(text: str, n_cases: int) -> Iterator[tuple[Progress, Any]]:
-    rate = TextColumn("{task.fields[rate]}")
-    with Progress(
-        TextColumn(text), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(), console=stdout
-    ) as progress:
-        bar = progress.add_task("", total=n_cases, rate="")
-        yield progress, bar
+def _case_bar(text: str, n_cases: int) -> Iterator[Callable[[str, bool], None]]:
+    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stdout) as progress:
+        bar = progress.add_task("", total=n_cases)
+        yield lambda case, reused: progress.advance(bar)
         progress.update(bar, completed=n_cases)
 
 
@@ -273,7 +258,7 @@ def _print_cases(names: Sequence[str], what: str) -> None:
         print_line(f"{len(names)} {'case' if len(names) == 1 else 'cases'} {what}: {shorten(names)}")
 
 
-def _finish(report: ImportReport | UnionReport, dataset_id: int) -> None:
+def _finish(report: ImportReport, dataset_id: int) -> None:
     for path in report.stale:
         again = f"stunet labels carry -d {report.folder.name}"
         print_line(f"Left alone, as it differs: {path}. Preprocess again, then: {again}")

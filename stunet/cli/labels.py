@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import typer
 from rich.progress import Progress
@@ -13,9 +12,6 @@ from stunet.cli.console import Group, PlainTable, print_error, print_line, stder
 from stunet.cli.options import Dataset, Json, Processes
 from stunet.cli.preflight import preflight
 from stunet.environment import find_dataset, nnunet_folder
-
-if TYPE_CHECKING:
-    from stunet.labels import Coverage
 
 app = typer.Typer(cls=Group, help="Check and carry annotated_labels.json.", no_args_is_help=True)
 
@@ -34,8 +30,9 @@ def check(dataset: Dataset, as_json: Json = False, num_processes: Processes = 8)
         as_json: Print JSON, with what each case has.
         num_processes: Cases at a time.
     """
-    from stunet.datasets import case_names, read_raw_dataset, sources_of_cases
-    from stunet.labels import MANIFEST_NAME, measure_coverage, read_manifest
+    from stunet.datasets.raw import case_names, read_raw_dataset
+    from stunet.datasets.unions import sources_of_cases
+    from stunet.labels.annotations import MANIFEST_NAME, measure_coverage, read_manifest
 
     raw = read_raw_dataset(nnunet_folder("nnUNet_raw") / preflight(dataset, seconds=-1))  # all are read below
     labels = raw.dataset_json["labels"]
@@ -52,52 +49,49 @@ def check(dataset: Dataset, as_json: Json = False, num_processes: Processes = 8)
             on_case=lambda case: progress.advance(bar),
         )
     if as_json:
-        typer.echo(json.dumps({"dataset": raw.folder.name, **coverage.as_json()}, indent=4))
+        typer.echo(json.dumps({"dataset": raw.folder.name, **coverage}, indent=4))
     else:
-        _print_coverage(coverage, raw.folder)
-    _warn(coverage)
-    if coverage.unreadable:
+        _print_coverage(coverage, raw.folder.name)
+    for key, what in (("never_annotated", "never annotated"), ("never_present", "never present")):
+        if names := coverage[key]:
+            print_line(f"warning: {len(names)} {what}: {', '.join(names)}", error=True)
+    for case, structures in coverage["occurs_without_annotation"].items():
+        print_line(f"warning: {case} has {', '.join(structures)} and does not annotate it", error=True)
+    for case, values in coverage["unknown_values"].items():
+        shown = ", ".join(map(str, values))
+        print_line(f"warning: {case} has values that dataset.json does not list: {shown}", error=True)
+    for case, error in coverage["unreadable"].items():
+        print_line(f"case {case}:", error=True)
+        print_error(error)
+    if coverage["unreadable"]:
         raise typer.Exit(2)
-    if coverage.never_annotated or coverage.contradictions or coverage.unknown_values:
+    if coverage["never_annotated"] or coverage["occurs_without_annotation"] or coverage["unknown_values"]:
         raise typer.Exit(1)
 
 
-def _print_coverage(coverage: Coverage, folder: Path) -> None:
+def _print_coverage(coverage: dict[str, Any], dataset: str) -> None:
+    structures, cases = coverage["structures"], coverage["cases"]
     columns = ("value", "structure", "annotated in", "present in", "voxels")
-    title = f"{folder.name}, {len(coverage.voxels)} training cases"
+    title = f"{dataset}, {len(cases)} training cases"
     table = PlainTable(*columns, title=title, numbers=set(columns) - {"structure"})
-    for row in coverage.structures:
-        table.add_row(str(row.value), row.name, str(row.annotated), str(row.present), str(row.voxels))
+    for row in structures:
+        table.add_row(*(str(row[key]) for key in ("value", "name", "annotated", "present", "voxels")))
     stdout.print(table)
-    if coverage.sources:
+    if coverage["sources"]:
         counted = ("cases", "annotated", "present")
         table = PlainTable("dataset", *counted, "never present", title="Structures by source", numbers=counted)
-        for source in coverage.sources:
-            numbers = (str(n) for n in (source.cases, len(source.annotated), len(source.present)))
-            table.add_row(source.name, *numbers, ", ".join(source.never_present))
+        for source in coverage["sources"]:
+            # Often a label that was mapped to the wrong structure.
+            never_present = ", ".join(name for name in source["annotated"] if name not in source["present"])
+            numbers = (str(n) for n in (source["cases"], len(source["annotated"]), len(source["present"])))
+            table.add_row(source["name"], *numbers, never_present)
         stdout.print(table)
-    n_structures = len(coverage.structures)
-    counts = sorted((len(coverage.manifest.annotated(case)) for case in coverage.voxels), reverse=True)
-    if counts and counts[-1] < n_structures:
+    counts = sorted((len(case["annotated"]) for case in cases.values()), reverse=True)
+    if counts and counts[-1] < len(structures):
         shown = ", ".join(map(str, counts[:12])) + (" …" if len(counts) > 12 else "")
-        print_line(f"Structures annotated, by case: {shown} (of {n_structures})")
+        print_line(f"Structures annotated, by case: {shown} (of {len(structures)})")
     else:
         print_line("Every case annotates everything.")
-
-
-def _warn(coverage: Coverage) -> None:
-    for names, what in ((coverage.never_annotated, "never annotated"), (coverage.never_present, "never present")):
-        if names:
-            print_line(f"warning: {len(names)} {what}: {', '.join(names)}", error=True)
-    for case, structures in coverage.contradictions.items():
-        print_line(f"warning: {case} has {', '.join(structures)} and does not annotate it", error=True)
-    for case, values in coverage.unknown_values.items():
-        print_line(
-            f"warning: {case} has values that dataset.json does not list: {', '.join(map(str, values))}", error=True
-        )
-    for case, error in coverage.unreadable.items():
-        print_line(f"case {case}:", error=True)
-        print_error(error)
 
 
 @app.command("carry")
@@ -107,7 +101,7 @@ def carry(dataset: Dataset) -> None:
     Training reads them there. Importing and training do this by themselves while nothing differs; where the raw files
     have changed since, check that the preprocessed data is of after the change.
     """
-    from stunet.datasets import sync_to_preprocessed
+    from stunet.datasets.raw import sync_to_preprocessed
 
     name = find_dataset(dataset)
     folder = nnunet_folder("nnUNet_preprocessed") / name

@@ -114,7 +114,7 @@ def _check_plans(path: Path, content: dict[str, Any], name: str, configuration: 
 
 
 def _check_label_maps(folder: Path, content: dict[str, Any], seconds: float) -> None:
-    from stunet.labels import Labels
+    from stunet.labels.labels import Labels
     from stunet.volumes import count_labels
 
     declared = Labels(content, folder / "dataset.json").check()

@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -48,7 +48,7 @@ class ImportCase:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
+@dataclass
 class ImportReport:
     """What an import has done."""
 
@@ -84,7 +84,7 @@ class ImportReport:
         dataset_json: Mapping[str, Any],
         left_out: list[str],
         preprocessed: str | os.PathLike[str] | None,
-    ) -> ImportReport:
+    ) -> None:
         """Write the files that are no cases, ``dataset.json`` last, since it makes them a dataset.
 
         Where the fold lacks ``train`` or ``val``, nnU-Net makes five folds of its own.
@@ -92,25 +92,24 @@ class ImportReport:
         Raises:
             DatasetError: The folder holds files that no import wrote.
         """
-        folder, has_folds = self.folder, bool(fold.get("train") and fold.get("val"))
+        folder, self.left_out = self.folder, left_out
+        self.has_folds = bool(fold.get("train") and fold.get("val"))
         self._tidy(str(dataset_json["file_ending"]))
-        if not has_folds:
+        if not self.has_folds:
             (folder / SPLITS_NAME).unlink(missing_ok=True)
         overlaps: dict[str, dict[str, int]] = {}
         for (loser, winner), n in sorted(self.overlaps.items()):
             overlaps.setdefault(loser, {})[winner] = n
         found = {"left_out": left_out, "failed": {name: str(error) for name, error in self.failed.items()}}
         found |= {"kept": self.kept, "overlaps": overlaps, "cases": self.records}
-        files: dict[Path, Any] = {folder / MANIFEST_NAME: order_manifest(manifest, source=str(folder / MANIFEST_NAME))}
-        files |= {folder / SPLITS_NAME: [fold]} if has_folds else {}
+        files: dict[Path, Any] = {folder / MANIFEST_NAME: order_manifest(manifest)}
+        files |= {folder / SPLITS_NAME: [fold]} if self.has_folds else {}
         files |= {folder / REPORT_NAME: {**self.settings, **found}, folder / "dataset.json": dataset_json}
         write_json_files(files)
-        stale = []
         if preprocessed is not None:
             for name in (MANIFEST_NAME, SPLITS_NAME):
                 remove_leftovers(Path(preprocessed) / folder.name, name)
-            stale = sync_to_preprocessed(folder, Path(preprocessed) / folder.name)
-        return replace(self, left_out=left_out, has_folds=has_folds, stale=stale)
+            self.stale = sync_to_preprocessed(folder, Path(preprocessed) / folder.name)
 
     def _tidy(self, ending: str) -> None:
         """Remove files of cases that an import began and that are not part of the dataset, or of another part now."""
@@ -207,7 +206,6 @@ def importing(
     cases: Sequence[ImportCase],
     outputs_of: Callable[[str, Record], Sequence[Path]],
     *,
-    may_keep: Callable[[str], bool],
     num_processes: int,
     on_case: Callable[[str, bool], None],
 ) -> Iterator[ImportReport]:
@@ -220,9 +218,8 @@ def importing(
         folder: The dataset's folder in ``nnUNet_raw``.
         settings: What earlier runs must agree with.
         cases: The cases.
-        outputs_of: The files of a case of an earlier run.
-        may_keep: Whether a case of an earlier run that this one cannot import may stay: its copy may be all that is
-            left of it.
+        outputs_of: The files of a case of an earlier run that this one cannot import, and that may stay: they may be
+            all that is left of it. None where it may not.
         num_processes: Cases at a time.
         on_case: Called as a case is done, with its name and whether an earlier run had finished it.
 
@@ -256,8 +253,8 @@ def importing(
                 file.write(f"{json.dumps({'case': job.name, 'record': result[0]})}\n")
                 file.flush()
                 on_case(job.name, reused)
-        old = {name: record for name, record in earlier.items() if name not in records and may_keep(name)}
-        kept = {name: record for name, record in sorted(old.items()) if _is_whole(record, outputs_of(name, record))}
+        old = {name: record for name, record in sorted(earlier.items()) if name not in records}
+        kept = {name: record for name, record in old.items() if _is_whole(record, outputs_of(name, record))}
         records, failed = dict(sorted({**records, **kept}.items())), dict(sorted(failed.items()))
         yield ImportReport(folder, settings, began, records, n_reused, failed, list(kept))
         journal.unlink()
@@ -267,12 +264,13 @@ def _read_state(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Re
     """Records and begun cases of the import that a folder holds, unfinished (journal) or finished (report)."""
     known: dict[str, Any] = {}
     records: dict[str, Record] = {}
-    if (folder / _JOURNAL).exists():
+    try:  # without asking first: another import may end in between
         known, *lines = map(_parse, (folder / _JOURNAL).read_text(encoding="utf-8").splitlines())
         records = {line["case"]: line["record"] for line in lines if line}
-    elif (folder / REPORT_NAME).exists():
-        known = _parse((folder / REPORT_NAME).read_text(encoding="utf-8"))
-        records = known.get("cases", {})
+    except FileNotFoundError:
+        with suppress(FileNotFoundError):
+            known = _parse((folder / REPORT_NAME).read_text(encoding="utf-8"))
+            records = known.get("cases", {})
     others = [key for key in settings if known.get(key) != settings[key]]
     present = folder.iterdir() if folder.is_dir() else ()
     if others and (known or any(not path.name.lstrip(".").startswith("import.") for path in present)):

@@ -12,8 +12,6 @@ import numpy.typing as npt
 
 from stunet.files import write_json
 
-Volume = npt.NDArray[np.float32]
-
 _SHAPE = (24, 48, 56)  # voxels, z y x
 _SPACING = (6.0, 4.0, 4.0)  # mm, z y x: thick slices, as abdominal CT often has
 
@@ -73,7 +71,7 @@ PHANTOM_LABELS: dict[str, int] = phantom_labels("venous")
 class Phantom:
     """One generated case."""
 
-    image: Volume  # attenuation in HU, float32 of shape (Z, Y, X)
+    image: npt.NDArray[np.float32]  # attenuation in HU, float32 of shape (Z, Y, X)
     segmentation: npt.NDArray[np.uint8]  # label values, uint8 of the same shape
     spacing: tuple[float, float, float]  # mm along (z, y, x)
 

@@ -17,12 +17,15 @@ import numpy as np
 import numpy.typing as npt
 from nibabel.orientations import io_orientation
 
-from stunet.errors import DatasetError
+from stunet.errors import DatasetError, reading
 from stunet.files import atomic_path, write_json
-from stunet.labels import MANIFEST_NAME, AnnotationManifest, read_manifest
+from stunet.labels.annotations import MANIFEST_NAME, AnnotationManifest, read_manifest
 
 SPLITS_NAME = "splits_final.json"
 """Name of nnU-Net's file with the folds, which it reads from the preprocessed folder alone."""
+
+_REMEDY = "give dataset.json with channel_names, labels and file_ending, imagesTr and labelsTr"
+_NO_RAW_DATASET = ("not an nnU-Net raw dataset", DatasetError, _REMEDY)
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,9 @@ def read_raw_dataset(folder: str | os.PathLike[str]) -> RawDataset:
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
     folder, dataset_json, channels = _read_description(folder)
-    try:
+    with reading(folder, *_NO_RAW_DATASET):
         listing = get_filenames_of_train_images_and_targets(str(folder), dataset_json)
         cases = {case: (list(map(Path, f["images"])), Path(f["label"])) for case, f in listing.items()}
-    except (OSError, KeyError, TypeError) as error:
-        raise _no_raw_dataset(folder, error) from error
     problems = [f"{f} is missing" for images, label in cases.values() for f in (*images, label) if not f.is_file()]
     problems += [f"{case} has {len(i)} of {channels} channels" for case, (i, _) in cases.items() if len(i) != channels]
     if problems or not cases:
@@ -60,17 +61,10 @@ def _read_description(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, A
     folder = Path(folder).resolve()
     if not folder.is_dir():
         raise DatasetError(f"no such folder {folder}: give a raw dataset, such as $nnUNet_raw/Dataset004_Hippocampus")
-    try:
+    with reading(folder, *_NO_RAW_DATASET):
         content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
         channels, _, _ = len(content["channel_names"]), content["labels"], content["file_ending"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _no_raw_dataset(folder, error) from error
     return folder, content, channels
-
-
-def _no_raw_dataset(folder: Path, error: Exception) -> DatasetError:
-    wanted = "dataset.json with channel_names, labels and file_ending, imagesTr and labelsTr"
-    return DatasetError(f"{folder} is not an nnU-Net raw dataset ({type(error).__name__}: {error}): give {wanted}")
 
 
 def read_test_dataset(folder: str | os.PathLike[str]) -> RawDataset:
@@ -111,10 +105,8 @@ def read_validation_dataset(
     if path is None:
         both = " and no ".join(map(str, places))
         raise DatasetError(f"missing folds: no {both}; set nnUNet_preprocessed to where it was trained, or omit --fold")
-    try:
+    with reading(path, "a list of folds that cannot be used", DatasetError, 'give [{"train": […], "val": […]}, …]'):
         folds = [[str(name) for name in split["val"]] for split in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f'unreadable folds {path} ({error!r}): give [{{"train": […], "val": […]}}, …]') from error
     if not 0 <= fold < len(folds) or not folds[fold]:
         raise DatasetError(f"fold {fold} has no validation cases: choose one of {len(folds)} folds of {path}, from 0")
     if unknown := next((name for name in folds[fold] if name not in dataset.cases), None):
@@ -175,30 +167,19 @@ def hold_out(dataset: RawDataset, folder: str | os.PathLike[str], *, n_held_out:
     return held_out
 
 
-def read_image(path: str | os.PathLike[str]) -> tuple[npt.NDArray[Any], tuple[float, float, float]]:
+def read_image(path: str | os.PathLike[str]) -> tuple[npt.NDArray[Any], dict[str, Any]]:
     """Read one channel of a case, or its labels, with the reader that nnU-Net takes for such files.
 
     Returns:
-        Array of shape ``(Z, Y, X)``, and the spacing in mm along these axes.
+        Array of shape ``(Z, Y, X)``, and the reader's properties, with the ``spacing`` in mm along these axes.
     """
-    volume, properties = _read(path)
-    z, y, x = (float(s) for s in properties["spacing"])
-    return volume[0], (z, y, x)
-
-
-def read_plane_names(path: str | os.PathLike[str]) -> tuple[str, str, str]:
-    """Return the planes across the axes of :func:`read_image`'s array: axial, coronal and sagittal in some order."""
-    return plane_names(_read(path)[1])
-
-
-def _read(path: str | os.PathLike[str]) -> tuple[npt.NDArray[Any], dict[str, Any]]:
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
 
     reader = determine_reader_writer_from_file_ending(
         "." + Path(path).name.partition(".")[2], str(path), allow_nonmatching_filename=True, verbose=False
     )()
     volume, properties = reader.read_images([str(path)])
-    return volume, properties
+    return volume[0], properties
 
 
 def plane_names(properties: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -266,11 +247,9 @@ def has_annotations(dataset_name: str) -> bool:
 def read_annotations(dataset_name: str, dataset_json: Mapping[str, Any]) -> AnnotationManifest:
     """Read what the cases of a preprocessed dataset annotate; what trainers call, in the process of rank 0 first.
 
-    The preprocessed folder's manifest counts, since it belongs to the data beside it. Where that folder has none and
-    the raw one has, that is copied, with the folds; so it is when the dataset was preprocessed before
-    ``nnUNet_preprocessed`` had a copy. Where both have one and they differ, nobody but the user can know whether the
-    data was preprocessed before or after the change, and training on the wrong one would teach that annotated
-    structures are background.
+    The preprocessed folder's manifest counts, since it belongs to the data beside it; where it is missing, the raw
+    folder's is copied, with the folds. Where they differ, only the user can know whether the data was preprocessed
+    before or after the change, and training on the wrong one would teach that annotated structures are background.
 
     Raises:
         DatasetError: Raw and preprocessed manifest differ.

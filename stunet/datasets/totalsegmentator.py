@@ -5,36 +5,36 @@ from __future__ import annotations
 import csv
 import difflib
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from stunet.datasets.imports import ENDING, ImportCase, ImportReport, Record, case_files, check_annotated, importing
-from stunet.errors import DatasetError, LabelError, UsageError
-from stunet.files import atomic_path, clone_or_copy, fingerprint
-from stunet.forms import FormError, Names, decode, read_document
-from stunet.labels import group_cases, list_vocabularies, load_vocabulary
-from stunet.labels.labels import BACKGROUND, IGNORE, check_names
+from stunet.errors import DatasetError, LabelError, reading
+from stunet.files import atomic_path, fingerprint, temporary_path
+from stunet.forms import Names, decode, read_document
+from stunet.labels.annotations import group_cases
+from stunet.labels.labels import BACKGROUND, IGNORE, check_names, list_vocabularies, load_vocabulary
 from stunet.processes import worthwhile_processes
 from stunet.volumes import Volume, check_finite, check_same_grid, read_volume, write_labels
 
 KNOWN_BAD_CASES: dict[str, tuple[str, ...]] = {"1": ("s0864",), "2": ()}
 """Cases of each version that are left out by default: in v1, s0864 has a corrupt CT."""
 
+Version = Literal["auto", "1", "2"]
+LabelOrder = Literal["stunet", "official"]
+
 _SPLITS = ("train", "val", "test")
-_LABEL_ORDERS = ("stunet", "official")
 _FORMAT = 1
 _CHOOSE = "choose --structures or --group, see --exclude"
 #: Bytes of images that are imported, with their masks, while a process starts.
 _BYTES_PER_START = 2**25
-
-OnCase = Callable[[str, int, bool], None]
-"""Called as a case is done, with its name, number of masks, and whether an earlier run had finished it."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,11 @@ def _read_splits(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     remedy = "give image_id and split, separated by semicolons, or remove the file to do without the official split"
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [(row["image_id"].strip(), row["split"].strip()) for row in csv.DictReader(file, delimiter=";")]
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError, AttributeError) as error:
-        raise DatasetError(f"{path} cannot be used ({type(error).__name__} {error}): {remedy}") from error
+    with (
+        reading(path, "a split that cannot be used", DatasetError, remedy),
+        path.open(encoding="utf-8-sig", newline="") as file,
+    ):
+        rows = [(row["image_id"].strip(), row["split"].strip()) for row in csv.DictReader(file, delimiter=";")]
     if other := next((row for row in rows if row[1] not in _SPLITS), None):
         raise DatasetError(f"{path}: {other[0]} has the split {other[1]!r}, not one of {', '.join(_SPLITS)}: {remedy}")
     name, n = Counter(name for name, _ in rows).most_common(1)[0] if rows else ("", 0)
@@ -118,8 +118,8 @@ def choose_structures(
     source: TotalSegmentatorSource,
     *,
     task: str = "total",
-    version: str = "auto",
-    label_order: str | None = None,
+    version: Version = "auto",
+    label_order: LabelOrder | None = None,
     structures: Collection[str] = (),
     groups: Collection[str] = (),
 ) -> tuple[str, list[str]]:
@@ -128,10 +128,9 @@ def choose_structures(
     Args:
         source: Where they are from, which tells the version.
         task: ``total``, the name of a vocabulary of this package, or a JSON file with a list of structures.
-        version: ``auto``, ``1`` or ``2``; counts for the task ``total`` alone.
-        label_order: ``official``, the order of the task's list; or ``stunet``, alphabetical, which is the order of
-            the published STU-Net weights where all 104 structures of version 1 are imported. ``stunet`` by default
-            for ``total``, ``official`` for others.
+        version: Of the task ``total``.
+        label_order: ``official``, the order of the task's list; or ``stunet``, alphabetical, as in the published
+            weights. ``stunet`` by default for ``total``, ``official`` for others.
         structures: Only these and those of ``groups``; all by default.
         groups: Names of groups of the task.
 
@@ -139,20 +138,17 @@ def choose_structures(
         The version, or an empty string for other tasks; and the structures.
 
     Raises:
-        UsageError, LabelError: Unknown task, version, order, structure or group.
+        LabelError: Unknown task, structure or group.
         DatasetError: The version cannot be told, or masks whose names differ only in case from a structure's.
     """
-    if label_order not in (None, *_LABEL_ORDERS):
-        raise UsageError(f"unknown label order {label_order}: give {' or '.join(_LABEL_ORDERS)} as --label-order")
-    if version not in ("auto", "1", "2"):
-        raise UsageError(f"unknown version {version}: give auto, 1 or 2 as --version")
     known_groups: Mapping[str, Collection[str]] = {}
+    told = ""
     if task == "total":
-        version = _tell_version(source) if version == "auto" else version
-        vocabulary = load_vocabulary(f"totalsegmentator_v{version}")
+        told = _tell_version(source) if version == "auto" else version
+        vocabulary = load_vocabulary(f"totalsegmentator_v{told}")
         known, known_groups = list(vocabulary.labels[1:]), vocabulary.groups
     else:
-        version, known = "", _read_task(task)
+        known = _read_task(task)
     if unknown := next((group for group in groups if group not in known_groups), None):
         listed = ", ".join(known_groups) or "none"
         raise LabelError(f"unknown group {unknown}: give one of {listed} as --group, or name --structures")
@@ -167,7 +163,7 @@ def choose_structures(
         close = ", ".join(difflib.get_close_matches(odd[0], known, 3) or known[:3])
         raise LabelError(f"unknown structure {odd[0]}: give --structures of the task, such as {close}")
     alphabetical = (label_order or ("stunet" if task == "total" else "official")) == "stunet"
-    return version, [name for name in (sorted(known) if alphabetical else known) if name in wanted]
+    return told, [name for name in (sorted(known) if alphabetical else known) if name in wanted]
 
 
 def _tell_version(source: TotalSegmentatorSource) -> str:
@@ -185,11 +181,9 @@ def _tell_version(source: TotalSegmentatorSource) -> str:
 def _read_task(task: str) -> list[str]:
     if task in list_vocabularies():
         return list(load_vocabulary(task).labels[1:])
-    try:
+    remedy = f"give total, {', '.join(list_vocabularies())}, or a JSON list of structures"
+    with reading(task, "an unknown task", LabelError, remedy):
         names: list[str] = decode(read_document(task), Names)
-    except FormError as error:
-        known = ", ".join(list_vocabularies())
-        raise LabelError(f"unknown task {task} ({error}): give total, {known}, or a JSON list of structures") from error
     odd = [name for name, n in Counter(names).items() if n > 1 or name in (BACKGROUND, IGNORE)]
     if odd:
         raise LabelError(f"{task} lists {odd[0]} twice, or as what is no structure: correct the file")
@@ -235,9 +229,10 @@ def _inside(mask: Volume) -> npt.NDArray[np.bool_]:
     # Slope and intercept have 32 bits: 255 times 1/255 is not quite 1.
     values = mask.values if mask.scaling is None else mask.values.round(4)
     inside: npt.NDArray[np.bool_] = values != 0
-    found = np.unique(values[inside])
+    marked = values[inside]
     remedy = "write 0 outside and 1 (or 255) inside, of probabilities what is above 0.5"
-    if found.tolist() not in ([], [1], [255]):
+    if marked.size and not (marked[0] in (1, 255) and (marked == marked[0]).all()):
+        found = np.unique(marked)
         shown = ", ".join(f"{v:g}" for v in found[:5]) + ", …" * (len(found) > 5)
         raise DatasetError(f"{mask.path}: values {shown}, not 0 and 1, or 0 and 255: {remedy}")
     if inside.all() and mask.scaling is not None:
@@ -274,14 +269,16 @@ class MaskCase(ImportCase):
         merged = merge_masks([(value, self.case.mask(s)) for value, s in names.items()], ct, len(self.structures))
         image, label = self.outputs
         if self.link:
-            image.unlink(missing_ok=True)
+            temporary = temporary_path(image)
             try:
-                os.link(self.case.ct.resolve(), image)
+                os.link(self.case.ct.resolve(), temporary)
             except OSError:  # another file system, or one without hard links
-                image.symlink_to(self.case.ct.resolve())
+                temporary.symlink_to(self.case.ct.resolve())
+            os.replace(temporary, image)
+            temporary.unlink(missing_ok=True)  # a rename of one link of a file over another does nothing
         else:
             with atomic_path(image) as temporary:
-                clone_or_copy(self.case.ct, temporary)
+                shutil.copyfile(self.case.ct, temporary)
         write_labels(merged.labels, ct, label)
         overlaps: dict[str, dict[str, int]] = {}
         for (loser, winner), n in sorted(merged.overlaps.items()):
@@ -300,14 +297,13 @@ def import_cases(
     allow_unannotated: bool = False,
     preprocessed: str | os.PathLike[str] | None = None,
     num_processes: int | None = 1,
-    on_case: OnCase = lambda case, n_masks, reused: None,
+    on_case: Callable[[str, bool], None] = lambda case, reused: None,
 ) -> ImportReport:
     """Import cases, or resume an import of the same structures into the same folder.
 
-    Each case is written atomically. ``dataset.json`` appears last, with the cases that could be imported; those that
-    could not are reported, and tried again by the next run. Cases that an earlier run has imported leave the dataset
-    only where they are excluded by name. The same source gives the same bytes, however often the import was
-    interrupted.
+    Cases are written atomically, ``dataset.json`` last, with the cases that could be imported; those that could not are
+    reported, and tried again by the next run. Cases of an earlier run leave the dataset only where they are excluded by
+    name. The same source gives the same bytes, however often the import was interrupted.
 
     Args:
         cases: What the source has.
@@ -318,12 +314,12 @@ def import_cases(
         link_images: Hard links (symbolic ones to other file systems) in place of copies of the images.
         allow_unannotated: Whether structures may stay that no training case annotates.
         preprocessed: nnU-Net's ``nnUNet_preprocessed``, where manifest and folds are needed too.
-        num_processes: Cases at a time; None for as many as there are processor cores and as the images are worth.
-        on_case: Called as a case is done.
+        num_processes: Cases at a time; None for as many as cores and images are worth.
+        on_case: Called as a case is done, with its name and whether an earlier run had finished it.
 
     Raises:
-        DatasetError: The folder holds something else, nothing could be imported, or no training case annotates one of
-            the structures.
+        DatasetError: A folder that holds something else, nothing imported, or a structure that no training case
+            annotates.
     """
     folder, mode = Path(folder), "link" if link_images else "copy"
     settings = {"format": _FORMAT, **details, "images": mode, "structures": list(structures)}
@@ -342,15 +338,13 @@ def import_cases(
     if num_processes is None:
         size = sum(job.case.ct.stat().st_size for job in jobs if job.case.ct.exists())
         num_processes = worthwhile_processes(size, share=_BYTES_PER_START)
-    n_masks = {job.name: len(job.case.masks & set(structures)) for job in jobs}
     with importing(
         folder,
         settings,
         jobs,
-        lambda name, record: case_files(folder, name, record["split"]),
-        may_keep=lambda name: name not in excluded,
+        lambda name, record: () if name in excluded else case_files(folder, name, record["split"]),
         num_processes=num_processes,
-        on_case=lambda name, reused: on_case(name, n_masks[name], reused),
+        on_case=on_case,
     ) as report:
         records = report.records
         training = [record["voxels"] for record in records.values() if record["split"] != "test"]
@@ -364,4 +358,5 @@ def import_cases(
         }
         manifest = group_cases({name: record["voxels"] for name, record in records.items()}, structures)
         fold = {part: [name for name in records if records[name]["split"] == part] for part in ("train", "val")}
-        return report.finish(manifest, fold, dataset_json, left_out, preprocessed)
+        report.finish(manifest, fold, dataset_json, left_out, preprocessed)
+    return report

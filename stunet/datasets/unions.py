@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -21,21 +21,20 @@ from stunet.datasets.imports import (
     importing,
 )
 from stunet.datasets.raw import SPLITS_NAME, RawDataset, case_names, read_raw_dataset
-from stunet.errors import DatasetError, LabelError, UsageError
+from stunet.errors import DatasetError, LabelError, reading
 from stunet.files import fingerprint
-from stunet.labels import (
-    MANIFEST_NAME,
-    AnnotationManifest,
-    Labels,
-    LabelUnion,
-    UnionMapping,
-    bind_manifest,
-    group_cases,
-    merge_labels,
-    read_manifest,
+from stunet.labels.annotations import MANIFEST_NAME, AnnotationManifest, bind_manifest, group_cases, read_manifest
+from stunet.labels.labels import Labels, check_names
+from stunet.labels.unions import LabelUnion, UnionMapping, merge_labels
+from stunet.volumes import (
+    LABEL_ENDINGS,
+    NIFTI_ENDINGS,
+    check_shape,
+    read_labels,
+    read_volume,
+    value_counts,
+    write_labels,
 )
-from stunet.labels.labels import check_names
-from stunet.volumes import LABEL_ENDINGS, NIFTI_ENDINGS, check_shape, read_labels, read_volume, write_labels
 
 _FORMAT = 1
 _SPACING_TOLERANCE = 1e-5  # of the spacing, as nnU-Net's integrity check has it
@@ -69,14 +68,11 @@ class UnionSource:
         path = self.dataset.folder / SPLITS_NAME
         if not path.is_file():
             return None
-        try:
+        remedy = "list folds of the dataset's own training cases, or move the file elsewhere to do without"
+        with reading(path, "a list of folds that cannot be used", DatasetError, remedy):
             content = json.loads(path.read_text(encoding="utf-8"))
-            return {part: [self.cases[case] for case in content[0][part]] for part in ("train", "val")}
-        except (OSError, ValueError, TypeError, LookupError) as error:
-            raise DatasetError(
-                f"{path} cannot be used ({type(error).__name__} {error}): list folds of the dataset's own training "
-                "cases, or move the file elsewhere to do without"
-            ) from error
+            fold: dict[str, list[str]] = {p: [self.cases[case] for case in content[0][p]] for p in ("train", "val")}
+        return fold
 
 
 def sources_of_cases(folder: str | os.PathLike[str], cases: Iterable[str]) -> dict[str, str]:
@@ -106,7 +102,13 @@ def read_union_source(folder: str | os.PathLike[str], *, name: str | None = None
 
 
 def merge_sources(sources: Sequence[UnionSource], mapping: UnionMapping | None = None) -> LabelUnion:
-    """Merge the labels of datasets; see :func:`stunet.labels.merge_labels`."""
+    """Merge the labels of datasets; see :func:`merge_labels`.
+
+    Raises:
+        DatasetError: A dataset twice, or datasets of different channels, readers, file endings or units of spacing.
+        LabelError: As of :func:`merge_labels`.
+    """
+    check_sources(sources)
     declared = {
         s.name: {
             s.manifest.names[value]: [s.manifest.names[m] for m in members]
@@ -142,11 +144,7 @@ def sampling_weights(
 
 
 def check_sources(sources: Sequence[UnionSource]) -> None:
-    """Check that one dataset can hold all these.
-
-    Raises:
-        DatasetError: A dataset twice, or datasets of different channels, readers, file endings or units of spacing.
-    """
+    """Check that one dataset can hold all these; errors as of :func:`merge_sources`."""
     names = [source.name for source in sources]
     if len(set(names)) < len(names) or len(names) < 2:
         found = next((f"{name} twice" for name in names if names.count(name) > 1), f"{len(names)} datasets")
@@ -158,7 +156,7 @@ def check_sources(sources: Sequence[UnionSource]) -> None:
                 raise DatasetError(f"different {what}, {names[0]}: {values[0]}; {name}: {value}: {why}")
 
     described = [source.dataset.dataset_json for source in sources]
-    ending = str(described[0]["file_ending"])
+    ending = str(described[0]["file_ending"]).casefold()
     one_reader = "nnU-Net reads all files of a dataset with one reader; convert one of them"
     check_same("file endings", [str(content["file_ending"]) for content in described], one_reader)
     if ending not in LABEL_ENDINGS:
@@ -244,21 +242,13 @@ class LabelCase(ImportCase):
                 both = f"{mine.tolist()}, than its image {path}, {others.tolist()}"
                 raise DatasetError(f"{self.label} has another spacing, {both}: resample it, or leave the case out")
         lookup = dict(self.lookup)
-        if unknown := sorted(set(np.unique(labels.voxels).tolist()) - set(lookup)):
+        if unknown := [v for v, n in enumerate(value_counts(labels.voxels)) if n and v not in lookup]:
             shown = ", ".join(map(str, unknown[:5])) + " …" * (len(unknown) > 5)
             raise DatasetError(f"{self.label} has values that its dataset.json does not list: {shown}; correct either")
         table = np.zeros(2**16, np.uint8 if self.highest <= 255 else np.uint16)
         table[list(lookup)] = list(lookup.values())
         write_labels(table[labels.voxels], labels, self.outputs[0])
         return {}
-
-
-@dataclass(frozen=True)
-class UnionReport(ImportReport):
-    """What has become of a union."""
-
-    cases: Mapping[str, list[str]] = field(default_factory=dict)  # names of the union's cases, by source
-    weights: Mapping[str, float] = field(default_factory=dict)  # how often each case is drawn, relative to the others
 
 
 def import_union(
@@ -271,37 +261,28 @@ def import_union(
     preprocessed: str | os.PathLike[str] | None = None,
     num_processes: int = 1,
     on_case: Callable[[str, bool], None] = lambda case, reused: None,
-) -> UnionReport:
-    """Make a union of datasets' training cases, or resume making it.
+) -> ImportReport:
+    """Make a union of datasets' training cases, or resume making it; images stay where they are.
 
-    ``dataset.json`` refers to the sources' images by paths relative to its folder where they lie in the same
-    ``nnUNet_raw``. Each label map is written atomically, ``dataset.json`` last. Cases that cannot be read are
-    reported, and tried again by the next run. The same sources give the same bytes, however often it was interrupted.
-
-    The first folds of the sources' ``splits_final.json`` become the union's only fold where each source has such a file
-    in ``nnUNet_raw``; otherwise nnU-Net makes five folds of its own.
+    Label maps are written atomically, ``dataset.json`` last. Cases that cannot be read are reported, and tried again by
+    the next run. The same sources give the same bytes, however often it was interrupted. The first folds of the
+    sources' ``splits_final.json`` become the union's only fold where each source has such a file in ``nnUNet_raw``.
 
     Args:
         sources: The datasets.
         union: Their labels, as of ``merge_sources``.
         folder: The new dataset's folder in ``nnUNet_raw``.
-        weights: Mean sampling weight of a case by source, in place of the default; see ``sampling_weights``.
+        weights: Mean sampling weight of a case by source; see ``sampling_weights``.
         allow_unannotated: Whether structures may stay that no case annotates.
         preprocessed: nnU-Net's ``nnUNet_preprocessed``, where manifest and folds are needed too.
         num_processes: Cases at a time.
         on_case: Called as a case is done, with its name and whether an earlier run had finished it.
 
     Raises:
-        DatasetError: Sources that do not fit together, a folder that holds something else, no room, or a structure that
-            no case annotates.
+        DatasetError: A folder that holds something else, no room, or a structure that no case annotates.
         LabelError: A case that annotates two overlapping structures.
-        UsageError: A weight that is none.
     """
-    folder, given = Path(folder), weights or {}
-    check_sources(sources)
-    known = [source.name for source in sources]
-    if odd := [f"{name}={w:g}" for name, w in given.items() if name not in known or not 0 < w < float("inf")]:
-        raise UsageError(f"impossible sampling weight {odd[0]}: give --weights above 0 for {', '.join(known)}")
+    folder = Path(folder)
     folds = [source.first_fold() for source in sources]
     superclasses = {name: list(members) for name, members in union.superclasses.items()}
     settings = {
@@ -323,16 +304,17 @@ def import_union(
             if source.ignore is not None:
                 lookup[source.ignore] = union.labels["ignore"]
             images, label = source.dataset.cases[case]
-            job = LabelCase(
-                name=name,
-                images=tuple(images),
-                label=label,
-                lookup=tuple(sorted(lookup.items())),
-                highest=max(union.labels.values()),
-                annotated=tuple(structure for structure in order if structure in structures),
-                outputs=case_files(folder, name, ending=ending)[1:],
+            jobs.append(
+                LabelCase(
+                    name=name,
+                    images=tuple(images),
+                    label=label,
+                    lookup=tuple(sorted(lookup.items())),
+                    highest=max(union.labels.values()),
+                    annotated=tuple(structure for structure in order if structure in structures),
+                    outputs=case_files(folder, name, ending=ending)[1:],
+                )
             )
-            jobs.append(job)
     remedy = 'drop it in a mapping file ("background", --mapping)'
     if not allow_unannotated:
         check_annotated(order, (job.annotated for job in jobs), remedy, superclasses=superclasses)
@@ -341,20 +323,18 @@ def import_union(
         folder,
         settings,
         list(chosen.values()),
-        lambda name, record: chosen[name].outputs,
-        may_keep=chosen.__contains__,
+        lambda name, record: chosen[name].outputs if name in chosen else (),
         num_processes=num_processes,
         on_case=on_case,
     ) as report:
         annotated = {name: record["annotated"] for name, record in report.records.items()}
         if not annotated or not allow_unannotated:
             check_annotated(order, annotated.values(), remedy, superclasses=superclasses, failed=report.failed)
-        cases = {source.name: [case for case in source.cases if source.cases[case] in annotated] for source in sources}
-        weight_of = {
-            source.cases[case]: weight
-            for source in sources
-            for case, weight in sampling_weights(source, cases[source.name], given).items()
-        }
+        weight_of: dict[str, float] = {}
+        for source in sources:
+            cases = [case for case, name in source.cases.items() if name in annotated]
+            own = sampling_weights(source, cases, weights)
+            weight_of |= {source.cases[case]: weight for case, weight in own.items()}
         manifest = {**group_cases(annotated, order), "weights": weight_of}
         if superclasses:
             manifest["superclasses"] = superclasses
@@ -372,9 +352,8 @@ def import_union(
         parts = ("train", "val") if all(folds) else ()
         fold = {part: sorted(n for fold in folds if fold for n in fold[part] if n in annotated) for part in parts}
         left_out = sorted(job.name for job in jobs if not job.annotated)
-        done = report.finish(manifest, fold, dataset_json, left_out, preprocessed)
-    names = {source.name: [source.cases[case] for case in cases[source.name]] for source in sources}
-    return UnionReport(**vars(done), cases=names, weights=weight_of)
+        report.finish(manifest, fold, dataset_json, left_out, preprocessed)
+    return report
 
 
 def _reference(image: Path, folder: Path) -> str:

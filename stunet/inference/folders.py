@@ -38,7 +38,7 @@ from stunet.inference.outputs import (
 from stunet.inference.predictor import Labels, MemoryPlan, Predictor, choose_structures, network_spacing
 from stunet.memory import peak_forward_bytes
 from stunet.processes import in_order
-from stunet.volumes import NIFTI_ENDINGS
+from stunet.volumes import NIFTI_ENDINGS, available_bytes
 
 #: Makes labels of a prepared case, and says what is noted of their grid.
 Label = Callable[[CaseArray], tuple[Labels, dict[str, Any]]]
@@ -418,15 +418,3 @@ def parse_memory(text: str, option: str = "--memory") -> int:
     if not match or float(match[1]) <= 0:
         raise UsageError(f"{option} {text} is no size: give a number with a unit, for example 8GB or 700MB")
     return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
-
-
-def available_bytes() -> int | None:
-    """Return what this machine, or the container of this process, has to spare; None where that is unknown."""
-    found = []
-    with suppress(OSError, ValueError, AttributeError, TypeError):
-        meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
-        found.append(int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo)[1]) * 1024)  # type: ignore[index]
-    with suppress(OSError, ValueError):
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text("ascii")) for name in ("max", "current"))
-        found.append(limit - used)  # a limit of "max" is none
-    return min(found, default=None)

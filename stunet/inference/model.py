@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from stunet.errors import CheckpointError, PlansError, UsageError, reading
 from stunet.files import read_json
-from stunet.labels import load_vocabulary, structure_values, vocabulary_for
+from stunet.labels.comparisons import structure_values
+from stunet.labels.labels import load_vocabulary, vocabulary_for
 from stunet.planning import check_configuration, describe_model, write_model_folder
 from stunet.weights import (
     WeightsEntry,

@@ -27,7 +27,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
-from stunet.datasets import plane_names
+from stunet.datasets.raw import plane_names
 from stunet.errors import DatasetError, UsageError, reading
 from stunet.files import atomic_path, file_sha256, move_into_place, read_json, write_json
 from stunet.inference.images import Case, CaseArray

@@ -6,19 +6,19 @@ import json
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from stunet.errors import LabelError, STUNetError
-from stunet.files import write_json
-from stunet.forms import FormError, Name, Names, decode, read_document
+from stunet.errors import LabelError, STUNetError, reading
+from stunet.forms import Name, Names, decode, read_document
 from stunet.labels.aliases import did_you_mean
 from stunet.labels.labels import Labels
 from stunet.processes import run_jobs
@@ -29,6 +29,7 @@ MANIFEST_NAME = "annotated_labels.json"
 
 _VERSION = 1
 _EVERYTHING = "everything"
+_UNUSABLE = "a manifest that cannot be used"
 
 
 class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
@@ -120,10 +121,8 @@ def read_manifest(
     if not Path(path).exists():
         structures = Labels({"labels": labels}).exclusive
         return AnnotationManifest(structures, {}, {}, tuple(structures), {}, f"{path} (absent)")
-    try:
+    with reading(path, _UNUSABLE, LabelError, "correct it"):
         content = read_document(path)
-    except FormError as error:
-        raise LabelError(f"{path} cannot be used: {error}; correct the file") from error
     return bind_manifest(content, labels=labels, cases=cases, source=str(path))
 
 
@@ -131,7 +130,8 @@ def bind_manifest(
     content: Any, *, labels: Mapping[str, Any], cases: Iterable[str] | None = None, source: str
 ) -> AnnotationManifest:
     """Check the content of a manifest against a dataset; arguments and errors as in :func:`read_manifest`."""
-    form = _check_form(content, source)
+    with reading(source, _UNUSABLE, LabelError, "correct it"):
+        form: _Manifest = decode(content, _Manifest)
     structures = Labels({"labels": labels}).exclusive
 
     def check(place: str, names: Iterable[str]) -> tuple[str, ...]:
@@ -177,30 +177,12 @@ def bind_manifest(
     return AnnotationManifest(structures, superclasses, listed, default, form.weights, source)
 
 
-def _check_form(content: Any, source: object) -> _Manifest:
-    try:
-        form: _Manifest = decode(content, _Manifest)
-    except FormError as error:
-        raise LabelError(f"{source} cannot be used: {error}; correct the file") from error
-    return form
-
-
 def _and_more(names: list[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def write_manifest(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a manifest atomically; equal contents give equal bytes.
-
-    Raises:
-        LabelError: The content is not of the form that the schema says.
-    """
-    write_json(order_manifest(content, source=str(path)), path)
-
-
-def order_manifest(content: Mapping[str, Any], *, source: str) -> dict[str, Any]:
-    """Return the content of a manifest in the order in which it is written; errors as of :func:`write_manifest`."""
-    _check_form(dict(content), source)
+def order_manifest(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a manifest in the order in which it is written, so that equal contents give equal bytes."""
     keys = [key for key in ("groups", "cases", "default", "weights", "superclasses") if key in content]
     ordered = {key: dict(sorted(value.items())) if isinstance(value := content[key], dict) else value for key in keys}
     return {"version": _VERSION, **ordered}
@@ -227,140 +209,78 @@ def group_cases(annotated: Mapping[str, Iterable[str]], structures: Iterable[str
     return {"version": _VERSION, "groups": groups, "cases": dict(sorted(cases.items()))}
 
 
-@dataclass(frozen=True)
-class StructureCoverage:
-    """How far one structure is covered."""
-
-    name: str
-    value: int
-    annotated: int  # cases that annotate it
-    present: int  # cases that have a voxel of it
-    voxels: int  # its voxels in all cases
-
-
-@dataclass(frozen=True)
-class SourceCoverage:
-    """What one dataset of a union contributes."""
-
-    name: str
-    cases: int  # how many of its cases could be read
-    annotated: Mapping[str, int]  # how many of them annotate a structure, by structure, for those that any annotates
-    present: Mapping[str, int]  # how many of them have a voxel of a structure, by structure, for those that any has
-
-    @property
-    def never_present(self) -> list[str]:
-        """Structures that some of its cases annotate and none has: often a label mapped to the wrong structure."""
-        return [name for name in self.annotated if name not in self.present]
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """What the label maps of a dataset hold, beside what its manifest says."""
-
-    manifest: AnnotationManifest
-    voxels: Mapping[str, Mapping[int, int]]  # voxels by label value, of each case that could be read
-    unreadable: Mapping[str, STUNetError]  # errors of the cases that could not
-    ignore: int | None = None  # value of the ignore label, if there is one
-    # the dataset that each case of a union is from; empty where the dataset is no union
-    source_of: Mapping[str, str] = field(default_factory=dict)
-
-    @cached_property
-    def _annotated(self) -> dict[str, set[int]]:
-        return {case: set(self.manifest.annotated(case)) for case in self.voxels}
-
-    def _cover(self, cases: Collection[str]) -> list[StructureCoverage]:
-        rows = []
-        for name, value in self.manifest.structures.items():
-            annotated = sum(value in self._annotated[case] for case in cases)
-            found = [self.voxels[case][value] for case in cases if value in self.voxels[case]]
-            rows.append(StructureCoverage(name, value, annotated, len(found), sum(found)))
-        return rows
-
-    @cached_property
-    def structures(self) -> list[StructureCoverage]:
-        """One row per structure, in the order of label values."""
-        return self._cover(self.voxels)
-
-    @cached_property
-    def sources(self) -> list[SourceCoverage]:
-        """One row per dataset of a union, by name; structures in the order of label values."""
-        rows = []
-        for source in sorted(set(self.source_of.values())):
-            cases = [case for case in self.voxels if self.source_of.get(case) == source]
-            cover = self._cover(cases)
-            annotated, present = (
-                {r.name: getattr(r, n) for r in cover if getattr(r, n)} for n in ("annotated", "present")
-            )
-            rows.append(SourceCoverage(source, len(cases), annotated, present))
-        return rows
-
-    @property
-    def never_annotated(self) -> list[str]:
-        """Structures that no case annotates, not even as a member of a superclass: nothing could teach them."""
-        annotated = {value for values in self._annotated.values() for value in values}
-        covered = {leaf for value in annotated for leaf in (value, *self.manifest.leaves_of(value))}
-        return [name for value, name in self.manifest.names.items() if value not in covered]
-
-    @property
-    def never_present(self) -> list[str]:
-        """Structures that some case annotates and none has."""
-        return [row.name for row in self.structures if row.annotated and not row.present]
-
-    @cached_property
-    def contradictions(self) -> dict[str, list[str]]:
-        """By case, the structures that it has without annotating them."""
-        names = self.manifest.names
-        odd = {
-            case: [v for v in self.voxels[case] if v in names and v not in self._annotated[case]]
-            for case in self.voxels
-        }
-        return {case: [names[value] for value in values] for case, values in odd.items() if values}
-
-    @property
-    def unknown_values(self) -> dict[str, list[int]]:
-        """By case, label values that ``dataset.json`` does not list."""
-        known = {0, self.ignore, *self.manifest.names}
-        found = {case: [v for v in voxels if v not in known] for case, voxels in self.voxels.items()}
-        return {case: values for case, values in found.items() if values}
-
-    def as_json(self) -> dict[str, Any]:
-        """All of it, for programs."""
-        names = self.manifest.names
-        return {
-            "structures": [vars(row) for row in self.structures],
-            "sources": [vars(row) for row in self.sources],
-            "cases": {
-                case: {
-                    "annotated": [names[value] for value in self.manifest.annotated(case)],
-                    "voxels": {names[v]: n for v, n in voxels.items() if v in names},
-                }
-                for case, voxels in self.voxels.items()
-            },
-            "never_annotated": self.never_annotated,
-            "never_present": self.never_present,
-            "occurs_without_annotation": self.contradictions,
-            "unknown_values": self.unknown_values,
-            "unreadable": {case: str(error) for case, error in self.unreadable.items()},
-        }
-
-
 def measure_coverage(
     manifest: AnnotationManifest,
     label_files: Mapping[str, Path],
     *,
     ignore: int | None = None,
-    source_of: Mapping[str, str] | None = None,
+    source_of: Mapping[str, str] = MappingProxyType({}),
     num_processes: int = 1,
     on_case: Callable[[str], None] = lambda case: None,
-) -> Coverage:
-    """Count the labels of all cases."""
+) -> dict[str, Any]:
+    """Compare what the label maps of a dataset hold with what its manifest says.
+
+    Args:
+        manifest: What the cases annotate.
+        label_files: The label map of each case.
+        ignore: Value of the ignore label, if there is one.
+        source_of: The dataset that each case of a union is from.
+        num_processes: Label maps at a time.
+        on_case: Called as a case is done.
+
+    Returns:
+        What ``stunet labels check --json`` prints. Of each structure how many cases annotate it and how many have a
+        voxel of it, in all and by source; what each case annotates and has; structures that no case annotates, not even
+        as a member of a superclass, so that nothing could teach them; structures that some case annotates and none has;
+        by case, the structures that it has without annotating them, and label values that ``dataset.json`` does not
+        list; and errors of the cases that could not be read.
+    """
     case_of = {path: case for case, path in label_files.items()}
     voxels: dict[str, dict[int, int]] = {}
-    unreadable: dict[str, STUNetError] = {}
+    unreadable: dict[str, str] = {}
     for path, counts in run_jobs(count_labels, list(case_of), num_processes=num_processes):
         if isinstance(counts, STUNetError):
-            unreadable[case_of[path]] = counts
+            unreadable[case_of[path]] = str(counts)
         else:
             voxels[case_of[path]] = counts
         on_case(case_of[path])
-    return Coverage(manifest, dict(sorted(voxels.items())), dict(sorted(unreadable.items())), ignore, source_of or {})
+    voxels = dict(sorted(voxels.items()))
+    annotated = {case: manifest.annotated(case) for case in voxels}
+    taught = {leaf for values in annotated.values() for v in values for leaf in (v, *manifest.leaves_of(v))}
+    names = manifest.names
+    cases: dict[str, dict[str, Any]] = {}
+    contradictions: dict[str, list[str]] = {}
+    unknown_values: dict[str, list[int]] = {}
+    for case, counts in voxels.items():
+        found = {names[value]: n for value, n in counts.items() if value in names}
+        cases[case] = {"annotated": [names[value] for value in annotated[case]], "voxels": found}
+        if odd := [name for name in found if name not in cases[case]["annotated"]]:
+            contradictions[case] = odd
+        if unknown := [value for value in counts if value not in names and value not in (0, ignore)]:
+            unknown_values[case] = unknown
+
+    def cover(within: Collection[str]) -> list[dict[str, Any]]:
+        rows = []
+        for name, value in manifest.structures.items():
+            having = [voxels[case][value] for case in within if value in voxels[case]]
+            row = {"name": name, "value": value, "annotated": sum(value in annotated[case] for case in within)}
+            rows.append({**row, "present": len(having), "voxels": sum(having)})
+        return rows
+
+    sources = []
+    for source in sorted(set(source_of.values())):
+        own = [case for case in voxels if source_of.get(case) == source]
+        rows = cover(own)
+        counted = {key: {row["name"]: row[key] for row in rows if row[key]} for key in ("annotated", "present")}
+        sources.append({"name": source, "cases": len(own), **counted})
+    structures = cover(voxels)
+    return {
+        "structures": structures,
+        "sources": sources,
+        "cases": cases,
+        "never_annotated": [name for value, name in names.items() if value not in taught],
+        "never_present": [row["name"] for row in structures if row["annotated"] and not row["present"]],
+        "occurs_without_annotation": contradictions,
+        "unknown_values": unknown_values,
+        "unreadable": dict(sorted(unreadable.items())),
+    }

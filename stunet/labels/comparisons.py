@@ -20,8 +20,8 @@ from typing import Any
 import msgspec
 import yaml
 
-from stunet.errors import LabelError
-from stunet.forms import FormError, Name, Names, decode, read_document
+from stunet.errors import LabelError, reading
+from stunet.forms import Name, Names, decode, read_document
 from stunet.labels.aliases import canonical_name, canonical_parts, match_names
 from stunet.labels.annotations import AnnotationManifest
 from stunet.labels.labels import Labels, list_vocabularies, load_vocabulary
@@ -122,10 +122,8 @@ def read_label_map(path: str | os.PathLike[str]) -> LabelMap:
     Raises:
         LabelError: Missing, not YAML, a key twice, or of another form than :func:`suggest_label_map` writes.
     """
-    try:
+    with reading(path, "a name mapping that cannot be used", LabelError, "put each name between quotes"):
         content: dict[str, Any] = decode(read_document(path), dict[Name, Name | list[Name] | _Entry | None])
-    except FormError as error:
-        raise LabelError(f"{path}: {error}; correct the file, with each name as text between quotes") from error
 
     def names(entry: str, listed: str | list[str] | None) -> tuple[str, ...]:
         found = () if listed is None else (listed,) if isinstance(listed, str) else tuple(listed)

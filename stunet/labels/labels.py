@@ -15,8 +15,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from stunet.errors import LabelError, STUNetError
-from stunet.forms import FormError, Name, decode, read_document
+from stunet.errors import FormError, LabelError, STUNetError, reading
+from stunet.forms import Name, decode, read_document
 
 BACKGROUND, IGNORE = "background", "ignore"
 
@@ -67,10 +67,8 @@ class Labels:
     """
 
     def __init__(self, dataset_json: Mapping[str, Any], source: object = "dataset.json") -> None:
-        try:
+        with reading(source, "a description with no label values", LabelError, "give each name one, or several"):
             listed = decode(_as_numbers(dataset_json.get("labels")), _LABELS)
-        except FormError as error:
-            raise LabelError(f"{source}: no label values ({error}): give each name one, or several") from error
         self.source = source
         self.values = {name: tuple(v) if isinstance(v, list) else (v,) for name, v in listed.items()}
         self.ignore = self.values[IGNORE][0] if IGNORE in self.values else None
@@ -219,16 +217,14 @@ def read_label_file(path: str | os.PathLike[str], num_classes: int) -> Vocabular
     Raises:
         LabelError: Missing, not JSON, another number of names, values with gaps, names twice, no background at 0.
     """
-    try:
+    forms = '["background", "liver", …], {"0": "background", …} or {"background": 0, …}'
+    with reading(path, "a label file that cannot be used", LabelError, f"give {forms}"):
         content = read_document(path)
         labels = _in_order(content.get("labels", content) if isinstance(content, dict) else content)
         if len(labels) != num_classes:
             raise FormError(f"{len(labels)} names for {num_classes} outputs, background included")
         if labels[0] != BACKGROUND:
             raise FormError(f"label 0 is {labels[0]!r}, not {BACKGROUND!r}")
-    except FormError as error:
-        forms = '["background", "liver", …], {"0": "background", …} or {"background": 0, …}'
-        raise LabelError(f"label file {path}: {error}; give {forms}") from error
     return Vocabulary(Path(path).name, labels, str(path))
 
 

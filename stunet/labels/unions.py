@@ -11,8 +11,8 @@ from functools import cached_property
 import msgspec
 import yaml
 
-from stunet.errors import LabelError
-from stunet.forms import FormError, Name, decode, read_document
+from stunet.errors import LabelError, reading
+from stunet.forms import Name, decode, read_document
 from stunet.labels.aliases import PARTS, canonical_name, canonical_parts, did_you_mean
 from stunet.labels.labels import BACKGROUND, IGNORE, check_names, load_vocabulary
 
@@ -43,15 +43,13 @@ def read_mapping(path: str | os.PathLike[str]) -> UnionMapping:
     Raises:
         LabelError: Missing, not YAML, a key twice, or of another form than :func:`dump_mapping` writes.
     """
-    try:
+    remedy = "put names between quotes, one for each label, and list under superclasses what it stands for"
+    with reading(path, "a mapping file that cannot be used", LabelError, remedy):
         content = read_document(path)
         if isinstance(content, dict):
             superclasses = content["superclasses"] or {} if "superclasses" in content else None
             content |= {"sources": content.get("sources") or {}, "superclasses": superclasses, "path": str(path)}
         mapping: UnionMapping = decode(content, UnionMapping)
-    except FormError as error:
-        remedy = "put names between quotes, one for each label, and list under superclasses what it stands for"
-        raise LabelError(f"{path}: {error}; {remedy}") from error
     return mapping
 
 

@@ -14,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from stunet.errors import CheckpointError, PlansError, reading
 from stunet.files import atomic_folder, file_sha256, refuse_existing, write_json
-from stunet.labels import Vocabulary
+from stunet.labels.labels import Vocabulary
 from stunet.network import STUNetSize
 from stunet.planning.rewrite import check_configuration, check_plans, resolve_configuration, rewrite_configuration
 from stunet.planning.v1_plans import PRETRAINING, Preparation, read_v1_plans

@@ -19,7 +19,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from stunet.environment import find_plans, nnunet_folder, require_plans
 from stunet.errors import DatasetError, PlansError, reading
 from stunet.files import write_json
-from stunet.labels import Labels
+from stunet.labels.labels import Labels
 from stunet.network import STUNetSize, find_size
 from stunet.planning.model_folder import CONFIGURATION, configuration_for
 from stunet.planning.rewrite import check_plans, has_own_architecture, resolve_configuration

@@ -17,7 +17,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from stunet.environment import find_dataset, find_plans, nnunet_folder, preprocessed_folder
 from stunet.errors import DatasetError, UsageError, reading
-from stunet.labels import MANIFEST_NAME, AnnotationManifest, Labels, read_manifest
+from stunet.labels.annotations import MANIFEST_NAME, AnnotationManifest, read_manifest
+from stunet.labels.labels import Labels
 from stunet.planning.plans import load_plans
 from stunet.planning.rewrite import resolve_configuration
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stunet.errors import TransferabilityError
-from stunet.labels import match_names
+from stunet.labels.aliases import match_names
 from stunet.ranking.points import CaseFeatures, check_cases
 
 Array = NDArray[np.float64]

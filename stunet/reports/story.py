@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from stunet.labels import Labels
+from stunet.labels.labels import Labels
 from stunet.reports.figures import inline_png, inline_svg, write_page
 
 #: Differences of mean Dice below this are called none.

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stunet.datasets import has_annotations, read_annotations
+from stunet.datasets.raw import has_annotations, read_annotations
 from stunet.errors import LabelError
-from stunet.labels import AnnotationManifest
+from stunet.labels.annotations import AnnotationManifest
 from stunet.loss import label_members
 
 

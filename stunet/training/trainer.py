@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from stunet.errors import PlansError, SettingsError, UsageError
 from stunet.files import write_json
-from stunet.labels import Labels
+from stunet.labels.labels import Labels
 from stunet.loss import PartialDiceCELoss, WholeBatch
 from stunet.network import STUNet, find_size
 from stunet.planning.rewrite import check_plans, is_stunet, plans_size, resolve_configuration, rewrite_configuration

@@ -29,7 +29,7 @@ from platformdirs import user_cache_path
 from stunet.environment import did_you_mean
 from stunet.errors import CheckpointError, DownloadError, UsageError
 from stunet.files import file_sha256, move_into_place, write_json
-from stunet.labels import list_vocabularies, load_vocabulary
+from stunet.labels.labels import list_vocabularies, load_vocabulary
 
 REGISTRY_VARIABLE = "STUNET_REGISTRY"
 """Environment variable that names a further registry; its entries go before ours of the same name."""

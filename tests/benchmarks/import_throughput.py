@@ -37,8 +37,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from stunet.datasets import SourceCase, choose_structures, import_cases, read_totalsegmentator
-from stunet.datasets.totalsegmentator import merge_masks
+from stunet.datasets.totalsegmentator import (
+    SourceCase,
+    choose_structures,
+    import_cases,
+    merge_masks,
+    read_totalsegmentator,
+)
 from stunet.volumes import read_volume
 
 VOXELS = 12e6  # 1.5 mm scans of the trunk have about so many

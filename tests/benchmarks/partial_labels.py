@@ -27,7 +27,8 @@ import numpy as np
 import SimpleITK as sitk
 from experiment import Experiment, make_parser, spread
 
-from stunet.labels import group_cases, write_manifest
+from stunet.files import write_json
+from stunet.labels.annotations import group_cases, order_manifest
 
 DATA = "Dataset004_Hippocampus"
 FULL, PARTIAL, NAIVE = "Dataset201_Full", "Dataset202_Partial", "Dataset203_Naive"
@@ -84,7 +85,7 @@ class Benchmark(Experiment):
         manifest = {name: ["Anterior" if name in anterior else "Posterior"] for name in training}
         manifest |= {name: ["Anterior", "Posterior"] for name in held_out}
         content = group_cases(manifest, ["Anterior", "Posterior"])
-        write_manifest(content, self.raw / PARTIAL / "annotated_labels.json")
+        write_json(order_manifest(content), self.raw / PARTIAL / "annotated_labels.json")
         self.run("nnUNetv2_plan_and_preprocess -d 201 202 203 -c 3d_fullres -npfp 2 -np 2")
         half = [*training[: N_TRAIN // 4], *training[N_TRAIN // 2 : N_TRAIN // 2 + N_TRAIN // 4]]
         folds = [{"train": cases, "val": held_out} for cases in (training, half) for _ in range(N_SEEDS)]

@@ -18,7 +18,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from prediction_models import write_image
 from weights import v1_plans, v1_stage
 
-from stunet.datasets import make_phantom
+from stunet.datasets.phantoms import make_phantom
 from stunet.network import build_stunet
 from stunet.weights import to_published_key
 

@@ -12,7 +12,7 @@ import pytest
 from integration.commands import Shell, edit_json
 from matplotlib.image import imread
 
-from stunet.datasets import write_phantom_dataset
+from stunet.datasets.phantoms import write_phantom_dataset
 from stunet.reports import StructureDice
 from stunet.reports.story import conclude
 

@@ -15,7 +15,7 @@ from nnunetv2.evaluation.evaluate_predictions import load_summary_json
 from prediction_models import write_image
 from weights import tiny_weights, v1_plans, v1_stage, write_v1
 
-from stunet.labels import Vocabulary
+from stunet.labels.labels import Vocabulary
 from stunet.planning import describe_model, write_model_folder
 from stunet.weights import open_weights
 

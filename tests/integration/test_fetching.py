@@ -24,7 +24,7 @@ from prediction_models import smooth_image, write_image
 from weights import tiny_weights, v1_plans, write_v1
 
 from stunet.files import file_sha256
-from stunet.labels import load_vocabulary
+from stunet.labels.labels import load_vocabulary
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -14,7 +14,8 @@ import stunet, stunet.trainers
 from pathlib import Path
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from stunet.cli.env import trainers_folder
-from stunet.labels import list_vocabularies, manifest_schema
+from stunet.labels.annotations import manifest_schema
+from stunet.labels.labels import list_vocabularies
 from stunet.planning import list_presets
 from stunet.weights import load_registry
 import os

@@ -11,8 +11,9 @@ import SimpleITK as sitk
 from integration.commands import Shell, edit_json, read_array, rewrite_image
 from test_variants import TINY
 
-from stunet.datasets import write_phantom_dataset
-from stunet.labels import write_manifest
+from stunet.datasets.phantoms import write_phantom_dataset
+from stunet.files import write_json
+from stunet.labels.annotations import order_manifest
 from stunet.weights import read_checkpoint
 
 MINI, PARTIAL = "Dataset101_TotalSegmentator", "Dataset002_Partial"
@@ -81,7 +82,7 @@ def write_partial(folder: Path) -> None:
         cases[path.name.removesuffix(".nii.gz")] = annotated
     superclasses = {"kidney": ["kidney_left", "kidney_right"]}
     content = {"version": 1, "cases": cases, "superclasses": superclasses, "weights": dict.fromkeys(list(cases)[:2], 3)}
-    write_manifest(content, folder / "annotated_labels.json")
+    write_json(order_manifest(content), folder / "annotated_labels.json")
 
 
 def test_superclass_ignore_label_and_weights(shell: Shell) -> None:

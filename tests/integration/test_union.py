@@ -12,7 +12,7 @@ from integration.commands import Shell, digests, edit_json
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from raw_datasets import AFFINE, SHAPE, voxels, write_raw
 
-from stunet.datasets import write_phantom_dataset
+from stunet.datasets.phantoms import write_phantom_dataset
 
 SIDED, WHOLE, UNION = "Dataset101_Sided", "Dataset004_Whole", "Dataset700_Union"
 #: As write_phantom_dataset has them.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from integration.commands import Shell, edit_json, read_array, rewrite_image
 
-from stunet.datasets import make_phantom, write_phantom_dataset
+from stunet.datasets.phantoms import make_phantom, write_phantom_dataset
 
 TINY = "num_epochs=1 num_iterations_per_epoch=2 num_val_iterations_per_epoch=1 batch_size=2 mirroring=none"
 REGIONS, IGNORE = "Dataset001_Regions", "Dataset002_Ignore"
