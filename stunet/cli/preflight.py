@@ -17,6 +17,7 @@ from stunet.cli.env import trainers_folder
 from stunet.cli.options import choose_device
 from stunet.errors import DatasetError, LabelError, UsageError, reading
 from stunet.files import read_json
+from stunet.sizes import TRAINERS
 
 
 def preflight(
@@ -86,13 +87,17 @@ def _check_trainer(name: str) -> None:
     """Look for the name in the files that nnU-Net would import one after the other, which takes seconds."""
     spec = importlib.util.find_spec("nnunetv2")
     stock = [Path(place) / "training" / "nnUNetTrainer" for place in (spec and spec.submodule_search_locations) or []]
-    own = os.environ.get("nnUNet_extTrainer") or str(trainers_folder())
-    folders = [*stock, *(Path(folder) for folder in own.split(os.pathsep) if folder)]
-    sources = [file.read_text(encoding="utf-8", errors="ignore") for folder in folders for file in folder.rglob("*.py")]
-    if not any(re.search(rf"\b{re.escape(name)}\b", source) for source in sources):
-        known = sorted({found for source in sources for found in re.findall(r"^class (\w+)\(", source, re.MULTILINE)})
-        places = ", ".join(map(str, folders[len(stock) :]))
-        hint = environment.did_you_mean(name, known)
+    external = (os.environ.get("nnUNet_extTrainer") or str(trainers_folder())).split(os.pathsep)
+    sources = [
+        file.read_text(encoding="utf-8", errors="ignore")
+        for folder in (*stock, *map(Path, filter(None, external)))
+        for file in folder.rglob("*.py")
+    ]
+    known = {found for source in sources for found in re.findall(r"^class (\w+)\(", source, re.MULTILINE)}
+    if str(trainers_folder()) in external:
+        known |= set(TRAINERS)
+    if name not in known and not any(re.search(rf"\b{re.escape(name)}\b", source) for source in sources):
+        places, hint = ", ".join(external), environment.did_you_mean(name, sorted(known))
         raise UsageError(f"unknown trainer {name}: -tr names one of nnU-Net's or of {places}. {hint}")
 
 

@@ -19,7 +19,7 @@ from uuid import uuid4
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
@@ -240,7 +240,10 @@ class Sharding:
         if not self.active:
             return
         trainer = self._trainer
-        network = trainer.build_network()
+        managers, outputs = (trainer.plans_manager, trainer.configuration_manager), trainer.label_manager
+        network: nn.Module = trainer.build_network_architecture(
+            *managers, trainer.num_input_channels, outputs.num_segmentation_heads, trainer.enable_deep_supervision
+        ).to(trainer.device)
         values = network.state_dict()
         for name, value in trainer.plain_network.state_dict().items():
             values[name].copy_(value.full_tensor() if isinstance(value, DTensor) else value)
