@@ -51,47 +51,53 @@ def train(
     """
     from stunet.cli.env import trainers_folder
     from stunet.cli.preflight import preflight
-    from stunet.environment import nnunet_folder
-
-    _check(pretrained_weights, continue_training=continue_training, only_validation=only_validation)
-    preflight(dataset, plans=plans, configuration=configuration, trainer=trainer, device=device, n_devices=num_gpus,
-              writes=nnunet_folder("nnUNet_results"))  # fmt: skip
-    chosen_device = choose_device(device)
-    os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))  # before nnU-Net is asked for the trainer
-    from stunet.processes import end_with_children
-    from stunet.training import check_processes
-    from stunet.training import train as run
-
-    if num_gpus > 1 and "RANK" not in os.environ:
-        check_processes(num_gpus, dataset, configuration, plans=plans, device=chosen_device, global_batch=global_batch)
-        _start_processes(num_gpus)
-    end_with_children()
-    run(
-        dataset,
-        configuration,
-        fold,
-        trainer=trainer,
-        plans=plans,
-        device=chosen_device,
-        pretrained_weights=None if pretrained_weights is None else str(pretrained_weights),
-        continue_training=continue_training,
-        only_validation=only_validation,
-        validate_best=validate_best,
-        save_probabilities=npz,
-        disable_checkpointing=disable_checkpointing,
-        global_batch=global_batch,
-        seed=seed,
-        timeout=timeout,
-    )
-
-
-def _check(pretrained_weights: Path | None, *, continue_training: bool, only_validation: bool) -> None:
+    from stunet.environment import find_dataset, find_plans, nnunet_folder
     from stunet.errors import UsageError
 
     if continue_training and pretrained_weights:
         raise UsageError("--c and -pretrained_weights are both given, but a training starts from one: leave one out")
     if continue_training and only_validation:
         raise UsageError("--c and --val are both given, but only one can be done: leave one out")
+    preflight(dataset, plans=plans, configuration=configuration, trainer=trainer, device=device, n_devices=num_gpus,
+              writes=nnunet_folder("nnUNet_results"))  # fmt: skip
+    device = choose_device(device)
+    os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))  # before nnU-Net is asked for the trainer
+    from stunet.planning import load_plans, resolve_configuration
+    from stunet.processes import end_with_children
+    from stunet.training import BaseSTUNetTrainer, Ranks, share_of_batch
+    from stunet.training.launch import check_same, join_others, load_weights, make_trainer, seed_start, start_afresh
+
+    if num_gpus > 1 and "RANK" not in os.environ:
+        # What they would refuse, before they are started, and started once more.
+        planned = resolve_configuration(load_plans(find_plans(find_dataset(dataset), plans)), configuration)
+        share_of_batch(int(planned["batch_size"] if global_batch is None else global_batch), Ranks(0, num_gpus))
+        _start_processes(num_gpus)
+    end_with_children()
+    with join_others(device, timeout) as ranks:
+        check_same(ranks, dataset, configuration, plans, [fold, trainer, device, global_batch, seed])
+        if seed is not None:
+            seed_start(seed, ranks, device)
+        # After a restart by torchrun without being told.
+        resumes = continue_training or (ranks.n_restarts > 0 and not only_validation)
+        made = make_trainer(dataset, configuration, fold, trainer, plans, resumes=resumes, device=device)
+        if not isinstance(made, BaseSTUNetTrainer) and (ranks.size > 1 or seed is not None):
+            raise UsageError(f"-tr {trainer} knows neither --seed nor several processes: choose -tr STUNetTrainer")
+        made.disable_checkpointing = disable_checkpointing
+        if seed is not None:
+            made.seed = seed
+        if global_batch is not None:
+            # In both, as the second is what is written beside the checkpoints.
+            made.configuration_manager.configuration["batch_size"] = global_batch
+            made.plans_manager.plans["configurations"][configuration]["batch_size"] = global_batch
+        share_of_batch(int(made.configuration_manager.batch_size), ranks)  # before anything is written
+        load_weights(made, ranks, pretrained_weights, resumes=resumes, only_validation=only_validation)
+        if not only_validation:
+            if not resumes:
+                start_afresh(made, ranks)
+            made.run_training()
+        if validate_best:
+            made.load_checkpoint(str(Path(made.output_folder, "checkpoint_best.pth")))
+        made.perform_actual_validation(npz)
 
 
 def _start_processes(number: int) -> None:

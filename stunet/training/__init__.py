@@ -1,4 +1,4 @@
 """One trainer and its collaborators: partial labels, accumulation, checkpoints, sharding, the optimizer."""
 
-from stunet.training.launch import check_processes, train
+from stunet.training.distributed import Ranks, share_of_batch
 from stunet.training.trainer import BaseSTUNetTrainer

@@ -21,7 +21,7 @@ from stunet.loss import label_members
 
 
 class LeafLabels(LabelManager):
-    """Labels of preprocessed data with superclasses, for which a network has no outputs and no prediction has values."""
+    """Labels of preprocessed data with superclasses, which a network has no outputs for."""
 
     leaves: Sequence[int]
 
