@@ -87,10 +87,9 @@ def plan(
         theirs = f"{weights.architecture.size.name} of {weights.path}"
         raise UsageError(f"a size that is not that of the weights: {asked.name} for {theirs}; leave it out")
     network = weights.architecture.size if weights else asked
-    preparation = None if preset is None else planning.load_preset(preset)
-    chosen = {**preparation.settings} if preparation else {}
-    if network.name in planning.list_presets():
-        chosen |= planning.load_preset(network.name).settings
+    chosen: dict[str, Any] = {}
+    for chosen_preset in filter(None, (preset, network.name if network.name in SIZES else None)):
+        chosen |= planning.load_preset(chosen_preset)["settings"]
     if weights is not None:
         chosen |= planning.fine_tuning_settings(weights, strategy or given.get("fine_tune", "full"))
         given |= {"fine_tune": strategy} if strategy else {}
@@ -102,8 +101,8 @@ def plan(
     if not nnunets.is_file():
         planning.plan_with_nnunet(dataset_name, plans, num_processes=num_processes)
     planned = planning.load_plans(nnunets)
-    if preparation is not None:
-        planned = planning.apply_preset(planned, preparation)
+    if preset is not None:
+        planned = planning.apply_preset(planned, preset)
     if weights is not None:
         configurations = configurations or planning.fine_tuning_configurations(planned, weights)
     content = planning.rewrite_plans(
