@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nnunetv2.run.run_training
 import numpy as np
 import pytest
 import torch
@@ -245,7 +246,7 @@ def test_train_gives_nnunet_the_chosen_device(
         calls.append(arguments)
         raise UsageError("far enough")
 
-    monkeypatch.setattr(stunet.training.launch, "get_trainer_from_args", stop)
+    monkeypatch.setattr(nnunetv2.run.run_training, "get_trainer_from_args", stop)
     monkeypatch.setattr(stunet.training.launch, "_use_device", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("stunet.cli.preflight.preflight", lambda *_, **__: "Dataset004_Here")

@@ -17,7 +17,7 @@ from stunet.cli.env import trainers_folder
 from stunet.cli.options import choose_device
 from stunet.errors import DatasetError, LabelError, UsageError, reading
 from stunet.files import read_json
-from stunet.sizes import TRAINERS
+from stunet.sizes import SIZES, TRAINERS
 
 
 def preflight(
@@ -148,11 +148,11 @@ def _checkpoint_bytes(configuration: dict[str, Any], trainer: str) -> int:
     """Two checkpoints with momentum, which nnU-Net keeps at a time; of the size in the plans or the trainer's name."""
     import torch
 
-    from stunet.network import SIZES, build_stunet
+    from stunet.network import build_stunet
     from stunet.planning import is_stunet, plans_size
 
-    named = [size for name, size in SIZES.items() if f"_{name}" in trainer]
-    size = plans_size(configuration) if is_stunet(configuration) else [*named, SIZES["small"]][0]
+    named, _ = TRAINERS.get(trainer, (None, {}))
+    size = plans_size(configuration) if is_stunet(configuration) else SIZES[named or "small"]
     with torch.device("meta"):
         network = build_stunet(size, 1, 2, [[1] * len(configuration["patch_size"])] * 6)
     return 2 * 2 * 4 * sum(parameter.numel() for parameter in network.parameters())

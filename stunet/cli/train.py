@@ -12,6 +12,9 @@ import typer
 
 from stunet.cli.options import Continue, Device, FoldName, choose_device
 
+#: Stands for an epoch before the first, when the network is initialised.
+_BEFORE_TRAINING = 2**31
+
 
 def train(
     dataset: Annotated[str, typer.Argument(help="Dataset id or name.")],
@@ -62,10 +65,13 @@ def train(
               writes=nnunet_folder("nnUNet_results"))  # fmt: skip
     device = choose_device(device)
     os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))  # before nnU-Net is asked for the trainer
+    import torch
+    from nnunetv2.run.run_training import get_trainer_from_args
+
     from stunet.planning import load_plans, resolve_configuration
     from stunet.processes import end_with_children
-    from stunet.training import BaseSTUNetTrainer, Ranks, share_of_batch
-    from stunet.training.launch import check_same, join_others, load_weights, make_trainer, seed_start, start_afresh
+    from stunet.training import BaseSTUNetTrainer, Ranks, seed_everything, set_aside, share_of_batch
+    from stunet.training.launch import check_same, join_others, load_weights
 
     if num_gpus > 1 and "RANK" not in os.environ:
         # What they would refuse, before they are started, and started once more.
@@ -76,10 +82,13 @@ def train(
     with join_others(device, timeout) as ranks:
         check_same(ranks, dataset, configuration, plans, [fold, trainer, device, global_batch, seed])
         if seed is not None:
-            seed_start(seed, ranks, device)
+            seed_everything(seed, ranks.rank, _BEFORE_TRAINING)
+            if device == "cpu":  # batches of other processes are not drawn from the seed
+                os.environ.setdefault("nnUNet_n_proc_DA", "0")
         # After a restart by torchrun without being told.
         resumes = continue_training or (ranks.n_restarts > 0 and not only_validation)
-        made = make_trainer(dataset, configuration, fold, trainer, plans, resumes=resumes, device=device)
+        number = fold if fold == "all" else int(fold)
+        made = get_trainer_from_args(dataset, configuration, number, trainer, plans, resumes, torch.device(device))
         if not isinstance(made, BaseSTUNetTrainer) and (ranks.size > 1 or seed is not None):
             raise UsageError(f"-tr {trainer} knows neither --seed nor several processes: choose -tr STUNetTrainer")
         made.disable_checkpointing = disable_checkpointing
@@ -93,7 +102,7 @@ def train(
         load_weights(made, ranks, pretrained_weights, resumes=resumes, only_validation=only_validation)
         if not only_validation:
             if not resumes:
-                start_afresh(made, ranks)
+                set_aside(Path(made.output_folder), ranks)
             made.run_training()
         if validate_best:
             made.load_checkpoint(str(Path(made.output_folder, "checkpoint_best.pth")))

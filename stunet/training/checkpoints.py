@@ -19,6 +19,7 @@ from stunet.errors import CheckpointError, STUNetError, reading
 from stunet.files import atomic_path, remove_leftovers, write_json
 from stunet.planning import open_preprocessed
 from stunet.ranking import prepare_target, score_candidate
+from stunet.training.distributed import Ranks
 from stunet.training.optimizer import set_kernel
 from stunet.weights import check_weights, read_checkpoint
 from stunet.weights.sharded import (
@@ -221,14 +222,20 @@ class Checkpoints:
         trainer.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
 
 
-def set_aside(folder: Path) -> None:
-    """Rename the checkpoints of a fold, from which a restart would resume, to end with ``.previous``."""
-    for name in (_FINAL, _LATEST, _BEST):
+def set_aside(folder: Path, ranks: Ranks) -> None:
+    """Rename the checkpoints of a fold, from which a restart would resume, to end with ``.previous``.
+
+    All processes call it once they have read their weights, which may be among what is renamed.
+    """
+    barrier = dist.barrier if ranks.size > 1 else lambda: None
+    barrier()
+    for name in (_FINAL, _LATEST, _BEST) if ranks.rank == 0 else ():
         for path in (folder / name, (folder / name).with_suffix(SHARDED_SUFFIX)):
             if path.exists():
                 previous = path.with_name(f"{path.name}.previous")
                 remove_sharded(previous)
                 os.replace(path, previous)
+    barrier()
 
 
 def _as_nnunets(version: Path) -> dict[str, Any]:

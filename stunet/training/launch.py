@@ -10,21 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch import distributed as dist
+from nnunetv2.run.run_training import maybe_load_checkpoint
 from torch.backends import cudnn
 
 from stunet.environment import find_dataset, find_plans, nnunet_folder
 from stunet.errors import UsageError
 from stunet.planning import load_plans, resolve_configuration
-from stunet.training.checkpoints import set_aside
-from stunet.training.distributed import Ranks, check_agreement, check_shared_folder, process_group, seed_everything
+from stunet.training.distributed import Ranks, check_agreement, check_shared_folder, process_group
 from stunet.training.trainer import BaseSTUNetTrainer
 from stunet.weights.sharded import SHARDED_SUFFIX
-
-#: Stands for an epoch before the first, when the network is initialised.
-_BEFORE_TRAINING = 2**31
 
 
 @contextmanager
@@ -38,30 +32,6 @@ def join_others(device: str, timeout: float) -> Iterator[Ranks]:
             stack.enter_context(process_group(ranks, device, timeout))
         _use_device(ranks, device)
         yield ranks
-
-
-def seed_start(seed: int, ranks: Ranks, device: str) -> None:
-    """Seed all that is random before the first epoch."""
-    seed_everything(seed, ranks.rank, _BEFORE_TRAINING)
-    if device == "cpu":  # batches of other processes are not drawn from the seed
-        os.environ.setdefault("nnUNet_n_proc_DA", "0")
-
-
-def make_trainer(
-    dataset: str, configuration: str, fold: str, trainer: str, plans: str, *, resumes: bool, device: str
-) -> Any:
-    """Make a trainer as ``nnUNetv2_train`` does."""
-    number = fold if fold == "all" else int(fold)
-    return get_trainer_from_args(dataset, configuration, number, trainer, plans, resumes, torch.device(device))
-
-
-def start_afresh(trainer: nnUNetTrainer, ranks: Ranks) -> None:
-    """Set the checkpoints of an earlier training aside, once all processes have read their weights."""
-    barrier = dist.barrier if ranks.size > 1 else lambda: None
-    barrier()  # they may be among what is renamed
-    if ranks.rank == 0:
-        set_aside(Path(trainer.output_folder))
-    barrier()
 
 
 def _use_device(ranks: Ranks, device: str) -> None:
