@@ -70,7 +70,12 @@ def demo(
         choose_size(size, None, None)
     network = f"--size {size}" if size else "--depth 1 --width 8"
     device = choose_device(device)
-    raw = None if data is None else _read_own_data(data)
+    raw = None
+    if data is not None:
+        from stunet.datasets import check_hold_out, read_raw_dataset
+
+        raw = read_raw_dataset(data)
+        check_hold_out(raw, _n_held_out(raw))
     workspace = Workspace(output, network, device, seed, threads=1 if size is None and data is None else None)
     if raw is None:
         _demonstrate_phantoms(workspace, epochs)
@@ -197,14 +202,6 @@ def _curve(workspace: Workspace, dataset: str, trainer: str, plans: str) -> list
     return [float(value) for value in logged["mean_fg_dice"]]
 
 
-def _read_own_data(data: Path) -> RawDataset:
-    from stunet.datasets import check_hold_out, read_raw_dataset
-
-    raw = read_raw_dataset(data)
-    check_hold_out(raw, _n_held_out(raw))
-    return raw
-
-
 def _n_held_out(raw: RawDataset) -> int:
     return min(4, max(1, len(raw.cases) // 5))
 
@@ -268,28 +265,18 @@ def _draw_cases(workspace: Workspace, dataset: str, predictions: Mapping[str, Pa
 
 @dataclass
 class Workspace:
-    """One output folder, and the commands that are run in it.
+    """One output folder, and the commands that are run in it."""
 
-    Attributes:
-        root: The folder; must not exist, or be empty.
-        network: The options of ``stunet plan`` that choose the network.
-        device: For the networks.
-        seed: Of all trainings.
-        threads: Of PyTorch in trainings; all cores where it is None. A small network is not faster with more, and its
-            figures then do not depend on the number of cores.
-        configuration: That both are planned and trained with.
-        variables: Long arguments by the name of a shell variable, under which commands show them.
-        commands: Each command that was run so far, as a user would type it, and the seconds that it took.
-    """
-
-    root: Path
-    network: str
+    root: Path  # must not exist, or be empty
+    network: str  # the options of `stunet plan` that choose the network
     device: str
-    seed: int
+    seed: int  # of all trainings
+    # Of PyTorch in trainings; all cores where it is None. A small network is not faster with more, and its figures then
+    # do not depend on the number of cores.
     threads: int | None = None
-    configuration: str = "3d_fullres"
-    variables: dict[str, str] = field(default_factory=dict)
-    commands: list[tuple[str, float]] = field(default_factory=list)
+    configuration: str = "3d_fullres"  # that both are planned and trained with
+    variables: dict[str, str] = field(default_factory=dict)  # long arguments by the shell variables that show them
+    commands: list[tuple[str, float]] = field(default_factory=list)  # as a user would type them, and their seconds
 
     def __post_init__(self) -> None:
         self.root = self.root.resolve()
@@ -347,16 +334,7 @@ class Workspace:
         return f"stunet train {int(dataset[7:10])} {self.configuration} 0 {options}"
 
     def predict(self, dataset: str, folders: Mapping[str, Path], trainer: str) -> dict[str, list[StructureDice]]:
-        """Predict a dataset's test cases with models that were trained on it, and compare with their labels.
-
-        Args:
-            dataset: Name.
-            folders: Where the predictions go, by the plans of the model.
-            trainer: Of all models.
-
-        Returns:
-            Dice by the plans of the model.
-        """
+        """Predict a dataset's test cases into folders by the plans of the model, and return the Dice of each."""
         from stunet.reports import read_dice
 
         raw = self.raw(dataset)

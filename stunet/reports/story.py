@@ -84,16 +84,7 @@ def conclude(dice: Mapping[str, Sequence[StructureDice]], *, n_cases: int, itera
 def draw_story(
     ranking: Mapping[str, Any], pretraining: Sequence[float], curves: Mapping[str, Sequence[float]]
 ) -> list[dict[str, Any]]:
-    """Draw the figures of the demo's page: Dice by epoch of the pre-training, scores, Dice of each model on the target.
-
-    Args:
-        ranking: Content of ``ranking.json``.
-        pretraining: Dice on validation patches by epoch.
-        curves: The same of each model on the target.
-
-    Returns:
-        ``svg`` and ``caption`` of each.
-    """
+    """Draw Dice by epoch of the pre-training, scores, and Dice by epoch of each model on the target, with captions."""
     from stunet.reports.ranking import score_bars
 
     candidates = ranking["candidates"]
