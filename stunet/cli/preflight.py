@@ -33,16 +33,9 @@ def preflight(
 ) -> str:
     """Check all that would stop a command later, and the cheap things first: PyTorch is imported for the last ones.
 
-    Args:
-        dataset: Id or name.
-        plans: Name of the plans; they must be there where a configuration is given.
-        configuration: One that must be preprocessed with these plans.
-        trainer: Name of a trainer that must exist.
-        device: As it is typed.
-        n_devices: How many GPUs are needed.
-        writes: Folder that is written to.
-        seconds: How long to look for values in label maps that ``dataset.json`` does not declare. Where there are more
-            than fit in, some are looked at, the same ones every time; ``stunet labels check`` looks at all of them.
+    Plans must be there where a configuration, which must be preprocessed with them, is given. For ``seconds``, label
+    maps are searched for values that ``dataset.json`` does not declare: the same ones every time where not all fit in;
+    ``stunet labels check`` looks at all of them.
 
     Returns:
         The dataset's full name.

@@ -45,21 +45,13 @@ def seed_everything(*seed: int) -> None:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where a process stands among all that train together, as ``torchrun`` numbers them.
+    """Where a process stands among all that train together, as ``torchrun`` numbers them."""
 
-    Attributes:
-        rank: Number of the process among all, from 0.
-        size: How many there are.
-        local_rank: Its number on its machine.
-        local_size: How many there are on its machine.
-        n_restarts: How often ``torchrun`` has started them again.
-    """
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-    n_restarts: int = 0
+    rank: int = 0  # number of the process among all
+    size: int = 1  # how many there are
+    local_rank: int = 0  # its number on its machine
+    local_size: int = 1  # how many there are on its machine
+    n_restarts: int = 0  # how often torchrun has started them again
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Ranks:
