@@ -20,7 +20,7 @@ import typer
 from made_trainers import make
 from test_cli import STUNET
 
-import stunet.training.launch
+import stunet.training.distributed
 from stunet.cli.main import app, main
 from stunet.cli.options import choose_device
 from stunet.errors import UsageError
@@ -247,7 +247,7 @@ def test_train_gives_nnunet_the_chosen_device(
         raise UsageError("far enough")
 
     monkeypatch.setattr(nnunetv2.run.run_training, "get_trainer_from_args", stop)
-    monkeypatch.setattr(stunet.training.launch, "_use_device", lambda *_: None)
+    monkeypatch.setattr(stunet.training.distributed, "_use_device", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("stunet.cli.preflight.preflight", lambda *_, **__: "Dataset004_Here")
     monkeypatch.setenv("nnUNet_results", str(tmp_path))

@@ -66,12 +66,21 @@ def train(
     device = choose_device(device)
     os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))  # before nnU-Net is asked for the trainer
     import torch
-    from nnunetv2.run.run_training import get_trainer_from_args
+    from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
     from stunet.planning import load_plans, resolve_configuration
     from stunet.processes import end_with_children
-    from stunet.training import BaseSTUNetTrainer, Ranks, seed_everything, set_aside, share_of_batch
-    from stunet.training.launch import check_same, join_others, load_weights
+    from stunet.training import BaseSTUNetTrainer
+    from stunet.training.checkpoints import set_aside
+    from stunet.training.distributed import (
+        Ranks,
+        check_same,
+        check_shared_folder,
+        join_others,
+        seed_everything,
+        share_of_batch,
+    )
+    from stunet.weights.sharded import SHARDED_SUFFIX
 
     if num_gpus > 1 and "RANK" not in os.environ:
         # What they would refuse, before they are started, and started once more.
@@ -99,13 +108,24 @@ def train(
             made.configuration_manager.configuration["batch_size"] = global_batch
             made.plans_manager.plans["configurations"][configuration]["batch_size"] = global_batch
         share_of_batch(int(made.configuration_manager.batch_size), ranks)  # before anything is written
-        load_weights(made, ranks, pretrained_weights, resumes=resumes, only_validation=only_validation)
+        folder = Path(made.output_folder)
+        if ranks.size > 1:
+            check_shared_folder(folder, ranks)
+        # A restart before the first checkpoint begins once more.
+        resumes = resumes and any(path.suffix in (".pth", SHARDED_SUFFIX) for path in folder.glob("checkpoint_*"))
+        weights, nnunet_finds = None if resumes or pretrained_weights is None else str(pretrained_weights), resumes
+        if isinstance(made, BaseSTUNetTrainer):
+            nnunet_finds = resumes and not made.checkpoints.has_only_sharded()  # others, once the training starts
+            if weights is not None and not only_validation:
+                made.load_pretrained_weights(weights)
+                weights = None
+        maybe_load_checkpoint(made, nnunet_finds, only_validation, weights)
         if not only_validation:
             if not resumes:
-                set_aside(Path(made.output_folder), ranks)
+                set_aside(folder, ranks)
             made.run_training()
         if validate_best:
-            made.load_checkpoint(str(Path(made.output_folder, "checkpoint_best.pth")))
+            made.load_checkpoint(str(folder / "checkpoint_best.pth"))
         made.perform_actual_validation(npz)
 
 

@@ -10,9 +10,10 @@ import socket
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
@@ -21,12 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.backends import cudnn
 from torch.distributed import PrefixStore, Store, TCPStore
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from stunet.environment import find_dataset, find_plans, nnunet_folder
 from stunet.errors import UsageError
 from stunet.network import shard
+from stunet.planning import load_plans, resolve_configuration
 
 if TYPE_CHECKING:
     from stunet.training.trainer import BaseSTUNetTrainer
@@ -92,6 +96,33 @@ def share_of_batch(global_batch: int, ranks: Ranks) -> range:
 
 
 @contextmanager
+def join_others(device: str, timeout: float) -> Iterator[Ranks]:
+    """Join the processes that ``torchrun`` has started, where there are any; they wait ``timeout`` seconds for all."""
+    ranks = Ranks.from_environment()
+    with ExitStack() as stack:
+        if ranks.rank > 0:  # nnU-Net prints in every process what is the same in all
+            stack.enter_context(redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
+        if ranks.size > 1:
+            stack.enter_context(process_group(ranks, device, timeout))
+        _use_device(ranks, device)
+        yield ranks
+
+
+def _use_device(ranks: Ranks, device: str) -> None:
+    if device != "cuda":
+        # torchrun sets OMP_NUM_THREADS to 1 by itself; of one process it is what the user wants.
+        if ranks.local_size > 1 or "OMP_NUM_THREADS" not in os.environ:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // ranks.local_size))
+        return
+    if (found := torch.cuda.device_count()) <= ranks.local_rank:
+        raise UsageError(f"{found} CUDA devices for local rank {ranks.local_rank}: start fewer, or take -device cpu")
+    torch.cuda.set_device(ranks.local_rank)
+    torch.set_num_threads(1)  # as nnU-Net does: more do not help a GPU
+    cudnn.deterministic, cudnn.benchmark = False, True
+
+
+@contextmanager
 def process_group(ranks: Ranks, device_type: str, timeout: float) -> Iterator[None]:
     """Join the others, by NCCL on CUDA and gloo on the CPU; name the ranks that do not within ``timeout`` seconds."""
     if device_type not in _BACKENDS:
@@ -132,6 +163,28 @@ def _wait_for_all(store: Store, size: int, timeout: float) -> None:
                 f"joined within {timeout:g} s: {joined}; missing: rank {listed}: see what they print, or --timeout"
             )
         time.sleep(_POLL if missing else 0)
+
+
+def check_same(ranks: Ranks, dataset: str, configuration: str, plans_name: str, arguments: list[Any]) -> None:
+    """Check that all processes would train the same thing: arguments, plans, data and versions.
+
+    Raises:
+        UsageError: They would not.
+    """
+    if ranks.size == 1:
+        return
+    name = find_dataset(dataset)
+    folder = nnunet_folder("nnUNet_preprocessed") / name
+    plans = load_plans(find_plans(name, plans_name))
+    cases = folder / str(resolve_configuration(plans, configuration)["data_identifier"])
+    files = {
+        file: path.read_text(encoding="utf-8") if (path := folder / file).is_file() else None
+        for file in ("dataset.json", "splits_final.json", "annotated_labels.json")
+    }
+    listed = sorted((p.name, p.stat().st_size) for p in cases.glob("*")) if cases.is_dir() else []
+    versions = {package: version(package) for package in ("stunet", "nnunetv2", "torch")}
+    content = {f"plans {plans_name}": plans, **files, "preprocessed cases": listed, "versions": versions}
+    check_agreement({**content, "arguments": [configuration, *arguments]})
 
 
 def check_agreement(content: Mapping[str, Any]) -> None:
