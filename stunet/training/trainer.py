@@ -180,7 +180,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         # DistributedDataParallel waits for the gradient of each parameter that has them switched on.
         for parameter in self._unused_parameters():
             parameter.requires_grad_(False)
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)  # type: ignore[no-untyped-call]
         devices = [self.device.index] if self.device.type == "cuda" else None
         self.network = DistributedDataParallel(network, device_ids=devices)
 
