@@ -12,7 +12,7 @@ from stunet.cli import options
 from stunet.cli.console import PlainTable, print_line, stdout
 from stunet.cli.convert import find_fetched
 from stunet.cli.preflight import preflight
-from stunet.environment import find_dataset, find_plans, nnunet_folder
+from stunet.environment import find_plans, nnunet_folder
 from stunet.errors import DatasetError, PlansError, UsageError, reading
 from stunet.files import read_json
 from stunet.settings import SETTINGS, SETTINGS_KEY, parse_settings
@@ -77,7 +77,6 @@ def plan(
     paths = None if source is None else find_fetched([source])[1]
     if strategy is not None and source is None:
         raise UsageError(f"--strategy {strategy} without weights to start from: give them with --from, or leave it out")
-    find_dataset(dataset)
     dataset_name = preflight(dataset, plans=plans, writes=nnunet_folder("nnUNet_preprocessed"))
     from stunet import planning
     from stunet.weights import open_weights
@@ -87,9 +86,9 @@ def plan(
         theirs = f"{weights.architecture.size.name} of {weights.path}"
         raise UsageError(f"a size that is not that of the weights: {asked.name} for {theirs}; leave it out")
     network = weights.architecture.size if weights else asked
-    chosen: dict[str, Any] = {}
-    for chosen_preset in filter(None, (preset, network.name if network.name in SIZES else None)):
-        chosen |= planning.load_preset(chosen_preset)["settings"]
+    chosen: dict[str, Any] = {} if preset is None else planning.load_preset(preset)["settings"]
+    if network.name in SIZES:
+        chosen |= planning.load_preset(network.name)["settings"]
     if weights is not None:
         chosen |= planning.fine_tuning_settings(weights, strategy or given.get("fine_tune", "full"))
         given |= {"fine_tune": strategy} if strategy else {}
