@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from stunet.errors import ArchitectureError
 
@@ -51,6 +51,21 @@ SIZES: dict[str, STUNetSize] = {
     "base": STUNetSize("base", (1,) * N_STAGES, 32),  # 58.3 M
     "large": STUNetSize("large", (2,) * N_STAGES, 64),  # 440.3 M
     "huge": STUNetSize("huge", (3,) * N_STAGES, 96),  # 1457.3 M
+}
+
+_TRAINED_AS: dict[str, dict[str, Any]] = {
+    "": {},
+    "_ft": {"initial_lr": 1e-3},
+    "_pretrain": {"num_epochs": 4000, "nearest_labels": True},
+    "_ep1k": {"num_epochs": 1000},
+    "_ep2k": {"num_epochs": 2000},
+    "_ep4k": {"num_epochs": 4000},
+}
+#: Size, None for that of the plans, and settings that the name of each trainer in ``trainers/`` stands for.
+TRAINERS = {
+    f"STUNetTrainer{f'_{size}' if size else ''}{use}": (size, settings)
+    for size in (None, *SIZES)
+    for use, settings in _TRAINED_AS.items()
 }
 
 

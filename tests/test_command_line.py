@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nnunetv2.run.run_training
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,7 @@ import typer
 from made_trainers import make
 from test_cli import STUNET
 
-import stunet.training
+import stunet.training.distributed
 from stunet.cli.main import app, main
 from stunet.cli.options import choose_device
 from stunet.errors import UsageError
@@ -145,6 +146,7 @@ WRONG = [
     ("plan -d 1 --size giant", "small, base, large, huge"),
     ("plan -d 1 --set num_epochs=0", "num_epochs"),
     ("plan -d 1 --width 0", "width"),
+    ("plan -d 1 --preset small", "choose one of totalsegmentator"),
     ("plan -d 9", "Dataset001_Here"),
     ("info --size giant", "small, base, large, huge"),
     ("info --precision fp8", "'fp8' is not one of"),
@@ -238,13 +240,19 @@ def test_train_gives_nnunet_the_chosen_device(
     typed: tuple[str, ...], device: str, goes_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(stunet.training, "train", lambda *_, **options: calls.append(options))
+    calls: list[tuple[Any, ...]] = []
+
+    def stop(*arguments: Any) -> None:
+        calls.append(arguments)
+        raise UsageError("far enough")
+
+    monkeypatch.setattr(nnunetv2.run.run_training, "get_trainer_from_args", stop)
+    monkeypatch.setattr(stunet.training.distributed, "_use_device", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("stunet.cli.preflight.preflight", lambda *_, **__: "Dataset004_Here")
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
-    assert _typed(monkeypatch, capsys, "train", "4", "3d_fullres", "0", *typed)[0] == 0
-    assert [(call["device"], call["continue_training"]) for call in calls] == [(device, goes_on)]
+    assert _typed(monkeypatch, capsys, "train", "4", "3d_fullres", "0", *typed)[0] == 2
+    assert [(str(call[-1]), call[-2]) for call in calls] == [(device, goes_on)]
 
 
 def test_settings_are_listed_with_their_defaults(

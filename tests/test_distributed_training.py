@@ -172,6 +172,6 @@ def test_a_platform_that_names_rank_and_size_alone(dataset: Path, monkeypatch: p
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with process_group(Ranks(), "cpu", 30):
         trainer = make(plans=narrow_plans(batch_size=3))
-        assert trainer.is_ddp  # as nnUNetv2_train -num_gpus has it, which tells its processes in another way
         trainer.initialize()
+        assert trainer.is_ddp  # as nnUNetv2_train -num_gpus has it, which tells its processes in another way
         assert trainer.batch_size == 3

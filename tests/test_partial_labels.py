@@ -144,6 +144,8 @@ def test_heads_are_for_leaves_and_steps_know_the_cases(annotated: Path) -> None:
     trainer.initialize()
     assert trainer.network.decoder.seg_layers[-1].out_channels == 4
     assert "kidney" not in trainer.dataset_json["labels"]
+    assert trainer.label_manager.all_labels == [0, 1, 2, 3, 4]  # in the data
+    assert trainer.label_manager.foreground_labels == [1, 2, 3]  # that are predicted and scored
     batch = random_batch(trainer, ["b", "c"], 5)
     with torch.no_grad():
         logits = trainer.network(batch["data"])

@@ -151,6 +151,11 @@ def test_data_of_other_plans_or_none(dataset: Dataset, run: Any, command: str) -
     refused(run, command, "(1, 9, 10, 8)", "(1, 12, 10, 8)")
 
 
+def test_a_damaged_copy_of_the_description(dataset: Dataset, run: Any) -> None:
+    (dataset.folder / "dataset.json").write_text("{")
+    refused(run, "plan -d 1 --from w.pth", str(dataset.folder / "dataset.json"), "cannot be read")
+
+
 @pytest.mark.parametrize("command", ["plan -d 1", TRAIN, RANK, FINETUNE])
 def test_another_number_of_channels(dataset: Dataset, run: Any, command: str) -> None:
     dataset.describe(channel_names={"0": "CT", "1": "PET"})

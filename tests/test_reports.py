@@ -16,7 +16,6 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from scipy.spatial.transform import Rotation
 
-from stunet.datasets import read_plane_names
 from stunet.datasets.raw import plane_names, read_image
 from stunet.evaluation import CaseOrientation, CaseScores, EvaluationCase, collect_results, volume_scores
 from stunet.inference.outputs import draw_preview

@@ -217,7 +217,7 @@ def test_one_without_what_a_training_needs(copied: Path) -> None:
     version = find_version(copied / "checkpoint_latest.dcp")
     assert version is not None
     torch.save({"current_epoch": 1, "logging": {}}, version / "training.pth")
-    with pytest.raises(CheckpointError, match="no optimizer, init_args, _best_ema"):
+    with pytest.raises(CheckpointError, match=r"cannot continue from.*optimizer"):
         make_trainer(continues=True)
 
 

@@ -12,8 +12,8 @@ from weights import STRIDES, TINY, v1_plans, v1_stage
 
 from stunet.errors import PlansError
 from stunet.planning import resolve_configuration
-from stunet.planning.model_folder import make_plans
-from stunet.planning.v1_plans import PRETRAINING, Preparation, read_v1_plans
+from stunet.planning.model_folder import make_plans, read_v1_plans
+from stunet.planning.plans import PRETRAINING, Preparation
 from stunet.weights import read_pickle
 
 STATISTICS = {

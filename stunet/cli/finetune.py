@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option
+from typer import Context, Option
 
 from stunet.cli import options
 from stunet.cli.console import print_line
@@ -16,7 +16,6 @@ from stunet.cli.convert import find_fetched
 from stunet.cli.env import trainers_folder
 from stunet.cli.plan import plan
 from stunet.cli.preflight import preflight
-from stunet.cli.train import train
 from stunet.environment import find_dataset, nnunet_folder
 from stunet.errors import UsageError
 from stunet.files import locked
@@ -27,6 +26,7 @@ _TRAINER = "STUNetTrainer"
 
 
 def finetune(
+    context: Context,
     dataset: options.Dataset,
     source: Annotated[Path, Option("--from", autocompletion=options.complete_weights)],
     configuration: Annotated[str, Option("-c", "--configuration")] = "3d_fullres",
@@ -68,6 +68,7 @@ def finetune(
     preflight(dataset, plans=plans, device=device, n_devices=num_gpus, writes=results, seconds=-1)
     device = options.choose_device(device)
     path = plan(
+        context,
         dataset,
         configurations=[configuration],
         plans=plans,
@@ -78,7 +79,6 @@ def finetune(
         overwrite=overwrite,
         trust=trust,
         num_processes=num_processes,
-        next_commands=False,
     )
     plans_name, dataset_name = path.stem, path.parent.name
     dataset_id = str(int(dataset_name[7:10]))
@@ -96,22 +96,11 @@ def finetune(
         os.environ["nnUNet_extTrainer"] = str(trainers_folder())
         print_line(f"\n$ {shlex.join(command)}", style="bold")
         sys.argv = command
-        if seed is not None:
-            train(
-                dataset_id,
-                configuration,
-                fold,
-                plans=plans_name,
-                num_gpus=num_gpus,
-                npz=npz,
-                continue_training=continue_training,
-                device=device,
-                seed=seed,
-            )
+        if seed is None:
+            from nnunetv2.run.run_training import run_training_entry as run
         else:
-            from nnunetv2.run.run_training import run_training_entry
-
-            run_training_entry()
+            from stunet.cli.main import main as run
+        run()
 
 
 def _check_fold(fold: Path, *, continue_training: bool, overwrite: bool) -> None:

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer import Option
+from typer import Context, Option
 
 from stunet.cli import options
 from stunet.cli.console import PlainTable, print_line, stdout
 from stunet.cli.convert import find_fetched
 from stunet.cli.preflight import preflight
-from stunet.environment import find_dataset, find_plans, nnunet_folder
-from stunet.errors import PlansError, UsageError
+from stunet.environment import find_plans, nnunet_folder
+from stunet.errors import DatasetError, PlansError, UsageError, reading
 from stunet.files import read_json
 from stunet.settings import SETTINGS, SETTINGS_KEY, parse_settings
 from stunet.sizes import SIZES
@@ -36,6 +36,7 @@ def _print_settings(wanted: bool) -> None:
 
 
 def plan(
+    context: Context,
     dataset: options.Dataset,
     size: options.Size = None,
     configurations: Annotated[list[str] | None, Option("-c", "--configurations")] = None,
@@ -51,7 +52,6 @@ def plan(
     trust: options.Trust = None,
     num_processes: options.Processes = 8,
     list_settings: Annotated[bool, Option(callback=_print_settings, is_eager=True)] = False,
-    next_commands: Annotated[bool, Option(hidden=True)] = True,
 ) -> Path:
     """Write plans with a STU-Net beside nnU-Net's, which they are made from; preprocessed data is used again.
 
@@ -70,13 +70,14 @@ def plan(
         list_settings: Show the settings that --set takes and leave.
     """
     # What needs no PyTorch is checked before it is imported.
+    if preset is not None and preset not in (presets := options.complete_presets()):
+        raise UsageError(f"--preset {preset} is none that prepares images: choose one of {', '.join(presets)}")
     asked = options.choose_size(size, depth, width)
     given = parse_settings(settings or [])
-    dataset_name = find_dataset(dataset)
     paths = None if source is None else find_fetched([source])[1]
     if strategy is not None and source is None:
         raise UsageError(f"--strategy {strategy} without weights to start from: give them with --from, or leave it out")
-    preflight(dataset, plans=plans, writes=nnunet_folder("nnUNet_preprocessed"))
+    dataset_name = preflight(dataset, plans=plans, writes=nnunet_folder("nnUNet_preprocessed"))
     from stunet import planning
     from stunet.weights import open_weights
 
@@ -85,10 +86,9 @@ def plan(
         theirs = f"{weights.architecture.size.name} of {weights.path}"
         raise UsageError(f"a size that is not that of the weights: {asked.name} for {theirs}; leave it out")
     network = weights.architecture.size if weights else asked
-    preparation = None if preset is None else planning.load_preset(preset)
-    chosen = {**preparation.settings} if preparation else {}
-    if network.name in planning.list_presets():
-        chosen |= planning.load_preset(network.name).settings
+    chosen: dict[str, Any] = {} if preset is None else planning.load_preset(preset)["settings"]
+    if network.name in SIZES:
+        chosen |= planning.load_preset(network.name)["settings"]
     if weights is not None:
         chosen |= planning.fine_tuning_settings(weights, strategy or given.get("fine_tune", "full"))
         given |= {"fine_tune": strategy} if strategy else {}
@@ -100,8 +100,8 @@ def plan(
     if not nnunets.is_file():
         planning.plan_with_nnunet(dataset_name, plans, num_processes=num_processes)
     planned = planning.load_plans(nnunets)
-    if preparation is not None:
-        planned = planning.apply_preset(planned, preparation)
+    if preset is not None:
+        planned = planning.apply_preset(planned, preset)
     if weights is not None:
         configurations = configurations or planning.fine_tuning_configurations(planned, weights)
     content = planning.rewrite_plans(
@@ -109,12 +109,14 @@ def plan(
     )
     report = None
     if weights is not None and configurations:
-        dataset_json = read_json(path.parent / "dataset.json")
+        described = path.parent / "dataset.json"
+        with reading(described, "a description that cannot be read", DatasetError, "preprocess the dataset again"):
+            dataset_json = read_json(described)
         report = planning.preview_transfer(weights, content, configurations, dataset_json)
     written = planning.write_plans(content, path, overwrite=overwrite)
     print_line(f"{'Wrote' if written else 'Already there, unchanged:'} {path}")
     trainable = _print_configurations(content)
-    if next_commands:
+    if context.info_name == "plan":  # stunet finetune does what comes next
         _print_next(path, trainable, pretraining=preset is not None)
     if report is not None:
         table = PlainTable(title=f"From {report.source}")

@@ -17,6 +17,7 @@ from stunet.cli.env import trainers_folder
 from stunet.cli.options import choose_device
 from stunet.errors import DatasetError, LabelError, UsageError, reading
 from stunet.files import read_json
+from stunet.sizes import SIZES, TRAINERS
 
 
 def preflight(
@@ -32,16 +33,9 @@ def preflight(
 ) -> str:
     """Check all that would stop a command later, and the cheap things first: PyTorch is imported for the last ones.
 
-    Args:
-        dataset: Id or name.
-        plans: Name of the plans; they must be there where a configuration is given.
-        configuration: One that must be preprocessed with these plans.
-        trainer: Name of a trainer that must exist.
-        device: As it is typed.
-        n_devices: How many GPUs are needed.
-        writes: Folder that is written to.
-        seconds: How long to look for values in label maps that ``dataset.json`` does not declare. Where there are more
-            than fit in, some are looked at, the same ones every time; ``stunet labels check`` looks at all of them.
+    Plans must be there where a configuration, which must be preprocessed with them, is given. For ``seconds``, label
+    maps are searched for values that ``dataset.json`` does not declare: the same ones every time where not all fit in;
+    ``stunet labels check`` looks at all of them.
 
     Returns:
         The dataset's full name.
@@ -86,13 +80,17 @@ def _check_trainer(name: str) -> None:
     """Look for the name in the files that nnU-Net would import one after the other, which takes seconds."""
     spec = importlib.util.find_spec("nnunetv2")
     stock = [Path(place) / "training" / "nnUNetTrainer" for place in (spec and spec.submodule_search_locations) or []]
-    own = os.environ.get("nnUNet_extTrainer") or str(trainers_folder())
-    folders = [*stock, *(Path(folder) for folder in own.split(os.pathsep) if folder)]
-    sources = [file.read_text(encoding="utf-8", errors="ignore") for folder in folders for file in folder.rglob("*.py")]
-    if not any(re.search(rf"\b{re.escape(name)}\b", source) for source in sources):
-        known = sorted({found for source in sources for found in re.findall(r"^class (\w+)\(", source, re.MULTILINE)})
-        places = ", ".join(map(str, folders[len(stock) :]))
-        hint = environment.did_you_mean(name, known)
+    external = (os.environ.get("nnUNet_extTrainer") or str(trainers_folder())).split(os.pathsep)
+    sources = [
+        file.read_text(encoding="utf-8", errors="ignore")
+        for folder in (*stock, *map(Path, filter(None, external)))
+        for file in folder.rglob("*.py")
+    ]
+    known = {found for source in sources for found in re.findall(r"^class (\w+)\(", source, re.MULTILINE)}
+    if str(trainers_folder()) in external:
+        known |= set(TRAINERS)
+    if name not in known and not any(re.search(rf"\b{re.escape(name)}\b", source) for source in sources):
+        places, hint = ", ".join(external), environment.did_you_mean(name, sorted(known))
         raise UsageError(f"unknown trainer {name}: -tr names one of nnU-Net's or of {places}. {hint}")
 
 
@@ -143,11 +141,11 @@ def _checkpoint_bytes(configuration: dict[str, Any], trainer: str) -> int:
     """Two checkpoints with momentum, which nnU-Net keeps at a time; of the size in the plans or the trainer's name."""
     import torch
 
-    from stunet.network import SIZES, build_stunet
+    from stunet.network import build_stunet
     from stunet.planning import is_stunet, plans_size
 
-    named = [size for name, size in SIZES.items() if f"_{name}" in trainer]
-    size = plans_size(configuration) if is_stunet(configuration) else [*named, SIZES["small"]][0]
+    named, _ = TRAINERS.get(trainer, (None, {}))
+    size = plans_size(configuration) if is_stunet(configuration) else SIZES[named or "small"]
     with torch.device("meta"):
         network = build_stunet(size, 1, 2, [[1] * len(configuration["patch_size"])] * 6)
     return 2 * 2 * 4 * sum(parameter.numel() for parameter in network.parameters())

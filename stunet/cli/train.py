@@ -12,6 +12,9 @@ import typer
 
 from stunet.cli.options import Continue, Device, FoldName, choose_device
 
+#: Stands for an epoch before the first, when the network is initialised.
+_BEFORE_TRAINING = 2**31
+
 
 def train(
     dataset: Annotated[str, typer.Argument(help="Dataset id or name.")],
@@ -51,47 +54,79 @@ def train(
     """
     from stunet.cli.env import trainers_folder
     from stunet.cli.preflight import preflight
-    from stunet.environment import nnunet_folder
-
-    _check(pretrained_weights, continue_training=continue_training, only_validation=only_validation)
-    preflight(dataset, plans=plans, configuration=configuration, trainer=trainer, device=device, n_devices=num_gpus,
-              writes=nnunet_folder("nnUNet_results"))  # fmt: skip
-    chosen_device = choose_device(device)
-    os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))  # before nnU-Net is asked for the trainer
-    from stunet.processes import end_with_children
-    from stunet.training import check_processes
-    from stunet.training import train as run
-
-    if num_gpus > 1 and "RANK" not in os.environ:
-        check_processes(num_gpus, dataset, configuration, plans=plans, device=chosen_device, global_batch=global_batch)
-        _start_processes(num_gpus)
-    end_with_children()
-    run(
-        dataset,
-        configuration,
-        fold,
-        trainer=trainer,
-        plans=plans,
-        device=chosen_device,
-        pretrained_weights=None if pretrained_weights is None else str(pretrained_weights),
-        continue_training=continue_training,
-        only_validation=only_validation,
-        validate_best=validate_best,
-        save_probabilities=npz,
-        disable_checkpointing=disable_checkpointing,
-        global_batch=global_batch,
-        seed=seed,
-        timeout=timeout,
-    )
-
-
-def _check(pretrained_weights: Path | None, *, continue_training: bool, only_validation: bool) -> None:
+    from stunet.environment import find_dataset, find_plans, nnunet_folder
     from stunet.errors import UsageError
 
     if continue_training and pretrained_weights:
         raise UsageError("--c and -pretrained_weights are both given, but a training starts from one: leave one out")
     if continue_training and only_validation:
         raise UsageError("--c and --val are both given, but only one can be done: leave one out")
+    preflight(dataset, plans=plans, configuration=configuration, trainer=trainer, device=device, n_devices=num_gpus,
+              writes=nnunet_folder("nnUNet_results"))  # fmt: skip
+    device = choose_device(device)
+    os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))  # before nnU-Net is asked for the trainer
+    import torch
+    from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+
+    from stunet.planning import load_plans, resolve_configuration
+    from stunet.processes import end_with_children
+    from stunet.training import BaseSTUNetTrainer
+    from stunet.training.checkpoints import set_aside
+    from stunet.training.distributed import (
+        Ranks,
+        check_same,
+        check_shared_folder,
+        join_others,
+        seed_everything,
+        share_of_batch,
+    )
+    from stunet.weights.sharded import SHARDED_SUFFIX
+
+    if num_gpus > 1 and "RANK" not in os.environ:
+        # What they would refuse, before they are started, and started once more.
+        planned = resolve_configuration(load_plans(find_plans(find_dataset(dataset), plans)), configuration)
+        share_of_batch(int(planned["batch_size"] if global_batch is None else global_batch), Ranks(0, num_gpus))
+        _start_processes(num_gpus)
+    end_with_children()
+    with join_others(device, timeout) as ranks:
+        check_same(ranks, dataset, configuration, plans, [fold, trainer, device, global_batch, seed])
+        if seed is not None:
+            seed_everything(seed, ranks.rank, _BEFORE_TRAINING)
+            if device == "cpu":  # batches of other processes are not drawn from the seed
+                os.environ.setdefault("nnUNet_n_proc_DA", "0")
+        # After a restart by torchrun without being told.
+        resumes = continue_training or (ranks.n_restarts > 0 and not only_validation)
+        number = fold if fold == "all" else int(fold)
+        made = get_trainer_from_args(dataset, configuration, number, trainer, plans, resumes, torch.device(device))
+        if not isinstance(made, BaseSTUNetTrainer) and (ranks.size > 1 or seed is not None):
+            raise UsageError(f"-tr {trainer} knows neither --seed nor several processes: choose -tr STUNetTrainer")
+        made.disable_checkpointing = disable_checkpointing
+        if seed is not None:
+            made.seed = seed
+        if global_batch is not None:
+            # In both, as the second is what is written beside the checkpoints.
+            made.configuration_manager.configuration["batch_size"] = global_batch
+            made.plans_manager.plans["configurations"][configuration]["batch_size"] = global_batch
+        share_of_batch(int(made.configuration_manager.batch_size), ranks)  # before anything is written
+        folder = Path(made.output_folder)
+        if ranks.size > 1:
+            check_shared_folder(folder, ranks)
+        # A restart before the first checkpoint begins once more.
+        resumes = resumes and any(path.suffix in (".pth", SHARDED_SUFFIX) for path in folder.glob("checkpoint_*"))
+        weights, nnunet_finds = None if resumes or pretrained_weights is None else str(pretrained_weights), resumes
+        if isinstance(made, BaseSTUNetTrainer):
+            nnunet_finds = resumes and not made.checkpoints.has_only_sharded()  # others, once the training starts
+            if weights is not None and not only_validation:
+                made.load_pretrained_weights(weights)
+                weights = None
+        maybe_load_checkpoint(made, nnunet_finds, only_validation, weights)
+        if not only_validation:
+            if not resumes:
+                set_aside(folder, ranks)
+            made.run_training()
+        if validate_best:
+            made.load_checkpoint(str(folder / "checkpoint_best.pth"))
+        made.perform_actual_validation(npz)
 
 
 def _start_processes(number: int) -> None:

@@ -5,7 +5,6 @@ from stunet.planning.plans import (
     apply_preset,
     fine_tuning_configurations,
     fine_tuning_settings,
-    list_presets,
     load_plans,
     load_preset,
     missing_preprocessed_cases,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -16,13 +19,23 @@ from stunet.errors import CheckpointError, PlansError, reading
 from stunet.files import atomic_folder, file_sha256, refuse_existing, write_json
 from stunet.labels.labels import Vocabulary
 from stunet.network import STUNetSize
-from stunet.planning.rewrite import check_configuration, check_plans, resolve_configuration, rewrite_configuration
-from stunet.planning.v1_plans import PRETRAINING, Preparation, read_v1_plans
+from stunet.planning.plans import CONFIGURATION, PRETRAINING, Preparation, configuration_for
+from stunet.planning.rewrite import (
+    check_configuration,
+    check_plans,
+    fit_strides,
+    resolve_configuration,
+    rewrite_configuration,
+)
 from stunet.weights import MODEL_CARD, SourceWeights
 
-CONFIGURATION = "3d_fullres"
 _CHECKPOINT = "fold_0/checkpoint_final.pth"
-_RESAMPLING = "resample_data_or_seg_to_shape"
+_UNUSABLE = "plans of nnU-Net v1 that cannot be used; the pickle published with the weights can, or none (the preset)"
+_SCHEMES = {"nonCT": "ZScoreNormalization", "CT": "CTNormalization", "noNorm": "NoNormalization"}
+_STATISTICS = {
+    "mean": "mean", "median": "median", "std": "sd", "min": "mn", "max": "mx",
+    "percentile_00_5": "percentile_00_5", "percentile_99_5": "percentile_99_5",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,28 +112,6 @@ def make_plans(preparation: Preparation, size: STUNetSize) -> dict[str, Any]:
     }
     plans["configurations"] = {CONFIGURATION: rewrite_configuration(plans, CONFIGURATION, size=size)}
     return deepcopy(plans)
-
-
-def configuration_for(preparation: Preparation, data_identifier: str) -> dict[str, Any]:
-    """Make a configuration of nnU-Net v2's plans whose architecture has strides only."""
-    resampling: dict[str, Any] = {}
-    for kind, order in (("data", 3), ("seg", 1), ("probabilities", 1)):
-        kwargs = {"is_seg": kind == "seg", "order": order, "order_z": 0, "force_separate_z": None}
-        resampling |= {f"resampling_fn_{kind}": _RESAMPLING, f"resampling_fn_{kind}_kwargs": kwargs}
-    strides = {"strides": preparation.strides}  # the network's other arguments come from its size
-    return {
-        "data_identifier": data_identifier,
-        "preprocessor_name": "DefaultPreprocessor",
-        "batch_size": preparation.batch_size,
-        "patch_size": preparation.patch_size,
-        "median_image_size_in_voxels": preparation.median_shape,
-        "spacing": preparation.spacing,
-        "normalization_schemes": preparation.normalization_schemes,
-        "use_mask_for_norm": preparation.use_mask_for_norm,
-        **resampling,
-        "architecture": {"network_class_name": "", "arch_kwargs": strides, "_kw_requires_import": []},
-        "batch_dice": preparation.batch_dice,
-    }
 
 
 def _from_nnunet_v2(weights: SourceWeights, labels: Vocabulary | None) -> ModelDescription:
@@ -236,3 +227,100 @@ def _checkpoint(weights: SourceWeights, description: ModelDescription) -> dict[s
         "trainer_name": "nnUNetTrainer",  # its network comes from the plans, so prediction finds all it needs
         "inference_allowed_mirroring_axes": description.mirroring_axes,
     }
+
+
+def read_v1_plans(
+    plans: Mapping[str, Any], init: Sequence[Any], *, input_channels: int, num_classes: int, source: str
+) -> Preparation:
+    """Read what plans of nnU-Net v1 say about preparation.
+
+    Where they name no stage, which holds for the published ``plans.pkl``, spacing, patch and strides are those of
+    :data:`PRETRAINING`.
+
+    Raises:
+        PlansError: Plans of other weights, a normalization that is unknown, or clipping without statistics.
+    """
+    with reading(source, _UNUSABLE, PlansError):
+        # The others resample or normalize otherwise, which nnU-Net v2's default preprocessor would not repeat.
+        if (preprocessor := plans.get("preprocessor_name")) not in (None, "GenericPreprocessor"):
+            raise ValueError(
+                f"preprocessor_name is {str(preprocessor)[:60]}; GenericPreprocessor alone can be converted"
+            )
+        # v1 does not count the background.
+        for key, actual in (("num_modalities", input_channels), ("num_classes", num_classes - 1)):
+            if plans.get(key, actual) != actual:
+                raise ValueError(f"{key} is {str(plans[key])[:40]} instead of {actual}, as the weights have")
+        channels = range(input_channels)
+        names = [str(_channel(plans["normalization_schemes"], c, "normalization_schemes")) for c in channels]
+        modalities = plans.get("modalities") or dict(enumerate(names))
+        masks = plans.get("use_mask_for_norm") or {}
+        forward, backward = (
+            _numbers(plans.get(key, [0, 1, 2]), int, key, at_least=0)
+            for key in ("transpose_forward", "transpose_backward")
+        )
+        if sorted(forward) != [0, 1, 2] or [forward[axis] for axis in backward] != [0, 1, 2]:
+            raise ValueError(f"transposes {forward} and {backward} instead of an order and its inverse")
+        return replace(
+            PRETRAINING,
+            **_stage(plans, init),
+            channel_names=[str(_channel(modalities, c, "modalities")) for c in channels],
+            normalization_schemes=[_scheme(name) for name in names],
+            use_mask_for_norm=[bool(_channel(masks, c, "use_mask_for_norm", default=False)) for c in channels],
+            intensity_properties=[_statistics(plans, c, name) for c, name in enumerate(names)],
+            transpose_forward=forward,
+            transpose_backward=backward,
+        )
+
+
+def _stage(plans: Mapping[str, Any], init: Sequence[Any]) -> dict[str, Any]:
+    stages = plans.get("plans_per_stage")
+    dice = init[4] if len(init) > 4 and isinstance(init[4], bool) else PRETRAINING.batch_dice
+    if not stages:
+        return {"batch_dice": dice}
+    stage = stages[init[5] if len(init) > 5 and isinstance(init[5], int) and init[5] in stages else max(stages)]
+    spacing = _numbers(stage["current_spacing"], float, "current_spacing")
+    patch = _numbers(stage["patch_size"], int, "patch_size")
+    pools = [_numbers(pool, int, "pool_op_kernel_sizes") for pool in stage["pool_op_kernel_sizes"]]
+    return {
+        "spacing": spacing,
+        "patch_size": patch,
+        "batch_size": _numbers([stage["batch_size"]] * 3, int, "batch_size")[0],
+        "batch_dice": dice,
+        "median_shape": _numbers(stage.get("median_patient_size_in_voxels", patch), float, "median size"),
+        "median_spacing": _numbers(stage.get("original_spacing", spacing), float, "original_spacing"),
+        "strides": fit_strides([[1, 1, 1], *pools]),
+    }
+
+
+def _channel(values: Any, channel: int, key: str, *, default: Any = None) -> Any:
+    listed = values if isinstance(values, Mapping) else dict(enumerate(values))
+    if (value := listed.get(channel, default)) is None:
+        raise ValueError(f"{key} without a value for channel {channel}")
+    return value
+
+
+def _scheme(name: str) -> str:
+    if name == "CT2":
+        raise ValueError(
+            f"normalization_schemes: CT2 instead of one of {', '.join(_SCHEMES)}, which nnU-Net v2 has too"
+        )
+    return _SCHEMES.get(name, "ZScoreNormalization")  # v1 treats every other modality so
+
+
+def _statistics(plans: Mapping[str, Any], channel: int, scheme: str) -> dict[str, float]:
+    properties = (plans.get("dataset_properties") or {}).get("intensityproperties")
+    found = _channel(properties, channel, "intensityproperties") if properties else {}
+    statistics = {ours: float(found[theirs]) for ours, theirs in _STATISTICS.items() if theirs in found}
+    needed = ("mean", "std", "percentile_00_5", "percentile_99_5")
+    if scheme == "CT" and (missing := [_STATISTICS[name] for name in needed if name not in statistics]):
+        raise ValueError(f"intensityproperties: no {', '.join(missing)}, which CT clipping needs")
+    if not all(map(math.isfinite, statistics.values())):
+        raise ValueError(f"intensityproperties {statistics} instead of finite numbers")
+    return statistics
+
+
+def _numbers(values: Any, kind: type, key: str, *, at_least: float = 1e-6) -> list[Any]:
+    listed = values.tolist() if isinstance(values, np.ndarray) else list(values)
+    if len(listed) != 3 or not all(at_least <= float(value) < math.inf for value in listed):
+        raise ValueError(f"{key} {str(values)[:100]} instead of three numbers{' above 0' if at_least else ''}")
+    return [kind(value) for value in listed]

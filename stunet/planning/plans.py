@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
@@ -20,13 +20,13 @@ from stunet.environment import find_plans, nnunet_folder, require_plans
 from stunet.errors import DatasetError, PlansError, reading
 from stunet.files import write_json
 from stunet.labels.labels import Labels
-from stunet.network import STUNetSize, find_size
-from stunet.planning.model_folder import CONFIGURATION, configuration_for
 from stunet.planning.rewrite import check_plans, has_own_architecture, resolve_configuration
-from stunet.planning.v1_plans import Preparation
-from stunet.settings import SETTINGS_KEY, HeadPolicy, StemPolicy, Strategy, check_settings
+from stunet.settings import SETTINGS_KEY, HeadPolicy, StemPolicy, Strategy
 from stunet.weights import SourceWeights, TransferReport, transfer_weights
 
+#: The one configuration of plans that nnU-Net has not made.
+CONFIGURATION = "3d_fullres"
+_RESAMPLING = "resample_data_or_seg_to_shape"
 #: nnU-Net's planners by the plans identifier that they write.
 _PLANNERS = {
     "nnUNetPlans": "ExperimentPlanner",
@@ -129,38 +129,80 @@ def missing_preprocessed_cases(dataset_name: str, plans: dict[str, Any], configu
 
 
 @dataclass(frozen=True)
-class Preset:
-    """A file of ``plans/``: what ``stunet plan --size`` or ``--preset`` puts into plans."""
+class Preparation:
+    """How images are prepared and cut for a network, and how it strides over them.
 
-    name: str
-    settings: Mapping[str, Any]  # those given with --set have precedence
-    size: STUNetSize | None  # of the network, for --size
-    preparation: Mapping[str, Any] | None  # spacing in mm, patch, batch, strides, normalization, for --preset
-
-
-def list_presets(kind: str = "size") -> list[str]:
-    """List the presets with a ``size``, or with a ``preparation`` in the place of what nnU-Net plans from the data.
-
-    >>> list_presets(), list_presets("preparation")
-    (['small', 'base', 'large', 'huge'], ['totalsegmentator'])
+    Axes are those after the transposition, as in nnU-Net's plans.
     """
-    names = [path.name.removesuffix(".json") for path in files("stunet.plans").iterdir() if path.name.endswith(".json")]
-    presets = [preset for preset in map(load_preset, names) if getattr(preset, kind) is not None]
-    return [p.name for p in sorted(presets, key=lambda p: (p.size.width if p.size else 0, p.name))]
+
+    spacing: list[float]  # target, mm
+    patch_size: list[int]  # voxels
+    batch_size: int
+    batch_dice: bool
+    median_shape: list[float]  # of the images at the target spacing, voxels
+    median_spacing: list[float]  # of the training images, mm
+    strides: list[list[int]]  # of each of six stages
+    transpose_forward: list[int] = field(default_factory=lambda: [0, 1, 2])
+    transpose_backward: list[int] = field(default_factory=lambda: [0, 1, 2])
+    channel_names: list[str] = field(default_factory=lambda: ["nonCT"])
+    normalization_schemes: list[str] = field(default_factory=lambda: ["ZScoreNormalization"])
+    use_mask_for_norm: list[bool] = field(default_factory=lambda: [False])
+    intensity_properties: list[dict[str, float]] = field(default_factory=lambda: [{}])
 
 
-def load_preset(name: str) -> Preset:
-    """Read a preset."""
-    file = files("stunet.plans") / f"{name}.json"
-    if not name.isidentifier() or not file.is_file():
-        raise PlansError(f"no preset {name}: choose one of {', '.join(list_presets() + list_presets('preparation'))}")
-    content = json.loads(file.read_text(encoding="utf-8"))
-    check_settings(content["settings"], source=f"preset {name}")
-    size = find_size(content["size"]) if "size" in content else None
-    return Preset(name, content["settings"], size, content.get("preparation"))
+def configuration_for(preparation: Preparation, data_identifier: str) -> dict[str, Any]:
+    """Make a configuration of nnU-Net v2's plans whose architecture has strides only."""
+    resampling: dict[str, Any] = {}
+    for kind, order in (("data", 3), ("seg", 1), ("probabilities", 1)):
+        kwargs = {"is_seg": kind == "seg", "order": order, "order_z": 0, "force_separate_z": None}
+        resampling |= {f"resampling_fn_{kind}": _RESAMPLING, f"resampling_fn_{kind}_kwargs": kwargs}
+    strides = {"strides": preparation.strides}  # the network's other arguments come from its size
+    return {
+        "data_identifier": data_identifier,
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": preparation.batch_size,
+        "patch_size": preparation.patch_size,
+        "median_image_size_in_voxels": preparation.median_shape,
+        "spacing": preparation.spacing,
+        "normalization_schemes": preparation.normalization_schemes,
+        "use_mask_for_norm": preparation.use_mask_for_norm,
+        **resampling,
+        "architecture": {"network_class_name": "", "arch_kwargs": strides, "_kw_requires_import": []},
+        "batch_dice": preparation.batch_dice,
+    }
 
 
-def apply_preset(plans: Mapping[str, Any], preset: Preset) -> dict[str, Any]:
+def load_preset(name: str) -> dict[str, Any]:
+    """Read a file of ``plans/``, what ``stunet plan --size`` or ``--preset`` puts into plans: its settings, and its
+    preparation for ``--preset``.
+
+    >>> load_preset("totalsegmentator")["settings"]["num_epochs"]
+    4000
+    """
+    content: dict[str, Any] = json.loads((files("stunet.plans") / f"{name}.json").read_text(encoding="utf-8"))
+    return content
+
+
+def _preparation(
+    preset: Mapping[str, Any], *, shape: list[float], spacing: list[float], n_channels: int
+) -> Preparation:
+    wanted = preset["preparation"]
+    return Preparation(
+        **{name: wanted[name] for name in ("spacing", "patch_size", "batch_size", "batch_dice", "strides")},
+        median_shape=shape,
+        median_spacing=spacing,
+        normalization_schemes=[wanted["normalization_scheme"]] * n_channels,
+        use_mask_for_norm=[wanted["use_mask_for_norm"]] * n_channels,
+    )
+
+
+#: How images were prepared for the published weights (arXiv 2304.06716, section 4.1, and the published plans).
+PRETRAINING = _preparation(
+    load_preset("totalsegmentator"), shape=[228.0, 228.0, 240.0], spacing=[1.5, 1.5, 1.5], n_channels=1
+)
+
+
+def apply_preset(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Make nnU-Net's plans of a dataset into some with one configuration, ``3d_fullres``, as a preset prepares it.
 
     Images are prepared differently from what nnU-Net has planned, so the configuration has a data identifier of its
@@ -169,28 +211,19 @@ def apply_preset(plans: Mapping[str, Any], preset: Preset) -> dict[str, Any]:
     Returns:
         Plans whose architecture has strides only; :func:`stunet.planning.rewrite_plans` puts the network there.
     """
-    wanted = preset.preparation
-    if wanted is None:
-        raise PlansError(f"--preset {preset.name} prepares nothing: choose one of {list_presets('preparation')}")
-    check_plans(plans, source=str(plans.get("plans_name")))
-    backward = plans["transpose_backward"]
+    preset, backward = load_preset(name), plans["transpose_backward"]
     spacing = [plans["original_median_spacing_after_transp"][axis] for axis in backward]
     shape = [plans["original_median_shape_after_transp"][axis] for axis in backward]
-    n_channels = len(plans["foreground_intensity_properties_per_channel"])
-    preparation = Preparation(
-        **{name: wanted[name] for name in ("spacing", "patch_size", "batch_size", "batch_dice", "strides")},
-        median_shape=[float(n * s / t) for n, s, t in zip(shape, spacing, wanted["spacing"], strict=True)],
-        median_spacing=spacing,
-        normalization_schemes=[wanted["normalization_scheme"]] * n_channels,
-        use_mask_for_norm=[wanted["use_mask_for_norm"]] * n_channels,
-    )
+    target, n_channels = preset["preparation"]["spacing"], len(plans["foreground_intensity_properties_per_channel"])
+    resampled = [float(n * s / t) for n, s, t in zip(shape, spacing, target, strict=True)]
+    preparation = _preparation(preset, shape=resampled, spacing=spacing, n_channels=n_channels)
     return {
         **plans,
         "original_median_spacing_after_transp": spacing,
         "original_median_shape_after_transp": shape,
         "transpose_forward": preparation.transpose_forward,
         "transpose_backward": preparation.transpose_backward,
-        "configurations": {CONFIGURATION: configuration_for(preparation, f"STUNetPlans_{preset.name}_{CONFIGURATION}")},
+        "configurations": {CONFIGURATION: configuration_for(preparation, f"STUNetPlans_{name}_{CONFIGURATION}")},
     }
 
 

@@ -25,42 +25,27 @@ from stunet.planning.rewrite import resolve_configuration
 
 @dataclass(frozen=True, eq=False)
 class PreprocessedCase:
-    """One case as the network sees it.
-
-    Attributes:
-        name: The case's identifier.
-        image: ``(C, X, Y, Z)`` float32, normalised and resampled.
-        segmentation: ``(X, Y, Z)``, whole numbers; -1 outside the image's nonzero part.
-    """
+    """One case as the network sees it."""
 
     name: str
-    image: npt.NDArray[np.float32]
-    segmentation: npt.NDArray[np.int16]
+    image: npt.NDArray[np.float32]  # (C, X, Y, Z), normalised and resampled
+    segmentation: npt.NDArray[np.int16]  # (X, Y, Z); -1 outside the image's nonzero part
 
 
 class PreprocessedDataset:
-    """The preprocessed cases of one configuration.
-
-    Attributes:
-        name: For example ``Dataset004_Hippocampus``.
-        plans: The plans that they were preprocessed with.
-        configuration_name: Name of the configuration.
-        configuration: The configuration, inheritance resolved.
-        dataset_json: As saved beside the plans.
-        cases: Names of all cases, sorted.
-        ignore_label: Label of voxels that nobody annotated; None where there is none.
-    """
+    """The preprocessed cases of one configuration, sorted, with the plans and the description that they belong to."""
 
     def __init__(self, name: str, plans: dict[str, Any], configuration: str) -> None:
         self.name = name
         self.plans = plans
         self.configuration_name = configuration
-        self.configuration = resolve_configuration(plans, configuration)
+        self.configuration = resolve_configuration(plans, configuration)  # with what it inherits
         self._base = nnunet_folder("nnUNet_preprocessed") / name
         self._folder = preprocessed_folder(name, plans, configuration)
         self.dataset_json: dict[str, Any] = _read_json(self._base / "dataset.json")
         self._dataset = infer_dataset_class(str(self._folder))(str(self._folder))
         self.cases: list[str] = sorted(self._dataset.identifiers)
+        #: Of voxels that nobody annotated.
         self.ignore_label: int | None = PlansManager(plans).get_label_manager(self.dataset_json).ignore_label
 
     @property

@@ -145,23 +145,8 @@ def rewrite_configuration(
     strides = fit_strides(resolved["architecture"]["arch_kwargs"]["strides"])
     _check_patch(name, own.get("patch_size", resolved["patch_size"]), strides)
     merged = {**inherited, **given}
-    own["architecture"] = _architecture(size, strides, _network_settings(resolved, merged))
-    training = {key: value for key, value in merged.items() if SETTINGS[key].place == "training"}
-    if training or SETTINGS_KEY in own:
-        own[SETTINGS_KEY] = training
-    return own
-
-
-def _network_settings(resolved: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {"activation_checkpointing": "none"}
-    if is_stunet(resolved):
-        kwargs = resolved["architecture"]["arch_kwargs"]
-        kept = {key: kwargs.get(key, value) for key, value in kept.items()}
-    return {**kept, **{key: value for key, value in settings.items() if SETTINGS[key].place == "architecture"}}
-
-
-def _architecture(size: STUNetSize, strides: list[list[int]], more: Mapping[str, Any]) -> dict[str, Any]:
-    return {
+    kept = resolved["architecture"]["arch_kwargs"] if is_stunet(resolved) else {}
+    own["architecture"] = {
         "network_class_name": NETWORK_CLASS_NAME,
         "arch_kwargs": {
             "n_stages": N_STAGES,
@@ -169,10 +154,15 @@ def _architecture(size: STUNetSize, strides: list[list[int]], more: Mapping[str,
             "conv_op": f"torch.nn.modules.conv.{CONV_OPS[len(strides[0])].__name__}",
             "strides": strides,
             "n_blocks_per_stage": list(size.depth),
-            **more,
+            "activation_checkpointing": kept.get("activation_checkpointing", "none"),
+            **{key: value for key, value in merged.items() if SETTINGS[key].place == "architecture"},
         },
         "_kw_requires_import": ["conv_op"],
     }
+    training = {key: value for key, value in merged.items() if SETTINGS[key].place == "training"}
+    if training or SETTINGS_KEY in own:
+        own[SETTINGS_KEY] = training
+    return own
 
 
 def rewrite_plans(

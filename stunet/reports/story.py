@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from stunet.labels.labels import Labels
-from stunet.reports.figures import inline_png, inline_svg, write_page
+from stunet.reports.figures import inline_svg
 
 #: Differences of mean Dice below this are called none.
 _CLEAR = 0.05
@@ -82,68 +81,25 @@ def conclude(dice: Mapping[str, Sequence[StructureDice]], *, n_cases: int, itera
     )
 
 
-def write_story(
-    path: Path,
-    *,
-    conclusion: str,
-    counts: Mapping[str, int],
-    commands: Sequence[Sequence[tuple[str, float]]],
-    exports: Sequence[str],
-    ranking: Mapping[str, Any],
-    curves: Mapping[str, Sequence[float]],
-    pretraining: Sequence[float],
-    dice: Mapping[str, Sequence[StructureDice]],
-    picture: Path,
-    seconds: float,
-) -> None:
-    """Write the page, atomically.
-
-    Args:
-        path: The page.
-        conclusion: In one sentence.
-        counts: Numbers of cases and iterations that the template names.
-        commands: Each as it is typed, and the seconds that it took, of the four chapters: pre-training, picking,
-            fine-tuning and prediction.
-        exports: Lines that set the variables that the commands need.
-        ranking: Content of ``ranking.json``.
-        curves: Dice on validation patches by epoch, of each model on the target.
-        pretraining: The same of the pre-training.
-        dice: Scores of each model on unseen cases.
-        picture: PNG with images, truth and predictions.
-        seconds: That all of it took.
-    """
+def draw_story(
+    ranking: Mapping[str, Any], pretraining: Sequence[float], curves: Mapping[str, Sequence[float]]
+) -> list[dict[str, Any]]:
+    """Draw Dice by epoch of the pre-training, scores, and Dice by epoch of each model on the target, with captions."""
     from stunet.reports.ranking import score_bars
 
     candidates = ranking["candidates"]
     names, logme = [c["name"] for c in candidates], [c["scores"]["logme"] for c in candidates]
-    # Without intervals: those in ranking.json are of CC-FV.
-    bars = score_bars(names, logme, [None] * len(candidates), "LogME, higher is better")
-    on_source = _dice_curves({"pre-training": pretraining}, "epoch of pre-training")
-    on_target = _dice_curves(curves, "epoch on the target")
     figures = {
-        "Mean Dice on validation patches during pre-training.": on_source,
-        "Scores of the checkpoints.": bars,
-        "Mean Dice on validation patches of the target, with the same budget.": on_target,
+        "Mean Dice on validation patches during pre-training.": _dice_curves(
+            {"pre-training": pretraining}, "epoch of pre-training"
+        ),
+        # Without intervals: those in ranking.json are of CC-FV.
+        "Scores of the checkpoints.": score_bars(names, logme, [None] * len(names), "LogME, higher is better"),
+        "Mean Dice on validation patches of the target, with the same budget.": _dice_curves(
+            curves, "epoch on the target"
+        ),
     }
-    write_page(
-        "story.html",
-        path,
-        title="Pre-train, pick, fine-tune",
-        lead=conclusion,
-        picture=inline_png(picture, "image, truth and predictions of three unseen cases"),
-        counts=counts,
-        verdict=ranking["verdict"],
-        exports=exports,
-        commands=commands,
-        figures=[{"svg": inline_svg(figure), "caption": caption} for caption, figure in figures.items()],
-        candidates=candidates,
-        models=list(dice),
-        structures=list(zip(*dice.values(), strict=True)),
-        means=[mean_dice(rows) for rows in dice.values()],
-        total=f"{seconds / 60:.1f}",
-        versions=[(name, version(name)) for name in ("stunet", "nnunetv2", "torch")],
-        cores=os.cpu_count(),
-    )
+    return [{"svg": inline_svg(figure), "caption": caption} for caption, figure in figures.items()]
 
 
 def _dice_curves(curves: Mapping[str, Sequence[float]], label: str) -> Figure:

@@ -1,4 +1,3 @@
 """One trainer and its collaborators: partial labels, accumulation, checkpoints, sharding, the optimizer."""
 
-from stunet.training.launch import check_processes, train
 from stunet.training.trainer import BaseSTUNetTrainer

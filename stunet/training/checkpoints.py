@@ -19,6 +19,7 @@ from stunet.errors import CheckpointError, STUNetError, reading
 from stunet.files import atomic_path, remove_leftovers, write_json
 from stunet.planning import open_preprocessed
 from stunet.ranking import prepare_target, score_candidate
+from stunet.training.distributed import Ranks
 from stunet.training.optimizer import set_kernel
 from stunet.weights import check_weights, read_checkpoint
 from stunet.weights.sharded import (
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 _FINAL, _LATEST, _BEST = (f"checkpoint_{name}.pth" for name in ("final", "latest", "best"))
 #: What tensors' names begin with in a sharded checkpoint; of the optimizer's, ``:`` separates parameter and value.
 _NETWORK, _OPTIMIZER = "network.", "optimizer."
-#: What is taken from the rest of it.
-_PROGRESS = ("optimizer", "init_args", "current_epoch", "logging", "_best_ema", "inference_allowed_mirroring_axes")
 
 
 class Checkpoints:
@@ -59,8 +58,8 @@ class Checkpoints:
     def _folder(self) -> Path:
         return Path(self._trainer.output_folder)
 
-    def save(self, path: Path, epochs: int) -> None:
-        """Write a checkpoint after some epochs, sharded if it is the periodic or the best one of a sharded network."""
+    def save(self, path: Path) -> None:
+        """Write a checkpoint, sharded if it is the periodic or the best one of a sharded network."""
         trainer, sharding = self._trainer, self._trainer.sharding
         if trainer.disable_checkpointing:
             trainer.print_to_log_file("No checkpoint written, checkpointing is disabled")
@@ -69,7 +68,7 @@ class Checkpoints:
             "grad_scaler_state": None if trainer.grad_scaler is None else trainer.grad_scaler.state_dict(),
             "logging": trainer.logger.get_checkpoint(),
             "_best_ema": trainer._best_ema,
-            "current_epoch": epochs,
+            "current_epoch": trainer.current_epoch + 1,  # nnU-Net saves before it counts the epoch
             "init_args": trainer.my_init_kwargs,
             # Prediction finds this class in nnU-Net itself; the network is in the plans.
             "trainer_name": nnUNetTrainer.__name__,
@@ -137,16 +136,17 @@ class Checkpoints:
             CheckpointError: Truncated, no checkpoint, asks for code to be run, or of another network.
         """
         trainer = self._trainer
-        if trainer.is_ddp:
+        if dist.is_initialized():
             dist.barrier()  # rank 0 may still be writing it
         path = self._newest(requested)
         if not trainer.was_initialized:
             trainer.initialize()
-        if path.is_dir():
-            self._load_sharded(path)
-        else:
-            trainer.sharding.gather()
-            self._load_file(path)
+        with reading(path, "a checkpoint that a training cannot continue from"):
+            if path.is_dir():
+                self._load_sharded(path)
+            else:
+                trainer.sharding.gather()
+                self._load_file(path)
         set_kernel(trainer.optimizer, fused=trainer.fused_optimizer)
         self.resumed = True
 
@@ -182,19 +182,15 @@ class Checkpoints:
         trainer, checkpoint = self._trainer, read_checkpoint(path)  # nnU-Net would unpickle whatever it holds
         network = trainer.plain_network
         check_weights(checkpoint["network_weights"], network.state_dict(), source=path)
-        with reading(path, "a checkpoint that a training cannot continue from"):
-            network.load_state_dict(checkpoint["network_weights"])
-            trainer.optimizer.load_state_dict(checkpoint["optimizer_state"])
-            scaler: Any = trainer.grad_scaler
-            if scaler is not None and checkpoint["grad_scaler_state"] is not None:
-                scaler.load_state_dict(checkpoint["grad_scaler_state"])
-            self._load_progress(checkpoint)
+        network.load_state_dict(checkpoint["network_weights"])
+        trainer.optimizer.load_state_dict(checkpoint["optimizer_state"])
+        if trainer.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
+            trainer.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
+        self._load_progress(checkpoint)
 
     def _load_sharded(self, version: Path) -> None:
         trainer = self._trainer
         content, shapes = read_sharded(version)
-        if missing := [key for key in _PROGRESS if key not in content]:
-            raise CheckpointError(f"{version}: no {', '.join(missing)}: continue from another checkpoint of the fold")
         check_weights(_part(shapes, _NETWORK), trainer.plain_network.state_dict(), source=version)
         if trainer.sharding.enabled and not trainer.sharding.active:
             trainer.sharding.shard()
@@ -226,14 +222,20 @@ class Checkpoints:
         trainer.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
 
 
-def set_aside(folder: Path) -> None:
-    """Rename the checkpoints of a fold, from which a restart would resume, to end with ``.previous``."""
-    for name in (_FINAL, _LATEST, _BEST):
+def set_aside(folder: Path, ranks: Ranks) -> None:
+    """Rename the checkpoints of a fold, from which a restart would resume, to end with ``.previous``.
+
+    All processes call it once they have read their weights, which may be among what is renamed.
+    """
+    barrier = dist.barrier if ranks.size > 1 else lambda: None
+    barrier()
+    for name in (_FINAL, _LATEST, _BEST) if ranks.rank == 0 else ():
         for path in (folder / name, (folder / name).with_suffix(SHARDED_SUFFIX)):
             if path.exists():
                 previous = path.with_name(f"{path.name}.previous")
                 remove_sharded(previous)
                 os.replace(path, previous)
+    barrier()
 
 
 def _as_nnunets(version: Path) -> dict[str, Any]:

@@ -10,23 +10,27 @@ import socket
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
+from torch.backends import cudnn
 from torch.distributed import PrefixStore, Store, TCPStore
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from stunet.environment import find_dataset, find_plans, nnunet_folder
 from stunet.errors import UsageError
 from stunet.network import shard
+from stunet.planning import load_plans, resolve_configuration
 
 if TYPE_CHECKING:
     from stunet.training.trainer import BaseSTUNetTrainer
@@ -45,21 +49,13 @@ def seed_everything(*seed: int) -> None:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where a process stands among all that train together, as ``torchrun`` numbers them.
+    """Where a process stands among all that train together, as ``torchrun`` numbers them."""
 
-    Attributes:
-        rank: Number of the process among all, from 0.
-        size: How many there are.
-        local_rank: Its number on its machine.
-        local_size: How many there are on its machine.
-        n_restarts: How often ``torchrun`` has started them again.
-    """
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-    n_restarts: int = 0
+    rank: int = 0  # number of the process among all
+    size: int = 1  # how many there are
+    local_rank: int = 0  # its number on its machine
+    local_size: int = 1  # how many there are on its machine
+    n_restarts: int = 0  # how often torchrun has started them again
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Ranks:
@@ -97,6 +93,33 @@ def share_of_batch(global_batch: int, ranks: Ranks) -> range:
     each, more = divmod(global_batch, ranks.size)
     first = ranks.rank * each + min(ranks.rank, more)
     return range(first, first + each + (ranks.rank < more))
+
+
+@contextmanager
+def join_others(device: str, timeout: float) -> Iterator[Ranks]:
+    """Join the processes that ``torchrun`` has started, where there are any; they wait ``timeout`` seconds for all."""
+    ranks = Ranks.from_environment()
+    with ExitStack() as stack:
+        if ranks.rank > 0:  # nnU-Net prints in every process what is the same in all
+            stack.enter_context(redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
+        if ranks.size > 1:
+            stack.enter_context(process_group(ranks, device, timeout))
+        _use_device(ranks, device)
+        yield ranks
+
+
+def _use_device(ranks: Ranks, device: str) -> None:
+    if device != "cuda":
+        # torchrun sets OMP_NUM_THREADS to 1 by itself; of one process it is what the user wants.
+        if ranks.local_size > 1 or "OMP_NUM_THREADS" not in os.environ:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // ranks.local_size))
+        return
+    if (found := torch.cuda.device_count()) <= ranks.local_rank:
+        raise UsageError(f"{found} CUDA devices for local rank {ranks.local_rank}: start fewer, or take -device cpu")
+    torch.cuda.set_device(ranks.local_rank)
+    torch.set_num_threads(1)  # as nnU-Net does: more do not help a GPU
+    cudnn.deterministic, cudnn.benchmark = False, True
 
 
 @contextmanager
@@ -140,6 +163,28 @@ def _wait_for_all(store: Store, size: int, timeout: float) -> None:
                 f"joined within {timeout:g} s: {joined}; missing: rank {listed}: see what they print, or --timeout"
             )
         time.sleep(_POLL if missing else 0)
+
+
+def check_same(ranks: Ranks, dataset: str, configuration: str, plans_name: str, arguments: list[Any]) -> None:
+    """Check that all processes would train the same thing: arguments, plans, data and versions.
+
+    Raises:
+        UsageError: They would not.
+    """
+    if ranks.size == 1:
+        return
+    name = find_dataset(dataset)
+    folder = nnunet_folder("nnUNet_preprocessed") / name
+    plans = load_plans(find_plans(name, plans_name))
+    cases = folder / str(resolve_configuration(plans, configuration)["data_identifier"])
+    files = {
+        file: path.read_text(encoding="utf-8") if (path := folder / file).is_file() else None
+        for file in ("dataset.json", "splits_final.json", "annotated_labels.json")
+    }
+    listed = sorted((p.name, p.stat().st_size) for p in cases.glob("*")) if cases.is_dir() else []
+    versions = {package: version(package) for package in ("stunet", "nnunetv2", "torch")}
+    content = {f"plans {plans_name}": plans, **files, "preprocessed cases": listed, "versions": versions}
+    check_agreement({**content, "arguments": [configuration, *arguments]})
 
 
 def check_agreement(content: Mapping[str, Any]) -> None:
@@ -240,7 +285,10 @@ class Sharding:
         if not self.active:
             return
         trainer = self._trainer
-        network = trainer.build_network()
+        managers, outputs = (trainer.plans_manager, trainer.configuration_manager), trainer.label_manager
+        network: nn.Module = trainer.build_network_architecture(
+            *managers, trainer.num_input_channels, outputs.num_segmentation_heads, trainer.enable_deep_supervision
+        ).to(trainer.device)
         values = network.state_dict()
         for name, value in trainer.plain_network.state_dict().items():
             values[name].copy_(value.full_tensor() if isinstance(value, DTensor) else value)

@@ -127,12 +127,18 @@ def parameter_groups(
     """
     # Checkpoints list momentum in this order.
     encoder, heads = tuple(network.encoder.parameters()), tuple(network.decoder.seg_layers.parameters())
-    decoder = (*network.decoder.upsamplings.parameters(), *network.decoder.stages.parameters())
+    upsamplings, stages = network.decoder.upsamplings, network.decoder.stages
+    decoder = (*upsamplings.parameters(), *stages.parameters())
     poly = partial(_poly, num_epochs=num_epochs)
     if strategy == "layerwise":
+        parts = {"heads": heads}
+        for i in reversed(range(N_STAGES - 1)):
+            parts[f"decoder {i}"] = (*upsamplings[i].parameters(), *stages[i].parameters())
+        for i in reversed(range(N_STAGES)):
+            parts[f"encoder {i}"] = tuple(network.encoder.stages[i].parameters())
         return [
-            ParameterGroup(name, own, partial(_poly, num_epochs=num_epochs, scale=layer_decay**distance))
-            for distance, (name, own) in enumerate(_from_heads_to_stem(network))
+            ParameterGroup(name, own, partial(poly, scale=layer_decay**distance))
+            for distance, (name, own) in enumerate(parts.items())
         ]
     if strategy == "warmup":
         ramp = _warmup_epochs(warmup_epochs, num_epochs)
@@ -147,16 +153,6 @@ def parameter_groups(
     if strategy == "head-only":
         return [ParameterGroup("heads", heads, poly)]
     return [ParameterGroup("all", (*encoder, *decoder, *heads), poly)]
-
-
-def _from_heads_to_stem(network: STUNet) -> list[tuple[str, tuple[nn.Parameter, ...]]]:
-    decoder = network.decoder
-    parts = [("heads", tuple(decoder.seg_layers.parameters()))]
-    for i in reversed(range(N_STAGES - 1)):
-        parts.append((f"decoder {i}", (*decoder.upsamplings[i].parameters(), *decoder.stages[i].parameters())))
-    for i in reversed(range(N_STAGES)):
-        parts.append((f"encoder {i}", tuple(network.encoder.stages[i].parameters())))
-    return parts
 
 
 def _poly(epoch: int, *, num_epochs: int, scale: float = 1.0) -> float:

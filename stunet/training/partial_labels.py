@@ -11,12 +11,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor
 
 from stunet.datasets.raw import has_annotations, read_annotations
 from stunet.errors import LabelError
 from stunet.labels.annotations import AnnotationManifest
 from stunet.loss import label_members
+
+
+class LeafLabels(LabelManager):
+    """Labels of preprocessed data with superclasses, which a network has no outputs for."""
+
+    leaves: Sequence[int]
+
+    @property
+    def foreground_labels(self) -> list[int]:
+        """Label values that are predicted and scored."""
+        return list(self.leaves)
+
+    @property
+    def num_segmentation_heads(self) -> int:
+        """C: the background and the leaves."""
+        return 1 + len(self.leaves)
 
 
 class PartialLabels:
@@ -54,6 +71,12 @@ class PartialLabels:
         if "ignore" in labels:  # which nnU-Net wants right after the others
             labels["ignore"] = self.num_outputs
         return {**dataset_json, "labels": labels}
+
+    def label_manager(self, dataset_json: Mapping[str, Any]) -> LeafLabels:
+        """Return the labels of the preprocessed data as nnU-Net asks for them."""
+        labels = LeafLabels(dataset_json["labels"], dataset_json.get("regions_class_order"))
+        labels.leaves = sorted(self.manifest.leaves)
+        return labels
 
     def mask(self, cases: Iterable[str]) -> Tensor:
         """Return which label values each case of a batch annotates, ``(B, L)``, boolean."""

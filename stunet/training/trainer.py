@@ -16,10 +16,9 @@ import torch
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.label_handling.label_handling import LabelManager, determine_num_input_channels
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch._dynamo import OptimizedModule
@@ -43,10 +42,6 @@ from stunet.weights import check_weights, open_weights, read_checkpoint, transfe
 
 #: The axis from right to left in the arrays that nnU-Net's readers give, before its transposition.
 _LEFT_RIGHT_AXIS = 2
-_HPARAMS = (
-    "initial_lr", "weight_decay", "oversample_foreground_percent", "probabilistic_oversampling",
-    "num_iterations_per_epoch", "num_val_iterations_per_epoch", "num_epochs", "enable_deep_supervision",
-)  # fmt: skip
 
 
 class BaseSTUNetTrainer(nnUNetTrainer):
@@ -68,8 +63,9 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         size: Name of a published size, or None for the size that the plans have (``base`` where they have none).
         default_settings: Training settings that hold where the plans' ``"stunet"`` block does not set them.
         partial_labels: What the cases annotate; None where each annotates everything.
-        label_manager: The labels in the preprocessed data, superclasses among them; the network's outputs, and
-            ``dataset_json``, are without those.
+        label_manager: The labels in the preprocessed data; of superclasses among them, the network has no outputs, nor
+            has ``dataset_json``.
+        is_ddp: Whether the network is shared among several processes.
         seed: Where it is set, each epoch of each process draws its random numbers from it, the rank and the epoch; with
             ``nnUNet_n_proc_DA=0`` a training then gives the same weights again, interrupted or not.
     """
@@ -98,6 +94,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
     seed: int | None = None
 
     label_manager: LabelManager
+    loss: nn.Module
     network: nn.Module
     optimizer: Optimizer
     is_ddp: bool
@@ -127,10 +124,12 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         # A list of all cases with their paths, which nnU-Net would copy into every checkpoint.
         dataset_json = {key: value for key, value in dataset_json.items() if key != "dataset"}
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.label_manager = self.plans_manager.get_label_manager(labelled)
+        if self.partial_labels is not None:
+            self.label_manager = self.partial_labels.label_manager(labelled)
         if self.is_ddp:
             self.device = torch.device("cuda", self.ranks.local_rank) if device.type == "cuda" else device
             self.grad_scaler = self.grad_scaler if device.type == "cuda" else None
+        self.is_ddp = False  # until `initialize` has shared the network among the processes
         settings = {**self.default_settings, **self.configuration_manager.configuration.get(SETTINGS_KEY, {})}
         for name, value in settings.items():
             setattr(self, name, value)
@@ -159,44 +158,31 @@ class BaseSTUNetTrainer(nnUNetTrainer):
     def initialize(self) -> None:
         """Build network, optimizer and loss as nnU-Net does, but wrap the network for this process's own device.
 
-        nnU-Net's wraps it for the GPU of the rank's number, which only one machine has. Heads that the loss weighs 0
-        are left out.
+        nnU-Net, which is told of one process until here, would wrap it for the GPU of the rank's number, which only one
+        machine has. Heads that the loss weighs 0 are left out.
         """
-        self._set_batch_size_and_oversample()
-        configuration = self.configuration_manager
-        self.num_input_channels = determine_num_input_channels(self.plans_manager, configuration, self.dataset_json)
-        self.network = self.build_network()
-        if self._do_i_compile():
-            self.print_to_log_file("Using torch.compile...")
-            self.network = cast("nn.Module", torch.compile(self.network))
-        self.optimizer, self.lr_scheduler = self.configure_optimizers()
-        if self.sharding.enabled:
-            self.grad_scaler = None
-            for tensor in self.plain_network.state_dict().values():
-                dist.broadcast(tensor, src=0)  # each process has initialised its own
-        elif self.is_ddp:
-            # DistributedDataParallel waits for the gradient of each parameter that has them switched on.
-            for parameter in self._unused_parameters():
-                parameter.requires_grad_(False)
-            devices = [self.device.index] if self.device.type == "cuda" else None
-            self.network = DistributedDataParallel(self.network, device_ids=devices)
-        self.loss: nn.Module = self._build_loss()
-        self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        super().initialize()
+        if dist.is_initialized():
+            self._share_network()
         if self.enable_deep_supervision:
             weights = cast("DeepSupervisionWrapper", self.loss).weight_factors
             self.plain_network.decoder.supervised_levels = sum(weight != 0 for weight in weights)
         self._initial_stem = self._stem_weight().detach().clone()
-        self.was_initialized = True
-        hparams = {name: getattr(self, name) for name in _HPARAMS}
-        self.logger.update_config({"hparas": {**hparams, "batch_size": configuration.batch_size}})
 
-    def build_network(self) -> nn.Module:
-        """Build the plans' network on the device, with outputs for the background and the leaves."""
-        labels, partial, levels = self.label_manager, self.partial_labels, self.enable_deep_supervision
-        outputs = labels.num_segmentation_heads if partial is None else partial.num_outputs
-        channels, configuration = self.num_input_channels, self.configuration_manager
-        network = self.build_network_architecture(self.plans_manager, configuration, channels, outputs, levels)
-        return cast("nn.Module", network.to(self.device))
+    def _share_network(self) -> None:
+        self.is_ddp = True
+        self.loss = self._build_loss()  # again, for all processes
+        if self.sharding.enabled:
+            self.grad_scaler = None
+            for tensor in self.plain_network.state_dict().values():
+                dist.broadcast(tensor, src=0)  # each process has initialised its own
+            return
+        # DistributedDataParallel waits for the gradient of each parameter that has them switched on.
+        for parameter in self._unused_parameters():
+            parameter.requires_grad_(False)
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)  # type: ignore[no-untyped-call]
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        self.network = DistributedDataParallel(network, device_ids=devices)
 
     @property
     def plain_network(self) -> STUNet:
@@ -297,7 +283,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
 
     def save_checkpoint(self, filename: str) -> None:
         """Write a checkpoint; see :meth:`Checkpoints.save`."""
-        self.checkpoints.save(Path(filename), self.current_epoch + 1)  # nnU-Net saves before it counts the epoch
+        self.checkpoints.save(Path(filename))
 
     def load_checkpoint(self, filename_or_checkpoint: str | os.PathLike[str]) -> None:
         """Resume from a checkpoint; see :meth:`Checkpoints.load`."""
@@ -420,7 +406,8 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         """Compute in half precision on CUDA alone, as nnU-Net does; in bf16 where the network is sharded."""
         if self.device.type != "cuda":
             return nullcontext()
-        return torch.autocast("cuda", dtype=torch.bfloat16 if self.sharding.active else None, enabled=enabled)
+        dtype = None if self.sharding.group is None else torch.bfloat16
+        return torch.autocast("cuda", dtype=dtype, enabled=enabled)
 
     def loss_of(self, output: Any, batch: Batch) -> Tensor:
         """Return the loss of a network's output, given what the cases annotate."""
@@ -436,14 +423,19 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         if done == self.num_epochs:  # checkpoint_final.pth is about to be written
             return
         if self.keep_every is not None and done % self.keep_every == 0:
-            self.checkpoints.save(folder / f"checkpoint_epoch_{done:04d}.pth", done)
+            self._save(folder / f"checkpoint_epoch_{done:04d}.pth")
         if self.select_for is not None and done % self.save_every == 0:
             self._score(folder / "checkpoint_latest.pth", done)
+
+    def _save(self, path: Path) -> None:
+        self.current_epoch -= 1  # as nnU-Net does where it has counted the epoch already
+        self.save_checkpoint(str(path))
+        self.current_epoch += 1
 
     def _score(self, path: Path, done: int) -> None:
         if self.sharding.active:  # then that is a folder; all processes gather what one of them scores
             path = path.with_name("checkpoint_candidate.pth")
-            self.checkpoints.save(path, done)
+            self._save(path)
         if self._selection is not None:
             self._selection.score(path, done)
             path.with_name("checkpoint_candidate.pth").unlink(missing_ok=True)
@@ -475,7 +467,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
             write_json(masked, path)
             dice = masked["foreground_mean"]["Dice"]
             text = "not defined" if dice is None else f"{dice:.4f}"
-            self.print_to_log_file(f"Mean Validation Dice over what the cases annotate: {text}")
+            self.print_to_log_file(f"Mean Validation Dice over what the cases annotate: {text}; above, over all leaves")
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,7 @@ CACHE_VARIABLE = "STUNET_CACHE"
 _Text = Annotated[str, Meta(min_length=1)]
 _Positive = Annotated[int, Meta(gt=0)]
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}"
-_URL = (
-    r"^(?i:https?)://([^/?#@\s]*@)?(\[[0-9a-fA-F:.]+\]|[^/?#@:\s\[\]]+)(:\d+)?([/?#]|\Z)"  # with a host, and a port or none
-)
+_URL = r"^(?i:https?)://([^/?#@\s]*@)?(\[[0-9a-fA-F:.]+\]|[^/?#@:\s\[\]]+)(:\d+)?([/?#]|\Z)"  # with a host, and a port or none
 _Url = Annotated[str, Meta(pattern=_URL)]
 Say = Callable[[str], None]
 """What takes lines that a person may want to read."""
@@ -304,7 +302,9 @@ def fetch(
     for url in urls:
         if not re.match(_URL, url):
             scheme = url.split("://")[0] + "://…" if "://" in url else "an address without http://"
-            raise DownloadError(f"{scheme} cannot be downloaded from; give an address that begins with http:// or https://")
+            raise DownloadError(
+                f"{scheme} cannot be downloaded from; give an address that begins with http:// or https://"
+            )
     sources = {file.file: _source(entry, file, urls, hub) for file in entry.files}
     by_hand = []
     with alone_with(folder / ".partial" / "lock", say):

@@ -14,13 +14,12 @@ import stunet, stunet.trainers
 from pathlib import Path
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from stunet.cli.env import trainers_folder
-from stunet.labels.annotations import manifest_schema
-from stunet.labels.labels import list_vocabularies
-from stunet.planning import list_presets
+from stunet.labels import list_vocabularies, manifest_schema
+from stunet.planning import load_preset
 from stunet.weights import load_registry
 import os
 os.environ["nnUNet_extTrainer"] = str(trainers_folder())
-assert list_presets() == ["small", "base", "large", "huge"], list_presets()
+assert [load_preset(size)["size"] for size in ("small", "base", "large", "huge")]
 names = ["abdomenatlas_9", "totalsegmentator_104", "totalsegmentator_v1", "totalsegmentator_v2"]
 assert list_vocabularies() == names, list_vocabularies()
 assert manifest_schema()["required"] == ["version", "cases"]
