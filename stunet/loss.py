@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,17 +82,14 @@ def check_members(members: Tensor) -> Tensor:
     Raises:
         LossError: It is not such a matrix.
     """
-    fits = members.ndim == 2 and members.dtype == torch.bool and min(members.shape) >= 2
-    if fits:
-        members = members.detach().cpu()
-        only_background = torch.zeros_like(members[0])
-        only_background[0] = True
-        fits = (
-            torch.equal(members[0], only_background)
-            and not bool(members[1:, 0].any())
-            and bool(members.any(1).all())
-            and len(torch.unique(members, dim=0)) == len(members)
-        )
+    members = members.detach().cpu()
+    fits = (
+        (members.ndim, members.dtype) == (2, torch.bool)
+        and min(members.shape) >= 2
+        and members[0].nonzero().tolist() == members[:, 0].nonzero().tolist() == [[0]]
+        and bool(members.any(1).all())
+        and len(torch.unique(members, dim=0)) == len(members)
+    )
     if not fits:
         got = f"{members.dtype} {tuple(members.shape)} are members that do not say which outputs a label stands for"
         raise LossError(f"{got}: make them with stunet.loss.label_members")
@@ -360,8 +357,7 @@ class PartialDiceCELoss(nn.Module):
             return torch.zeros((), device=target.device)
         if self.ddp and not (dist.is_available() and dist.is_initialized()):
             raise LossError("ddp=True without a process group: set ddp=False, or start with -num_gpus or torchrun")
-        loss: Tensor = _PartialDiceCE.apply(logits, target, annotated, partitions, self)
-        return loss
+        return cast(Tensor, _PartialDiceCE.apply(logits, target, annotated, partitions, self))
 
     def _check_shapes(self, logits: Tensor, target: Tensor) -> Tensor:
         n_outputs = self.members.shape[1]
@@ -423,9 +419,7 @@ class PartialDiceCELoss(nn.Module):
         counts, mask = _counts(by_label[2], annotated), annotated.to(by_label)
         return torch.cat([counts, mask.sum(0), (by_label * mask).sum(1).flatten()]) if self.batch_dice else counts
 
-    def _combine(
-        self, cross_entropy: Tensor, by_label: Tensor, annotated: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    def _combine(self, cross_entropy: Tensor, by_label: Tensor, annotated: Tensor) -> tuple[Tensor, ...]:
         """Return the loss, and its derivatives nu ``()``, alpha ``(B, L)`` and beta ``(B, L)`` by the cases' sums.
 
         Args:
@@ -461,7 +455,7 @@ class PartialDiceCELoss(nn.Module):
         shares = 1 if self._whole is None else self._whole.micro_batches
         value_dice = dice.sum() * (1 / shares if self.batch_dice else world)
         value = self.weight_ce * world * cross_entropy.sum() / voxels - self.weight_dice * value_dice
-        return value, (self.weight_ce * world / voxels, scale * alpha * mask, scale * beta * mask)
+        return value, self.weight_ce * world / voxels, scale * alpha * mask, scale * beta * mask
 
 
 def partial_dice_ce_loss(
@@ -493,8 +487,7 @@ def partial_dice_ce_loss(
         members = label_members(logits.shape[1] if logits.ndim > 1 else 0)
     loss = PartialDiceCELoss(members, batch_dice=batch_dice, **settings)
     with loss.annotated_in(annotated):
-        value: Tensor = loss(logits, target)
-    return value
+        return cast(Tensor, loss(logits, target))
 
 
 def _counts(voxels: Tensor, annotated: Tensor) -> Tensor:
@@ -506,21 +499,14 @@ class _PartialDiceCE(torch.autograd.Function):
     """The loss with its gradient computed anew from the logits, so that nothing of their size is kept for it."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        annotated: Tensor,
-        partitions: list[Partition],
-        loss: PartialDiceCELoss,
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, annotated: Tensor, partitions: Any, loss: Any) -> Tensor:
         with torch.autocast(logits.device.type, enabled=False):
             sums = _batch_sums(loss._cases(logits, target, partitions))
-            value, coefficients = loss._combine(*sums, annotated)
+            value, *coefficients = loss._combine(*sums, annotated)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         ctx.save_for_backward(logits, target, *(c.to(dtype) for c in coefficients))
         ctx.partitions, ctx.loss = partitions, loss
-        return value.to(dtype)
+        return cast(Tensor, value.to(dtype))
 
     @staticmethod
     @once_differentiable
@@ -694,11 +680,8 @@ def _batch_gradient(cases: list[_Case], nu: Tensor, alpha: Tensor, beta: Tensor,
     )
 
 
-def _stripe_gradient(
-    case: _Case, starts: range, nu: Tensor, by_intersection: Tensor, by_prediction: Tensor, out: Tensor
-) -> None:
-    alpha = torch.cat([by_intersection, by_intersection.new_zeros(1)])
-    beta = by_prediction[case.owner]
+def _stripe_gradient(case: _Case, starts: range, nu: Tensor, alpha: Tensor, beta: Tensor, out: Tensor) -> None:
+    alpha, beta = torch.cat([alpha, alpha.new_zeros(1)]), beta[case.owner]
     buffer = beta.new_empty(case.n_outputs * case.chunk_size)
     back = None if case.order is None else case.order.argsort()
     for chunk in case.chunks(starts):

@@ -52,6 +52,10 @@ _NORM_OPS: dict[ConvOp, Any] = {nn.Conv2d: nn.InstanceNorm2d, nn.Conv3d: nn.Inst
 PUBLISHED_STRIDES = ((1, 1, 1), *((2, 2, 2),) * 4, (1, 1, 2))
 
 
+#: For PyTorch's checkpointing, as blocks draw no random numbers.
+_KEEPS_NO_RANDOM_STATE: Any = {"use_reentrant": False, "preserve_rng_state": False}
+
+
 # --- Blocks ---
 
 
@@ -94,16 +98,16 @@ class ResidualBlock(nn.Module):
             y = self.norm2(self.conv2(self.act(self.norm1(y))))
             return cast(Tensor, self.act(y + residual))
         # Once more after the convolution: of a tensor with one channel PyTorch cannot tell the layout.
-        inputs = (_in_fast_layout(y, self.conv1.out_channels), self.norm1.weight, self.norm1.bias, self.conv2.weight)
-        more: Any = (self.conv2.bias, self.norm1.eps, self.act.negative_slope)
+        y, slope = _in_fast_layout(y, self.conv1.out_channels), self.act.negative_slope
+        weights: Any = (self.norm1.weight, self.norm1.bias, self.conv2.weight, self.conv2.bias)
         if torch.is_grad_enabled():
-            versions = [t._version for t in inputs]
-            y = checkpoint(_norm_act_conv, *inputs, *more, versions, use_reentrant=False, preserve_rng_state=False)
+            versions = [t._version for t in (y, *weights[:3])]
+            y = checkpoint(_norm_act_conv, y, weights, self.norm1.eps, slope, versions, **_KEEPS_NO_RANDOM_STATE)
         else:
-            y = _norm_act_conv(*inputs, *more)
+            y = _norm_act_conv(y, weights, self.norm1.eps, slope)
         y = _instance_norm(y, self.norm2.weight, self.norm2.bias, self.norm2.eps)
         y += residual
-        return F.leaky_relu_(y, self.act.negative_slope)
+        return F.leaky_relu_(y, slope)
 
 
 class MergingBlock(ResidualBlock):
@@ -161,8 +165,7 @@ class _Stage(nn.Sequential):
         """One tensor, or in the decoder the upsampled one and the skip connection."""
         for block in self:
             if self.checkpointed and torch.is_grad_enabled() and not _is_transformed():
-                # The blocks draw no random numbers, so there is no random state to keep.
-                inputs = (checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False),)
+                inputs = (checkpoint(block, *inputs, **_KEEPS_NO_RANDOM_STATE),)
             else:
                 inputs = (block(*inputs),)
         return inputs[0]
@@ -557,18 +560,10 @@ def _convolve_interpolated(x: Tensor, weight: Tensor, scale: tuple[int, ...]) ->
     return cast(Tensor, convolve(x, weight.transpose(0, 1), stride=scale, padding=1))
 
 
-def _norm_act_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    kernel: Tensor,
-    conv_bias: Tensor,
-    eps: float,
-    slope: float,
-    versions: Sequence[int] = (),
-) -> Tensor:
-    """``conv(leaky_relu(instance_norm(x)))``; with versions, only of the tensors that had them in the forward pass."""
-    if versions and versions != [t._version for t in (x, weight, bias, kernel)]:
+def _norm_act_conv(x: Tensor, weights: tuple[Tensor, ...], eps: float, slope: float, versions: Any = None) -> Tensor:
+    """``conv(leaky_relu(instance_norm(x)))``; with versions, of tensors that still have them."""
+    weight, bias, kernel, conv_bias = weights
+    if versions not in (None, [t._version for t in (x, weight, bias, kernel)]):
         raise RuntimeError("weights or features have been modified by an inplace operation before the backward pass")
     return _convolve(F.leaky_relu_(_instance_norm(x, weight, bias, eps), slope), kernel, conv_bias, padding=1)
 
