@@ -31,11 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stunet.errors import ArchitectureError
 from stunet.settings import ActivationCheckpointing
-from stunet.sizes import N_STAGES as N_STAGES
-from stunet.sizes import SIZES as SIZES
-from stunet.sizes import STUNetSize as STUNetSize
-from stunet.sizes import find_size as find_size
-from stunet.sizes import size_of as size_of
+from stunet.sizes import N_STAGES, SIZES, STUNetSize, find_size, size_of  # noqa: F401
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
