@@ -25,7 +25,6 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.autograd.function import once_differentiable
 
 from stunet.errors import LossError
 
@@ -240,7 +239,7 @@ class PartialDiceCELoss(nn.Module):
 
     Memory beyond the logits is their gradient and chunks of constant size. Softmax and gradient are computed in fp32 or
     the logits' precision, whichever is higher. There is a first derivative, by ``backward`` or ``torch.autograd.grad``;
-    PyTorch refuses second ones and ``torch.func``.
+    second ones and ``torch.func`` are refused.
 
     Args:
         members: ``(L, C)`` of :func:`label_members`, or the number of outputs where each label is an output.
@@ -509,8 +508,9 @@ class _PartialDiceCE(torch.autograd.Function):
         return cast(Tensor, value.to(dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise LossError("PartialDiceCELoss has no second derivatives: differentiate it without create_graph=True")
         logits, target, *coefficients = ctx.saved_tensors
         gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         with torch.autocast(logits.device.type, enabled=False):

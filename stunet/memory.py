@@ -232,6 +232,10 @@ def _step_bytes(
                 copies.update((p, torch.empty_like(p)) for p in parameters)
             logits = network(batch[: -(-len(image) // gradient_accumulation)].to(dtype))
             value = sum((make_loss(output) for output in logits), torch.zeros((), device="meta"))
+            # Autocast keeps its copies to here, the backward pass those that it does not make again.
+            for name, module in network.named_modules():
+                if name.endswith(".conv2") or getattr(module, "checkpointed", False):
+                    copies.update(dict.fromkeys(module.parameters()))
             if gradient_accumulation > 1:
                 logits = []
             torch.autograd.backward(value)

@@ -15,6 +15,7 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import Tensor, nn
 
+from stunet.errors import LossError
 from stunet.loss import PartialDiceCELoss, WholeBatch, label_members, partial_dice_ce_loss
 
 
@@ -285,15 +286,5 @@ DERIVATIVES: dict[str, Callable[[Any, Tensor], Any]] = {
 @pytest.mark.parametrize("batch_dice", [True, False])
 def test_other_derivatives_than_the_first_are_refused(kind: str, batch_dice: bool) -> None:
     logits, target = random_case(0)
-    with pytest.raises(RuntimeError):
+    with pytest.raises((RuntimeError, LossError)):
         DERIVATIVES[kind](lambda z: partial_dice_ce_loss(z, target, batch_dice=batch_dice), logits)
-
-
-def test_hooks_on_logits_run_once() -> None:
-    logits, target = random_case(0)
-    logits.requires_grad_().register_hook(lambda grad: 2 * grad)
-    once, again = (
-        torch.autograd.grad(partial_dice_ce_loss(logits, target, batch_dice=True), logits, create_graph=c)[0].detach()
-        for c in (False, True)
-    )
-    torch.testing.assert_close(once, again)
