@@ -16,7 +16,7 @@ the label that owns output c. p_c / q is the softmax over E alone, and computed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -516,7 +516,8 @@ class _PartialDiceCE(torch.autograd.Function):
         with torch.autocast(logits.device.type, enabled=False):
             cases = ctx.loss._cases(logits, target, ctx.partitions)
             # Scaled before the gradient is rounded to the logits' precision, which may be half.
-            _batch_gradient(cases, *(c * grad_output for c in coefficients), gradient.flatten(2))
+            nu, alpha, beta = (c * grad_output for c in coefficients)
+            _batch_gradient(cases, nu, alpha, beta, gradient.flatten(2))
         return gradient, None, None, None, None
 
 
@@ -711,7 +712,7 @@ def _stripe_gradient(case: _Case, starts: range, nu: Tensor, alpha: Tensor, beta
             out[:, chunk.voxels] = in_order
 
 
-def _run(cases: list[_Case], tasks: list[Callable[[], T]]) -> list[T]:
+def _run(cases: list[_Case], tasks: Sequence[Callable[[], T]]) -> list[T]:
     """Run tasks, none of which needs gradients, and return their results in order; on the CPU in threads.
 
     PyTorch's own threads wait for each other at the end of every operation. Where an operation takes a fraction of a

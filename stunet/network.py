@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast, get_args
 
@@ -434,7 +435,7 @@ def shard(network: STUNet, mesh: DeviceMesh, *, dtype: torch.dtype | None = None
 
 @torch.fx.wrap
 def _check_input(x: Tensor, strides: tuple[int, ...]) -> None:
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
         return  # sizes are tensors then
     if any(n % stride for n, stride in zip(x.shape[2:], strides, strict=True)):
         raise ArchitectureError(
@@ -459,8 +460,9 @@ def _is_transformed() -> bool:
     """Whether something else than autograd differentiates or records what is computed."""
     if torch.compiler.is_compiling():
         return False
-    has_tangents = getattr(forward_ad, "_current_level", 0) >= 0
-    return torch.jit.is_tracing() or has_tangents or _get_transform() is not None
+    if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        return True
+    return getattr(forward_ad, "_current_level", 0) >= 0 or _get_transform() is not None
 
 
 def _is_observed(x: Tensor) -> bool:
@@ -559,7 +561,7 @@ def _convolve_interpolated(x: Tensor, weight: Tensor, scale: tuple[int, ...]) ->
 def _norm_act_conv(x: Tensor, weights: tuple[Tensor, ...], eps: float, slope: float, versions: Any = None) -> Tensor:
     """``conv(leaky_relu(instance_norm(x)))``; with versions, of tensors that still have them."""
     weight, bias, kernel, conv_bias = weights
-    if versions not in (None, [t._version for t in (x, weight, bias, kernel)]):
+    if versions is not None and versions != [t._version for t in (x, weight, bias, kernel)]:
         raise RuntimeError("weights or features have been modified by an inplace operation before the backward pass")
     return _convolve(F.leaky_relu_(_instance_norm(x, weight, bias, eps), slope), kernel, conv_bias, padding=1)
 
@@ -588,8 +590,9 @@ class _ChannelsLastNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         if torch.is_grad_enabled() or _is_transformed() or _is_batched(grad):  # one gradient is not all that is wanted
-            norm: Any = lambda x, *wb: F.instance_norm(x, None, None, *wb, eps=ctx.eps)  # noqa: E731
-            return *torch.func.vjp(norm, x, weight, bias)[1](grad), None
+            norm = partial(F.instance_norm, eps=ctx.eps)
+            differentiate = torch.func.vjp(lambda x, *wb: norm(x, None, None, *wb), x, weight, bias)[1]
+            return *differentiate(grad), None
         grad = grad.contiguous(memory_format=torch.channels_last_3d)
         shape, voxels = (*x.shape[:2], 1, 1, 1), x[0, 0].numel()
         sums, scale = _rows(grad).sum(2).sum(1), weight * rstd

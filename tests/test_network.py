@@ -190,6 +190,13 @@ def test_levels_merge_by_transposed_convolutions_under_the_compiler_too() -> Non
         network.decoder.stages[4][0].conv1.register_forward_hook(lambda module, args, y: 1.5 * y)
 
 
+def test_inference_mode() -> None:
+    network, x = tiny(), torch.randn(1, 1, 32, 16, 32)
+    expected = network(x)
+    with torch.inference_mode():
+        torch.testing.assert_close(network(x), expected)
+
+
 def test_interpolation_does_not_leave_half_precision() -> None:
     """Where levels merge; autocast by itself would do it in fp32."""
     found = []
