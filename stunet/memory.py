@@ -136,8 +136,7 @@ def estimate(
         got = f"PyTorch cannot compute patch {list(patch_size)} with width {size.width}"
         raise ArchitectureError(f"{got} ({str(error).splitlines()[0][:60]}): choose another patch or size") from error
     held = sum(sizes) * (4 + (2 if momentum_dtype == "bf16" else 4)) // shards  # weights and momentum
-    if parallel == "ddp":  # and its buckets, to which gradients are copied
-        held += 4 * sum(sizes)
+    held += 4 * sum(sizes) if parallel == "ddp" else 0  # buckets, to which gradients are copied
     return Estimate(sum(sizes), forward.flops // 2, held + step, sum(sizes) * (6 if mixed else 4) + forward.peak)
 
 
@@ -170,11 +169,8 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=outputs)
         inputs = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_iter(outputs):
-            if (
-                isinstance(tensor, Tensor)
-                and (key := id(storage := tensor.untyped_storage())) not in inputs | self._known
-            ):
+        for storage in (t.untyped_storage() for t in tree_iter(outputs) if isinstance(t, Tensor)):
+            if (key := id(storage)) not in inputs | self._known:
                 self._known.add(key)
                 self.current += storage.nbytes()
                 self.peak = max(self.peak, self.current)
@@ -201,10 +197,9 @@ def _step_bytes(
     network.train()
     network.decoder.deep_supervision = True
     network.decoder.supervised_levels = len(network.decoder.stages) - 1  # the coarsest head weighs 0
-    parameters = list(network.parameters())
     gradients: dict[nn.Parameter, Tensor] = {}
     copies: dict[nn.Parameter, Tensor | None] = {}
-    dtype = parameters[0].dtype
+    dtype = next(network.parameters()).dtype
     # This package's loss makes the logits' gradient alone, as does what is in its place here.
     make_loss: Any = _dice_and_cross_entropy if loss == "nnunet" else lambda logits: (logits * 0.5).sum()
 
@@ -214,7 +209,7 @@ def _step_bytes(
         p.grad = copies[p] = None
 
     if shards > 1 or dtype == torch.half:
-        for p in parameters:
+        for p in network.parameters():
             p.register_post_accumulate_grad_hook(keep)  # type: ignore[no-untyped-call]
     units = [sum(p.numel() for p in unit.parameters()) for unit in sharded_units(network)]
     tracker = _Tracker()
@@ -229,7 +224,7 @@ def _step_bytes(
         # With the third micro-batch nothing is new; the first one's gradients are there when the second one's come.
         for _ in range(min(gradient_accumulation, 2)):
             if shards == 1 and dtype == torch.half:  # autocast's copies
-                copies.update((p, torch.empty_like(p)) for p in parameters)
+                copies.update((p, torch.empty_like(p)) for p in network.parameters())
             logits = network(batch[: -(-len(image) // gradient_accumulation)].to(dtype))
             value = sum((make_loss(output) for output in logits), torch.zeros((), device="meta"))
             # Autocast keeps its copies to here, the backward pass those that it does not make again.
