@@ -15,44 +15,37 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stunet.evaluation import evaluate
-    from stunet.inference import load_model, predict
-    from stunet.loss import PartialDiceCELoss
-    from stunet.network import STUNet, create_model
-    from stunet.ranking import rank
-    from stunet.weights import list_models, load_weights
-
-__all__ = [
-    "PartialDiceCELoss",
-    "STUNet",
-    "__version__",
-    "create_model",
-    "evaluate",
-    "list_models",
-    "load_model",
-    "load_weights",
-    "predict",
-    "rank",
-]
-
-__version__ = version("stunet")
+    from stunet.evaluation import evaluate as evaluate
+    from stunet.inference import load_model as load_model
+    from stunet.inference import predict as predict
+    from stunet.loss import PartialDiceCELoss as PartialDiceCELoss
+    from stunet.network import STUNet as STUNet
+    from stunet.network import create_model as create_model
+    from stunet.ranking import rank as rank
+    from stunet.weights import list_models as list_models
+    from stunet.weights import load_weights as load_weights
 
 _ROOMS = {
-    "evaluation": ["evaluate"],
-    "inference": ["load_model", "predict"],
-    "loss": ["PartialDiceCELoss"],
-    "network": ["STUNet", "create_model"],
-    "ranking": ["rank"],
-    "weights": ["list_models", "load_weights"],
+    "PartialDiceCELoss": "loss",
+    "STUNet": "network",
+    "create_model": "network",
+    "evaluate": "evaluation",
+    "list_models": "weights",
+    "load_model": "inference",
+    "load_weights": "weights",
+    "predict": "inference",
+    "rank": "ranking",
 }
+
+__all__ = ["__version__", *_ROOMS]
+__version__ = version("stunet")
 
 
 def __getattr__(name: str) -> Any:
     """Import PyTorch and nnU-Net, which take seconds, when something needs them."""
-    for room, names in _ROOMS.items():
-        if name in names:
-            return getattr(import_module(f"stunet.{room}"), name)
-    raise AttributeError(f"module 'stunet' has no attribute {name!r}")
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'stunet' has no attribute {name!r}")
+    return getattr(import_module(f"stunet.{_ROOMS[name]}"), name)
 
 
 def __dir__() -> list[str]:

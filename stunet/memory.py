@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -135,13 +135,9 @@ def estimate(
     except (RuntimeError, ValueError) as error:  # PyTorch's own checks, of sizes beyond 64 bits
         got = f"PyTorch cannot compute patch {list(patch_size)} with width {size.width}"
         raise ArchitectureError(f"{got} ({str(error).splitlines()[0][:60]}): choose another patch or size") from error
-    copies = 2 * sum(sizes) if mixed else 0
     held = sum(sizes) * (4 + (2 if momentum_dtype == "bf16" else 4)) // shards  # weights and momentum
-    if parallel == "fsdp":  # and the largest stage, gathered
-        held += dtype.itemsize * max(sum(p.numel() for p in unit.parameters()) for unit in sharded_units(network))
-    else:  # and with DDP its buckets, to which gradients are copied
-        held += copies + (4 * sum(sizes) if parallel == "ddp" else 0)
-    return Estimate(sum(sizes), forward.flops // 2, held + step, 4 * sum(sizes) + copies + forward.peak)
+    held += 4 * sum(sizes) if parallel == "ddp" else 0  # buckets, to which gradients are copied
+    return Estimate(sum(sizes), forward.flops // 2, held + step, sum(sizes) * (6 if mixed else 4) + forward.peak)
 
 
 def peak_forward_bytes(network: nn.Module, image_shape: Sequence[int]) -> int:
@@ -173,11 +169,8 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=outputs)
         inputs = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_iter(outputs):
-            if (
-                isinstance(tensor, Tensor)
-                and (key := id(storage := tensor.untyped_storage())) not in inputs | self._known
-            ):
+        for storage in (t.untyped_storage() for t in tree_iter(outputs) if isinstance(t, Tensor)):
+            if (key := id(storage)) not in inputs | self._known:
                 self._known.add(key)
                 self.current += storage.nbytes()
                 self.peak = max(self.peak, self.current)
@@ -201,20 +194,24 @@ def _step_bytes(
     network: STUNet, image: Tensor, gradient_accumulation: int, loss: Loss, shards: int, temporary: int
 ) -> int:
     """Return the peak of a training step without weights and momentum."""
-    parameter = next(network.parameters())
     network.train()
     network.decoder.deep_supervision = True
     network.decoder.supervised_levels = len(network.decoder.stages) - 1  # the coarsest head weighs 0
     gradients: dict[nn.Parameter, Tensor] = {}
+    copies: dict[nn.Parameter, Tensor | None] = {}
+    dtype = next(network.parameters()).dtype
+    # This package's loss makes the logits' gradient alone, as does what is in its place here.
+    make_loss: Any = _dice_and_cross_entropy if loss == "nnunet" else lambda logits: (logits * 0.5).sum()
 
     def keep(p: nn.Parameter) -> None:
-        """Keep this process's shard of the gradient, in fp32."""
+        """Keep this process's shard of the gradient, in fp32, and free the half copy, which the backward pass held."""
         gradients.setdefault(p, torch.empty(math.ceil(p.numel() / shards), device="meta"))
-        p.grad = None
+        p.grad = copies[p] = None
 
-    if shards > 1 or parameter.dtype == torch.half:
+    if shards > 1 or dtype == torch.half:
         for p in network.parameters():
             p.register_post_accumulate_grad_hook(keep)  # type: ignore[no-untyped-call]
+    units = [sum(p.numel() for p in unit.parameters()) for unit in sharded_units(network)]
     tracker = _Tracker()
     with tracker:
         batch, size = torch.empty_like(image), list(image.shape[2:])
@@ -222,14 +219,23 @@ def _step_bytes(
         for stride in network.encoder.strides[:-1]:
             size = [n // s for n, s in zip(size, stride, strict=True)]
             targets.append(torch.empty(len(image), 1, *size, device="meta", dtype=torch.int16))
+        # The largest stage, gathered; none is when the optimizer steps.
+        gathered = torch.empty(max(units) if shards > 1 else 0, device="meta", dtype=dtype)
         # With the third micro-batch nothing is new; the first one's gradients are there when the second one's come.
         for _ in range(min(gradient_accumulation, 2)):
-            logits = network(batch[: -(-len(image) // gradient_accumulation)].to(parameter.dtype))
-            value = sum((_LOSSES[loss](output) for output in logits), torch.zeros((), device="meta"))
+            if shards == 1 and dtype == torch.half:  # autocast's copies
+                copies.update((p, torch.empty_like(p)) for p in network.parameters())
+            logits = network(batch[: -(-len(image) // gradient_accumulation)].to(dtype))
+            value = sum((make_loss(output) for output in logits), torch.zeros((), device="meta"))
+            # Autocast keeps its copies to here, the backward pass those that it does not make again.
+            for name, module in network.named_modules():
+                if name.endswith(".conv2") or getattr(module, "checkpointed", False):
+                    copies.update(dict.fromkeys(module.parameters()))
             if gradient_accumulation > 1:
                 logits = []
             torch.autograd.backward(value)
-        del value
+        copies.clear()
+        del value, gathered
         torch.empty(temporary, device="meta", dtype=torch.uint8)  # of the optimizer's step
     return tracker.peak
 
@@ -245,13 +251,6 @@ def _dice_and_cross_entropy(logits: Tensor) -> Tensor:
     axes = tuple(range(2, logits.ndim))
     intersection, total = (probabilities * one_hot)[:, 1:].sum(axes), probabilities[:, 1:].sum(axes)
     return cross_entropy - (2 * intersection / total).mean()
-
-
-#: This package's loss makes the logits' gradient alone, as does this in its place.
-_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
-    "stunet": lambda logits: (logits * 0.5).sum(),
-    "nnunet": _dice_and_cross_entropy,
-}
 
 
 @dataclass(frozen=True)

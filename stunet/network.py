@@ -9,13 +9,16 @@ modules one after the other. The fast path computes the same function, and diffe
 * Normalization and activation are computed again in the backward pass, so one tensor less is kept for each block.
 * The first convolution of a decoder level takes upsampled features before they are interpolated.
 * On the CPU, tensors with many voxels are channels-last, as oneDNN likes them.
+
+Of these, the second alone is for compiled networks: what to keep, and in which layout, the compiler decides by itself.
 """
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast, get_args
 
@@ -29,11 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stunet.errors import ArchitectureError
 from stunet.settings import ActivationCheckpointing
-from stunet.sizes import N_STAGES as N_STAGES
-from stunet.sizes import SIZES as SIZES
-from stunet.sizes import STUNetSize as STUNetSize
-from stunet.sizes import find_size as find_size
-from stunet.sizes import size_of as size_of
+from stunet.sizes import N_STAGES, SIZES, STUNetSize, find_size, size_of  # noqa: F401
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -48,6 +47,10 @@ _NORM_OPS: dict[ConvOp, Any] = {nn.Conv2d: nn.InstanceNorm2d, nn.Conv3d: nn.Inst
 
 #: Strides of the published pre-training, which halves the third axis alone the fifth time.
 PUBLISHED_STRIDES = ((1, 1, 1), *((2, 2, 2),) * 4, (1, 1, 2))
+
+
+#: For PyTorch's checkpointing, as blocks draw no random numbers.
+_KEEPS_NO_RANDOM_STATE: Any = {"use_reentrant": False, "preserve_rng_state": False}
 
 
 # --- Blocks ---
@@ -81,19 +84,24 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C_in, X, Y[, Z])`` to ``(B, C_out, X/sx, Y/sy[, Z/sz])``."""
-        if not _is_plain(self, x):
-            y = self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
-            return cast(Tensor, self.act(y + (x if self.projection is None else self.projection(x))))
-        x = _in_fast_layout(x, self.conv1.out_channels)
-        # Once more after it: of a tensor with one channel PyTorch cannot tell the layout.
-        y = _in_fast_layout(self.conv1(x), self.conv1.out_channels)
-        return self._finish(y, x if self.projection is None else self.projection(x))
+        is_fast = _is_plain(self, x) and not torch.compiler.is_compiling()
+        x = _in_fast_layout(x, self.conv1.out_channels) if is_fast else x
+        y = self.conv1(x)
+        return self._finish(y, x if self.projection is None else self.projection(x), is_fast)
 
-    def _finish(self, y: Tensor, residual: Tensor) -> Tensor:
-        """All that follows the first convolution, on the fast path."""
-        conv, slope = self.conv2, self.act.negative_slope
-        kernel, bias = conv.weight.to(y.dtype), conv.bias.to(y.dtype)  # type: ignore[union-attr] # as autocast does
-        y = _NormActConv.apply(y, self.norm1.weight, self.norm1.bias, kernel, bias, self.norm1.eps, slope)
+    def _finish(self, y: Tensor, residual: Tensor, is_fast: bool) -> Tensor:
+        """All that follows the first convolution."""
+        if not is_fast:
+            y = self.norm2(self.conv2(self.act(self.norm1(y))))
+            return cast(Tensor, self.act(y + residual))
+        # Once more after the convolution: of a tensor with one channel PyTorch cannot tell the layout.
+        y, slope = _in_fast_layout(y, self.conv1.out_channels), self.act.negative_slope
+        weights: Any = (self.norm1.weight, self.norm1.bias, self.conv2.weight, self.conv2.bias)
+        if torch.is_grad_enabled():
+            versions = [t._version for t in (y, *weights[:3])]
+            y = checkpoint(_norm_act_conv, y, weights, self.norm1.eps, slope, versions, **_KEEPS_NO_RANDOM_STATE)
+        else:
+            y = _norm_act_conv(y, weights, self.norm1.eps, slope)
         y = _instance_norm(y, self.norm2.weight, self.norm2.bias, self.norm2.eps)
         y += residual
         return F.leaky_relu_(y, slope)
@@ -121,21 +129,23 @@ class MergingBlock(ResidualBlock):
         """``(B, C, X/sx, Y/sy[, Z/sz])`` and ``(B, C, X, Y[, Z])`` to ``(B, C, X, Y[, Z])``."""
         conv, projection = self.conv1, cast(nn.Conv3d, self.projection)
         factors = [float(factor) for factor in self.scale]
-        is_plain = _is_plain(self, skip) and _keeps_size(conv, 3)
+        is_plain = _is_plain(self, skip) and _keeps_size(conv, 3) and _keeps_size(projection, 1)
         # With few voxels, the summed kernel would cost more than it saves.
-        if not is_plain or not _keeps_size(projection, 1) or not _has_many_voxels(skip, skip.shape[1]):
+        if not is_plain or not _has_many_voxels(skip, skip.shape[1]):
             return super().forward(torch.cat((F.interpolate(below, scale_factor=factors, mode="nearest"), skip), 1))
-        skip = _in_fast_layout(skip, conv.out_channels)
+        if is_fast := not torch.compiler.is_compiling():
+            skip = _in_fast_layout(skip, conv.out_channels)
         if _is_channels_last(skip):
             below = below.contiguous(memory_format=torch.channels_last_3d)
         of_below, of_skip = conv.weight.tensor_split(2, dim=1)
-        y = conv._conv_forward(skip, of_skip, conv.bias)
+        y = _convolve(skip, of_skip, conv.bias, padding=1)
         y += _convolve_interpolated(below, of_below, self.scale)
         of_below, of_skip = projection.weight.tensor_split(2, dim=1)
-        residual = projection._conv_forward(skip, of_skip, projection.bias)
-        coarse = projection._conv_forward(below, of_below, None)
-        residual += F.interpolate(coarse, scale_factor=factors, mode="nearest")
-        return self._finish(y, residual)
+        residual = _convolve(skip, of_skip, projection.bias)
+        coarse = _convolve(below, of_below, None)
+        with torch.autocast(skip.device.type if skip.is_cuda else "cpu", enabled=False):  # which interpolates in fp32
+            residual += F.interpolate(coarse, scale_factor=factors, mode="nearest")
+        return self._finish(y, residual, is_fast)
 
 
 class _Stage(nn.Sequential):
@@ -151,9 +161,8 @@ class _Stage(nn.Sequential):
     def forward(self, *inputs: Tensor) -> Tensor:
         """One tensor, or in the decoder the upsampled one and the skip connection."""
         for block in self:
-            if self.checkpointed and torch.is_grad_enabled() and not is_transformed():
-                # The blocks draw no random numbers, so there is no random state to keep.
-                inputs = (checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False),)
+            if self.checkpointed and torch.is_grad_enabled() and not _is_transformed():
+                inputs = (checkpoint(block, *inputs, **_KEEPS_NO_RANDOM_STATE),)
             else:
                 inputs = (block(*inputs),)
         return inputs[0]
@@ -426,7 +435,7 @@ def shard(network: STUNet, mesh: DeviceMesh, *, dtype: torch.dtype | None = None
 
 @torch.fx.wrap
 def _check_input(x: Tensor, strides: tuple[int, ...]) -> None:
-    if _is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
         return  # sizes are tensors then
     if any(n % stride for n, stride in zip(x.shape[2:], strides, strict=True)):
         raise ArchitectureError(
@@ -441,31 +450,25 @@ def _check_input(x: Tensor, strides: tuple[int, ...]) -> None:
 # --- The fast path ---
 
 
-def _is_tracing() -> bool:
-    return torch._C._get_tracing_state() is not None
+# PyTorch has no public names for some of this. Where it drops those that it has, everything takes the plain path.
+_FUNCTORCH: Any = getattr(torch._C, "_functorch", None)
+_get_transform: Any = getattr(_FUNCTORCH, "peek_interpreter_stack", lambda: True)
+_is_batched: Any = getattr(_FUNCTORCH, "is_legacy_batchedtensor", lambda _: True)
 
 
-def is_transformed() -> bool:
+def _is_transformed() -> bool:
     """Whether something else than autograd differentiates or records what is computed."""
     if torch.compiler.is_compiling():
         return False
-    functorch: Any = torch._C._functorch
-    return _is_tracing() or forward_ad._current_level >= 0 or functorch.peek_interpreter_stack() is not None
-
-
-def is_recorded(grad: Tensor) -> bool:
-    """Return whether a backward pass is differentiated itself, or has many gradients at once in this tensor."""
-    return torch.is_grad_enabled() or is_transformed() or "Batched" in str(torch._C._dispatch_keys(grad))
+    if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        return True
+    return getattr(forward_ad, "_current_level", 0) >= 0 or _get_transform() is not None
 
 
 def _is_observed(x: Tensor) -> bool:
-    """Whether operations count one by one. The compiler is among those: it decides by itself what to keep."""
-    return bool(
-        torch.compiler.is_compiling()
-        or is_transformed()
-        or has_torch_function((x,))
-        or nn_module._has_any_global_hook()  # type: ignore[no-untyped-call]
-    )
+    """Whether operations count one by one."""
+    has_global_hook: Any = getattr(nn_module, "_has_any_global_hook", lambda: True)
+    return bool(_is_transformed() or has_torch_function((x,)) or has_global_hook())
 
 
 def _is_plain(block: ResidualBlock, x: Tensor) -> bool:
@@ -486,8 +489,8 @@ def _is_plain(block: ResidualBlock, x: Tensor) -> bool:
 
 def _is_stock(module: nn.Module, expected: type[nn.Module]) -> bool:
     """Whether a module is of exactly this type, with plain parameters, and calling it runs its ``forward`` alone."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    is_changed = any(hooks) or "forward" in vars(module) or has_torch_function((*module.parameters(),))
+    has_hooks = any(value for name, value in vars(module).items() if name.endswith("hooks"))
+    is_changed = has_hooks or "forward" in vars(module) or has_torch_function((*module.parameters(),))
     return type(module) is expected and not is_changed
 
 
@@ -534,6 +537,11 @@ def _pointwise(conv: nn.Module, x: Tensor) -> Tensor:
     return y.view(*y.shape[:2], *x.shape[2:])
 
 
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0) -> Tensor:
+    convolve: Any = F.conv2d if x.ndim == 4 else F.conv3d
+    return cast(Tensor, convolve(x, weight, bias, padding=padding))
+
+
 def _convolve_interpolated(x: Tensor, weight: Tensor, scale: tuple[int, ...]) -> Tensor:
     """Convolve, with padding 1, what nearest interpolation would make of a tensor.
 
@@ -550,61 +558,17 @@ def _convolve_interpolated(x: Tensor, weight: Tensor, scale: tuple[int, ...]) ->
     return cast(Tensor, convolve(x, weight.transpose(0, 1), stride=scale, padding=1))
 
 
-class _NormActConv(torch.autograd.Function):
-    """``conv(leaky_relu(instance_norm(x)))``, of which only ``x`` is kept: the backward pass computes the rest again.
-
-    The backward pass consists of differentiable operations, so second derivatives are right.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, kernel: Tensor, conv_bias: Tensor, eps: float, slope: float
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias, kernel)
-        ctx.eps, ctx.slope = eps, slope
-        convolve: Any = F.conv2d if x.ndim == 4 else F.conv3d
-        return cast(
-            Tensor, convolve(F.leaky_relu_(_instance_norm(x, weight, bias, eps), slope), kernel, conv_bias, padding=1)
-        )
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, bias, kernel = ctx.saved_tensors
-        of_norm, out_of_place = any(ctx.needs_input_grad[:3]), is_recorded(grad)
-        x, weight, bias = inputs = aliases(x, weight, bias)
-        with torch.set_grad_enabled(of_norm):
-            normalized = _instance_norm(x, weight, bias, ctx.eps)
-        # The gradient of the norm does not need the values that are overwritten.
-        y = F.leaky_relu(normalized, ctx.slope) if out_of_place else F.leaky_relu_(normalized.detach(), ctx.slope)
-        ones = [1] * (y.ndim - 2)
-        grad_y, grad_kernel, grad_conv_bias = torch.ops.aten.convolution_backward(
-            grad, y, kernel, [len(kernel)], ones, ones, ones, False, [0] * len(ones), 1,
-            [of_norm, *ctx.needs_input_grad[3:5]],
-        )  # fmt: skip
-        if not of_norm:
-            return None, None, None, grad_kernel, grad_conv_bias, None, None
-        out = {} if out_of_place else {"grad_input": grad_y}
-        grad_y = torch.ops.aten.leaky_relu_backward(grad_y, y, ctx.slope, True, **out)
-        return *_grads_of_norm(normalized, inputs, grad_y), grad_kernel, grad_conv_bias, None, None
-
-
-def aliases(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return views to differentiate by, as hooks on the tensors themselves are for the backward pass around it."""
-    with torch.enable_grad():
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-
-def _grads_of_norm(y: Tensor, inputs: tuple[Tensor, ...], grad: Tensor) -> Iterator[Tensor | None]:
-    """Differentiate what was computed from these; once more where that is asked for."""
-    wanted = [t for t in inputs if t.requires_grad]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=torch.is_grad_enabled()))
-    return (next(found) if t.requires_grad else None for t in inputs)
+def _norm_act_conv(x: Tensor, weights: tuple[Tensor, ...], eps: float, slope: float, versions: Any = None) -> Tensor:
+    """``conv(leaky_relu(instance_norm(x)))``; with versions, of tensors that still have them."""
+    weight, bias, kernel, conv_bias = weights
+    if versions is not None and versions != [t._version for t in (x, weight, bias, kernel)]:
+        raise RuntimeError("weights or features have been modified by an inplace operation before the backward pass")
+    return _convolve(F.leaky_relu_(_instance_norm(x, weight, bias, eps), slope), kernel, conv_bias, padding=1)
 
 
 def _instance_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """PyTorch's, which would turn channels-last into another layout and back."""
-    # In a backward pass that is itself differentiated or vectorized, PyTorch's own.
-    if _is_channels_last(x) and not is_transformed():
+    if _is_channels_last(x):
         return cast(Tensor, _ChannelsLastNorm.apply(x, weight, bias, eps))
     return F.instance_norm(x, weight=weight, bias=bias, eps=eps)
 
@@ -625,11 +589,10 @@ class _ChannelsLastNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        if is_recorded(grad):  # by PyTorch's own operations
-            x, weight, bias = inputs = aliases(x, weight, bias)
-            with torch.enable_grad():
-                y = F.instance_norm(x, weight=weight, bias=bias, eps=ctx.eps)
-            return *_grads_of_norm(y, inputs, grad), None
+        if torch.is_grad_enabled() or _is_transformed() or _is_batched(grad):  # one gradient is not all that is wanted
+            norm = partial(F.instance_norm, eps=ctx.eps)
+            differentiate = torch.func.vjp(lambda x, *wb: norm(x, None, None, *wb), x, weight, bias)[1]
+            return *differentiate(grad), None
         grad = grad.contiguous(memory_format=torch.channels_last_3d)
         shape, voxels = (*x.shape[:2], 1, 1, 1), x[0, 0].numel()
         sums, scale = _rows(grad).sum(2).sum(1), weight * rstd

@@ -40,22 +40,15 @@ SETTINGS_KEY = "stunet"
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """What a value must be, for messages and as a check; the values as they are typed, where there are few."""
-
-    expected: str
-    is_valid: Callable[[Any], bool]
-    choices: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Setting:
     """One setting.
 
     Attributes:
         default: Its value in ``STUNetTrainer`` where the plans do not set it; None where nothing is done without it, or
             the plans always have it.
-        kind: What a value must be.
+        expected: What a value must be, for messages.
+        is_valid: Whether a value is that.
+        choices: The values as they are typed, where there are few.
         help: What it does.
         place: Where in a configuration of the plans it is kept: ``training`` is the ``"stunet"`` block, read by
             ``STUNetTrainer``; ``architecture`` are the network's arguments and ``configuration`` is nnU-Net's own key,
@@ -63,14 +56,11 @@ class Setting:
     """
 
     default: Any
-    kind: _Kind
+    expected: str
+    is_valid: Callable[[Any], bool]
+    choices: tuple[str, ...]
     help: str
     place: Literal["training", "architecture", "configuration"] = "training"
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """The values as they are typed, where there are few."""
-        return self.kind.choices
 
 
 def _is_number(value: Any) -> bool:
@@ -83,62 +73,65 @@ def _is_count(value: Any) -> bool:
 
 def _one_of(literal: Any) -> _Kind:
     values = get_args(literal)
-    return _Kind(f"one of {', '.join(values)}", lambda value: value in values, values)
+    return f"one of {', '.join(values)}", lambda value: value in values, values
 
 
-_COUNT = _Kind("a positive whole number", _is_count)
-_POSITIVE = _Kind("a positive number", lambda v: _is_number(v) and v > 0)
-_NOT_NEGATIVE = _Kind("a number >= 0", lambda v: _is_number(v) and v >= 0)
-_FRACTION = _Kind("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1)
-_DECAY = _Kind("a number above 0, at most 1", lambda v: _is_number(v) and 0 < v <= 1)
-_BOOL = _Kind("true or false", lambda v: isinstance(v, bool), ("true", "false"))
-_PATH = _Kind("an absolute path", lambda v: isinstance(v, str) and Path(v).is_absolute())
-_DATASET = _Kind("the id or name of a dataset", lambda v: type(v) in (int, str) and v != "")
-_PATCH = _Kind(
+# What a value must be, the check, and the values where there are few.
+_Kind = tuple[str, Callable[[Any], bool], tuple[str, ...]]
+_COUNT: _Kind = ("a positive whole number", _is_count, ())
+_POSITIVE: _Kind = ("a positive number", lambda v: _is_number(v) and v > 0, ())
+_NOT_NEGATIVE: _Kind = ("a number >= 0", lambda v: _is_number(v) and v >= 0, ())
+_FRACTION: _Kind = ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1, ())
+_DECAY: _Kind = ("a number above 0, at most 1", lambda v: _is_number(v) and 0 < v <= 1, ())
+_BOOL: _Kind = ("true or false", lambda v: isinstance(v, bool), ("true", "false"))
+_PATH: _Kind = ("an absolute path", lambda v: isinstance(v, str) and Path(v).is_absolute(), ())
+_DATASET: _Kind = ("the id or name of a dataset", lambda v: type(v) in (int, str) and v != "", ())
+_PATCH: _Kind = (
     "2 or 3 positive whole numbers, for example 64,64,64",
     lambda v: isinstance(v, list) and len(v) in (2, 3) and all(_is_count(n) for n in v),
+    (),
 )
 
 SETTINGS: dict[str, Setting] = {
-    "num_epochs": Setting(1000, _COUNT, "epochs of training"),
-    "num_iterations_per_epoch": Setting(250, _COUNT, "training batches in an epoch"),
-    "num_val_iterations_per_epoch": Setting(50, _COUNT, "validation batches in an epoch"),
-    "initial_lr": Setting(0.01, _POSITIVE, "learning rate at the start of the schedule"),
-    "weight_decay": Setting(3e-5, _NOT_NEGATIVE, "L2 penalty on weights"),
-    "oversample_foreground_percent": Setting(0.33, _FRACTION, "share of patches centred on foreground"),
-    "probabilistic_oversampling": Setting(False, _BOOL, "draw that share at random instead of fixing it in each batch"),
-    "save_every": Setting(50, _COUNT, "epochs between two checkpoint_latest.pth"),
-    "keep_every": Setting(None, _COUNT, "epochs between two checkpoints that are kept, as checkpoint_epoch_0100.pth"),
-    "final_validation": Setting(True, _BOOL, "predict all validation cases after training; false leaves that to --val"),
-    "mirroring": Setting("all", _one_of(Mirroring), "axes to mirror; no-left-right where structures come in sides"),
+    "num_epochs": Setting(1000, *_COUNT, "epochs of training"),
+    "num_iterations_per_epoch": Setting(250, *_COUNT, "training batches in an epoch"),
+    "num_val_iterations_per_epoch": Setting(50, *_COUNT, "validation batches in an epoch"),
+    "initial_lr": Setting(0.01, *_POSITIVE, "learning rate at the start of the schedule"),
+    "weight_decay": Setting(3e-5, *_NOT_NEGATIVE, "L2 penalty on weights"),
+    "oversample_foreground_percent": Setting(0.33, *_FRACTION, "share of patches centred on foreground"),
+    "probabilistic_oversampling": Setting(False, *_BOOL, "draw that share at random, not fixed in each batch"),
+    "save_every": Setting(50, *_COUNT, "epochs between two checkpoint_latest.pth"),
+    "keep_every": Setting(None, *_COUNT, "epochs between two checkpoints that are kept, as checkpoint_epoch_0100.pth"),
+    "final_validation": Setting(True, *_BOOL, "predict all validation cases at the end; false leaves that to --val"),
+    "mirroring": Setting("all", *_one_of(Mirroring), "axes to mirror; no-left-right where structures come in sides"),
     "nearest_labels": Setting(
-        False, _BOOL, "resample labels by nearest neighbour in augmentation: faster with many structures"
+        False, *_BOOL, "resample labels by nearest neighbour in augmentation: faster with many structures"
     ),
-    "allow_unannotated": Setting(False, _BOOL, "train although no case annotates some structure"),
-    "pretrained_weights": Setting(None, _PATH, "weights to start from; --from sets it"),
-    "fine_tune": Setting("full", _one_of(Strategy), "which parameters are trained, and how fast"),
-    "warmup_epochs": Setting(None, _COUNT, "epochs of each of the two ramps of fine_tune=warmup"),
+    "allow_unannotated": Setting(False, *_BOOL, "train although no case annotates some structure"),
+    "pretrained_weights": Setting(None, *_PATH, "weights to start from; --from sets it"),
+    "fine_tune": Setting("full", *_one_of(Strategy), "which parameters are trained, and how fast"),
+    "warmup_epochs": Setting(None, *_COUNT, "epochs of each of the two ramps of fine_tune=warmup"),
     "layer_decay": Setting(
-        0.85, _DECAY, "with fine_tune=layerwise, learning rate of a stage relative to the next one towards the output"
+        0.85, *_DECAY, "with fine_tune=layerwise, learning rate of a stage relative to the next one towards the output"
     ),
-    "stem": Setting("repeat-scaled", _one_of(StemPolicy), "how weights are adapted to other input channels"),
-    "head": Setting("by-name", _one_of(HeadPolicy), "whether heads of pretrained_weights are used"),
-    "select_for": Setting(None, _DATASET, "dataset for which periodic checkpoints are scored; the best one is kept"),
+    "stem": Setting("repeat-scaled", *_one_of(StemPolicy), "how weights are adapted to other input channels"),
+    "head": Setting("by-name", *_one_of(HeadPolicy), "whether heads of pretrained_weights are used"),
+    "select_for": Setting(None, *_DATASET, "dataset for which periodic checkpoints are scored; the best one is kept"),
     "gradient_accumulation": Setting(
-        1, _COUNT, "micro-batches that a batch is computed in: less memory, the same step"
+        1, *_COUNT, "micro-batches that a batch is computed in: less memory, the same step"
     ),
-    "momentum_dtype": Setting("fp32", _one_of(MomentumDtype), "precision of the momentum; bf16 halves its memory"),
-    "fused_optimizer": Setting(False, _BOOL, "the optimizer's step in one kernel: less memory"),
-    "parallel": Setting("ddp", _one_of(Parallel), "with several processes: replicate (ddp) or shard (fsdp)"),
+    "momentum_dtype": Setting("fp32", *_one_of(MomentumDtype), "precision of the momentum; bf16 halves its memory"),
+    "fused_optimizer": Setting(False, *_BOOL, "the optimizer's step in one kernel: less memory"),
+    "parallel": Setting("ddp", *_one_of(Parallel), "with several processes: replicate (ddp) or shard (fsdp)"),
     "activation_checkpointing": Setting(
         "none",
-        _one_of(ActivationCheckpointing),
+        *_one_of(ActivationCheckpointing),
         "blocks that compute activations again instead of keeping them: less memory, more time",
         "architecture",
     ),
-    "batch_size": Setting(None, _COUNT, "patches in a batch", "configuration"),
-    "batch_dice": Setting(None, _BOOL, "Dice over the whole batch instead of each patch", "configuration"),
-    "patch_size": Setting(None, _PATCH, "voxels of a patch along each axis", "configuration"),
+    "batch_size": Setting(None, *_COUNT, "patches in a batch", "configuration"),
+    "batch_dice": Setting(None, *_BOOL, "Dice over the whole batch instead of each patch", "configuration"),
+    "patch_size": Setting(None, *_PATCH, "voxels of a patch along each axis", "configuration"),
 }
 
 
@@ -159,10 +152,8 @@ def check_settings(settings: Mapping[str, Any], *, source: str) -> None:
             close = "".join(f"did you mean {n}? " for n in difflib.get_close_matches(name, SETTINGS, n=1))
             raise SettingsError(f"{source}: unknown setting {name}: {close}choose one of {', '.join(SETTINGS)}")
         setting = SETTINGS[name]
-        if not setting.kind.is_valid(value):
-            raise SettingsError(
-                f"{source}: {name}={json.dumps(value)} must be {setting.kind.expected} ({setting.help})"
-            )
+        if not setting.is_valid(value):
+            raise SettingsError(f"{source}: {name}={json.dumps(value)} must be {setting.expected} ({setting.help})")
 
 
 def parse_settings(assignments: Iterable[str]) -> dict[str, Any]:

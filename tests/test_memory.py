@@ -158,6 +158,13 @@ def test_memory_of_the_optimizers_step(settings: Any, make_optimizer: Any) -> No
         assert got < predicted(size, patch_size=patch, batch_size=1)
 
 
+def test_half_copies_are_freed_before_the_optimizers_step() -> None:
+    size = STUNetSize("wide", (1,) * 6, 24)  # parameters are nearly all that it takes
+    got = estimate(size, patch_size=(16,) * 3, batch_size=1, num_classes=3, precision="amp")
+    # Weights, momentum and gradients in fp32, and a second set of these in the step.
+    assert got.training_bytes == pytest.approx(16 * got.parameters, rel=0.02)
+
+
 def test_ddp_holds_one_more_set_of_gradients(tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:

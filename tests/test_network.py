@@ -10,6 +10,7 @@ import torch
 from published_structure import Block, PublishedStructure
 from torch import Tensor, nn
 from torch.nn.functional import instance_norm, interpolate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stunet.errors import ArchitectureError
 from stunet.network import (
@@ -20,6 +21,7 @@ from stunet.network import (
     STUNetSize,
     _instance_norm,
     _is_channels_last,
+    _is_plain,
     build_stunet,
     create_model,
 )
@@ -170,6 +172,55 @@ def test_compiles_into_one_graph(n_axes: int, where: Any) -> None:
     x = torch.randn(1, 1, *(32, 32, 64)[-n_axes:])
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), network(x))
+
+
+def test_levels_merge_by_transposed_convolutions_under_the_compiler_too() -> None:
+    network, called = tiny(deep_supervision=True), []
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        called.extend(str(node.target) for node in graph.graph.nodes if "conv_transpose" in str(node.target))
+        return graph.forward
+
+    for merged in (3, 2):
+        called.clear()
+        torch._dynamo.reset()
+        x = torch.randn(1, 1, 32, 32, 64)
+        torch.testing.assert_close(torch.compile(network, backend=count)(x), network(x), rtol=1e-4, atol=1e-4)
+        assert len(called) == merged
+        network.decoder.stages[4][0].conv1.register_forward_hook(lambda module, args, y: 1.5 * y)
+
+
+def test_inference_mode() -> None:
+    network, x = tiny(), torch.randn(1, 1, 32, 16, 32)
+    expected = network(x)
+    with torch.inference_mode():
+        torch.testing.assert_close(network(x), expected)
+
+
+def test_interpolation_does_not_leave_half_precision() -> None:
+    """Where levels merge; autocast by itself would do it in fp32."""
+    found = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            y = func(*args, **(kwargs or {}))
+            if "upsample" in str(func):
+                found.append(y.dtype)
+            return y
+
+    block = MergingBlock(nn.Conv3d, 2, scale=(2, 2, 2))
+    with torch.autocast("cpu", torch.bfloat16), Watch():
+        y = block(torch.randn(1, 2, 4, 4, 4), torch.randn(1, 2, 8, 8, 8))
+    y.float().sum().backward()
+    assert set(found) == {torch.bfloat16}
+
+
+def test_without_pytorchs_private_names_modules_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, x = tiny(), torch.randn(1, 1, 32, 16, 32)
+    expected = network(x)
+    monkeypatch.delattr(torch.autograd.forward_ad, "_current_level")
+    assert not _is_plain(network.encoder.stages[0][0], x)
+    torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_autocast_keeps_half_precision_from_stage_to_stage() -> None:

@@ -540,5 +540,5 @@ class Accumulation:
         assert loss is not None
         with torch.no_grad(), self._trainer.precision(), loss.counted_in(whole):
             # Targets stand in for logits where these are not read.
-            output = self._trainer.network(batch.data) if loss.counts_probabilities else batch.target
+            output = self._trainer.network(batch.data) if loss.batch_dice else batch.target
             self._trainer.loss_of(output, batch)
