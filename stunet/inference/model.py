@@ -1,4 +1,4 @@
-"""Trained models: what a folder or checkpoint describes, and its networks, without running code out of either."""
+"""Trained models: what a folder or checkpoint describes, and its network, without running code out of either."""
 
 from __future__ import annotations
 
@@ -23,17 +23,10 @@ from stunet.errors import CheckpointError, PlansError, UsageError, reading
 from stunet.files import read_json
 from stunet.labels import load_vocabulary, structure_values, vocabulary_for
 from stunet.planning import check_configuration, describe_model, write_model_folder
-from stunet.weights import (
-    WeightsEntry,
-    alone_with,
-    check_network,
-    check_weights,
-    entry_folder,
-    fetch,
-    find_entry,
-    open_weights,
-    read_checkpoint,
-)
+from stunet.weights.convert import open_weights
+from stunet.weights.networks import check_network
+from stunet.weights.published import WeightsEntry, alone_with, entry_folder, fetch, find_entry, noted_sha256
+from stunet.weights.read import check_weights, read_checkpoint
 
 CHECKPOINT = "checkpoint_final.pth"
 _VOLUME_READERS = {"SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient"}
@@ -41,7 +34,7 @@ _VOLUME_READERS = {"SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "Nibab
 
 @dataclass
 class Model:
-    """A trained nnU-Net v2 model: what is known of it before weights are loaded, and its networks once they are used.
+    """A trained nnU-Net v2 model: what is known of it before weights are loaded, and its network once it is used.
 
     Attributes:
         folder: The model folder; of a checkpoint by itself, the folder that it lies in.
@@ -62,9 +55,10 @@ class Model:
     mirroring_axes: tuple[int, ...] | None
     checkpoints: dict[str, Path]
     trust: tuple[str, ...] = ()
+    _loaded = ""  # the fold whose weights the network has
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the networks out: processes that read and write images need none."""
+        """Leave the network out: processes that read and write images need none."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
@@ -108,19 +102,28 @@ class Model:
         return int(self.label_manager.num_segmentation_heads)
 
     @cached_property
-    def networks(self) -> list[nn.Module]:
-        """The networks of all folds with their weights, in evaluation mode."""
-        networks = []
-        for fold in self.checkpoints:
-            weights, network = self.weights(fold), self.build_network()
-            network.load_state_dict(weights)
-            networks.append(network.eval())
-        return networks
+    def _network(self) -> nn.Module:
+        return self.build_network().eval()
+
+    @cached_property
+    def _mapped(self) -> dict[str, dict[str, Tensor]]:
+        """Weights of several folds, which stay in their files until they are used."""
+        return {}
 
     @property
     def network(self) -> nn.Module:
-        """The first fold's network."""
-        return self.networks[0]
+        """The network in evaluation mode, with the first fold's weights."""
+        return self.load_fold(next(iter(self.checkpoints)))
+
+    def load_fold(self, fold: str) -> nn.Module:
+        """Load the weights of a fold into the network, which is one for all folds, and return it."""
+        if fold != self._loaded:
+            weights = self._mapped.get(fold) or self.weights(fold)
+            if len(self.checkpoints) > 1:
+                self._mapped[fold] = weights
+            self._network.load_state_dict(weights)
+            self._loaded = fold
+        return self._network
 
     def weights(self, fold: str) -> dict[str, Tensor]:
         """Map the weights of a fold from its file; they must fit the network, which takes no memory yet."""
@@ -167,7 +170,7 @@ def load_model(
     trust: Sequence[str] = (),
     say: Callable[[str], None] = lambda text: None,
 ) -> Model:
-    """Read a trained model. Its networks are loaded when they are first used.
+    """Read a trained model. Its weights are loaded when they are first used.
 
     Args:
         source: A model folder of nnU-Net v2 with ``plans.json``, ``dataset.json`` and ``fold_*``; a checkpoint of its
@@ -284,8 +287,8 @@ def published_model(entry: WeightsEntry, say: Callable[[str], None] = lambda tex
 
 
 def _is_made_of(card: Path, weights: Path, sha256: str | None) -> bool:
-    """Whether a model was converted from the weights that the registry knows, and after they came into the cache."""
+    """Whether a model was converted from the weights in the cache, and from those that the registry knows."""
     with suppress(OSError, ValueError, LookupError, TypeError):
-        is_newer = not weights.exists() or card.stat().st_ctime >= weights.stat().st_ctime
-        return is_newer and sha256 in (None, read_json(card)["sources"][0]["sha256"])
+        made_of = read_json(card)["sources"][0]["sha256"]
+        return sha256 in (None, made_of) and (not weights.exists() or noted_sha256(weights) == made_of)
     return False

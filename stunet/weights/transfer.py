@@ -133,7 +133,7 @@ def transfer_weights(
     """
     check_policies(stem, head)
     target: dict[str, Tensor] = network.state_dict(keep_vars=True)
-    origin = source_outputs(weights)
+    origin = None if outputs is None else source_outputs(weights)  # whose labels may be odd, where none are asked for
     if outputs is not None:
         _check_fit(weights, target, outputs)
         structures, remark = _match(origin, outputs, head)
