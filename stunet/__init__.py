@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from stunet.loss import PartialDiceCELoss
     from stunet.network import STUNet, create_model
     from stunet.ranking import rank
-    from stunet.weights import list_models, load_weights
+    from stunet.weights.published import list_models
+    from stunet.weights.transfer import load_weights
 
 __all__ = [
     "PartialDiceCELoss",
@@ -43,7 +44,8 @@ _ROOMS = {
     "loss": ["PartialDiceCELoss"],
     "network": ["STUNet", "create_model"],
     "ranking": ["rank"],
-    "weights": ["list_models", "load_weights"],
+    "weights.published": ["list_models"],
+    "weights.transfer": ["load_weights"],
 }
 
 

@@ -16,7 +16,7 @@ from stunet.errors import ArchitectureError, CheckpointError, UsageError
 from stunet.network import STUNetSize, build_stunet
 from stunet.ranking.candidates import Candidate, build_candidate, name_checkpoints, read_zoo
 from stunet.ranking.points import decoder_stages, draw_points, extract_case, layer_outputs
-from stunet.weights import adapt_stem
+from stunet.weights.transfer import adapt_stem
 
 PATCH = (32, 32, 32)
 OTHER = STUNetSize("d112111w3", (1, 1, 2, 1, 1, 1), 3)

@@ -20,7 +20,7 @@ from stunet.errors import CheckpointError, DownloadError, UsageError
 from stunet.files import file_sha256
 from stunet.labels import load_vocabulary
 from stunet.network import SIZES, STUNetSize
-from stunet.weights import (
+from stunet.weights.published import (
     cached_weights,
     clean_url,
     entry_folder,

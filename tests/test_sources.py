@@ -16,7 +16,7 @@ from weights import TINY, published, tiny_weights, v1_plans, write_v1
 
 from stunet.errors import CheckpointError, UsageError
 from stunet.network import SIZES, STUNetSize, build_stunet
-from stunet.weights import infer_architecture, open_weights, write_published
+from stunet.weights.convert import infer_architecture, open_weights, write_published
 
 KEY, PUBLISHED_KEY = "encoder.stages.0.0.conv1.weight", "conv_blocks_context.0.0.conv1.weight"
 INIT_ARGS = {"plans": {"configurations": {}}, "configuration": "3d_fullres", "device": torch.device("cuda", 0)}

@@ -14,7 +14,8 @@ from weights import STRIDES, TINY, tiny_weights, write_v1
 from stunet.errors import CheckpointError, UsageError
 from stunet.labels import Outputs
 from stunet.network import STUNet, STUNetSize, build_stunet
-from stunet.weights import SourceWeights, adapt_stem, load_weights, open_weights, source_outputs, transfer_weights
+from stunet.weights.convert import SourceWeights, open_weights
+from stunet.weights.transfer import adapt_stem, load_weights, source_outputs, transfer_weights
 
 SOURCE_LABELS = {"background": 0, "liver": 1, "left kidney": 2, "IVC": 3}
 STEM, PROJECTION = "encoder.stages.0.0.conv1.weight", "encoder.stages.0.0.projection.weight"

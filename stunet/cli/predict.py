@@ -25,7 +25,7 @@ _model, _result, _resources = (
 
 
 def _complete_model(incomplete: str) -> list[str]:
-    from stunet.weights import load_registry
+    from stunet.weights.published import load_registry
 
     parent, _, start = incomplete.rpartition(os.sep)
     folders = [path for path in Path(parent or ".").glob(f"{start}*") if path.is_dir()]
@@ -153,7 +153,7 @@ def predict(
 
 
 def _published_model(name: str) -> Path:
-    from stunet.weights import find_entry
+    from stunet.weights.published import find_entry
 
     entry = find_entry(name)
     licence = entry.licence or "not stated; ask those who published them"

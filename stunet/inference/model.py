@@ -44,7 +44,7 @@ class Model:
         trainer_name: The trainer that says how the network is built.
         mirroring_axes: Axes that prediction may mirror; None for no mirroring.
         checkpoints: File of each fold, by its name in ``fold_NAME``.
-        trust: Classes that its plans may name beyond the known ones, see :func:`stunet.weights.check_network`.
+        trust: Classes that its plans may name beyond the known ones, see :func:`stunet.weights.networks.check_network`.
     """
 
     folder: Path

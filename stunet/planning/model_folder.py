@@ -18,7 +18,8 @@ from stunet.labels import Vocabulary
 from stunet.network import STUNetSize
 from stunet.planning.rewrite import check_configuration, check_plans, resolve_configuration, rewrite_configuration
 from stunet.planning.v1_plans import PRETRAINING, Preparation, read_v1_plans
-from stunet.weights import MODEL_CARD, SourceWeights
+from stunet.weights.convert import SourceWeights
+from stunet.weights.read import MODEL_CARD
 
 CONFIGURATION = "3d_fullres"
 _CHECKPOINT = "fold_0/checkpoint_final.pth"

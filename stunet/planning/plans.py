@@ -25,7 +25,8 @@ from stunet.planning.model_folder import CONFIGURATION, configuration_for
 from stunet.planning.rewrite import check_plans, has_own_architecture, resolve_configuration
 from stunet.planning.v1_plans import Preparation
 from stunet.settings import SETTINGS_KEY, HeadPolicy, StemPolicy, Strategy, check_settings
-from stunet.weights import SourceWeights, TransferReport, transfer_weights
+from stunet.weights.convert import SourceWeights
+from stunet.weights.transfer import TransferReport, transfer_weights
 
 #: nnU-Net's planners by the plans identifier that they write.
 _PLANNERS = {

@@ -20,7 +20,9 @@ from stunet.forms import decode, read_document
 from stunet.network import STUNet, build_stunet
 from stunet.ranking.points import SourceHead
 from stunet.settings import StemPolicy
-from stunet.weights import UNetWeights, adapt_stem, cached_weights, load_registry, open_any_weights, source_outputs
+from stunet.weights.convert import UNetWeights, open_any_weights
+from stunet.weights.published import cached_weights, load_registry
+from stunet.weights.transfer import adapt_stem, source_outputs
 
 _HEADS = "decoder.seg_layers."
 
@@ -133,12 +135,12 @@ def build_candidate(
     stem is adapted where the target has other channels.
 
     Args:
-        path: As for :func:`stunet.weights.open_any_weights`.
+        path: As for :func:`stunet.weights.convert.open_any_weights`.
         input_channels: Channels of the target's images.
         patch_size: Voxels of the target's patch; two axes in a 2D configuration.
         strides: Stride of each of STU-Net's six stages for each axis, see :func:`stunet.planning.fit_strides`.
-        trust: Classes that the plans of checkpoints may name, see :func:`stunet.weights.check_network`.
-        stem: What to do with the stem, see :func:`stunet.weights.adapt_stem`; what it leaves fresh is the same for
+        trust: Classes that the plans of checkpoints may name, see :func:`stunet.weights.networks.check_network`.
+        stem: What to do with the stem, see :func:`stunet.weights.transfer.adapt_stem`; what it leaves fresh is the same for
             every checkpoint of one shape.
 
     Raises:

@@ -28,7 +28,7 @@ from stunet.ranking.candidates import build_candidate, name_checkpoints, read_zo
 from stunet.ranking.ccfv import Debias, Normalise, bootstrap_scores, ccfv
 from stunet.ranking.points import CasePoints, draw_points, extract_case
 from stunet.ranking.rivals import RIVALS, PointPredictions, zero_shot_at_points
-from stunet.weights import locate_checkpoint
+from stunet.weights.convert import locate_checkpoint
 
 METRICS = ("ccfv", *RIVALS, "zero-shot")
 """Names of all metrics."""

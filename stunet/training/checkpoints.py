@@ -20,7 +20,7 @@ from stunet.files import atomic_path, remove_leftovers, write_json
 from stunet.planning import open_preprocessed
 from stunet.ranking import prepare_target, score_candidate
 from stunet.training.optimizer import set_kernel
-from stunet.weights import check_weights, read_checkpoint
+from stunet.weights.read import check_weights, read_checkpoint
 from stunet.weights.sharded import (
     SHARDED_SUFFIX,
     ShardedSave,

@@ -266,7 +266,7 @@ def open_weights(paths: Sequence[str | os.PathLike[str]], *, trust: Sequence[str
         paths: One file with weights, or one model folder, and any number of nnU-Net v1 pickles (``.pkl``), in any
             order. Where ``X.model`` is given, ``X.model.pkl`` and ``plans.pkl`` beside it are read too.
         trust: Check the network that the plans in the checkpoint name, too, and admit these classes beyond the known
-            ones; see :func:`stunet.weights.check_network`. None where nothing will be built of these plans.
+            ones; see :func:`stunet.weights.networks.check_network`. None where nothing will be built of these plans.
 
     Returns:
         The weights under our names, without the prefixes of ``DataParallel`` and ``torch.compile``, as fp32.
@@ -434,7 +434,7 @@ def open_any_weights(path: str | os.PathLike[str], trust: Sequence[str] = ()) ->
     Args:
         path: A file as for :func:`open_weights`, a checkpoint of nnU-Net v2 with a ``PlainConvUNet`` or a
             ``ResidualEncoderUNet``, or a model folder with one fold.
-        trust: Further classes that the plans may name, see :func:`stunet.weights.check_network`.
+        trust: Further classes that the plans may name, see :func:`stunet.weights.networks.check_network`.
 
     Raises:
         CheckpointError: The file is missing, truncated or unsafe, the weights are not finite, of another network, or

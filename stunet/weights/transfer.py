@@ -293,12 +293,12 @@ def load_weights(
 
     Args:
         network: The network, changed in place.
-        checkpoint: Whatever :func:`stunet.weights.open_any_weights` reads: ``.model``, ``.pth``, ``.safetensors``, or a
+        checkpoint: Whatever :func:`stunet.weights.convert.open_any_weights` reads: ``.model``, ``.pth``, ``.safetensors``, or a
             model folder.
         labels: What each output of the network stands for, background first.
         stem: What to do with a STU-Net's stem where the input channels differ.
         head: ``fresh`` leaves all heads as they are.
-        trust: Further classes that the plans in the file may name, see :func:`stunet.weights.check_network`.
+        trust: Further classes that the plans in the file may name, see :func:`stunet.weights.networks.check_network`.
 
     Returns:
         What became of each parameter.

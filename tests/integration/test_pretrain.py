@@ -13,7 +13,7 @@ from test_variants import TINY
 
 from stunet.datasets import write_phantom_dataset
 from stunet.labels import write_manifest
-from stunet.weights import read_checkpoint
+from stunet.weights.read import read_checkpoint
 
 MINI, PARTIAL = "Dataset101_TotalSegmentator", "Dataset002_Partial"
 
