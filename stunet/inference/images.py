@@ -324,25 +324,23 @@ class _LowMemoryConfiguration(ConfigurationManager):
         return lambda mask, *_: np.zeros((1,) * mask.ndim, mask.dtype)
 
 
-def prepare(case: Case, model: Model, scratch: Path) -> CaseArray:
+def prepare(case: Case, model: Model, scratch: Path, *, preprocessed: bool = True) -> CaseArray:
     """Read and preprocess a case as nnU-Net does, and write the result into a folder of its name in ``scratch``.
+
+    Without preprocessing, images that the model's reader does not take are converted and no more.
 
     Raises:
         DatasetError: The files cannot be read, hold values that are no numbers, or cannot be preprocessed.
     """
-    converted = convert(case, model, scratch)
-    read = [read_images(converted.case, model)]
-    with readable(case.name, "cannot be preprocessed"):
-        image, properties = preprocess(model, read)
-    np.save(converted.path, image)
-    return CaseArray(converted.case, converted.path, properties)
-
-
-def convert(case: Case, model: Model, scratch: Path) -> CaseArray:
-    """Make a folder for a case in ``scratch``, with its images in it where the model's reader does not take them."""
-    folder = scratch / case.name
+    folder, properties = scratch / case.name, {}
     folder.mkdir(exist_ok=True)
-    return CaseArray(as_nifti(case, model.file_ending, folder), folder / "image.npy", {})
+    case = as_nifti(case, model.file_ending, folder)
+    if preprocessed:
+        read = [read_images(case, model)]
+        with readable(case.name, "cannot be preprocessed"):
+            image, properties = preprocess(model, read)
+        np.save(folder / "image.npy", image)
+    return CaseArray(case, folder / "image.npy", properties)
 
 
 def preprocess(model: Model, read: list[tuple[npt.NDArray[Any], dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:

@@ -140,8 +140,8 @@ def build_candidate(
         patch_size: Voxels of the target's patch; two axes in a 2D configuration.
         strides: Stride of each of STU-Net's six stages for each axis, see :func:`stunet.planning.fit_strides`.
         trust: Classes that the plans of checkpoints may name, see :func:`stunet.weights.networks.check_network`.
-        stem: What to do with the stem, see :func:`stunet.weights.transfer.adapt_stem`; what it leaves fresh is the same for
-            every checkpoint of one shape.
+        stem: What to do with the stem, see :func:`stunet.weights.transfer.adapt_stem`; what it leaves fresh is the
+            same for every checkpoint of one shape.
 
     Raises:
         ArchitectureError: Strides or channels that no STU-Net has.
