@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,9 +15,6 @@ from rich.console import Console
 from stunet.cli.console import say, stderr, stdout
 from stunet.cli.options import Device, choose_device
 from stunet.errors import UsageError
-
-if TYPE_CHECKING:
-    from stunet.inference import Progress
 
 _model, _result, _resources = (
     partial(typer.Option, rich_help_panel=panel) for panel in ("Model", "Result", "Speed and memory")
@@ -148,7 +145,7 @@ def predict(
             n_writing=n_writing,
             part_id=part_id,
             n_parts=n_parts,
-            progress=progress,
+            **progress,
         )
 
 
@@ -166,41 +163,24 @@ def _published_model(name: str) -> Path:
 
 
 @contextmanager
-def show_progress(*, bar: bool, notes: Console = stdout) -> Iterator[Progress]:
-    """Show a prediction: notes and finished cases on standard output, failures and a bar on standard error.
+def show_progress(*, bar: bool, notes: Console = stdout) -> Iterator[dict[str, Any]]:
+    """Show a prediction: yield where :func:`stunet.inference.predict_folder` says what it does.
 
     Args:
-        bar: Whether there is a bar.
+        bar: Whether there is a bar on standard error.
         notes: Another place for the notes, where standard output is for something else.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from stunet import inference
 
     text = TextColumn("{task.description}", markup=False)
     columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not bar) as bars:
         shown = bars.add_task("reading and preprocessing", total=None)
 
-        class Shown(inference.Progress):
-            def note(self, text: str) -> None:
-                notes.print(text, soft_wrap=True, highlight=False)
+        def on_window(case: str, n_windows: int) -> None:
+            if bars.tasks[0].description != case:
+                bars.reset(shown, description=case, total=n_windows)
+            bars.advance(shown)
 
-            def planned(self, n_cases: int, n_finished: int) -> None:
-                finished = f", {n_finished} are finished already" if n_finished else ""
-                self.note(f"Cases to predict: {n_cases}{finished}")
-
-            def window(self, case: inference.Case, n_windows: int) -> None:
-                task = bars.tasks[0]
-                if task.description != case.name:
-                    bars.reset(shown, description=case.name, total=n_windows)
-                bars.advance(shown)
-
-            def finished(self, case: inference.Case, found: Mapping[str, object]) -> None:
-                self.note(f"Predicted {case.name}: {len(found)} structure{'s' * (len(found) != 1)} found")
-
-            def failed(self, case: inference.Case, problem: str) -> None:
-                stderr.print(f"Failed: {case.name}:", style="bold red", end=" ", highlight=False)
-                stderr.print(problem, highlight=False, soft_wrap=True)
-
-        yield Shown()
+        warn = partial(stderr.print, style="bold red", soft_wrap=True)
+        yield {"say": partial(notes.print, soft_wrap=True), "warn": warn, "on_window": on_window}

@@ -224,11 +224,11 @@ def predict_folder(
                     if isinstance(prepared, Exception):
                         raise prepared
                     if stock:
-                        stem, also = str(scratch / case.name / "stock"), save_probabilities
+                        stem = str(scratch / case.name / "stock")
                         labels, properties = predictor.predict_with_nnunet(
-                            prepared.case, stem, before, save_probabilities=also
+                            prepared.case, stem, save_probabilities=save_probabilities, previous_stage=before
                         )
-                        for each in (".npz", ".pkl") if also else ():
+                        for each in (".npz", ".pkl") if save_probabilities else ():
                             move_into_place(stem + each, folder / f"{case.name}{each}")
                     else:
                         image, properties = np.load(prepared.path, mmap_mode="r"), prepared.properties

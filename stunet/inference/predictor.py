@@ -107,18 +107,13 @@ class Predictor:
         return predictor
 
     def predict_with_nnunet(
-        self, case: Case, stem: str, previous_stage: str | None, *, save_probabilities: bool
+        self, case: Case, stem: str, *, save_probabilities: bool, previous_stage: str | None
     ) -> tuple[Labels, dict[str, Any]]:
         """Predict the files of a case with :attr:`stock`, which writes files that begin with ``stem``."""
-        self.stock.predict_from_files_sequential(
-            [list(map(str, case.files))],
-            [stem],
-            save_probabilities=save_probabilities,
-            folder_with_segs_from_prev_stage=previous_stage,
-        )
-        labels, properties = self.model.plans_manager.image_reader_writer_class().read_seg(
-            stem + self.model.file_ending
-        )
+        options = {"save_probabilities": save_probabilities, "folder_with_segs_from_prev_stage": previous_stage}
+        self.stock.predict_from_files_sequential([list(map(str, case.files))], [stem], **options)
+        reader = self.model.plans_manager.image_reader_writer_class()
+        labels, properties = reader.read_seg(stem + self.model.file_ending)
         return np.asarray(labels[0]).astype(self.label_type), properties
 
     @property

@@ -293,8 +293,8 @@ def load_weights(
 
     Args:
         network: The network, changed in place.
-        checkpoint: What :func:`stunet.weights.convert.open_any_weights` reads: ``.model``, ``.pth``, ``.safetensors``, or
-            a model folder.
+        checkpoint: What :func:`stunet.weights.convert.open_any_weights` reads: ``.model``, ``.pth``, ``.safetensors``,
+            or a model folder.
         labels: What each output of the network stands for, background first.
         stem: What to do with a STU-Net's stem where the input channels differ.
         head: ``fresh`` leaves all heads as they are.
