@@ -114,7 +114,14 @@ def predict(
 
         model = str(nnunet_folder("nnUNet_results") / find_dataset(dataset) / f"{trainer}__{plans}__{configuration}")
     elif not Path(str(model)).exists() and os.sep not in str(model):
-        model = str(_published_model(str(model)))
+        from stunet.weights.published import find_entry
+
+        entry = find_entry(str(model))
+        licence, page = (
+            entry.licence or "not stated; ask those who published them",
+            f" ({entry.page})" * bool(entry.page),
+        )
+        stdout.print(f"Weights {model}, licence: {licence}{page}", soft_wrap=True)
 
     import torch
 
@@ -126,7 +133,7 @@ def predict(
     extras = {"masks": masks, "statistics": statistics, "preview": preview, "names_in_header": names_in_header}
     with show_progress(bar=not disable_progress_bar) as progress:
         predict_folder(
-            load_model(str(model), folds, checkpoint, trust=trust or []),
+            load_model(str(model), folds, checkpoint, trust=trust or [], say=say),
             images,
             output,
             structures=None if structures is None else [name.strip() for name in structures.split(",") if name.strip()],
@@ -147,19 +154,6 @@ def predict(
             n_parts=n_parts,
             **progress,
         )
-
-
-def _published_model(name: str) -> Path:
-    from stunet.weights.published import find_entry
-
-    entry = find_entry(name)
-    licence = entry.licence or "not stated; ask those who published them"
-    page = f" ({entry.page})" if entry.page else ""
-    stdout.print(f"Weights {name}, licence: {licence}{page}", soft_wrap=True, highlight=False)
-
-    from stunet.inference import published_model
-
-    return published_model(entry, say)
 
 
 @contextmanager

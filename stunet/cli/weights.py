@@ -175,16 +175,15 @@ def _models_and_systems() -> dict[str, Any]:
 
 def _structures(name: str) -> list[dict[str, Any]]:
     """List label values and name of each structure."""
-    from stunet.labels import list_label_systems, list_vocabularies, load_label_system, load_vocabulary
+    from stunet.labels import Labels, list_label_systems, list_vocabularies, load_label_system, load_vocabulary
     from stunet.weights.published import load_registry
 
     models = load_registry()
     order = models[name].labels if name in models else name
     if (path := Path(name) / "dataset.json").is_file():
         with reading(path, "a dataset description that cannot be read", LabelError):
-            labels = read_json(path)["labels"].items()
-            values = {name: [int(v) for v in (value if isinstance(value, list) else [value])] for name, value in labels}
-        return [{"labels": v, "name": name} for name, v in values.items() if v != [0] and name != "ignore"]
+            structures = Labels(read_json(path), path).structures
+        return [{"labels": list(values), "name": name} for name, values in structures.items()]
     if order in list_vocabularies():
         return [{"labels": [i], "name": each} for i, each in enumerate(load_vocabulary(order).labels) if i]
     if name in models:

@@ -292,29 +292,25 @@ def plan_memory(
     Raises:
         UsageError: None fits; names the least that works.
     """
-    on_device = predictor.device.type != "cpu" and predictor.results_on_device
+    on_device, model = predictor.device.type != "cpu" and predictor.results_on_device, predictor.model
+    plans = []
+    for average in dict.fromkeys((False, len(model.checkpoints) > 1)):
+        for n in dict.fromkeys([(n_preparing, n_writing), (min(1, n_preparing), min(1, n_writing)), (0, 0)]):
+            plans.append(MemoryPlan(0, average, *n))
+        if len(model.configuration_manager.patch_size) == 3:
+            plans += [MemoryPlan(axis, average) for axis in (1, 2)]
     network = 0 if on_device else _network_bytes(predictor)
-    limit = available_bytes() if budget is None else budget
-    estimates: list[tuple[int, MemoryPlan]] = []
-    for plan in _plans(predictor.model, n_preparing, n_writing):
-        need = network + max(_case_bytes(predictor.model, g, plan, on_device=on_device) for g in geometries)
-        if limit is None or need <= limit:
-            return plan, need
-        estimates.append((need, plan))
-    least, plan = min(estimates, key=lambda estimate: estimate[0])
-    if budget is None:
-        return plan, least
-    largest, gigabytes = max(geometries, key=lambda geometry: geometry.n_voxels), math.ceil(least / 2**30 * 10) / 10
+    needs = {
+        plan: network + max(_case_bytes(model, geometry, plan, on_device=on_device) for geometry in geometries)
+        for plan in plans
+    }
+    limit, least = available_bytes() if budget is None else budget, min(plans, key=needs.__getitem__)
+    plan = next((plan for plan in plans if limit is None or needs[plan] <= limit), least)
+    if budget is None or needs[plan] <= budget:
+        return plan, needs[plan]
+    largest, gigabytes = max(geometries, key=lambda each: each.n_voxels), math.ceil(needs[least] / 2**30 * 10) / 10
     given = f"--memory {budget / 2**30:.2f}GB"
     raise UsageError(f"{given} is too little for {largest}: give {gigabytes:.1f}GB at least, or fewer folds with -f")
-
-
-def _plans(model: Model, n_preparing: int, n_writing: int) -> Iterator[MemoryPlan]:
-    processes = dict.fromkeys([(n_preparing, n_writing), (min(1, n_preparing), min(1, n_writing)), (0, 0)])
-    for average in dict.fromkeys((False, len(model.checkpoints) > 1)):
-        yield from (MemoryPlan(0, average, *n) for n in processes)
-        if len(model.configuration_manager.patch_size) == 3:
-            yield from (MemoryPlan(axis, average, 0, 0) for axis in (1, 2))
 
 
 def _case_bytes(model: Model, geometry: Geometry, plan: MemoryPlan, *, on_device: bool) -> int:
@@ -344,12 +340,13 @@ def _case_bytes(model: Model, geometry: Geometry, plan: MemoryPlan, *, on_device
 
 
 def _network_bytes(predictor: Predictor) -> int:
-    """Weights of all folds and a forward pass."""
+    """Weights of the network, those of several folds in their files' memory, and a forward pass."""
     model, patch = predictor.model, predictor.model.configuration_manager.patch_size
     with torch.device("meta"):
         network = model.build_network()
     n_logits = int(predictor.mirroring and bool(model.mirroring_axes)) + int(len(model.checkpoints) > 1)
-    weights = sum(parameter.numel() for parameter in network.parameters()) * len(model.checkpoints)
+    n_loaded = 1 if len(model.checkpoints) == 1 else 1 + len(model.checkpoints)
+    weights = sum(parameter.numel() for parameter in network.parameters()) * n_loaded
     forward = _CONVOLUTION_FACTOR * peak_forward_bytes(network, (1, model.n_channels, *patch))
     return int(_SINGLE * (weights + n_logits * model.n_outputs * math.prod(patch)) + forward)
 

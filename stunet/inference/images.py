@@ -158,6 +158,8 @@ def _nifti_header(path: Path) -> tuple[Any, tuple[int, ...]]:
         content = file.read(540)
     kind: Any = nib.Nifti2Header if content[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") else nib.Nifti1Header
     header = kind(content[: kind.template_dtype.itemsize], check=False)
+    if header["sizeof_hdr"] not in (348, 540):
+        raise ValueError("no NIfTI header")
     shape = tuple(int(n) for n in header["dim"][1 : 1 + int(header["dim"][0])])
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -165,31 +167,27 @@ def _nifti_header(path: Path) -> tuple[Any, tuple[int, ...]]:
 
 
 def _read_header(path: Path) -> Geometry:
-    has_unit = True
     with readable(path):
         if path.name.endswith(NIFTI_ENDINGS):
             # ITK repairs what a header must not have; nnU-Net would then predict on a grid that nobody meant.
-            header, shape = _nifti_header(path)
-            _check_grid(path, shape, [float(side) for side in header["pixdim"][1 : 1 + len(shape)]])
-            has_unit = bool(int(header["xyzt_units"]) & 7)  # the bits for lengths
-        reader: Any = sitk.ImageFileReader()  # type: ignore[no-untyped-call]
-        reader.SetFileName(str(path))
-        reader.ReadImageInformation()
-        size, spacing = reader.GetSize(), reader.GetSpacing()
-        _check_grid(path, size, spacing)
-        pixel: Any = sitk.Image([1] * len(size), reader.GetPixelID())  # type: ignore[no-untyped-call]
-    if len(size) == 2:  # nnU-Net makes one thick plane of it
-        size, spacing = (*size, 1), (*spacing, 999 * max(spacing))
-    n_bytes = sitk.GetArrayFromImage(pixel).dtype.itemsize * reader.GetNumberOfComponents()
-    return Geometry(tuple(size[::-1]), tuple(spacing[::-1]), n_bytes, has_unit)
-
-
-def _check_grid(path: Path, size: Sequence[int], spacing: Sequence[float]) -> None:
+            header, size = _nifti_header(path)
+            spacing = tuple(float(side) for side in header["pixdim"][1 : 1 + len(size)])
+            n_bytes, has_unit = int(header["bitpix"]) // 8, bool(int(header["xyzt_units"]) & 7)  # the bits for lengths
+        else:
+            reader: Any = sitk.ImageFileReader()  # type: ignore[no-untyped-call]
+            reader.SetFileName(str(path))
+            reader.ReadImageInformation()
+            size, spacing, has_unit = reader.GetSize(), reader.GetSpacing(), True
+            pixel: Any = sitk.Image([1] * len(size), reader.GetPixelID())  # type: ignore[no-untyped-call]
+            n_bytes = sitk.GetArrayFromImage(pixel).dtype.itemsize * reader.GetNumberOfComponents()
     if len(size) not in (2, 3):
         found = " x ".join(map(str, size))
         raise DatasetError(f"{path} has {len(size)} axes ({found}) instead of three: write each volume by itself")
     if not all(math.isfinite(side) and side > 0 for side in spacing):
         raise DatasetError(f"{path} has an impossible spacing of {_mm(spacing)}: correct its header")
+    if len(size) == 2:  # nnU-Net makes one thick plane of it
+        size, spacing = (*size, 1), (*spacing, 999 * max(spacing))
+    return Geometry(tuple(size[::-1]), tuple(spacing[::-1]), n_bytes, has_unit)
 
 
 def _mm(sides: Sequence[float]) -> str:

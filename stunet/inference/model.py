@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from stunet.errors import CheckpointError, PlansError, UsageError, reading
 from stunet.files import read_json
-from stunet.labels import load_vocabulary, structure_values, vocabulary_for
+from stunet.labels import Labels, load_vocabulary, vocabulary_for
 from stunet.planning import check_configuration, describe_model, write_model_folder
 from stunet.weights.convert import open_weights
 from stunet.weights.networks import check_network
@@ -79,7 +79,7 @@ class Model:
     @property
     def structures(self) -> dict[str, tuple[int, ...]]:
         """Label values of each structure that is predicted; regions have several."""
-        return structure_values(self.dataset_json["labels"])
+        return Labels(self.dataset_json).structures
 
     @property
     def file_ending(self) -> str:
@@ -252,7 +252,7 @@ def _check(model: Model) -> None:
     check_network(configuration.configuration["architecture"], source=source, trust=model.trust)
     if not re.fullmatch(r"(\.\w+)+", model.file_ending) or model.n_outputs < 1:
         raise ValueError(f"file_ending {model.file_ending[:40]}, {model.n_outputs} outputs")
-    if any(not 0 < value < 2**16 for values in model.structures.values() for value in values):
+    if not model.structures or any(not 0 < v < 2**16 for values in model.structures.values() for v in values):
         raise ValueError(f"labels {str(model.structures)[:100]}")
     prepared_by = [model.plans_manager.image_reader_writer_class, configuration.preprocessor_class]
     for name in ("data", "seg", "probabilities"):
