@@ -117,10 +117,8 @@ def predict(
         from stunet.weights.published import find_entry
 
         entry = find_entry(str(model))
-        licence, page = (
-            entry.licence or "not stated; ask those who published them",
-            f" ({entry.page})" * bool(entry.page),
-        )
+        licence = entry.licence or "not stated; ask those who published them"
+        page = f" ({entry.page})" if entry.page else ""
         stdout.print(f"Weights {model}, licence: {licence}{page}", soft_wrap=True)
 
     import torch
@@ -131,9 +129,10 @@ def predict(
     chosen = choose_device(device)
     torch.backends.cudnn.benchmark = True  # windows are all of one size
     extras = {"masks": masks, "statistics": statistics, "preview": preview, "names_in_header": names_in_header}
+    trained = load_model(str(model), folds, checkpoint, trust=trust or [], say=say)
     with show_progress(bar=not disable_progress_bar) as progress:
         predict_folder(
-            load_model(str(model), folds, checkpoint, trust=trust or [], say=say),
+            trained,
             images,
             output,
             structures=None if structures is None else [name.strip() for name in structures.split(",") if name.strip()],
