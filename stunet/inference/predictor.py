@@ -345,6 +345,7 @@ def predict_planes(
                 prediction = network(tensor[:, :, 0] if flat else tensor)[0].to(results_device)
                 prediction = (prediction[:, None] if flat else prediction).movedim(axis + 1, 1)
                 _add(sums, prediction, gaussian, place)
+                del prediction  # before there is the next one
                 on_window(n_windows)
         for place in places:
             _add(weights, torch.ones_like(gaussian)[None], gaussian, place)
