@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from stunet.cli.console import say, stderr, stdout
-from stunet.cli.options import Device, choose_device
+from stunet.cli.options import Device, Trust, choose_device
 from stunet.errors import UsageError
 
 _model, _result, _resources = (
@@ -42,11 +42,7 @@ def predict(
     model: Annotated[
         str | None,
         _model(
-            "-m",
-            "--model",
-            metavar="MODEL",
-            autocompletion=_complete_model,
-            help="Folder, or a name that `stunet list` shows.",
+            "-m", "--model", metavar="MODEL", autocompletion=_complete_model, help="Folder, or a name in `stunet list`."
         ),
     ] = None,
     dataset: Annotated[str | None, _model("-d", "--dataset", metavar="NAME", help="Or a dataset's id or name.")] = None,
@@ -77,12 +73,9 @@ def predict(
         bool, _result("--save_probabilities", help="Also nnU-Net's .npz, by its own predictor.")
     ] = False,
     continue_prediction: Annotated[
-        bool, _result("--continue", "--c", help="Keep cases that are predicted already.")
+        bool, _result("--continue", "--c", "--continue_prediction", help="Keep cases that are predicted already.")
     ] = False,
-    continue_as_nnunet: Annotated[bool, _result("--continue_prediction", hidden=True)] = False,
-    trust: Annotated[
-        list[str] | None, _model("--trust", metavar="CLASS", help="A network class of others' that may be imported.")
-    ] = None,
+    trust: Trust = None,
     device: Device = "auto",
     memory: Annotated[str | None, _resources(metavar="SIZE", help="Limit for all processes, such as 8GB.")] = None,
     step_size: Annotated[
@@ -146,7 +139,7 @@ def predict(
             save_probabilities=save_probabilities,
             previous_stage=previous_stage,
             series=series,
-            continue_prediction=continue_prediction or continue_as_nnunet,
+            continue_prediction=continue_prediction,
             n_preparing=n_preparing,
             n_writing=n_writing,
             part_id=part_id,
