@@ -42,7 +42,7 @@ def predict(
     model: Annotated[
         str | None,
         _model(
-            "-m", "--model", metavar="MODEL", autocompletion=_complete_model, help="Folder, or a name in `stunet list`."
+            "-m", "--model", metavar="MODEL", autocompletion=_complete_model, help="Folder, or a published name."
         ),
     ] = None,
     dataset: Annotated[str | None, _model("-d", "--dataset", metavar="NAME", help="Or a dataset's id or name.")] = None,

@@ -32,34 +32,21 @@ _SLICE_TOLERANCE = 0.25
 
 @dataclass(frozen=True)
 class Case:
-    """One case of the input.
+    """One case of the input."""
 
-    Attributes:
-        name: What its prediction is called, without ending.
-        files: One image for each channel, in order.
-        slices: Files of a DICOM series in place of ``files``, in any order.
-    """
-
-    name: str
-    files: tuple[Path, ...]
-    slices: tuple[Path, ...] = ()
+    name: str  # what its prediction is called, without ending
+    files: tuple[Path, ...]  # one image for each channel, in order
+    slices: tuple[Path, ...] = ()  # files of a DICOM series in place of files, in any order
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Size and spacing of a case's images.
+    """Size and spacing of a case's images."""
 
-    Attributes:
-        shape: Voxels in the order of nnU-Net's arrays, ``(Z, Y, X)``; ``(1, Y, X)`` for an image with two axes.
-        spacing: mm between them.
-        bytes_per_voxel: What the file's own type takes.
-        has_unit: Whether the file says what unit the spacing has; only NIfTI can leave it out.
-    """
-
-    shape: tuple[int, ...]
-    spacing: tuple[float, ...]
-    bytes_per_voxel: int
-    has_unit: bool = True
+    shape: tuple[int, ...]  # voxels in the order of nnU-Net's arrays, (Z, Y, X); (1, Y, X) for an image with two axes
+    spacing: tuple[float, ...]  # mm between them
+    bytes_per_voxel: int  # what the file's own type takes
+    has_unit: bool = True  # whether the file says what unit the spacing has; only NIfTI can leave it out
 
     def __str__(self) -> str:
         return f"{' x '.join(map(str, self.shape[::-1]))} voxels of {_mm(self.spacing[::-1])}"
@@ -292,17 +279,11 @@ def _read_series(slices: Sequence[Path]) -> Any:
 
 @dataclass(frozen=True)
 class CaseArray:
-    """An array of a case between two steps: its image on the network's grid, or its labels.
+    """An array of a case between two steps: its image on the network's grid, or its labels."""
 
-    Attributes:
-        case: The case; its files are in the scratch folder where they had to be converted.
-        path: File with the array, ``(C, X, Y, Z)`` or ``(Z, Y, X)``, in a scratch folder of the case.
-        properties: What nnU-Net notes of the original grid.
-    """
-
-    case: Case
-    path: Path
-    properties: dict[str, Any]
+    case: Case  # the case; its files are in the scratch folder where they had to be converted
+    path: Path  # file with the array, (C, X, Y, Z) or (Z, Y, X), in a scratch folder of the case
+    properties: dict[str, Any]  # what nnU-Net notes of the original grid
 
 
 class _LowMemoryConfiguration(ConfigurationManager):

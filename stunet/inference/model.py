@@ -34,27 +34,16 @@ _VOLUME_READERS = {"SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "Nibab
 
 @dataclass
 class Model:
-    """A trained nnU-Net v2 model: what is known of it before weights are loaded, and its network once it is used.
+    """A trained nnU-Net v2 model: what is known of it before weights are loaded, and its network once it is used."""
 
-    Attributes:
-        folder: The model folder; of a checkpoint by itself, the folder that it lies in.
-        plans: Content of ``plans.json``.
-        dataset_json: Content of ``dataset.json``.
-        configuration: Name of the configuration in the plans.
-        trainer_name: The trainer that says how the network is built.
-        mirroring_axes: Axes that prediction may mirror; None for no mirroring.
-        checkpoints: File of each fold, by its name in ``fold_NAME``.
-        trust: Classes that its plans may name beyond the known ones, see :func:`stunet.weights.networks.check_network`.
-    """
-
-    folder: Path
-    plans: dict[str, Any]
-    dataset_json: dict[str, Any]
-    configuration: str
-    trainer_name: str
-    mirroring_axes: tuple[int, ...] | None
-    checkpoints: dict[str, Path]
-    trust: tuple[str, ...] = ()
+    folder: Path  # the model folder; of a checkpoint by itself, the folder that it lies in
+    plans: dict[str, Any]  # content of plans.json
+    dataset_json: dict[str, Any]  # content of dataset.json
+    configuration: str  # name of the configuration in the plans
+    trainer_name: str  # the trainer that says how the network is built
+    mirroring_axes: tuple[int, ...] | None  # axes that prediction may mirror; None for no mirroring
+    checkpoints: dict[str, Path]  # file of each fold, by its name in fold_NAME
+    trust: tuple[str, ...] = ()  # classes that its plans may name beyond the known ones
     _loaded = ""  # the fold whose weights the network has
 
     def __getstate__(self) -> dict[str, Any]:

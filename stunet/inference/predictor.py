@@ -57,25 +57,15 @@ class MemoryPlan:
 
 @dataclass
 class Predictor:
-    """Predicts images with a model, as nnU-Net's ``nnUNetPredictor`` does.
-
-    Attributes:
-        model: The model.
-        device: Where the networks run.
-        step_size: Distance between windows as a fraction of the patch.
-        mirroring: Whether the axes that the checkpoint allows are mirrored.
-        results_on_device: Whether logits are added up on the device too.
-        lowres: Whether labels stay on the network's grid, which covers what preprocessing has not cropped.
-        plan: How memory is used.
-    """
+    """Predicts images with a model, as nnU-Net's ``nnUNetPredictor`` does."""
 
     model: Model
-    device: torch.device = _CPU
-    step_size: float = 0.5
-    mirroring: bool = True
-    results_on_device: bool = True
-    lowres: bool = False
-    plan: MemoryPlan = MemoryPlan()
+    device: torch.device = _CPU  # where the networks run
+    step_size: float = 0.5  # distance between windows as a fraction of the patch
+    mirroring: bool = True  # whether the axes that the checkpoint allows are mirrored
+    results_on_device: bool = True  # whether logits are added up on the device too
+    lowres: bool = False  # whether labels stay on the network's grid, which covers what preprocessing has not cropped
+    plan: MemoryPlan = MemoryPlan()  # how memory is used
 
     @cached_property
     def networks(self) -> list[Callable[[Tensor], Tensor]]:

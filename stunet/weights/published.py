@@ -39,6 +39,8 @@ _Text = Annotated[str, Meta(min_length=1)]
 _Positive = Annotated[int, Meta(gt=0)]
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}"
 _URL = r"^(?i:https?)://([^/?#@\s]*@)?(\[[0-9a-fA-F:.]+\]|[^/?#@:\s\[\]]+)(:\d+)?([/?#]|\Z)"  # with a host
+_File = Annotated[str, Meta(pattern=_NAME + r"\.(model|pth|safetensors|pkl)\Z")]  # no path: it stays in its folder
+_Hub = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*(@[\w.\-/]+)?\Z")]
 _Url = Annotated[str, Meta(pattern=_URL)]
 Say = Callable[[str], None]
 """What takes lines that a person may want to read."""
@@ -68,25 +70,15 @@ class Place(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WeightsFile(Struct, frozen=True, forbid_unknown_fields=True):
-    """One file of published weights.
+    """One file of published weights."""
 
-    Attributes:
-        file: Its name, without a folder: nothing is written elsewhere than into the folder of the weights.
-        url: Where a program may download it.
-        hub: Hugging Face repository with a file of this name, ``OWNER/NAME`` or ``OWNER/NAME@REVISION``.
-        bytes: Its length where it is known.
-        approximate_bytes: Its length as a page rounds it, for the table alone.
-        sha256: Its checksum where it is known.
-        by_hand: Where a person can get it.
-    """
-
-    file: Annotated[str, Meta(pattern=_NAME + r"\.(model|pth|safetensors|pkl)\Z")]
-    url: _Url | None = None
-    hub: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*(@[\w.\-/]+)?\Z")] | None = None
-    bytes: _Positive | None = None
-    approximate_bytes: _Positive | None = None
-    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] | None = None
-    by_hand: tuple[Place, ...] | None = ()
+    file: _File  # its name
+    url: _Url | None = None  # where a program may download it
+    hub: _Hub | None = None  # hugging Face repository with such a file, OWNER/NAME or OWNER/NAME@REVISION
+    bytes: _Positive | None = None  # its length where it is known
+    approximate_bytes: _Positive | None = None  # its length as a page rounds it, for the table alone
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] | None = None  # its checksum where it is known
+    by_hand: tuple[Place, ...] | None = ()  # where a person can get it
 
     @property
     def is_pickle(self) -> bool:
@@ -95,31 +87,18 @@ class WeightsFile(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WeightsEntry(Struct, frozen=True, forbid_unknown_fields=True):
-    """Published weights of one network.
+    """Published weights of one network."""
 
-    Attributes:
-        name: What a user types.
-        size: Size of the network as :func:`stunet.network.size_of` names it.
-        outputs: Outputs, background included.
-        files: The weights and the pickles that belong to them.
-        title: What it was trained on.
-        input_channels: Channels of the image, where known.
-        labels: Name of the label vocabulary with the order of the outputs, where known.
-        licence: Licence of the weights, where known.
-        page: The page of those who published them.
-        sources: Where each of these facts is from.
-    """
-
-    name: Annotated[str, Meta(pattern=_NAME + r"\Z")]
-    size: _Text
-    outputs: _Positive
-    files: tuple[WeightsFile, ...]
-    title: str | None = None
-    input_channels: _Positive | None = None
-    labels: str | None = None
-    licence: str | None = None
-    page: _Url | None = None
-    sources: dict[str, str] | None = None
+    name: Annotated[str, Meta(pattern=_NAME + r"\Z")]  # what a user types
+    size: _Text  # size of the network as stunet.network.size_of names it
+    outputs: _Positive  # outputs, background included
+    files: tuple[WeightsFile, ...]  # the weights and the pickles that belong to them
+    title: str | None = None  # what it was trained on
+    input_channels: _Positive | None = None  # channels of the image, where known
+    labels: str | None = None  # name of the label vocabulary with the order of the outputs, where known
+    licence: str | None = None  # licence of the weights, where known
+    page: _Url | None = None  # the page of those who published them
+    sources: dict[str, str] | None = None  # where each of these facts is from
 
     def __post_init__(self) -> None:
         if self.labels is not None and self.labels not in list_vocabularies():

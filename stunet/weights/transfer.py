@@ -23,31 +23,18 @@ _HEADS = "decoder.seg_layers."
 
 @dataclass(frozen=True)
 class TransferReport:
-    """What became of every parameter.
+    """What became of every parameter."""
 
-    Attributes:
-        source: File that the weights come from.
-        copied: Parameters taken as they are.
-        adapted: How each other parameter was filled from the source, by name.
-        fresh: Parameters that keep the target's own initialisation.
-        structures: For each output of the target the source's name of it, or None where its row is fresh.
-        unused_structures: Outputs of the source that no output of the target corresponds to.
-        input_channels: Channels of source and target.
-        stem: The policy for the stem, see :func:`adapt_stem`.
-        head: The policy for the heads.
-        head_remark: Why no names were compared; empty where they were.
-    """
-
-    source: str
-    copied: tuple[str, ...]
-    adapted: Mapping[str, str]
-    fresh: tuple[str, ...]
-    structures: Mapping[str, str | None]
-    unused_structures: tuple[str, ...]
-    input_channels: tuple[int, int]
-    stem: StemPolicy
-    head: HeadPolicy
-    head_remark: str = ""
+    source: str  # file that the weights come from
+    copied: tuple[str, ...]  # parameters taken as they are
+    adapted: Mapping[str, str]  # how each other parameter was filled from the source, by name
+    fresh: tuple[str, ...]  # parameters that keep the target's own initialisation
+    structures: Mapping[str, str | None]  # of each output the source's name of it; None where its row is fresh
+    unused_structures: tuple[str, ...]  # outputs of the source that no output of the target corresponds to
+    input_channels: tuple[int, int]  # channels of source and target
+    stem: StemPolicy  # the policy for the stem, see adapt_stem
+    head: HeadPolicy  # the policy for the heads
+    head_remark: str = ""  # why no names were compared; empty where they were
 
     def as_dict(self) -> dict[str, Any]:
         """Return what is written as JSON."""
