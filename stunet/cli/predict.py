@@ -41,9 +41,7 @@ def predict(
     ] = None,
     model: Annotated[
         str | None,
-        _model(
-            "-m", "--model", metavar="MODEL", autocompletion=_complete_model, help="Folder, or a published name."
-        ),
+        _model("-m", "--model", metavar="MODEL", autocompletion=_complete_model, help="Folder, or a published name."),
     ] = None,
     dataset: Annotated[str | None, _model("-d", "--dataset", metavar="NAME", help="Or a dataset's id or name.")] = None,
     trainer: Annotated[str, _model("-tr", "--trainer", metavar="NAME", help="Trainer.")] = "nnUNetTrainer",

@@ -30,6 +30,7 @@ from stunet.inference.outputs import (
     check_folder,
     collect_statistics,
     find_structures,
+    measure,
     model_settings,
     remove_predictions,
     write_case,
@@ -209,7 +210,8 @@ def predict_folder(
             if case not in waiting and case.name not in manifest.content["cases"]:  # written by a part, or a killed one
                 with suppress(Exception):
                     labels, properties = reader.read_seg(str(folder / f"{case.name}{ending}"))
-                    manifest.add(case, find_structures(labels[0].astype(np.uint16), kept, properties["spacing"]))
+                    measured = measure(labels[0].astype(np.uint16), kept, properties["spacing"])
+                    manifest.add(case, find_structures(measured))
 
         def feed() -> Iterator[Case]:
             for case in ready:

@@ -86,15 +86,16 @@ def write_case(
         _write_labels(reader, inside.view(np.uint8), properties, mask)
         move_into_place(mask, place / f"{name.replace(os.sep, '_')}.nii.gz")
     problem, spacing = None, properties["spacing"]
+    voxels: Any = ()
     if "statistics" in write or "preview" in write:
         voxels, original = reader.read_images([str(path) for path in case.files])
         if crop is not None:
             voxels = np.stack([channel[crop] for channel in voxels])
             spacings = original["spacing"], spacing
             voxels = resample_image(voxels, labels.shape, *spacings, order=1, force_separate_z=False)
+    measured = measure(labels, structures, spacing, voxels if "statistics" in write else ())
     if "statistics" in write:
         (folder / "statistics").mkdir(exist_ok=True)
-        measured = measure(labels, structures, spacing, voxels)
         content = {name: {key: of[key] for key in of if key != "labels"} for name, of in measured.items()}
         write_json(content, folder / "statistics" / f"{case.name}.json")
     if "preview" in write:
@@ -106,7 +107,7 @@ def write_case(
         except Exception as error:
             problem = f"no preview: {type(error).__name__}: {str(error)[:200]}"
     move_into_place(finished, folder / finished.name)
-    return find_structures(labels, structures, spacing), problem
+    return find_structures(measured), problem
 
 
 def restrict(labels: Array, structures: Structures) -> Array:
@@ -143,9 +144,8 @@ def measure(
     return measured
 
 
-def find_structures(labels: Array, structures: Structures, spacing: Sequence[float]) -> dict[str, dict[str, Any]]:
+def find_structures(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return labels, voxels and volume of the structures that a case has."""
-    measured = measure(labels, structures, spacing)
     keys = ("labels", "voxels", "volume_ml")
     return {name: {key: of[key] for key in keys} for name, of in measured.items() if of["voxels"]}
 
