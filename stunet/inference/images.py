@@ -311,7 +311,8 @@ def prepare(case: Case, model: Model, scratch: Path, *, preprocessed: bool = Tru
     Raises:
         DatasetError: The files cannot be read, hold values that are no numbers, or cannot be preprocessed.
     """
-    folder, properties = scratch / case.name, {}
+    properties: dict[str, Any] = {}
+    folder = scratch / case.name
     folder.mkdir(exist_ok=True)
     case = as_nifti(case, model.file_ending, folder)
     if preprocessed:

@@ -77,7 +77,7 @@ class Predictor:
         def predict(fold: str, window: Tensor) -> Tensor:
             return mirror_and_predict(model.load_fold(fold), axes, window)
 
-        networks = [partial(predict, fold) for fold in model.checkpoints]
+        networks: list[Callable[[Tensor], Tensor]] = [partial(predict, fold) for fold in model.checkpoints]
         return [partial(average, networks)] if self.plan.average_folds else networks
 
     @cached_property
@@ -100,7 +100,10 @@ class Predictor:
         self, case: Case, stem: str, *, save_probabilities: bool, previous_stage: str | None
     ) -> tuple[Labels, dict[str, Any]]:
         """Predict the files of a case with :attr:`stock`, which writes files that begin with ``stem``."""
-        options = {"save_probabilities": save_probabilities, "folder_with_segs_from_prev_stage": previous_stage}
+        options: dict[str, Any] = {
+            "save_probabilities": save_probabilities,
+            "folder_with_segs_from_prev_stage": previous_stage,
+        }
         self.stock.predict_from_files_sequential([list(map(str, case.files))], [stem], **options)
         reader = self.model.plans_manager.image_reader_writer_class()
         labels, properties = reader.read_seg(stem + self.model.file_ending)
