@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import socket
@@ -189,6 +190,7 @@ def test_models_are_known_by_what_they_are_made_of(register: Callable[..., None]
         assert _is_made_of(card, weights, None)
         assert not _is_made_of(card, weights, "ab" * 32)
     copied.write_bytes(copied.read_bytes()[::-1])
+    os.utime(copied, (time.time() + 60,) * 2)
     assert not _is_made_of(card, copied, None)
     assert not _is_made_of(tmp_path / "none.json", path, None)
 
