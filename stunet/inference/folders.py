@@ -178,9 +178,9 @@ def predict_folder(
     with ExitStack() as stack:
         if is_file:
             stack.enter_context(scratch_folder(output.parent))
-        scratch = stack.enter_context(scratch_folder(folder))
         for place in (folder, folder / "statistics", folder / "previews"):
             remove_leftovers(place, "*", of_the_dead=True)
+        scratch = stack.enter_context(scratch_folder(folder))  # after them: it is of this process, too
         remove_predictions(folder, ending, outdated)
         manifest = Manifest(
             model, folder, record, device, {case.name for case in waiting}, None if n_parts == 1 else part_id
