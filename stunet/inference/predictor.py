@@ -333,7 +333,7 @@ def predict_planes(
         places = [tuple(slice(c, c + n) for c, n in zip(corner, gaussian.shape, strict=True)) for corner in corners]
         for network, sums in zip(networks, logits, strict=True):
             for place in places:
-                window = np.moveaxis(image[(slice(None), *place)], 1, axis + 1)
+                window = np.moveaxis(image[:, place[0], place[1], place[2]], 1, axis + 1)
                 tensor = torch.from_numpy(np.array(window, dtype=np.float32, order="C"))[None].to(device)
                 prediction = network(tensor[:, :, 0] if flat else tensor)[0].to(results_device)
                 prediction = (prediction[:, None] if flat else prediction).movedim(axis + 1, 1)

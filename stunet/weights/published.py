@@ -318,7 +318,8 @@ def _sources(entry: WeightsEntry, file: WeightsFile, urls: Sequence[str], hub: s
     mine = [url for url, end in ends.items() if end == file.file or (end not in others and not file.is_pickle)]
     if len(mine) > 1:
         raise UsageError(f"two addresses for {file.file}, {clean_url(mine[0])} and {clean_url(mine[1])}: give one")
-    known = [f"hf:{file.hub}"] * bool(file.hub) + [file.url] * bool(file.url)  # the hub's downloads can be resumed
+    known = [f"hf:{file.hub}"] if file.hub else []  # the hub's downloads can be resumed
+    known += [file.url] if file.url else []
     if hub and not (file.is_pickle and known):  # a repository of weights often lacks the pickles
         known = [f"hf:{hub}"]
     return mine or known
