@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from stunet.network import STUNet as STUNet
     from stunet.network import create_model as create_model
     from stunet.ranking import rank as rank
-    from stunet.weights import list_models as list_models
-    from stunet.weights import load_weights as load_weights
+    from stunet.weights.published import list_models as list_models
+    from stunet.weights.transfer import load_weights as load_weights
 
 _ROOMS = {
     "PartialDiceCELoss": "loss",
     "STUNet": "network",
     "create_model": "network",
     "evaluate": "evaluation",
-    "list_models": "weights",
+    "list_models": "weights.published",
     "load_model": "inference",
-    "load_weights": "weights",
+    "load_weights": "weights.transfer",
     "predict": "inference",
     "rank": "ranking",
 }

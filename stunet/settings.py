@@ -28,7 +28,7 @@ ActivationCheckpointing = Literal["none", "encoder", "all"]
 """Where activations are computed again in the backward pass instead of being kept."""
 
 StemPolicy = Literal["repeat-scaled", "first", "zero-new", "random"]
-"""How the stem is adapted to other input channels; see :func:`stunet.weights.adapt_stem`."""
+"""How the stem is adapted to other input channels; see :func:`stunet.weights.transfer.adapt_stem`."""
 
 HeadPolicy = Literal["by-name", "fresh"]
 """Whether rows of the heads are copied for structures that source and target share."""

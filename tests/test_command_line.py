@@ -26,7 +26,7 @@ from stunet.cli.options import choose_device
 from stunet.errors import UsageError
 from stunet.labels.labels import load_vocabulary
 from stunet.settings import SETTINGS
-from stunet.weights import load_registry
+from stunet.weights.published import load_registry
 
 
 def _commands(command: Any, *names: str) -> Iterator[tuple[str, Any]]:

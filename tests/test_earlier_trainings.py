@@ -19,7 +19,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from stunet.labels.labels import Vocabulary
 from stunet.planning import describe_model, write_model_folder
 from stunet.training import BaseSTUNetTrainer
-from stunet.weights import open_weights, read_checkpoint
+from stunet.weights.convert import open_weights
+from stunet.weights.read import read_checkpoint
 
 
 @pytest.fixture(scope="module")

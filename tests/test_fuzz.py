@@ -33,7 +33,8 @@ from stunet.inference import load_model
 from stunet.labels.labels import Vocabulary
 from stunet.planning import describe_model
 from stunet.ranking.ranking import read_zoo
-from stunet.weights import SourceWeights, open_any_weights, open_weights, read_checkpoint, read_pickle
+from stunet.weights.convert import SourceWeights, open_any_weights, open_weights
+from stunet.weights.read import read_checkpoint, read_pickle
 from stunet.weights.sharded import load_sharded, read_sharded
 
 LABELS = Vocabulary("test", ("background", "liver", "spleen"), "test")

@@ -4,7 +4,7 @@ import pytest
 
 from stunet.errors import CheckpointError
 from stunet.network import SIZES, STUNetSize, build_stunet
-from stunet.weights import from_published_key, to_published_key
+from stunet.weights.convert import from_published_key, to_published_key
 
 
 @pytest.mark.parametrize("size", [SIZES["small"], STUNetSize("deep", (1, 2, 3, 2, 1, 12), 2)])

@@ -129,6 +129,16 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "z.pth")
 
 
+def test_a_changed_weight_does_not_have_the_archives_checksum(tmp_path: Path) -> None:
+    torch.save(checkpoint(), tmp_path / "c.pth")
+    content = (tmp_path / "c.pth").read_bytes()
+    values = torch.arange(6.0).numpy().tobytes()
+    assert content.count(values) == 1
+    (tmp_path / "c.pth").write_bytes(content.replace(values, values[::-1]))
+    with pytest.raises(CheckpointError, match="checksum"):
+        read_checkpoint(tmp_path / "c.pth")
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_damaged_anywhere(tmp_path: Path, legacy: bool) -> None:
     """Whatever bit is flipped: other values or an error of ours, never anything else."""

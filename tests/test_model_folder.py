@@ -19,7 +19,8 @@ from stunet.cli.main import main
 from stunet.errors import CheckpointError, PlansError, UsageError
 from stunet.labels.labels import Vocabulary
 from stunet.planning import describe_model, resolve_configuration, write_model_folder
-from stunet.weights import open_weights, read_checkpoint
+from stunet.weights.convert import open_weights
+from stunet.weights.read import read_checkpoint
 
 LABELS = Vocabulary("mine.json", ("background", "liver", "spleen"), "mine")
 

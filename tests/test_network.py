@@ -25,7 +25,7 @@ from stunet.network import (
     build_stunet,
     create_model,
 )
-from stunet.weights import from_published_key
+from stunet.weights.convert import from_published_key
 
 TINY = {"features_per_stage": [2, 4, 8, 16, 32, 32], "n_blocks_per_stage": [1, 2, 1, 1, 1, 1]}
 STRIDES = [1, 2, 2, 2, 2, (1, 1, 2)]

@@ -6,6 +6,7 @@ import csv
 import doctest
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,15 +24,16 @@ from prediction_models import smooth_image, write_image, write_model
 
 from stunet.errors import CommandError, LabelError, UsageError
 from stunet.evaluation import evaluate
-from stunet.inference import Case, Progress, load_model, parse_memory, predict_folder
+from stunet.inference import load_model, parse_memory, predict_folder
 from stunet.inference import predict as predict_one
+from stunet.inference.model import Model
 from stunet.inference.outputs import EXTRAS
 from stunet.inference.predictor import MemoryPlan, Predictor
 
 SPACING = (1.5, 0.7, 0.8)
 
 
-class Recorder(Progress):
+class Recorder:
     """Remembers what it is told."""
 
     def __init__(self) -> None:
@@ -40,27 +42,28 @@ class Recorder(Progress):
         self.finished_cases: list[str] = []
         self.failures: dict[str, str] = {}
         self.plan: tuple[int, int] | None = None
+        self.listeners: dict[str, Any] = {"say": self.say, "warn": self.warn, "on_window": self.window}
 
-    def note(self, text: str) -> None:
+    def say(self, text: str) -> None:
         self.notes.append(text)
+        if match := re.fullmatch(r"Cases to predict: (\d+)(?:, (\d+) are finished already)?", text):
+            self.plan = int(match[1]), int(match[2] or 0)
+        if match := re.fullmatch(r"Predicted (\w+): \d+ structures? found", text):
+            self.finished_cases.append(match[1])
 
-    def planned(self, n_cases: int, n_finished: int) -> None:
-        self.plan = (n_cases, n_finished)
+    def warn(self, text: str) -> None:
+        failed, case, problem = text.split(": ", 2)
+        assert failed == "Failed"
+        self.failures[case] = problem
 
-    def window(self, case: Case, n_windows: int) -> None:
-        self.windows[case.name] = self.windows.get(case.name, 0) + 1
-        assert self.windows[case.name] <= n_windows
-
-    def finished(self, case: Case, found: dict[str, Any]) -> None:
-        self.finished_cases.append(case.name)
-
-    def failed(self, case: Case, problem: str) -> None:
-        self.failures[case.name] = problem
+    def window(self, case: str, n_windows: int) -> None:
+        self.windows[case] = self.windows.get(case, 0) + 1
+        assert self.windows[case] <= n_windows
 
 
 def predict(images: Path, output: Path, model: Path, folds: Sequence[str] | None = None, **options: Any) -> Recorder:
     recorder = Recorder()
-    options = {"n_preparing": 0, "n_writing": 0, "progress": recorder, **options}
+    options = {"n_preparing": 0, "n_writing": 0, **recorder.listeners, **options}
     predict_folder(load_model(model, folds), images, output, **options)
     return recorder
 
@@ -119,6 +122,27 @@ def test_the_labels_are_nnunets(tmp_path: Path, options: dict[str, Any], spacing
     assert np.array_equal(sitk.GetArrayFromImage(actual), sitk.GetArrayFromImage(expected))
     for get in ("GetSpacing", "GetOrigin", "GetDirection", "GetPixelID"):
         assert getattr(actual, get)() == getattr(expected, get)()
+
+
+def test_folds_share_one_network(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    usual = Model.build_network
+
+    def build(model: Model) -> Any:
+        built.append(usual(model))
+        return built[-1]
+
+    monkeypatch.setattr(Model, "build_network", build)
+    image = read(made / "images" / "case_1_0000.nii.gz")
+    one, other = (predict_one(load_model(made / "model", [fold]), image, spacing=SPACING) for fold in "01")
+    built.clear()
+    model = load_model(made / "model")
+    first = {key: tensor.clone() for key, tensor in model.network.state_dict().items()}
+    both = predict_one(model, image, spacing=SPACING)
+    assert not np.array_equal(both, one)
+    assert not np.array_equal(both, other)
+    assert len([network for network in built if not next(network.parameters()).is_meta]) == 1
+    torch.testing.assert_close(dict(model.network.state_dict()), first, rtol=0, atol=0)
 
 
 def test_along_another_axis_labels_differ_at_near_ties_alone(tmp_path: Path) -> None:
@@ -267,7 +291,7 @@ def test_processes_give_the_same_and_one_failure_stops_no_other(made: Path, tmp_
     write_image(images / "nan_0000.nii.gz", values)
     listener = Recorder()
     with pytest.raises(CommandError, match=r"2 of 4 failed[\s\S]*broken[\s\S]*nan") as caught:
-        predict_folder(load_model(made / "model", ["0"]), images, tmp_path / "out", progress=listener)
+        predict_folder(load_model(made / "model", ["0"]), images, tmp_path / "out", **listener.listeners)
     assert "--continue" in str(caught.value)
     assert listener.finished_cases == ["case_0", "case_1"]
     assert "2 voxels are NaN" in listener.failures["nan"]
@@ -290,7 +314,7 @@ def test_what_cannot_be_streamed_goes_to_nnunets_predictor(tmp_path: Path, kind:
     predict_with_nnunet(tmp_path / "images", tmp_path / "nnunet", model)
     listener = predict(tmp_path / "images", tmp_path / "ours", model, save_probabilities=kind == "probabilities",
                        write=["masks"])  # fmt: skip
-    assert "nnU-Net's own predictor" in listener.notes[-1]
+    assert any("nnU-Net's own predictor" in note for note in listener.notes)
     labels = read(tmp_path / "nnunet" / "a.nii.gz")
     assert np.array_equal(read(tmp_path / "ours" / "a.nii.gz"), labels)
     assert (tmp_path / "ours" / "a.npz").is_file() == (kind == "probabilities")
@@ -314,8 +338,10 @@ def test_leftovers_of_killed_predictions_are_removed(made: Path, tmp_path: Path)
     for folder in (dead, alive):
         folder.mkdir(parents=True)
         (folder / "half").touch()
+    (out / dead.name.replace("scratch", "manifest.json")).touch()
+    (out / alive.name.replace("scratch", "plans.json")).touch()
     predict(made / "images", out, made / "model", folds=["0"], part_id=0, n_parts=2)
-    assert [path.name for path in out.glob(".scratch*")] == [alive.name]
+    assert {path.name for path in out.glob(".*")} == {alive.name, alive.name.replace("scratch", "plans.json")}
 
 
 def test_one_image_of_any_kind_from_python(made: Path) -> None:

@@ -133,7 +133,7 @@ def test_weights_of_another_network(model: Path, tmp_path: Path) -> None:
     checkpoint["network_weights"].popitem()
     torch.save(checkpoint, path)
     with pytest.raises(CheckpointError, match="does not fit"):
-        _ = load_model(damaged).networks
+        _ = load_model(damaged).network
     checkpoint["trainer_name"] = "nnUNetTrainerOfMine"
     torch.save(checkpoint, path)
     with pytest.raises(CheckpointError, match=r"nnUNetTrainerOfMine .* not installed"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import locale
 import shutil
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from prediction_models import smooth_image, write_image, write_model
 
+import stunet
 from stunet.cli.main import main
 from stunet.files import file_sha256
 
@@ -234,6 +237,23 @@ def test_a_file_as_output(model: Path, expected: Any, tmp_path: Path, capsys: py
         assert (tmp_path / place).read_bytes() == before
     assert not list(tmp_path.glob("other*"))
     assert not list(tmp_path.glob(".scratch*"))
+
+
+def test_a_prediction_passes_through_few_files(model: Path, tmp_path: Path) -> None:
+    write_image(tmp_path / "ct.nii.gz", IMAGE, SPACING)
+    root, entered = str(Path(stunet.__file__).parent), set()
+
+    def enter(frame: FrameType, event: str, _: Any) -> None:
+        code = frame.f_code
+        if code.co_filename.startswith(root) and code.co_flags & inspect.CO_OPTIMIZED:  # no body of a module or class
+            entered.add(Path(code.co_filename).relative_to(root))
+
+    sys.setprofile(enter)
+    try:
+        assert type_command("-i", tmp_path / "ct.nii.gz", "-o", tmp_path / "labels.nii.gz", "-m", model) == 0
+    finally:
+        sys.setprofile(None)
+    assert len(entered) <= 21, sorted(map(str, entered))
 
 
 READERS = ("SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +21,10 @@ from weights import tiny_weights, v1_plans, write_v1
 
 from stunet.errors import CheckpointError, DownloadError, UsageError
 from stunet.files import file_sha256
+from stunet.inference.model import _is_made_of
 from stunet.labels.labels import load_vocabulary
 from stunet.network import SIZES, STUNetSize
-from stunet.weights import (
+from stunet.weights.published import (
     cached_weights,
     clean_url,
     entry_folder,
@@ -132,6 +136,63 @@ def test_what_may_pass_is_tried_again(
     assert [pause for pause in pauses if pause >= 0.5] == [0.5, 1.0]
     assert len([text for text in said if "again in" in text]) == 2
     assert left_in_cache() == COMPLETE
+
+
+def test_a_busy_server_says_when_to_come_again(
+    register: Callable[..., None], server: FileServer, pauses: list[float]
+) -> None:
+    served = server.files["/x.model"]
+    served.statuses, served.headers = [503, 429], {"Retry-After": "7"}
+    get(attempts=3)
+    assert [pause for pause in pauses if pause >= 0.5] == [7.0, 7.0]
+    served.statuses, served.headers = [429], {"Retry-After": "7200"}
+    with pytest.raises(DownloadError, match="in 7200 s"):
+        get(attempts=3, force=True)
+    assert max(pauses) == 7.0
+
+
+def test_a_disk_without_room(
+    register: Callable[..., None], server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said once the server states a length, and before it is asked where the registry does."""
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=100))
+    with pytest.raises(DownloadError, match=r"GB free.* make room"):
+        get()
+    assert len(server.requests) == 1
+    register({FILES[0]: {"bytes": 10**12}})
+    with pytest.raises(DownloadError, match=r"1000\.00 GB are missing"):
+        get()
+    assert len(server.requests) == 1
+    assert left_in_cache() == []
+
+
+def test_where_the_hub_fails_the_address_serves(
+    register: Callable[..., None], published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(repository: str, *_: Any) -> Any:
+        raise DownloadError(f"{repository} does not give it")
+
+    monkeypatch.setattr("stunet.weights.published._from_hub", fail)
+    register({"x.model": {"hub": "me/nets"}})
+    said: list[str] = []
+    assert get(say=said.append).read_bytes() == (published / "x.model").read_bytes()
+    assert "me/nets does not give it" in said
+    with pytest.raises(DownloadError, match="you/nets does not give it"):  # what was asked for is not replaced
+        get(hub="you/nets", force=True)
+
+
+def test_models_are_known_by_what_they_are_made_of(register: Callable[..., None], tmp_path: Path) -> None:
+    """Whatever the time stamps of copies say."""
+    path, card = get(), tmp_path / "model_card.json"
+    card.write_text(json.dumps({"sources": [{"sha256": file_sha256(path)}]}))
+    copied = Path(shutil.copytree(path.parent, tmp_path / "copied")) / "x.model"
+    for weights in (path, copied, tmp_path / "gone"):
+        assert _is_made_of(card, weights, None)
+        assert not _is_made_of(card, weights, "ab" * 32)
+    copied.write_bytes(copied.read_bytes()[::-1])
+    os.utime(copied, (time.time() + 60,) * 2)
+    assert not _is_made_of(card, copied, None)
+    assert not _is_made_of(tmp_path / "none.json", path, None)
 
 
 def test_an_interrupted_fetch_leaves_nothing_half(register: Callable[..., None], server: FileServer) -> None:

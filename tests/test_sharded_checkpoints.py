@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from stunet.errors import CheckpointError
 from stunet.training import BaseSTUNetTrainer
 from stunet.training.distributed import Ranks
-from stunet.weights import read_checkpoint
+from stunet.weights.read import read_checkpoint
 from stunet.weights.sharded import (
     ShardedSave,
     find_version,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from plans import configuration, make_plans
 from stunet.errors import CheckpointError
-from stunet.inference.predictor import average, mirror_and_predict, predict_planes, window_grid
+from stunet.inference.predictor import average, mirror_and_predict, predict_planes
 
 CPU = torch.device("cpu")
 K = 4
@@ -49,8 +50,7 @@ def nnunets_logits(
 def logits_by_planes(
     image: Tensor, networks: Sequence[Any], patch: list[int], step_size: float = 0.5, axis: int = 0
 ) -> Tensor:
-    grid = window_grid(image.shape[1:], patch, step_size)
-    planes = predict_planes(image.numpy(), networks, grid, num_classes=K, device=CPU, results_device=CPU, axis=axis)
+    planes = predict_planes(image.numpy(), networks, patch, num_classes=K, step_size=step_size, axis=axis)
     return torch.stack([plane.clone() for plane in planes], 1).movedim(1, axis + 1)
 
 
@@ -61,7 +61,7 @@ def test_bit_for_bit_along_the_first_axis(mirroring: tuple[int, ...] | None, n_f
     image, networks = torch.randn(2, 21, 17, 12), [network(i) for i in range(n_folds)]
     expected = nnunets_logits(image, networks, [8, 10, 12], mirroring, 0.5)
     before = image.clone()
-    result = logits_by_planes(image, [mirror_and_predict(n, mirroring) for n in networks], [8, 10, 12])
+    result = logits_by_planes(image, [partial(mirror_and_predict, n, mirroring) for n in networks], [8, 10, 12])
     assert torch.equal(result, expected)
     assert torch.equal(image, before)
 
@@ -71,14 +71,16 @@ def test_step_sizes(step_size: float) -> None:
     torch.manual_seed(0)
     image = torch.randn(2, 19, 9, 13)
     expected = nnunets_logits(image, [network(0)], [8, 8, 8], None, step_size)
-    assert torch.equal(logits_by_planes(image, [mirror_and_predict(network(0), None)], [8, 8, 8], step_size), expected)
+    assert torch.equal(
+        logits_by_planes(image, [partial(mirror_and_predict, network(0), None)], [8, 8, 8], step_size), expected
+    )
 
 
 def test_a_2d_network_takes_plane_after_plane() -> None:
     torch.manual_seed(0)
     image = torch.randn(2, 5, 17, 12)
     expected = nnunets_logits(image, [network(0, 2)], [8, 10], (0, 1), 0.5)
-    assert torch.equal(logits_by_planes(image, [mirror_and_predict(network(0, 2), (0, 1))], [8, 10]), expected)
+    assert torch.equal(logits_by_planes(image, [partial(mirror_and_predict, network(0, 2), (0, 1))], [8, 10]), expected)
 
 
 @pytest.mark.parametrize("axis", [1, 2])
@@ -86,7 +88,7 @@ def test_along_another_axis_only_roundings_differ(axis: int) -> None:
     torch.manual_seed(0)
     image = torch.randn(2, 12, 17, 15)
     expected = nnunets_logits(image, [network(0)], [8, 10, 8], (1,), 0.5)
-    result = logits_by_planes(image, [mirror_and_predict(network(0), (1,))], [8, 10, 8], axis=axis)
+    result = logits_by_planes(image, [partial(mirror_and_predict, network(0), (1,))], [8, 10, 8], axis=axis)
     inside = (slice(None), *[slice(2, -2)] * 3)  # at the rim windows weigh next to nothing in half precision
     torch.testing.assert_close(result[inside], expected[inside], rtol=4e-3, atol=4e-3)
     assert not torch.equal(result, expected)
@@ -96,7 +98,7 @@ def test_folds_averaged_window_by_window_are_close_to_nnunets() -> None:
     torch.manual_seed(0)
     image, networks = torch.randn(2, 12, 17, 12), [network(i) for i in range(3)]
     expected = nnunets_logits(image, networks, [8, 10, 8], None, 0.5)
-    combined = average([mirror_and_predict(n, None) for n in networks])
+    combined = partial(average, [partial(mirror_and_predict, n, None) for n in networks])
     inside = (slice(None), *[slice(2, -2)] * 3)
     torch.testing.assert_close(
         logits_by_planes(image, [combined], [8, 10, 8])[inside], expected[inside], rtol=4e-3, atol=4e-3
@@ -111,15 +113,12 @@ def test_logits_that_half_precision_cannot_hold(bad: float) -> None:
 
 
 def test_windows_and_their_callback() -> None:
-    grid = window_grid((20, 8, 12), (8, 8, 8), 0.5)
-    assert grid.steps == ((0, 4, 8, 12), (0,), (0, 4))
-    assert grid.n_windows == 8
-    calls: list[None] = []
+    """Four windows along the first axis, one along the second and two along the third, for each of two folds."""
+    calls: list[int] = []
     planes = predict_planes(
-        np.zeros((2, 20, 8, 12), np.float32), [network(0)], grid, num_classes=K, device=CPU, results_device=CPU,
-        on_window=lambda: calls.append(None),
-    )  # fmt: skip
+        np.zeros((2, 20, 8, 12), np.float32), [network(0), network(1)], (8, 8, 8), num_classes=K, on_window=calls.append
+    )
     next(planes)
-    assert len(calls) == 2  # both windows that reach the first plane, and no other
+    assert calls == [16] * 4  # the windows that reach the first plane, and no other
     assert sum(1 for _ in planes) == 19
-    assert len(calls) == 8
+    assert len(calls) == 16

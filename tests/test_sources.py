@@ -16,7 +16,7 @@ from weights import TINY, published, tiny_weights, v1_plans, write_v1
 
 from stunet.errors import CheckpointError, UsageError
 from stunet.network import SIZES, STUNetSize, build_stunet
-from stunet.weights import infer_architecture, open_weights, write_published
+from stunet.weights.convert import infer_architecture, open_weights, write_published
 
 KEY, PUBLISHED_KEY = "encoder.stages.0.0.conv1.weight", "conv_blocks_context.0.0.conv1.weight"
 INIT_ARGS = {"plans": {"configurations": {}}, "configuration": "3d_fullres", "device": torch.device("cuda", 0)}
@@ -198,9 +198,10 @@ def test_other_things_than_a_stunet_are_named(tmp_path: Path, state: dict[Any, A
     assert "x.pth" in str(caught.value)
 
 
-def test_nan_is_named_as_in_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_named_as_in_the_file(tmp_path: Path, bad: float) -> None:
     state = published(tiny_weights())
-    state[PUBLISHED_KEY].flatten()[3] = torch.nan
+    state[PUBLISHED_KEY].flatten()[3] = bad
     torch.save({"state_dict": state}, tmp_path / "x.model")
     with pytest.raises(CheckpointError, match=f"not finite[\\s\\S]*{PUBLISHED_KEY} has 1 NaN or infinite values of 54"):
         open_weights([tmp_path / "x.model"])

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from weights import STRIDES, TINY, tiny_weights, write_v1
 
-from stunet.errors import CheckpointError, UsageError
+from stunet.errors import CheckpointError, LabelError, UsageError
 from stunet.labels.labels import Outputs
 from stunet.network import STUNet, STUNetSize, build_stunet
-from stunet.weights import SourceWeights, adapt_stem, load_weights, open_weights, source_outputs, transfer_weights
+from stunet.weights.convert import SourceWeights, open_weights
+from stunet.weights.transfer import adapt_stem, load_weights, source_outputs, transfer_weights
 
 SOURCE_LABELS = {"background": 0, "liver": 1, "left kidney": 2, "IVC": 3}
 STEM, PROJECTION = "encoder.stages.0.0.conv1.weight", "encoder.stages.0.0.projection.weight"
@@ -231,6 +232,14 @@ def test_weights_of_a_file_by_name_and_shape(tmp_path: Path) -> None:
     assert report.structures["Liver"] == "liver"
     key = "decoder.seg_layers.4.weight"
     assert torch.equal(network.state_dict()[key][6], weights.tensors[key][1])
+
+
+def test_odd_labels_matter_only_where_rows_go_by_name(tmp_path: Path) -> None:
+    odd = {"background": 0, "liver": "one", "left kidney": None, "IVC": 3}
+    weights = source(tmp_path, labels=odd)
+    assert set(load_weights(target(4), tmp_path / "source.pth").copied) == set(weights.tensors)
+    with pytest.raises(LabelError, match="label values"):
+        load_weights(target(4), tmp_path / "source.pth", labels=["background", *"abc"])
 
 
 def test_weights_of_a_file_into_another_module(tmp_path: Path) -> None:

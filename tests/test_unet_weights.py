@@ -14,7 +14,8 @@ from weights import tiny_weights, write_v1
 
 from plans import configuration, make_plans
 from stunet.errors import CheckpointError
-from stunet.weights import SourceWeights, UNetWeights, open_any_weights, source_outputs
+from stunet.weights.convert import SourceWeights, UNetWeights, open_any_weights
+from stunet.weights.transfer import source_outputs
 
 NAMES = ["PlainConvUNet", "ResidualEncoderUNet"]
 

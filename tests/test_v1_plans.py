@@ -14,7 +14,7 @@ from stunet.errors import PlansError
 from stunet.planning import resolve_configuration
 from stunet.planning.model_folder import make_plans, read_v1_plans
 from stunet.planning.plans import PRETRAINING, Preparation
-from stunet.weights import read_pickle
+from stunet.weights.read import read_pickle
 
 STATISTICS = {
     "median": 60.0, "mean": 70.5, "sd": 40.25, "mn": -900.0, "mx": 2000.0, "percentile_00_5": -80.0,

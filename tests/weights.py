@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stunet.network import STUNetSize, build_stunet
-from stunet.weights import to_published_key
+from stunet.weights.convert import to_published_key
 
 TINY = STUNetSize("d111111w2", (1,) * 6, 2)
 STRIDES = [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2], [1, 1, 2]]

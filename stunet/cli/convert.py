@@ -17,7 +17,8 @@ from stunet.files import refuse_existing, remove_leftovers
 
 if TYPE_CHECKING:
     from stunet.planning import ModelDescription
-    from stunet.weights import SourceWeights, WeightsEntry
+    from stunet.weights.convert import SourceWeights
+    from stunet.weights.published import WeightsEntry
 
 
 def convert(
@@ -46,7 +47,7 @@ def convert(
     entry, paths = find_fetched(weights)
     from stunet.labels.labels import load_vocabulary, read_label_file, vocabulary_for
     from stunet.planning import describe_model, write_model_folder
-    from stunet.weights import open_weights, write_published
+    from stunet.weights.convert import open_weights, write_published
 
     source = open_weights(paths)
     if to == "published":
@@ -73,7 +74,7 @@ def find_fetched(weights: list[Path]) -> tuple[WeightsEntry | None, list[Path]]:
     """
     if all(path.exists() for path in weights):
         return None, weights
-    from stunet.weights import cached_weights, load_registry
+    from stunet.weights.published import cached_weights, load_registry
 
     known = load_registry()
     named = [str(path) for path in weights if not path.exists()]

@@ -199,7 +199,7 @@ def _train_on_target(workspace: Workspace, winner: Path, epochs: int) -> None:
 
 def _curve(workspace: Workspace, dataset: str, trainer: str, plans: str) -> list[float]:
     """Read the mean Dice on validation patches, epoch by epoch, as nnU-Net's checkpoints keep it."""
-    from stunet.weights import read_checkpoint
+    from stunet.weights.read import read_checkpoint
 
     checkpoint = workspace.model(dataset, trainer, plans) / "fold_0" / "checkpoint_final.pth"
     logged = read_checkpoint(checkpoint)["logging"]

@@ -85,7 +85,7 @@ def evaluate(
         trained = load_model(place, folds, trust=trust or [])
         with show_progress(bar=stderr.is_terminal, notes=stderr) as progress:
             mirroring, chosen = not disable_tta, choose_device(device)
-            predict_folder(trained, images, given, device=chosen, mirroring=mirroring, progress=progress)
+            predict_folder(trained, images, given, device=chosen, mirroring=mirroring, **progress)
     with Progress(console=stderr, disable=not stderr.is_terminal, transient=True) as bars:
         bar = bars.add_task("Scoring", total=len(jobs))
         results = score_cases(jobs, num_processes=num_processes, on_case=lambda: bars.advance(bar))

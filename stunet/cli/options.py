@@ -29,7 +29,7 @@ def complete_presets() -> list[str]:
 
 def complete_weights() -> list[tuple[str, str]]:
     """List the published weights, each with its title."""
-    from stunet.weights import load_registry
+    from stunet.weights.published import load_registry
 
     return [(entry.name, entry.title or "") for entry in load_registry().values()]
 

@@ -79,7 +79,7 @@ def plan(
         raise UsageError(f"--strategy {strategy} without weights to start from: give them with --from, or leave it out")
     dataset_name = preflight(dataset, plans=plans, writes=nnunet_folder("nnUNet_preprocessed"))
     from stunet import planning
-    from stunet.weights import open_weights
+    from stunet.weights.convert import open_weights
 
     weights = None if paths is None else open_weights(paths, trust=trust or [])
     if weights is not None and (size, depth, width) != (None, None, None) and asked != weights.architecture.size:

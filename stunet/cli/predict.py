@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from stunet.cli.console import say, stderr, stdout
-from stunet.cli.options import Device, choose_device
+from stunet.cli.options import Device, Trust, choose_device
 from stunet.errors import UsageError
-
-if TYPE_CHECKING:
-    from stunet.inference import Progress
 
 _model, _result, _resources = (
     partial(typer.Option, rich_help_panel=panel) for panel in ("Model", "Result", "Speed and memory")
@@ -25,7 +22,7 @@ _model, _result, _resources = (
 
 
 def _complete_model(incomplete: str) -> list[str]:
-    from stunet.weights import load_registry
+    from stunet.weights.published import load_registry
 
     parent, _, start = incomplete.rpartition(os.sep)
     folders = [path for path in Path(parent or ".").glob(f"{start}*") if path.is_dir()]
@@ -44,13 +41,7 @@ def predict(
     ] = None,
     model: Annotated[
         str | None,
-        _model(
-            "-m",
-            "--model",
-            metavar="MODEL",
-            autocompletion=_complete_model,
-            help="Folder, or a name that `stunet list` shows.",
-        ),
+        _model("-m", "--model", metavar="MODEL", autocompletion=_complete_model, help="Folder, or a published name."),
     ] = None,
     dataset: Annotated[str | None, _model("-d", "--dataset", metavar="NAME", help="Or a dataset's id or name.")] = None,
     trainer: Annotated[str, _model("-tr", "--trainer", metavar="NAME", help="Trainer.")] = "nnUNetTrainer",
@@ -80,12 +71,9 @@ def predict(
         bool, _result("--save_probabilities", help="Also nnU-Net's .npz, by its own predictor.")
     ] = False,
     continue_prediction: Annotated[
-        bool, _result("--continue", "--c", help="Keep cases that are predicted already.")
+        bool, _result("--continue", "--c", "--continue_prediction", help="Keep cases that are predicted already.")
     ] = False,
-    continue_as_nnunet: Annotated[bool, _result("--continue_prediction", hidden=True)] = False,
-    trust: Annotated[
-        list[str] | None, _model("--trust", metavar="CLASS", help="A network class of others' that may be imported.")
-    ] = None,
+    trust: Trust = None,
     device: Device = "auto",
     memory: Annotated[str | None, _resources(metavar="SIZE", help="Limit for all processes, such as 8GB.")] = None,
     step_size: Annotated[
@@ -117,7 +105,12 @@ def predict(
 
         model = str(nnunet_folder("nnUNet_results") / find_dataset(dataset) / f"{trainer}__{plans}__{configuration}")
     elif not Path(str(model)).exists() and os.sep not in str(model):
-        model = str(_published_model(str(model)))
+        from stunet.weights.published import find_entry
+
+        entry = find_entry(str(model))
+        licence = entry.licence or "not stated; ask those who published them"
+        page = f" ({entry.page})" if entry.page else ""
+        stdout.print(f"Weights {model}, licence: {licence}{page}", soft_wrap=True)
 
     import torch
 
@@ -127,9 +120,10 @@ def predict(
     chosen = choose_device(device)
     torch.backends.cudnn.benchmark = True  # windows are all of one size
     extras = {"masks": masks, "statistics": statistics, "preview": preview, "names_in_header": names_in_header}
+    trained = load_model(str(model), folds, checkpoint, trust=trust or [], say=say)
     with show_progress(bar=not disable_progress_bar) as progress:
         predict_folder(
-            load_model(str(model), folds, checkpoint, trust=trust or []),
+            trained,
             images,
             output,
             structures=None if structures is None else [name.strip() for name in structures.split(",") if name.strip()],
@@ -143,64 +137,34 @@ def predict(
             save_probabilities=save_probabilities,
             previous_stage=previous_stage,
             series=series,
-            continue_prediction=continue_prediction or continue_as_nnunet,
+            continue_prediction=continue_prediction,
             n_preparing=n_preparing,
             n_writing=n_writing,
             part_id=part_id,
             n_parts=n_parts,
-            progress=progress,
+            **progress,
         )
 
 
-def _published_model(name: str) -> Path:
-    from stunet.weights import find_entry
-
-    entry = find_entry(name)
-    licence = entry.licence or "not stated; ask those who published them"
-    page = f" ({entry.page})" if entry.page else ""
-    stdout.print(f"Weights {name}, licence: {licence}{page}", soft_wrap=True, highlight=False)
-
-    from stunet.inference import published_model
-
-    return published_model(entry, say)
-
-
 @contextmanager
-def show_progress(*, bar: bool, notes: Console = stdout) -> Iterator[Progress]:
-    """Show a prediction: notes and finished cases on standard output, failures and a bar on standard error.
+def show_progress(*, bar: bool, notes: Console = stdout) -> Iterator[dict[str, Any]]:
+    """Show a prediction: yield where :func:`stunet.inference.predict_folder` says what it does.
 
     Args:
-        bar: Whether there is a bar.
+        bar: Whether there is a bar on standard error.
         notes: Another place for the notes, where standard output is for something else.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from stunet import inference
 
     text = TextColumn("{task.description}", markup=False)
     columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not bar) as bars:
         shown = bars.add_task("reading and preprocessing", total=None)
 
-        class Shown(inference.Progress):
-            def note(self, text: str) -> None:
-                notes.print(text, soft_wrap=True, highlight=False)
+        def on_window(case: str, n_windows: int) -> None:
+            if bars.tasks[0].description != case:
+                bars.reset(shown, description=case, total=n_windows)
+            bars.advance(shown)
 
-            def planned(self, n_cases: int, n_finished: int) -> None:
-                finished = f", {n_finished} are finished already" if n_finished else ""
-                self.note(f"Cases to predict: {n_cases}{finished}")
-
-            def window(self, case: inference.Case, n_windows: int) -> None:
-                task = bars.tasks[0]
-                if task.description != case.name:
-                    bars.reset(shown, description=case.name, total=n_windows)
-                bars.advance(shown)
-
-            def finished(self, case: inference.Case, found: Mapping[str, object]) -> None:
-                self.note(f"Predicted {case.name}: {len(found)} structure{'s' * (len(found) != 1)} found")
-
-            def failed(self, case: inference.Case, problem: str) -> None:
-                stderr.print(f"Failed: {case.name}:", style="bold red", end=" ", highlight=False)
-                stderr.print(problem, highlight=False, soft_wrap=True)
-
-        yield Shown()
+        warn = partial(stderr.print, style="bold red", soft_wrap=True)
+        yield {"say": partial(notes.print, soft_wrap=True), "warn": warn, "on_window": on_window}

@@ -19,7 +19,7 @@ from stunet.errors import LabelError, UsageError, reading
 from stunet.files import file_sha256, read_json
 
 if TYPE_CHECKING:
-    from stunet.weights import Verified
+    from stunet.weights.published import Verified
 
 app = typer.Typer(cls=Group, help="List, fetch and verify published STU-Net weights.", no_args_is_help=True)
 
@@ -51,7 +51,7 @@ def _weights_rows() -> list[dict[str, Any]]:
     """Describe all published weights, and what of them is in the cache."""
     import msgspec
 
-    from stunet.weights import clean_url, entry_folder, load_registry, missing_files
+    from stunet.weights.published import clean_url, entry_folder, load_registry, missing_files
 
     rows = []
     for entry in load_registry().values():
@@ -86,7 +86,7 @@ def fetch_weights(
         force: Download files again that are there already.
         attempts: Connections before it gives up.
     """
-    from stunet.weights import fetch, find_entry
+    from stunet.weights.published import fetch, find_entry
 
     entry = find_entry(name)
     try:
@@ -108,7 +108,7 @@ def verify_weights(what: Annotated[list[str] | None, Argument(autocompletion=com
     Options:
         what: Names; or one file, after the name of what it should be.
     """
-    from stunet.weights import describe_file, entry_folder, load_registry, verify, verify_file
+    from stunet.weights.published import describe_file, entry_folder, load_registry, verify, verify_file
 
     known = load_registry()
     names = [word for word in what or [] if word in known]
@@ -177,16 +177,15 @@ def _models_and_systems() -> dict[str, Any]:
 def _structures(name: str) -> list[dict[str, Any]]:
     """List label values and name of each structure."""
     from stunet.labels.comparisons import list_label_systems, load_label_system
-    from stunet.labels.labels import list_vocabularies, load_vocabulary
-    from stunet.weights import load_registry
+    from stunet.labels.labels import Labels, list_vocabularies, load_vocabulary
+    from stunet.weights.published import load_registry
 
     models = load_registry()
     order = models[name].labels if name in models else name
     if (path := Path(name) / "dataset.json").is_file():
         with reading(path, "a dataset description that cannot be read", LabelError):
-            labels = read_json(path)["labels"].items()
-            values = {name: [int(v) for v in (value if isinstance(value, list) else [value])] for name, value in labels}
-        return [{"labels": v, "name": name} for name, v in values.items() if v != [0] and name != "ignore"]
+            structures = Labels(read_json(path), path).structures
+        return [{"labels": list(values), "name": name} for name, values in structures.items()]
     if order in list_vocabularies():
         return [{"labels": [i], "name": each} for i, each in enumerate(load_vocabulary(order).labels) if i]
     if name in models:

@@ -10,19 +10,18 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 
 from stunet.errors import CommandError, DatasetError, STUNetError, UsageError
-from stunet.files import move_into_place, scratch_folder, temporary_path, write_json_files
-from stunet.inference.images import Case, CaseArray, Geometry, convert, find_cases, prepare, read_geometry
+from stunet.files import move_into_place, remove_leftovers, scratch_folder, temporary_path, write_json_files
+from stunet.inference.images import Case, CaseArray, Geometry, find_cases, prepare, read_geometry
 from stunet.inference.model import Model
 from stunet.inference.outputs import (
     EXTRAS,
@@ -31,17 +30,15 @@ from stunet.inference.outputs import (
     check_folder,
     collect_statistics,
     find_structures,
+    measure,
     model_settings,
     remove_predictions,
     write_case,
 )
-from stunet.inference.predictor import Labels, MemoryPlan, Predictor, choose_structures, network_spacing
+from stunet.inference.predictor import MemoryPlan, Predictor, choose_structures, network_spacing
 from stunet.memory import peak_forward_bytes
 from stunet.processes import in_order
 from stunet.volumes import NIFTI_ENDINGS, available_bytes
-
-#: Makes labels of a prepared case, and says what is noted of their grid.
-Label = Callable[[CaseArray], tuple[Labels, dict[str, Any]]]
 
 _HALF, _SINGLE = 2, 4
 #: A process that has imported PyTorch and nnU-Net and done nothing; measured 400 MB of its own.
@@ -50,25 +47,6 @@ _PROCESS_BYTES = 450 * 2**20
 _TEMPORARY_BYTES = 100 * 2**20
 #: Convolutions on a CPU reorder their inputs and outputs, and the allocator keeps some of what was freed.
 _CONVOLUTION_FACTOR = 1.5
-
-
-class Progress:
-    """What a prediction tells of itself; silent unless methods are replaced."""
-
-    def note(self, text: str) -> None:
-        """Say something worth knowing."""
-
-    def planned(self, n_cases: int, n_finished: int) -> None:
-        """So many cases will be predicted; so many were before."""
-
-    def window(self, case: Case, n_windows: int) -> None:
-        """One window of a case, of so many, was predicted."""
-
-    def finished(self, case: Case, found: Mapping[str, Any]) -> None:
-        """All files of a case are written; these structures were found in it."""
-
-    def failed(self, case: Case, problem: str) -> None:
-        """A case was given up."""
 
 
 def predict_folder(
@@ -92,7 +70,9 @@ def predict_folder(
     n_writing: int = 1,
     part_id: int = 0,
     n_parts: int = 1,
-    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    warn: Callable[[str], None] = lambda text: None,
+    on_window: Callable[[str, int], None] = lambda case, n_windows: None,
 ) -> None:
     """Predict the images of a folder, or a single one; ``nnUNetv2_predict``'s options mean the same here.
 
@@ -116,7 +96,9 @@ def predict_folder(
         n_writing: Processes that write.
         part_id: Which part of the cases, where several commands share them.
         n_parts: Into how many parts they are split.
-        progress: Told of the progress.
+        say: Told what is worth knowing, and which cases are finished.
+        warn: Told which cases have failed, and why.
+        on_window: Told of each window the case's name, and how many windows it has.
 
     Raises:
         UsageError: An option that cannot be, too small a memory budget, or predictions with other settings in the way.
@@ -124,10 +106,10 @@ def predict_folder(
         LabelError: A structure that the model does not know.
         CommandError: Cases failed; the others are predicted.
     """
-    progress, ending, kept = progress or Progress(), model.file_ending, choose_structures(model, structures)
+    ending, kept = model.file_ending, choose_structures(model, structures)
     predictor = Predictor(model, torch.device(device), step_size, mirroring, results_on_device, lowres)
     folds = f"{len(model.checkpoints)} fold{'s' * (len(model.checkpoints) > 1)}"
-    progress.note(f"Model {model.folder}, {folds} ({', '.join(model.checkpoints)})")
+    say(f"Model {model.folder}, {folds} ({', '.join(model.checkpoints)})")
     stock = "probabilities are asked for" if save_probabilities else predictor.why_stock
     output = Path(output)
     found = find_cases(Path(images), model, series) if isinstance(images, str | os.PathLike) else list(images)
@@ -165,12 +147,25 @@ def predict_folder(
     endings = (ending, ".npz") if save_probabilities else (ending,)
     done = [case for case in own if all((folder / f"{case.name}{each}").is_file() for each in endings)]
     waiting = [case for case in own if not (continue_prediction and case in done)]
-    progress.planned(len(waiting), len(own) - len(waiting))
+    n_done = len(own) - len(waiting)
+    say(f"Cases to predict: {len(waiting)}" + (f", {n_done} are finished already" if n_done else ""))
     failures: dict[str, str] = {}
-    geometries = _read_geometries(waiting, model, failures, progress) if model.reads_volumes else {}
+    geometries: dict[Case, Geometry] = {}
+
+    def fail(case: Case, error: Exception) -> None:
+        failures[case.name] = _describe(error)
+        warn(f"Failed: {case.name}: {failures[case.name]}")
+
+    for case in waiting if model.reads_volumes else ():
+        try:
+            geometries[case] = read_geometry(case, model.n_channels)
+        except DatasetError as error:
+            fail(case, error)
+    if n := sum(not geometry.has_unit for geometry in geometries.values()):
+        say(f"{n} case{'s' * (n > 1)} without a unit of spacing in the header; mm are assumed.")
     ready = list(geometries) if model.reads_volumes else waiting
     if stock is not None:
-        progress.note(f"Predicted by nnU-Net's own predictor, which holds all logits, since {stock}.")
+        say(f"Predicted by nnU-Net's own predictor, which holds all logits, since {stock}.")
     elif ready:
         n_processes = min(n_preparing, len(ready) - 1), min(n_writing, len(ready) - 1)
         predictor.plan, need = plan_memory(predictor, list(geometries.values()), budget, *n_processes)
@@ -179,11 +174,13 @@ def predict_folder(
             note += f", of which this machine has {spare / 2**30:.1f} GB to spare"
         if predictor.plan.axis or predictor.plan.average_folds:
             note += "; to fit, logits are added up in another order than nnU-Net's: of two equal ones either may win"
-        progress.note(note)
+        say(note)
     with ExitStack() as stack:
         if is_file:
             stack.enter_context(scratch_folder(output.parent))
-        scratch = stack.enter_context(scratch_folder(folder))
+        for place in (folder, folder / "statistics", folder / "previews"):
+            remove_leftovers(place, "*", of_the_dead=True)
+        scratch = stack.enter_context(scratch_folder(folder))  # after them: it is of this process, too
         remove_predictions(folder, ending, outdated)
         manifest = Manifest(
             model, folder, record, device, {case.name for case in waiting}, None if n_parts == 1 else part_id
@@ -213,31 +210,53 @@ def predict_folder(
             if case not in waiting and case.name not in manifest.content["cases"]:  # written by a part, or a killed one
                 with suppress(Exception):
                     labels, properties = reader.read_seg(str(folder / f"{case.name}{ending}"))
-                    manifest.add(case, find_structures(labels[0].astype(np.uint16), kept, properties["spacing"]))
+                    measured = measure(labels[0].astype(np.uint16), kept, properties["spacing"])
+                    manifest.add(case, find_structures(measured))
 
-        def fail(case: Case, error: Exception) -> None:
-            shutil.rmtree(scratch / case.name, ignore_errors=True)
-            failures[case.name] = _describe(error)
-            progress.failed(case, failures[case.name])
+        def feed() -> Iterator[Case]:
+            for case in ready:
+                yield case
+                _ = stock or predictor.networks  # are loaded while the first case is prepared
 
-        label: Label = partial(_label_streamed, predictor, progress)
-        if stock is not None:
-            label = partial(_label_stock, predictor, before, folder if save_probabilities else None)
-        cases = _labelled(ready, predictor, scratch, label, fail, prepare if stock is None else convert)
-        labelled = stack.enter_context(closing(cases))  # before the scratch folder goes
-        writing = partial(
+        def label_cases() -> Generator[CaseArray]:
+            step = partial(prepare, model=model, scratch=scratch, preprocessed=stock is None)
+            for case, prepared in in_order(step, feed(), num_processes=predictor.plan.n_preparing):
+                _ = predictor.stock if stock else predictor.networks  # what is wrong with them ends all
+                try:
+                    if isinstance(prepared, Exception):
+                        raise prepared
+                    if stock:
+                        stem = str(scratch / case.name / "stock")
+                        labels, properties = predictor.predict_with_nnunet(
+                            prepared.case, stem, save_probabilities=save_probabilities, previous_stage=before
+                        )
+                        for each in (".npz", ".pkl") if save_probabilities else ():
+                            move_into_place(stem + each, folder / f"{case.name}{each}")
+                    else:
+                        image, properties = np.load(prepared.path, mmap_mode="r"), prepared.properties
+                        labels = predictor.predict(image, properties, partial(on_window, case.name))
+                    path = scratch / case.name / "labels.npy"
+                    np.save(path, labels)
+                except Exception as error:  # whatever it is, the other cases can do without this one
+                    shutil.rmtree(scratch / case.name, ignore_errors=True)
+                    fail(case, error)
+                else:
+                    yield CaseArray(prepared.case, path, properties)
+
+        labelled = stack.enter_context(closing(label_cases()))  # before the scratch folder goes
+        write_labelled = partial(
             write_case, model=model, folder=folder, structures=kept, write=frozenset(write), lowres=lowres
         )
-        for job, result in in_order(writing, labelled, num_processes=predictor.plan.n_writing):
+        for job, result in in_order(write_labelled, labelled, num_processes=predictor.plan.n_writing):
+            shutil.rmtree(job.path.parent, ignore_errors=True)
             if isinstance(result, Exception):
                 fail(job.case, result)
                 continue
-            shutil.rmtree(job.path.parent, ignore_errors=True)
-            structures_found, problem = result
+            in_case, problem = result
             if problem:
-                progress.note(f"warning: {job.case.name}: {problem}")
-            manifest.add(job.case, structures_found)
-            progress.finished(job.case, structures_found)
+                say(f"warning: {job.case.name}: {problem}")
+            manifest.add(job.case, in_case)
+            say(f"Predicted {job.case.name}: {len(in_case)} structure{'s' * (len(in_case) != 1)} found")
         manifest.close(failures)
         if "statistics" in write and (folder / "statistics").is_dir():
             collect_statistics(folder / "statistics", folder / "statistics.csv")
@@ -248,74 +267,6 @@ def predict_folder(
         lines = "".join(f"\n    {name}: {problem.splitlines()[0]}" for name, problem in sorted(failures.items()))
         count = f"{len(failures)} of {len(waiting)} failed"
         raise CommandError(f"{count}; mend or remove them, and run this again with --continue to do no other:{lines}")
-
-
-def _read_geometries(
-    cases: Sequence[Case], model: Model, failures: dict[str, str], progress: Progress
-) -> dict[Case, Geometry]:
-    geometries = {}
-    for case in cases:
-        try:
-            geometries[case] = read_geometry(case, model.n_channels)
-        except DatasetError as error:
-            failures[case.name] = str(error)
-            progress.failed(case, str(error))
-    if n := sum(not geometry.has_unit for geometry in geometries.values()):
-        progress.note(f"{n} case{'s' * (n > 1)} without a unit of spacing in the header; mm are assumed.")
-    return geometries
-
-
-def _labelled(
-    cases: Sequence[Case],
-    predictor: Predictor,
-    scratch: Path,
-    label: Label,
-    fail: Callable[[Case, Exception], None],
-    prepare_case: Callable[..., CaseArray],
-) -> Generator[CaseArray]:
-    """Yield the labels of cases as arrays in files."""
-
-    def feed() -> Iterator[Case]:
-        for case in cases:
-            yield case
-            _ = prepare_case is convert or predictor.networks  # are loaded while the first case is prepared
-
-    step = partial(prepare_case, model=predictor.model, scratch=scratch)
-    for case, prepared in in_order(step, feed(), num_processes=predictor.plan.n_preparing):
-        _ = predictor.stock if prepare_case is convert else predictor.networks  # what is wrong with them ends all
-        try:
-            if isinstance(prepared, Exception):
-                raise prepared
-            labels, properties = label(prepared)
-            path = prepared.path.with_name("labels.npy")
-            np.save(path, labels)
-        except Exception as error:  # whatever it is, the other cases can do without this one
-            fail(case, error)
-        else:
-            yield CaseArray(prepared.case, path, properties)
-
-
-def _label_streamed(predictor: Predictor, progress: Progress, prepared: CaseArray) -> tuple[Labels, dict[str, Any]]:
-    image, on_window = np.load(prepared.path, mmap_mode="r"), partial(progress.window, prepared.case)
-    return predictor.predict(image, prepared.properties, on_window), prepared.properties
-
-
-def _label_stock(
-    predictor: Predictor, previous_stage: str | None, probabilities: Path | None, converted: CaseArray
-) -> tuple[Labels, dict[str, Any]]:
-    """Labels by nnU-Net's own predictor, and its files with probabilities in a folder that is given."""
-    stem, model = str(converted.path.with_name("stock")), predictor.model
-    predictor.stock.predict_from_files_sequential(
-        [list(map(str, converted.case.files))],
-        [stem],
-        save_probabilities=probabilities is not None,
-        folder_with_segs_from_prev_stage=previous_stage,
-    )
-    labels, properties = model.plans_manager.image_reader_writer_class().read_seg(stem + model.file_ending)
-    if probabilities is not None:
-        for ending in (".npz", ".pkl"):
-            move_into_place(stem + ending, probabilities / f"{converted.case.name}{ending}")
-    return np.asarray(labels[0]).astype(predictor.label_type), properties
 
 
 def _describe(error: Exception) -> str:
@@ -343,29 +294,25 @@ def plan_memory(
     Raises:
         UsageError: None fits; names the least that works.
     """
-    on_device = predictor.device.type != "cpu" and predictor.results_on_device
+    on_device, model = predictor.device.type != "cpu" and predictor.results_on_device, predictor.model
+    plans = []
+    for average in dict.fromkeys((False, len(model.checkpoints) > 1)):
+        for n in dict.fromkeys([(n_preparing, n_writing), (min(1, n_preparing), min(1, n_writing)), (0, 0)]):
+            plans.append(MemoryPlan(0, average, *n))
+        if len(model.configuration_manager.patch_size) == 3:
+            plans += [MemoryPlan(axis, average) for axis in (1, 2)]
     network = 0 if on_device else _network_bytes(predictor)
-    limit = available_bytes() if budget is None else budget
-    estimates: list[tuple[int, MemoryPlan]] = []
-    for plan in _plans(predictor.model, n_preparing, n_writing):
-        need = network + max(_case_bytes(predictor.model, g, plan, on_device=on_device) for g in geometries)
-        if limit is None or need <= limit:
-            return plan, need
-        estimates.append((need, plan))
-    least, plan = min(estimates, key=lambda estimate: estimate[0])
-    if budget is None:
-        return plan, least
-    largest, gigabytes = max(geometries, key=lambda geometry: geometry.n_voxels), math.ceil(least / 2**30 * 10) / 10
+    needs = {
+        plan: network + max(_case_bytes(model, geometry, plan, on_device=on_device) for geometry in geometries)
+        for plan in plans
+    }
+    limit, least = available_bytes() if budget is None else budget, min(plans, key=needs.__getitem__)
+    plan = next((plan for plan in plans if limit is None or needs[plan] <= limit), least)
+    if budget is None or needs[plan] <= budget:
+        return plan, needs[plan]
+    largest, gigabytes = max(geometries, key=lambda each: each.n_voxels), math.ceil(needs[least] / 2**30 * 10) / 10
     given = f"--memory {budget / 2**30:.2f}GB"
     raise UsageError(f"{given} is too little for {largest}: give {gigabytes:.1f}GB at least, or fewer folds with -f")
-
-
-def _plans(model: Model, n_preparing: int, n_writing: int) -> Iterator[MemoryPlan]:
-    processes = dict.fromkeys([(n_preparing, n_writing), (min(1, n_preparing), min(1, n_writing)), (0, 0)])
-    for average in dict.fromkeys((False, len(model.checkpoints) > 1)):
-        yield from (MemoryPlan(0, average, *n) for n in processes)
-        if len(model.configuration_manager.patch_size) == 3:
-            yield from (MemoryPlan(axis, average, 0, 0) for axis in (1, 2))
 
 
 def _case_bytes(model: Model, geometry: Geometry, plan: MemoryPlan, *, on_device: bool) -> int:
@@ -395,12 +342,13 @@ def _case_bytes(model: Model, geometry: Geometry, plan: MemoryPlan, *, on_device
 
 
 def _network_bytes(predictor: Predictor) -> int:
-    """Weights of all folds and a forward pass."""
+    """Weights of the network, those of several folds in their files' memory, and a forward pass."""
     model, patch = predictor.model, predictor.model.configuration_manager.patch_size
     with torch.device("meta"):
         network = model.build_network()
     n_logits = int(predictor.mirroring and bool(model.mirroring_axes)) + int(len(model.checkpoints) > 1)
-    weights = sum(parameter.numel() for parameter in network.parameters()) * len(model.checkpoints)
+    n_loaded = 1 if len(model.checkpoints) == 1 else 1 + len(model.checkpoints)
+    weights = sum(parameter.numel() for parameter in network.parameters()) * n_loaded
     forward = _CONVOLUTION_FACTOR * peak_forward_bytes(network, (1, model.n_channels, *patch))
     return int(_SINGLE * (weights + n_logits * model.n_outputs * math.prod(patch)) + forward)
 

@@ -32,34 +32,21 @@ _SLICE_TOLERANCE = 0.25
 
 @dataclass(frozen=True)
 class Case:
-    """One case of the input.
+    """One case of the input."""
 
-    Attributes:
-        name: What its prediction is called, without ending.
-        files: One image for each channel, in order.
-        slices: Files of a DICOM series in place of ``files``, in any order.
-    """
-
-    name: str
-    files: tuple[Path, ...]
-    slices: tuple[Path, ...] = ()
+    name: str  # what its prediction is called, without ending
+    files: tuple[Path, ...]  # one image for each channel, in order
+    slices: tuple[Path, ...] = ()  # files of a DICOM series in place of files, in any order
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Size and spacing of a case's images.
+    """Size and spacing of a case's images."""
 
-    Attributes:
-        shape: Voxels in the order of nnU-Net's arrays, ``(Z, Y, X)``; ``(1, Y, X)`` for an image with two axes.
-        spacing: mm between them.
-        bytes_per_voxel: What the file's own type takes.
-        has_unit: Whether the file says what unit the spacing has; only NIfTI can leave it out.
-    """
-
-    shape: tuple[int, ...]
-    spacing: tuple[float, ...]
-    bytes_per_voxel: int
-    has_unit: bool = True
+    shape: tuple[int, ...]  # voxels in the order of nnU-Net's arrays, (Z, Y, X); (1, Y, X) for an image with two axes
+    spacing: tuple[float, ...]  # mm between them
+    bytes_per_voxel: int  # what the file's own type takes
+    has_unit: bool = True  # whether the file says what unit the spacing has; only NIfTI can leave it out
 
     def __str__(self) -> str:
         return f"{' x '.join(map(str, self.shape[::-1]))} voxels of {_mm(self.spacing[::-1])}"
@@ -158,6 +145,8 @@ def _nifti_header(path: Path) -> tuple[Any, tuple[int, ...]]:
         content = file.read(540)
     kind: Any = nib.Nifti2Header if content[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") else nib.Nifti1Header
     header = kind(content[: kind.template_dtype.itemsize], check=False)
+    if header["sizeof_hdr"] not in (348, 540):
+        raise ValueError("no NIfTI header")
     shape = tuple(int(n) for n in header["dim"][1 : 1 + int(header["dim"][0])])
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -165,31 +154,27 @@ def _nifti_header(path: Path) -> tuple[Any, tuple[int, ...]]:
 
 
 def _read_header(path: Path) -> Geometry:
-    has_unit = True
     with readable(path):
         if path.name.endswith(NIFTI_ENDINGS):
             # ITK repairs what a header must not have; nnU-Net would then predict on a grid that nobody meant.
-            header, shape = _nifti_header(path)
-            _check_grid(path, shape, [float(side) for side in header["pixdim"][1 : 1 + len(shape)]])
-            has_unit = bool(int(header["xyzt_units"]) & 7)  # the bits for lengths
-        reader: Any = sitk.ImageFileReader()  # type: ignore[no-untyped-call]
-        reader.SetFileName(str(path))
-        reader.ReadImageInformation()
-        size, spacing = reader.GetSize(), reader.GetSpacing()
-        _check_grid(path, size, spacing)
-        pixel: Any = sitk.Image([1] * len(size), reader.GetPixelID())  # type: ignore[no-untyped-call]
-    if len(size) == 2:  # nnU-Net makes one thick plane of it
-        size, spacing = (*size, 1), (*spacing, 999 * max(spacing))
-    n_bytes = sitk.GetArrayFromImage(pixel).dtype.itemsize * reader.GetNumberOfComponents()
-    return Geometry(tuple(size[::-1]), tuple(spacing[::-1]), n_bytes, has_unit)
-
-
-def _check_grid(path: Path, size: Sequence[int], spacing: Sequence[float]) -> None:
+            header, size = _nifti_header(path)
+            spacing = tuple(float(side) for side in header["pixdim"][1 : 1 + len(size)])
+            n_bytes, has_unit = int(header["bitpix"]) // 8, bool(int(header["xyzt_units"]) & 7)  # the bits for lengths
+        else:
+            reader: Any = sitk.ImageFileReader()  # type: ignore[no-untyped-call]
+            reader.SetFileName(str(path))
+            reader.ReadImageInformation()
+            size, spacing, has_unit = reader.GetSize(), reader.GetSpacing(), True
+            pixel: Any = sitk.Image([1] * len(size), reader.GetPixelID())  # type: ignore[no-untyped-call]
+            n_bytes = sitk.GetArrayFromImage(pixel).dtype.itemsize * reader.GetNumberOfComponents()
     if len(size) not in (2, 3):
         found = " x ".join(map(str, size))
         raise DatasetError(f"{path} has {len(size)} axes ({found}) instead of three: write each volume by itself")
     if not all(math.isfinite(side) and side > 0 for side in spacing):
         raise DatasetError(f"{path} has an impossible spacing of {_mm(spacing)}: correct its header")
+    if len(size) == 2:  # nnU-Net makes one thick plane of it
+        size, spacing = (*size, 1), (*spacing, 999 * max(spacing))
+    return Geometry(tuple(size[::-1]), tuple(spacing[::-1]), n_bytes, has_unit)
 
 
 def _mm(sides: Sequence[float]) -> str:
@@ -294,17 +279,11 @@ def _read_series(slices: Sequence[Path]) -> Any:
 
 @dataclass(frozen=True)
 class CaseArray:
-    """An array of a case between two steps: its image on the network's grid, or its labels.
+    """An array of a case between two steps: its image on the network's grid, or its labels."""
 
-    Attributes:
-        case: The case; its files are in the scratch folder where they had to be converted.
-        path: File with the array, ``(C, X, Y, Z)`` or ``(Z, Y, X)``, in a scratch folder of the case.
-        properties: What nnU-Net notes of the original grid.
-    """
-
-    case: Case
-    path: Path
-    properties: dict[str, Any]
+    case: Case  # the case; its files are in the scratch folder where they had to be converted
+    path: Path  # file with the array, (C, X, Y, Z) or (Z, Y, X), in a scratch folder of the case
+    properties: dict[str, Any]  # what nnU-Net notes of the original grid
 
 
 class _LowMemoryConfiguration(ConfigurationManager):
@@ -324,25 +303,24 @@ class _LowMemoryConfiguration(ConfigurationManager):
         return lambda mask, *_: np.zeros((1,) * mask.ndim, mask.dtype)
 
 
-def prepare(case: Case, model: Model, scratch: Path) -> CaseArray:
+def prepare(case: Case, model: Model, scratch: Path, *, preprocessed: bool = True) -> CaseArray:
     """Read and preprocess a case as nnU-Net does, and write the result into a folder of its name in ``scratch``.
+
+    Without preprocessing, images that the model's reader does not take are converted and no more.
 
     Raises:
         DatasetError: The files cannot be read, hold values that are no numbers, or cannot be preprocessed.
     """
-    converted = convert(case, model, scratch)
-    read = [read_images(converted.case, model)]
-    with readable(case.name, "cannot be preprocessed"):
-        image, properties = preprocess(model, read)
-    np.save(converted.path, image)
-    return CaseArray(converted.case, converted.path, properties)
-
-
-def convert(case: Case, model: Model, scratch: Path) -> CaseArray:
-    """Make a folder for a case in ``scratch``, with its images in it where the model's reader does not take them."""
+    properties: dict[str, Any] = {}
     folder = scratch / case.name
     folder.mkdir(exist_ok=True)
-    return CaseArray(as_nifti(case, model.file_ending, folder), folder / "image.npy", {})
+    case = as_nifti(case, model.file_ending, folder)
+    if preprocessed:
+        read = [read_images(case, model)]
+        with readable(case.name, "cannot be preprocessed"):
+            image, properties = preprocess(model, read)
+        np.save(folder / "image.npy", image)
+    return CaseArray(case, folder / "image.npy", properties)
 
 
 def preprocess(model: Model, read: list[tuple[npt.NDArray[Any], dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Trained models: what a folder or checkpoint describes, and its networks, without running code out of either."""
+"""Trained models: what a folder or checkpoint describes, and its network, without running code out of either."""
 
 from __future__ import annotations
 
@@ -21,20 +21,12 @@ from torch import Tensor, nn
 
 from stunet.errors import CheckpointError, PlansError, UsageError, reading
 from stunet.files import read_json
-from stunet.labels.comparisons import structure_values
-from stunet.labels.labels import load_vocabulary, vocabulary_for
+from stunet.labels.labels import Labels, load_vocabulary, vocabulary_for
 from stunet.planning import check_configuration, describe_model, write_model_folder
-from stunet.weights import (
-    WeightsEntry,
-    alone_with,
-    check_network,
-    check_weights,
-    entry_folder,
-    fetch,
-    find_entry,
-    open_weights,
-    read_checkpoint,
-)
+from stunet.weights.convert import open_weights
+from stunet.weights.networks import check_network
+from stunet.weights.published import WeightsEntry, alone_with, entry_folder, fetch, find_entry, noted_sha256
+from stunet.weights.read import check_weights, read_checkpoint
 
 CHECKPOINT = "checkpoint_final.pth"
 _VOLUME_READERS = {"SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient"}
@@ -42,30 +34,20 @@ _VOLUME_READERS = {"SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "Nibab
 
 @dataclass
 class Model:
-    """A trained nnU-Net v2 model: what is known of it before weights are loaded, and its networks once they are used.
+    """A trained nnU-Net v2 model: what is known of it before weights are loaded, and its network once it is used."""
 
-    Attributes:
-        folder: The model folder; of a checkpoint by itself, the folder that it lies in.
-        plans: Content of ``plans.json``.
-        dataset_json: Content of ``dataset.json``.
-        configuration: Name of the configuration in the plans.
-        trainer_name: The trainer that says how the network is built.
-        mirroring_axes: Axes that prediction may mirror; None for no mirroring.
-        checkpoints: File of each fold, by its name in ``fold_NAME``.
-        trust: Classes that its plans may name beyond the known ones, see :func:`stunet.weights.check_network`.
-    """
-
-    folder: Path
-    plans: dict[str, Any]
-    dataset_json: dict[str, Any]
-    configuration: str
-    trainer_name: str
-    mirroring_axes: tuple[int, ...] | None
-    checkpoints: dict[str, Path]
-    trust: tuple[str, ...] = ()
+    folder: Path  # the model folder; of a checkpoint by itself, the folder that it lies in
+    plans: dict[str, Any]  # content of plans.json
+    dataset_json: dict[str, Any]  # content of dataset.json
+    configuration: str  # name of the configuration in the plans
+    trainer_name: str  # the trainer that says how the network is built
+    mirroring_axes: tuple[int, ...] | None  # axes that prediction may mirror; None for no mirroring
+    checkpoints: dict[str, Path]  # file of each fold, by its name in fold_NAME
+    trust: tuple[str, ...] = ()  # classes that its plans may name beyond the known ones
+    _loaded = ""  # the fold whose weights the network has
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the networks out: processes that read and write images need none."""
+        """Leave the network out: processes that read and write images need none."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
@@ -86,7 +68,7 @@ class Model:
     @property
     def structures(self) -> dict[str, tuple[int, ...]]:
         """Label values of each structure that is predicted; regions have several."""
-        return structure_values(self.dataset_json["labels"])
+        return Labels(self.dataset_json).structures
 
     @property
     def file_ending(self) -> str:
@@ -109,19 +91,28 @@ class Model:
         return int(self.label_manager.num_segmentation_heads)
 
     @cached_property
-    def networks(self) -> list[nn.Module]:
-        """The networks of all folds with their weights, in evaluation mode."""
-        networks = []
-        for fold in self.checkpoints:
-            weights, network = self.weights(fold), self.build_network()
-            network.load_state_dict(weights)
-            networks.append(network.eval())
-        return networks
+    def _network(self) -> nn.Module:
+        return self.build_network().eval()
+
+    @cached_property
+    def _mapped(self) -> dict[str, dict[str, Tensor]]:
+        """Weights of several folds, which stay in their files until they are used."""
+        return {}
 
     @property
     def network(self) -> nn.Module:
-        """The first fold's network."""
-        return self.networks[0]
+        """The network in evaluation mode, with the first fold's weights."""
+        return self.load_fold(next(iter(self.checkpoints)))
+
+    def load_fold(self, fold: str) -> nn.Module:
+        """Load the weights of a fold into the network, which is one for all folds, and return it."""
+        if fold != self._loaded:
+            weights = self._mapped.get(fold) or self.weights(fold)
+            if len(self.checkpoints) > 1:
+                self._mapped[fold] = weights
+            self._network.load_state_dict(weights)
+            self._loaded = fold
+        return self._network
 
     def weights(self, fold: str) -> dict[str, Tensor]:
         """Map the weights of a fold from its file; they must fit the network, which takes no memory yet."""
@@ -168,7 +159,7 @@ def load_model(
     trust: Sequence[str] = (),
     say: Callable[[str], None] = lambda text: None,
 ) -> Model:
-    """Read a trained model. Its networks are loaded when they are first used.
+    """Read a trained model. Its weights are loaded when they are first used.
 
     Args:
         source: A model folder of nnU-Net v2 with ``plans.json``, ``dataset.json`` and ``fold_*``; a checkpoint of its
@@ -250,7 +241,7 @@ def _check(model: Model) -> None:
     check_network(configuration.configuration["architecture"], source=source, trust=model.trust)
     if not re.fullmatch(r"(\.\w+)+", model.file_ending) or model.n_outputs < 1:
         raise ValueError(f"file_ending {model.file_ending[:40]}, {model.n_outputs} outputs")
-    if any(not 0 < value < 2**16 for values in model.structures.values() for value in values):
+    if not model.structures or any(not 0 < v < 2**16 for values in model.structures.values() for v in values):
         raise ValueError(f"labels {str(model.structures)[:100]}")
     prepared_by = [model.plans_manager.image_reader_writer_class, configuration.preprocessor_class]
     for name in ("data", "seg", "probabilities"):
@@ -285,8 +276,8 @@ def published_model(entry: WeightsEntry, say: Callable[[str], None] = lambda tex
 
 
 def _is_made_of(card: Path, weights: Path, sha256: str | None) -> bool:
-    """Whether a model was converted from the weights that the registry knows, and after they came into the cache."""
+    """Whether a model was converted from the weights in the cache, and from those that the registry knows."""
     with suppress(OSError, ValueError, LookupError, TypeError):
-        is_newer = not weights.exists() or card.stat().st_ctime >= weights.stat().st_ctime
-        return is_newer and sha256 in (None, read_json(card)["sources"][0]["sha256"])
+        made_of = read_json(card)["sources"][0]["sha256"]
+        return sha256 in (None, made_of) and (not weights.exists() or noted_sha256(weights) == made_of)
     return False

@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from stunet.datasets.raw import plane_names
 from stunet.errors import DatasetError, UsageError, reading
-from stunet.files import atomic_path, file_sha256, move_into_place, read_json, write_json
+from stunet.files import atomic_path, file_sha256, fingerprint, move_into_place, read_json, write_json
 from stunet.inference.images import Case, CaseArray
 from stunet.inference.model import Model
 from stunet.inference.resampling import resample_image
@@ -86,15 +86,16 @@ def write_case(
         _write_labels(reader, inside.view(np.uint8), properties, mask)
         move_into_place(mask, place / f"{name.replace(os.sep, '_')}.nii.gz")
     problem, spacing = None, properties["spacing"]
+    voxels: Any = ()
     if "statistics" in write or "preview" in write:
         voxels, original = reader.read_images([str(path) for path in case.files])
         if crop is not None:
             voxels = np.stack([channel[crop] for channel in voxels])
             spacings = original["spacing"], spacing
             voxels = resample_image(voxels, labels.shape, *spacings, order=1, force_separate_z=False)
+    measured = measure(labels, structures, spacing, voxels if "statistics" in write else ())
     if "statistics" in write:
         (folder / "statistics").mkdir(exist_ok=True)
-        measured = measure(labels, structures, spacing, voxels)
         content = {name: {key: of[key] for key in of if key != "labels"} for name, of in measured.items()}
         write_json(content, folder / "statistics" / f"{case.name}.json")
     if "preview" in write:
@@ -106,7 +107,7 @@ def write_case(
         except Exception as error:
             problem = f"no preview: {type(error).__name__}: {str(error)[:200]}"
     move_into_place(finished, folder / finished.name)
-    return find_structures(labels, structures, spacing), problem
+    return find_structures(measured), problem
 
 
 def restrict(labels: Array, structures: Structures) -> Array:
@@ -143,9 +144,8 @@ def measure(
     return measured
 
 
-def find_structures(labels: Array, structures: Structures, spacing: Sequence[float]) -> dict[str, dict[str, Any]]:
+def find_structures(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return labels, voxels and volume of the structures that a case has."""
-    measured = measure(labels, structures, spacing)
     keys = ("labels", "voxels", "volume_ml")
     return {name: {key: of[key] for key in keys} for name, of in measured.items() if of["voxels"]}
 
@@ -376,16 +376,9 @@ def _show(value: Any) -> str:
 
 
 def _digest(case: Case) -> str:
-    """Digest the images of a case, of gzip files their size and trailer, which has a checksum; "" if unreadable."""
-    content = b"null"
-    with suppress(OSError):  # which reading it will say, and that stops no other case
-        for path in (*case.files, *case.slices):  # of another series of a folder it is another one
-            with path.open("rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(size - 8, 0))
-                short = size.to_bytes(8, "little") + file.read(8)
-            content += short if path.suffix == ".gz" else file_sha256(path).encode()
-        return hashlib.sha256(content).hexdigest()
+    """Digest the images of a case; "" where they cannot be read, which reading will say, and that stops no other."""
+    with suppress(DatasetError):
+        return fingerprint((*case.files, *case.slices))  # of another series of a folder it is another one
     return ""
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import combinations, product
@@ -56,32 +57,28 @@ class MemoryPlan:
 
 @dataclass
 class Predictor:
-    """Predicts images with a model, as nnU-Net's ``nnUNetPredictor`` does.
-
-    Attributes:
-        model: The model.
-        device: Where the networks run.
-        step_size: Distance between windows as a fraction of the patch.
-        mirroring: Whether the axes that the checkpoint allows are mirrored.
-        results_on_device: Whether logits are added up on the device too.
-        lowres: Whether labels stay on the network's grid, which covers what preprocessing has not cropped.
-        plan: How memory is used.
-    """
+    """Predicts images with a model, as nnU-Net's ``nnUNetPredictor`` does."""
 
     model: Model
-    device: torch.device = _CPU
-    step_size: float = 0.5
-    mirroring: bool = True
-    results_on_device: bool = True
-    lowres: bool = False
-    plan: MemoryPlan = MemoryPlan()
+    device: torch.device = _CPU  # where the networks run
+    step_size: float = 0.5  # distance between windows as a fraction of the patch
+    mirroring: bool = True  # whether the axes that the checkpoint allows are mirrored
+    results_on_device: bool = True  # whether logits are added up on the device too
+    lowres: bool = False  # whether labels stay on the network's grid, which covers what preprocessing has not cropped
+    plan: MemoryPlan = MemoryPlan()  # how memory is used
 
     @cached_property
     def networks(self) -> list[Callable[[Tensor], Tensor]]:
-        """From a window to its logits, for each fold."""
-        axes = self.model.mirroring_axes if self.mirroring else None
-        networks = [mirror_and_predict(network.to(self.device), axes) for network in self.model.networks]
-        return [average(networks)] if self.plan.average_folds else networks
+        """From a window to its logits, for each fold; all weights are read here, so that what is wrong shows."""
+        axes, model = self.model.mirroring_axes if self.mirroring else None, self.model
+        for fold in model.checkpoints:
+            model.load_fold(fold).to(self.device)
+
+        def predict(fold: str, window: Tensor) -> Tensor:
+            return mirror_and_predict(model.load_fold(fold), axes, window)
+
+        networks: list[Callable[[Tensor], Tensor]] = [partial(predict, fold) for fold in model.checkpoints]
+        return [partial(average, networks)] if self.plan.average_folds else networks
 
     @cached_property
     def stock(self) -> nnUNetPredictor:
@@ -98,6 +95,19 @@ class Predictor:
             model.build_network(), *managers, weights, model.dataset_json, model.trainer_name, axes
         )
         return predictor
+
+    def predict_with_nnunet(
+        self, case: Case, stem: str, *, save_probabilities: bool, previous_stage: str | None
+    ) -> tuple[Labels, dict[str, Any]]:
+        """Predict the files of a case with :attr:`stock`, which writes files that begin with ``stem``."""
+        options: dict[str, Any] = {
+            "save_probabilities": save_probabilities,
+            "folder_with_segs_from_prev_stage": previous_stage,
+        }
+        self.stock.predict_from_files_sequential([list(map(str, case.files))], [stem], **options)
+        reader = self.model.plans_manager.image_reader_writer_class()
+        labels, properties = reader.read_seg(stem + self.model.file_ending)
+        return np.asarray(labels[0]).astype(self.label_type), properties
 
     @property
     def label_type(self) -> type[np.uint8 | np.uint16]:
@@ -148,16 +158,16 @@ class Predictor:
         plans, configuration, axis = self.model.plans_manager, self.model.configuration_manager, self.plan.axis
         patch, inner = tuple(configuration.patch_size), image.shape[1:]
         padded, (_, *kept) = pad_nd_image(image, patch, "constant", {"constant_values": 0}, return_slicer=True)
-        grid = window_grid(padded.shape[1:], patch, self.step_size)
         planes = predict_planes(
             padded,
             self.networks,
-            grid,
+            patch,
+            step_size=self.step_size,
             num_classes=self.model.n_outputs,
             device=self.device,
             results_device=results_device,
             axis=axis,
-            on_window=lambda: on_window(grid.n_windows),
+            on_window=on_window,
         )
         spacing = [properties["spacing"][i] for i in plans.transpose_forward]
         options = configuration.configuration["resampling_fn_probabilities_kwargs"]
@@ -273,59 +283,31 @@ def network_spacing(model: Model, spacing: Sequence[float]) -> list[float]:
 # the first axis also the order of all additions is, and so is every bit of the result.
 
 
-@dataclass(frozen=True)
-class WindowGrid:
-    """Where the windows lie.
-
-    Attributes:
-        window: Voxels ``(X, Y, Z)`` of a window. A 2D network's is one voxel thick.
-        steps: First voxels of the windows along each axis.
-        flat: Whether the network is 2D.
-    """
-
-    window: tuple[int, int, int]
-    steps: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-    flat: bool
-
-    @property
-    def n_windows(self) -> int:
-        """How many windows there are."""
-        return int(np.prod([len(steps) for steps in self.steps]))
-
-
-def window_grid(image_size: Sequence[int], patch_size: Sequence[int], step_size: float) -> WindowGrid:
-    """Place windows as nnU-Net does: in an image of ``(X, Y, Z)`` voxels, along no axis fewer than the patch has."""
-    flat = len(patch_size) == 2
-    steps = compute_steps_for_sliding_window(image_size[-len(patch_size) :], patch_size, step_size)
-    if flat:
-        steps = [list(range(image_size[0])), *steps]
-    x, y, z = (tuple(s) for s in steps)
-    window = (1, *patch_size) if flat else tuple(patch_size)
-    return WindowGrid((window[0], window[1], window[2]), (x, y, z), flat)
-
-
 def predict_planes(
     image: npt.NDArray[np.float32],
     networks: Sequence[Callable[[Tensor], Tensor]],
-    grid: WindowGrid,
+    patch_size: Sequence[int],
     *,
     num_classes: int,
-    device: torch.device,
-    results_device: torch.device,
+    step_size: float = 0.5,
+    device: torch.device = _CPU,
+    results_device: torch.device = _CPU,
     axis: int = 0,
-    on_window: Callable[[], None] = lambda: None,
+    on_window: Callable[[int], None] = lambda n_windows: None,
 ) -> Iterator[Tensor]:
     """Predict an image and yield its logits plane by plane.
 
     Args:
         image: ``(C, X, Y, Z)``, along no axis smaller than a window. May be mapped from a file.
         networks: One for each fold, from ``(1, C, X, Y, Z)`` to logits ``(1, K, X, Y, Z)``; their logits are averaged.
-        grid: Where the windows lie.
+            All windows of one position along ``axis`` go through one before they go through the next.
+        patch_size: Voxels of a window, ``(X, Y, Z)``; of a 2D network ``(Y, Z)``.
         num_classes: ``K``.
+        step_size: Distance between windows as a fraction of the patch.
         device: Where the networks are.
         results_device: Where their logits are added up.
         axis: The axis of the image along which planes come.
-        on_window: Called after each window.
+        on_window: Called after each window of each fold with the number of all.
 
     Yields:
         Logits of one plane, ``(K, Y, Z)`` of half precision where ``axis`` is the first. They are
@@ -334,117 +316,79 @@ def predict_planes(
     Raises:
         CheckpointError: A logit is too large for half precision, or no number at all.
     """
-    first, others = grid.steps[axis], [i for i in range(3) if i != axis]
-    thickness, shape = grid.window[axis], [image.shape[1 + i] for i in others]
+    flat = len(patch_size) == 2
+    steps = compute_steps_for_sliding_window(image.shape[-len(patch_size) :], patch_size, step_size)
+    gaussian = compute_gaussian(tuple(patch_size), sigma_scale=1 / 8, value_scaling_factor=10, device=results_device)
+    if flat:  # a window is one plane
+        steps, gaussian = [list(range(image.shape[1])), *steps], gaussian[None]
+    n_windows = math.prod(map(len, steps)) * len(networks)
+    steps.insert(0, steps.pop(axis))
+    image, gaussian = np.moveaxis(image, axis + 1, 1), gaussian.movedim(axis, 0)
+    (first, *others), thickness, shape = steps, len(gaussian), image.shape[2:]
     # One for each fold, since nnU-Net rounds each fold's logits to half precision.
     logits = [torch.zeros(num_classes, thickness, *shape, dtype=torch.half, device=results_device) for _ in networks]
-    weights = torch.zeros(thickness, *shape, dtype=torch.half, device=results_device)
-    gaussian = _gaussian(grid, results_device).movedim(axis, 0)
-    for start, stop in zip(first, (*first[1:], image.shape[1 + axis]), strict=True):
-        for corner in product(*(grid.steps[i] for i in others)):
-            position = list(corner)
-            position.insert(axis, start)
-            window = _cut(image, position, grid, device)
-            for network, sums in zip(networks, logits, strict=True):
-                _add(sums, network(window)[0].to(results_device), gaussian, axis, start, corner, grid.flat)
-            _add_weights(weights, gaussian, start, corner)
-            on_window()
+    weights = torch.zeros(1, thickness, *shape, dtype=torch.half, device=results_device)
+    for start, stop in zip(first, (*first[1:], image.shape[1]), strict=True):
+        corners = product([start], *others)
+        places = [tuple(slice(c, c + n) for c, n in zip(corner, gaussian.shape, strict=True)) for corner in corners]
+        for network, sums in zip(networks, logits, strict=True):
+            for place in places:
+                window = np.moveaxis(image[:, place[0], place[1], place[2]], 1, axis + 1)
+                tensor = torch.from_numpy(np.array(window, dtype=np.float32, order="C"))[None].to(device)
+                prediction = network(tensor[:, :, 0] if flat else tensor)[0].to(results_device)
+                prediction = (prediction[:, None] if flat else prediction).movedim(axis + 1, 1)
+                _add(sums, prediction, gaussian, place)
+                del prediction  # before there is the next one
+                on_window(n_windows)
+        for place in places:
+            _add(weights, torch.ones_like(gaussian)[None], gaussian, place)
         for plane in range(start, stop):
             slot = plane % thickness
-            yield _finish([sums[:, slot] for sums in logits], weights[slot])
-            for sums in (*(each[:, slot] for each in logits), weights[slot]):
-                sums.zero_()
+            yield _finish([sums[:, slot] for sums in logits], weights[0, slot])
+            for sums in (*logits, weights):
+                sums[:, slot].zero_()
 
 
-def mirror_and_predict(network: nn.Module, axes: Sequence[int] | None) -> Callable[[Tensor], Tensor]:
-    """Return a network whose logits are the mean over all mirror images of its input, as in nnU-Net's predictor."""
-    combined = [
-        [a + 2 for a in subset] for n in range(1, len(axes or ()) + 1) for subset in combinations(axes or (), n)
-    ]
-
-    def predict(image: Tensor) -> Tensor:
-        with torch.inference_mode(), _autocast(image.device):
-            prediction: Tensor = network(image)
-            for flipped in combined:
-                other = network(image.flip(flipped))
-                # Flipping all classes at once would be one more copy of all logits.
-                at_once = 1 if image.device.type == "cpu" else other.shape[1]
-                for i in range(0, other.shape[1], at_once):
-                    prediction[:, i : i + at_once] += other[:, i : i + at_once].flip(flipped)
-                del other
-            if combined:
-                prediction /= len(combined) + 1
-            return prediction
-
-    return predict
-
-
-def average(networks: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
-    """Return one network whose logits are the mean of those of several, taken window by window."""
-
-    def predict(image: Tensor) -> Tensor:
-        with torch.inference_mode():
-            first, *others = networks
-            total = first(image)
-            for network in others:
-                total += network(image)
-            total /= len(networks)
-            return total
-
-    return predict
-
-
-def _autocast(device: torch.device) -> AbstractContextManager[None]:
-    return torch.autocast("cuda") if device.type == "cuda" else nullcontext()
-
-
-def _gaussian(grid: WindowGrid, device: torch.device) -> Tensor:
-    size = grid.window[1:] if grid.flat else grid.window
-    gaussian: Tensor = compute_gaussian(size, sigma_scale=1 / 8, value_scaling_factor=10, device=device)
-    return gaussian[None] if grid.flat else gaussian
-
-
-def _cut(image: npt.NDArray[np.float32], position: list[int], grid: WindowGrid, device: torch.device) -> Tensor:
-    x, y, z = (slice(p, p + n) for p, n in zip(position, grid.window, strict=True))
-    window = image[:, x, y, z]
-    tensor = torch.from_numpy(np.array(window, dtype=np.float32, order="C"))[None].to(device)
-    return tensor[:, :, 0] if grid.flat else tensor
+def mirror_and_predict(network: nn.Module, axes: Sequence[int] | None, image: Tensor) -> Tensor:
+    """Return the mean of a network's logits over all mirror images of its input, as nnU-Net's predictor has it."""
+    subsets = [[a + 2 for a in subset] for n in range(len(axes or ())) for subset in combinations(axes or (), n + 1)]
+    with torch.inference_mode(), torch.autocast("cuda") if image.device.type == "cuda" else nullcontext():
+        prediction: Tensor = network(image)
+        for flipped in subsets:
+            other = network(image.flip(flipped))
+            # Flipping all classes at once would be one more copy of all logits.
+            at_once = 1 if image.device.type == "cpu" else other.shape[1]
+            for i in range(0, other.shape[1], at_once):
+                prediction[:, i : i + at_once] += other[:, i : i + at_once].flip(flipped)
+            del other
+        if subsets:
+            prediction /= len(subsets) + 1
+        return prediction
 
 
 @torch.inference_mode()
-def _add(
-    sums: Tensor, prediction: Tensor, gaussian: Tensor, axis: int, start: int, corner: Sequence[int], flat: bool
-) -> None:
+def average(networks: Sequence[Callable[[Tensor], Tensor]], image: Tensor) -> Tensor:
+    """Return the mean of the logits of several networks."""
+    first, *others = networks
+    total = first(image)
+    for network in others:
+        total += network(image)
+    total /= len(networks)
+    return total
+
+
+@torch.inference_mode()
+def _add(sums: Tensor, prediction: Tensor, gaussian: Tensor, place: tuple[slice, ...]) -> None:
     """Add a window's weighted logits to the slab, in which plane ``p`` lies at ``p`` modulo the slab's thickness."""
-    prediction = (prediction[:, None] if flat else prediction).movedim(axis + 1, 1)
+    (first, rows, columns), thickness = place, len(gaussian)
+    offset = first.start % thickness
     n_classes = len(prediction)
     at_once = max(1, _CHUNK_ELEMENTS // gaussian.numel()) if sums.device.type == "cpu" else n_classes
     for i in range(0, n_classes, at_once):
         group = prediction[i : i + at_once]
         group *= gaussian
-        for slab, window in _slab_parts(start, len(gaussian)):
-            rows, columns = _in_plane(corner, gaussian)
-            sums[i : i + at_once, slab, rows, columns] += group[:, window]
-
-
-@torch.inference_mode()
-def _add_weights(weights: Tensor, gaussian: Tensor, start: int, corner: Sequence[int]) -> None:
-    for slab, window in _slab_parts(start, len(gaussian)):
-        rows, columns = _in_plane(corner, gaussian)
-        weights[slab, rows, columns] += gaussian[window]
-
-
-def _slab_parts(start: int, thickness: int) -> Iterator[tuple[slice, slice]]:
-    """The two parts of a window in a slab that is used in turn, as slices of the slab and of the window."""
-    offset = start % thickness
-    yield slice(offset, thickness), slice(0, thickness - offset)
-    if offset:
-        yield slice(0, offset), slice(thickness - offset, thickness)
-
-
-def _in_plane(corner: Sequence[int], gaussian: Tensor) -> tuple[slice, slice]:
-    (row, column), (height, width) = corner, gaussian.shape[1:]
-    return slice(row, row + height), slice(column, column + width)
+        sums[i : i + at_once, offset:, rows, columns] += group[:, : thickness - offset]
+        sums[i : i + at_once, :offset, rows, columns] += group[:, thickness - offset :]
 
 
 @torch.inference_mode()

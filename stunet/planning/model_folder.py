@@ -27,7 +27,8 @@ from stunet.planning.rewrite import (
     resolve_configuration,
     rewrite_configuration,
 )
-from stunet.weights import MODEL_CARD, SourceWeights
+from stunet.weights.convert import SourceWeights
+from stunet.weights.read import MODEL_CARD
 
 _CHECKPOINT = "fold_0/checkpoint_final.pth"
 _UNUSABLE = "plans of nnU-Net v1 that cannot be used; the pickle published with the weights can, or none (the preset)"

@@ -22,7 +22,8 @@ from stunet.files import write_json
 from stunet.labels.labels import Labels
 from stunet.planning.rewrite import check_plans, has_own_architecture, resolve_configuration
 from stunet.settings import SETTINGS_KEY, HeadPolicy, StemPolicy, Strategy
-from stunet.weights import SourceWeights, TransferReport, transfer_weights
+from stunet.weights.convert import SourceWeights
+from stunet.weights.transfer import TransferReport, transfer_weights
 
 #: The one configuration of plans that nnU-Net has not made.
 CONFIGURATION = "3d_fullres"

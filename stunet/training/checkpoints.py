@@ -21,7 +21,7 @@ from stunet.planning import open_preprocessed
 from stunet.ranking import prepare_target, score_candidate
 from stunet.training.distributed import Ranks
 from stunet.training.optimizer import set_kernel
-from stunet.weights import check_weights, read_checkpoint
+from stunet.weights.read import check_weights, read_checkpoint
 from stunet.weights.sharded import (
     SHARDED_SUFFIX,
     ShardedSave,

@@ -38,7 +38,9 @@ from stunet.training.distributed import Ranks, Sharding, seed_everything, share_
 from stunet.training.label_augmentation import LocalLabelTransform
 from stunet.training.optimizer import BF16MomentumSGD, GroupSchedule, freeze_others, parameter_groups, set_kernel
 from stunet.training.partial_labels import PartialLabels, count_voxels, mask_summary
-from stunet.weights import check_weights, open_weights, read_checkpoint, transfer_weights
+from stunet.weights.convert import open_weights
+from stunet.weights.read import check_weights, read_checkpoint
+from stunet.weights.transfer import transfer_weights
 
 #: The axis from right to left in the arrays that nnU-Net's readers give, before its transposition.
 _LEFT_RIGHT_AXIS = 2

@@ -164,19 +164,12 @@ def to_published_key(key: str) -> str:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the shapes of a STU-Net's weights say; the strides are not among it.
+    """What the shapes of a STU-Net's weights say; the strides are not among it."""
 
-    Attributes:
-        size: Depth and width.
-        input_channels: Channels of the image.
-        num_classes: Outputs of each head, background included.
-        n_axes: 2 or 3.
-    """
-
-    size: STUNetSize
-    input_channels: int
-    num_classes: int
-    n_axes: int
+    size: STUNetSize  # depth and width
+    input_channels: int  # channels of the image
+    num_classes: int  # outputs of each head, background included
+    n_axes: int  # 2 or 3
 
     def build_on_meta(self) -> STUNet:
         """Build the network without memory for its weights; all strides are 1, which no shape depends on."""
@@ -235,10 +228,10 @@ class SourceWeights:
     Attributes:
         path: The file with the weights.
         kind: What wrote it.
-        tensors: The weights by our names, fp32, on the CPU; mapped from the file where that is possible.
+        tensors: By our names, fp32, on the CPU; mapped from the file where possible.
         architecture: What their shapes say.
         precision: The precision in the file, for example ``float16``.
-        v1_plans: Plans of nnU-Net v1; empty where no pickle was given or found.
+        v1_plans: Plans of nnU-Net v1, where pickles have them.
         v1_init: The positional arguments of the v1 trainer; empty likewise.
         pickles: The pickles that these come from.
         init_args: What nnU-Net v2 keeps in its checkpoints: ``plans``, ``configuration``, ``dataset_json``.
@@ -266,7 +259,7 @@ def open_weights(paths: Sequence[str | os.PathLike[str]], *, trust: Sequence[str
         paths: One file with weights, or one model folder, and any number of nnU-Net v1 pickles (``.pkl``), in any
             order. Where ``X.model`` is given, ``X.model.pkl`` and ``plans.pkl`` beside it are read too.
         trust: Check the network that the plans in the checkpoint name, too, and admit these classes beyond the known
-            ones; see :func:`stunet.weights.check_network`. None where nothing will be built of these plans.
+            ones; see :func:`stunet.weights.networks.check_network`. None where nothing will be built of these plans.
 
     Returns:
         The weights under our names, without the prefixes of ``DataParallel`` and ``torch.compile``, as fp32.
@@ -381,21 +374,13 @@ _MARK = "decoder.transpconvs.0.weight"
 
 @dataclass(frozen=True)
 class UNetArchitecture:
-    """One of nnU-Net's own networks.
+    """One of nnU-Net's own networks."""
 
-    Attributes:
-        name: ``PlainConvUNet`` or ``ResidualEncoderUNet``; the full name of a class that the user trusts.
-        arguments: Its arguments but for channels and classes; layers as classes.
-        input_channels: Channels of the image.
-        num_classes: Outputs of each head, background included.
-        n_axes: 2 or 3.
-    """
-
-    name: str
-    arguments: Mapping[str, Any]
-    input_channels: int
-    num_classes: int
-    n_axes: int
+    name: str  # PlainConvUNet or ResidualEncoderUNet; the full name of a class that the user trusts
+    arguments: Mapping[str, Any]  # its arguments but for channels and classes; layers as classes
+    input_channels: int  # channels of the image
+    num_classes: int  # outputs of each head, background included
+    n_axes: int  # 2 or 3
 
     def build(self, input_channels: int, num_classes: int) -> nn.Module:
         """Build it without deep supervision and as PyTorch initialises it; raises what its class does."""
@@ -411,21 +396,13 @@ class UNetArchitecture:
 
 @dataclass(frozen=True)
 class UNetWeights:
-    """Weights of one of nnU-Net's own networks and what their checkpoint says about them.
+    """Weights of one of nnU-Net's own networks and what their checkpoint says about them."""
 
-    Attributes:
-        path: The checkpoint.
-        tensors: The weights by nnU-Net's names, fp32, on the CPU; mapped from the file where that is possible.
-        architecture: The network that they belong to.
-        init_args: ``plans``, ``configuration``, ``dataset_json``.
-        epoch: Epochs that the weights were trained for.
-    """
-
-    path: Path
-    tensors: dict[str, Tensor]
-    architecture: UNetArchitecture
-    init_args: dict[str, Any] = field(default_factory=dict)
-    epoch: int | None = None
+    path: Path  # the checkpoint
+    tensors: dict[str, Tensor]  # by nnU-Net's names, fp32, on the CPU; mapped from the file where possible
+    architecture: UNetArchitecture  # the network that they belong to
+    init_args: dict[str, Any] = field(default_factory=dict)  # plans, configuration, dataset_json
+    epoch: int | None = None  # epochs that the weights were trained for
 
 
 def open_any_weights(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> SourceWeights | UNetWeights:
@@ -434,7 +411,7 @@ def open_any_weights(path: str | os.PathLike[str], trust: Sequence[str] = ()) ->
     Args:
         path: A file as for :func:`open_weights`, a checkpoint of nnU-Net v2 with a ``PlainConvUNet`` or a
             ``ResidualEncoderUNet``, or a model folder with one fold.
-        trust: Further classes that the plans may name, see :func:`stunet.weights.check_network`.
+        trust: Further classes that the plans may name, see :func:`stunet.weights.networks.check_network`.
 
     Raises:
         CheckpointError: The file is missing, truncated or unsafe, the weights are not finite, of another network, or

@@ -6,14 +6,13 @@ appears under its name only after it has been checked: checksum, length, and tha
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.resources import files
@@ -39,13 +38,16 @@ CACHE_VARIABLE = "STUNET_CACHE"
 _Text = Annotated[str, Meta(min_length=1)]
 _Positive = Annotated[int, Meta(gt=0)]
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}"
-_URL = r"^(?i:https?)://([^/?#@\s]*@)?(\[[0-9a-fA-F:.]+\]|[^/?#@:\s\[\]]+)(:\d+)?([/?#]|\Z)"  # with a host, and a port or none
+_URL = r"^(?i:https?)://([^/?#@\s]*@)?(\[[0-9a-fA-F:.]+\]|[^/?#@:\s\[\]]+)(:\d+)?([/?#]|\Z)"  # with a host
+_File = Annotated[str, Meta(pattern=_NAME + r"\.(model|pth|safetensors|pkl)\Z")]  # no path: it stays in its folder
+_Hub = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*(@[\w.\-/]+)?\Z")]
 _Url = Annotated[str, Meta(pattern=_URL)]
 Say = Callable[[str], None]
 """What takes lines that a person may want to read."""
 
 _ATTEMPTS = 5  # connections before a download is given up
 _TIMEOUTS = (10.0, 60.0)  # seconds to connect, and without a byte
+_LONGEST_PAUSE = 600.0  # seconds that are waited where a server asks for it
 _PASSING = (408, 425, 429)  # answers that may be another one next time, as those of 500 and above
 
 
@@ -68,25 +70,15 @@ class Place(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WeightsFile(Struct, frozen=True, forbid_unknown_fields=True):
-    """One file of published weights.
+    """One file of published weights."""
 
-    Attributes:
-        file: Its name, without a folder: nothing is written elsewhere than into the folder of the weights.
-        url: Where a program may download it.
-        hub: Hugging Face repository with a file of this name, ``OWNER/NAME`` or ``OWNER/NAME@REVISION``.
-        bytes: Its length where it is known.
-        approximate_bytes: Its length as a page rounds it, for the table alone.
-        sha256: Its checksum where it is known.
-        by_hand: Where a person can get it.
-    """
-
-    file: Annotated[str, Meta(pattern=_NAME + r"\.(model|pth|safetensors|pkl)\Z")]
-    url: _Url | None = None
-    hub: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*(@[\w.\-/]+)?\Z")] | None = None
-    bytes: _Positive | None = None
-    approximate_bytes: _Positive | None = None
-    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] | None = None
-    by_hand: tuple[Place, ...] | None = ()
+    file: _File  # its name
+    url: _Url | None = None  # where a program may download it
+    hub: _Hub | None = None  # hugging Face repository with such a file, OWNER/NAME or OWNER/NAME@REVISION
+    bytes: _Positive | None = None  # its length where it is known
+    approximate_bytes: _Positive | None = None  # its length as a page rounds it, for the table alone
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] | None = None  # its checksum where it is known
+    by_hand: tuple[Place, ...] | None = ()  # where a person can get it
 
     @property
     def is_pickle(self) -> bool:
@@ -95,31 +87,18 @@ class WeightsFile(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WeightsEntry(Struct, frozen=True, forbid_unknown_fields=True):
-    """Published weights of one network.
+    """Published weights of one network."""
 
-    Attributes:
-        name: What a user types.
-        size: Size of the network as :func:`stunet.network.size_of` names it.
-        outputs: Outputs, background included.
-        files: The weights and the pickles that belong to them.
-        title: What it was trained on.
-        input_channels: Channels of the image, where known.
-        labels: Name of the label vocabulary with the order of the outputs, where known.
-        licence: Licence of the weights, where known.
-        page: The page of those who published them.
-        sources: Where each of these facts is from.
-    """
-
-    name: Annotated[str, Meta(pattern=_NAME + r"\Z")]
-    size: _Text
-    outputs: _Positive
-    files: tuple[WeightsFile, ...]
-    title: str | None = None
-    input_channels: _Positive | None = None
-    labels: str | None = None
-    licence: str | None = None
-    page: _Url | None = None
-    sources: dict[str, str] | None = None
+    name: Annotated[str, Meta(pattern=_NAME + r"\Z")]  # what a user types
+    size: _Text  # size of the network as stunet.network.size_of names it
+    outputs: _Positive  # outputs, background included
+    files: tuple[WeightsFile, ...]  # the weights and the pickles that belong to them
+    title: str | None = None  # what it was trained on
+    input_channels: _Positive | None = None  # channels of the image, where known
+    labels: str | None = None  # name of the label vocabulary with the order of the outputs, where known
+    licence: str | None = None  # licence of the weights, where known
+    page: _Url | None = None  # the page of those who published them
+    sources: dict[str, str] | None = None  # where each of these facts is from
 
     def __post_init__(self) -> None:
         if self.labels is not None and self.labels not in list_vocabularies():
@@ -248,6 +227,13 @@ def read_record(path: Path) -> Record | None:
         return None
 
 
+def noted_sha256(path: Path) -> str:
+    """Return the SHA-256 that was noted of a file, where length and time say that it is the same; else compute it."""
+    record, now = read_record(path), path.stat()
+    fetched = datetime.fromisoformat(record.date).timestamp() + 1 if record else 0.0
+    return record.sha256 if record and record.bytes == now.st_size and now.st_mtime < fetched else file_sha256(path)
+
+
 def write_record(path: Path, *, name: str, url: str | None, sha256: str) -> None:
     """Note beside a file what it is now."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -305,16 +291,15 @@ def fetch(
             raise DownloadError(
                 f"{scheme} cannot be downloaded from; give an address that begins with http:// or https://"
             )
-    sources = {file.file: _source(entry, file, urls, hub) for file in entry.files}
+    sources = {file.file: _sources(entry, file, urls, hub) for file in entry.files}
     by_hand = []
     with alone_with(folder / ".partial" / "lock", say):
         for file in (*entry.pickles, entry.weights_file):  # the small ones first: what fails shall fail early
-            has_source, is_there = any(sources[file.file]), (folder / file.file).is_file()
-            if is_there and not (has_source and force):
+            if (folder / file.file).is_file() and not (sources[file.file] and force):
                 _verify_present(entry, file, folder)
                 say(f"{file.file} is there already, and fine")
-            elif has_source:
-                _fetch_file(entry, file, *sources[file.file], folder, attempts, say)
+            elif sources[file.file]:
+                _fetch_file(entry, file, sources[file.file], folder, attempts, say)
             else:
                 by_hand.append(file)
     if by_hand:
@@ -326,22 +311,18 @@ def fetch(
     return folder / entry.weights_file.file
 
 
-def _source(
-    entry: WeightsEntry, file: WeightsFile, urls: Sequence[str], hub: str | None
-) -> tuple[str | None, str | None]:
-    """Return the address, or else the Hugging Face repository, that a file is fetched from."""
+def _sources(entry: WeightsEntry, file: WeightsFile, urls: Sequence[str], hub: str | None) -> list[str]:
+    """Return where a file may be had, in the order to try: addresses, and Hugging Face repositories after ``hf:``."""
     others = {other.file for other in entry.files} - {file.file}
     ends = {url: unquote(urlsplit(url).path).rpartition("/")[2] for url in urls}
     mine = [url for url, end in ends.items() if end == file.file or (end not in others and not file.is_pickle)]
     if len(mine) > 1:
         raise UsageError(f"two addresses for {file.file}, {clean_url(mine[0])} and {clean_url(mine[1])}: give one")
-    if mine:
-        return mine[0], None
-    # A repository of weights often lacks the pickles, so those come from it only where nothing else is known.
-    if hub and not (file.is_pickle and (file.url or file.hub)):
-        return None, hub
-    resumes = file.hub is not None and importlib.util.find_spec("huggingface_hub") is not None
-    return (None, file.hub) if resumes or not file.url else (file.url, None)
+    known = [f"hf:{file.hub}"] if file.hub else []  # the hub's downloads can be resumed
+    known += [file.url] if file.url else []
+    if hub and not (file.is_pickle and known):  # a repository of weights often lacks the pickles
+        known = [f"hf:{hub}"]
+    return mine or known
 
 
 @contextmanager
@@ -368,14 +349,12 @@ def alone_with(lock_path: Path, say: Say) -> Iterator[None]:
 
 
 def _fetch_file(
-    entry: WeightsEntry, file: WeightsFile, url: str | None, hub: str | None, folder: Path, attempts: int, say: Say
+    entry: WeightsEntry, file: WeightsFile, sources: Sequence[str], folder: Path, attempts: int, say: Say
 ) -> None:
     part, path = folder / ".partial" / file.file, folder / file.file
     try:
-        if url is not None:
-            stated = _from_url(url, part, attempts, say)
-        else:
-            url, stated = _from_hub(str(hub), part, say)
+        _require_room(part, file.bytes)
+        url, stated = _download(sources, part, attempts, say)
         say(f"Checking {file.file}")
         sha256 = _check(part, entry, file, stated=stated, shown=clean_url(url), folder=folder).sha256
         record_path(path).unlink(missing_ok=True)
@@ -389,16 +368,42 @@ def _fetch_file(
     write_record(path, name=entry.name, url=clean_url(url), sha256=sha256)
 
 
+def _require_room(part: Path, n_bytes: int | None) -> None:
+    """Check that a file fits on the disk, beside what is there of it already."""
+    begun = [*part.parent.glob(part.name), *part.parent.rglob("*.incomplete")]  # the others are huggingface_hub's
+    missing = (n_bytes or 0) - sum(path.stat().st_size for path in begun)
+    if missing > (free := shutil.disk_usage(part.parent).free):
+        text = f"{part.parents[1]} has {free / 1e9:.2f} GB free, and {missing / 1e9:.2f} GB are missing of {part.name}"
+        raise DownloadError(f"{text}: make room, or choose another folder with --to or STUNET_CACHE")
+
+
+def _download(sources: Sequence[str], part: Path, attempts: int, say: Say) -> tuple[str, str | None]:
+    """Download a file from the first source that gives it; returns its address, and the SHA-256 where it is stated."""
+    source, *others = sources
+    try:
+        if source.startswith("hf:"):
+            return _from_hub(source.removeprefix("hf:"), part, say)
+        return source, _from_url(source, part, attempts, say)
+    except DownloadError as error:
+        if not others:
+            raise
+        say(str(error))
+        return _download(others, part, attempts, say)
+
+
 def _from_url(url: str, part: Path, attempts: int, say: Say) -> str | None:
     """Download a file; returns the SHA-256 that Hugging Face states in the answer that redirects to large files."""
     import pooch  # type: ignore[import-untyped]
     import requests
+    from urllib3 import Retry
+    from urllib3.exceptions import InvalidHeader
 
     stated: list[str] = []
 
     def look(response: requests.Response, **_: Any) -> None:
         if url.lower().startswith("https:") and not response.url.lower().startswith("https:"):
             raise DownloadError(f"{clean_url(url)} redirects to {clean_url(response.url)}, which is not https")
+        _require_room(part, int(response.headers.get("Content-Length") or 0))
         stated.extend(re.findall('^"?([0-9a-f]{64})"?$', response.headers.get("X-Linked-ETag", "")))
 
     say(f"Downloading {clean_url(url)}")
@@ -412,12 +417,15 @@ def _from_url(url: str, part: Path, attempts: int, say: Say) -> str | None:
             return stated[-1] if stated else None
         except requests.RequestException as error:
             status = None if error.response is None else error.response.status_code
+            pause = min(0.5 * 2 ** (attempt - 1), 30)
+            with suppress(AttributeError, InvalidHeader):  # a busy server may say when to come again
+                pause = max(pause, Retry().get_retry_after(error.response.raw) or 0)  # type: ignore[union-attr]
             lasting = isinstance(error, ValueError) or (400 <= (status or 0) < 500 and status not in _PASSING)
-            if lasting or attempt == attempts:
+            if lasting or attempt == attempts or pause > _LONGEST_PAUSE:
                 text = f"{clean_url(url)} could not be downloaded in {attempt} attempts, {_reason(error)}"
                 remedy = "check the address and the connection, or give another address with --url or --hf"
+                text += f", to be asked again in {pause:g} s" * (pause > _LONGEST_PAUSE)
                 raise DownloadError(f"{text}: {remedy}") from None  # whose own text shows what is secret in the address
-            pause = min(0.5 * 2 ** (attempt - 1), 30)
             say(f"{_reason(error)}; again in {pause:g} s")
             time.sleep(pause)
 
@@ -447,11 +455,14 @@ def _from_hub(repository: str, part: Path, say: Say) -> tuple[str, str | None]:
     repo_id, _, revision = repository.partition("@")
     try:
         found = get_hf_file_metadata(hf_hub_url(repo_id, part.name, revision=revision or None))
+        _require_room(part, found.size)
         revision = found.commit_hash or revision
         url = hf_hub_url(repo_id, part.name, revision=revision or None)
         say(f"Downloading {clean_url(url)}")
         hf_hub_download(repo_id, part.name, revision=revision or None, local_dir=part.parent)
         shutil.rmtree(part.parent / ".cache", ignore_errors=True)  # its notes
+    except DownloadError:
+        raise
     except Exception as error:  # whatever HTTP client it uses in this version has its own errors
         said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
         text = f"{repository} does not give {part.name}, {type(error).__name__}: {said}"

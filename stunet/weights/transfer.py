@@ -17,39 +17,25 @@ from stunet.settings import HeadPolicy, StemPolicy
 from stunet.weights.convert import SourceWeights, UNetWeights, open_any_weights
 from stunet.weights.read import describe_mismatch
 
-#: The two parameters whose shape depends on the input channels.
-_STEM_WEIGHTS = ("encoder.stages.0.0.conv1.weight", "encoder.stages.0.0.projection.weight")
-_STEM_BIASES = tuple(key.replace(".weight", ".bias") for key in _STEM_WEIGHTS)
+_STEM = ("encoder.stages.0.0.conv1.", "encoder.stages.0.0.projection.")
+_STEM_WEIGHTS = tuple(f"{name}weight" for name in _STEM)  # whose shape depends on the input channels
 _HEADS = "decoder.seg_layers."
 
 
 @dataclass(frozen=True)
 class TransferReport:
-    """What became of every parameter.
+    """What became of every parameter."""
 
-    Attributes:
-        source: File that the weights come from.
-        copied: Parameters taken as they are.
-        adapted: How each other parameter was filled from the source, by name.
-        fresh: Parameters that keep the target's own initialisation.
-        structures: For each output of the target the source's name of it, or None where its row is fresh.
-        unused_structures: Outputs of the source that no output of the target corresponds to.
-        input_channels: Channels of source and target.
-        stem: The policy for the stem.
-        head: The policy for the heads.
-        head_remark: Why no names were compared; empty where they were.
-    """
-
-    source: str
-    copied: tuple[str, ...]
-    adapted: Mapping[str, str]
-    fresh: tuple[str, ...]
-    structures: Mapping[str, str | None]
-    unused_structures: tuple[str, ...]
-    input_channels: tuple[int, int]
-    stem: StemPolicy
-    head: HeadPolicy
-    head_remark: str = ""
+    source: str  # file that the weights come from
+    copied: tuple[str, ...]  # parameters taken as they are
+    adapted: Mapping[str, str]  # how each other parameter was filled from the source, by name
+    fresh: tuple[str, ...]  # parameters that keep the target's own initialisation
+    structures: Mapping[str, str | None]  # of each output the source's name of it; None where its row is fresh
+    unused_structures: tuple[str, ...]  # outputs of the source that no output of the target corresponds to
+    input_channels: tuple[int, int]  # channels of source and target
+    stem: StemPolicy  # the policy for the stem, see adapt_stem
+    head: HeadPolicy  # the policy for the heads
+    head_remark: str = ""  # why no names were compared; empty where they were
 
     def as_dict(self) -> dict[str, Any]:
         """Return what is written as JSON."""
@@ -132,45 +118,42 @@ def transfer_weights(
         CheckpointError: Source and target differ in axes or size; nothing was changed.
         UsageError: An unknown policy, or outputs that the network does not have.
     """
-    check_policies(stem, head)
+    for name, value, policies in (("stem", stem, get_args(StemPolicy)), ("head", head, get_args(HeadPolicy))):
+        if value not in policies:
+            raise UsageError(f"unknown policy {value} for the {name}: give one of {', '.join(policies)}")
     target: dict[str, Tensor] = network.state_dict(keep_vars=True)
-    origin = source_outputs(weights)
+    origin = None if outputs is None else source_outputs(weights)  # whose labels may be odd, where none are asked for
     if outputs is not None:
         _check_fit(weights, target, outputs)
         structures, remark = _match(origin, outputs, head)
     else:
         structures, remark = {}, "heads by shape, as their labels were not given"
-    copied, fresh, adapted = [], [], {}
+    filled: dict[str, str] = {}
     with torch.no_grad():
         for key, parameter in target.items():
             tensor = weights.tensors.get(key)
-            if tensor is None or (stem == "random" and key in (*_STEM_WEIGHTS, *_STEM_BIASES)):
-                how = "fresh"
+            if tensor is None or (stem == "random" and key.startswith(_STEM)):
+                filled[key] = "fresh"
             elif key.startswith(_HEADS) and (outputs is not None or head == "fresh"):
-                how = _fill_head(parameter, tensor, origin, outputs, structures)
+                filled[key] = _fill_head(parameter, tensor, origin, outputs, structures)
             elif tensor.shape == parameter.shape:
                 parameter.copy_(tensor)
-                how = "copied"
+                filled[key] = "copied"
             elif key in _STEM_WEIGHTS and tensor[:, 0].shape == parameter[:, 0].shape:
                 parameter.copy_(adapt_stem(tensor, parameter, stem))
-                how = _STEM_DESCRIPTIONS[stem]
+                filled[key] = _STEM_DESCRIPTIONS[stem]
             else:
-                how = "fresh"
-            if how == "copied":
-                copied.append(key)
-            elif how == "fresh":
-                fresh.append(key)
-            else:
-                adapted[key] = how
+                filled[key] = "fresh"
+    copied, fresh = (tuple(key for key, how in filled.items() if how == kind) for kind in ("copied", "fresh"))
     if not copied:
         mismatch = describe_mismatch(weights.tensors, target)
         raise CheckpointError(f"nothing in {weights.path} fits the network: {mismatch}; give weights of such a network")
     used, channels = set(structures.values()), weights.architecture.input_channels
     return TransferReport(
         source=str(weights.path),
-        copied=tuple(copied),
-        adapted=adapted,
-        fresh=tuple(fresh),
+        copied=copied,
+        adapted={key: how for key, how in filled.items() if how not in ("copied", "fresh")},
+        fresh=fresh,
         structures=structures,
         unused_structures=tuple(name for name in origin.names if name not in used) if origin and outputs else (),
         input_channels=(channels, target[_STEM_WEIGHTS[0]].shape[1] if _STEM_WEIGHTS[0] in target else channels),
@@ -248,17 +231,6 @@ def _match(origin: Outputs | None, outputs: Outputs, head: HeadPolicy) -> tuple[
     return match_names(origin.names, outputs.names), ""
 
 
-def check_policies(stem: str, head: str = "fresh") -> None:
-    """Check the names of policies.
-
-    Raises:
-        UsageError: There is no such policy.
-    """
-    for name, value, policy in (("stem", stem, StemPolicy), ("head", head, HeadPolicy)):
-        if value not in get_args(policy):
-            raise UsageError(f"unknown policy {value} for the {name}: give one of {', '.join(get_args(policy))}")
-
-
 def _check_fit(weights: SourceWeights | UNetWeights, target: Mapping[str, Tensor], outputs: Outputs) -> None:
     if _STEM_WEIGHTS[0] not in target:
         raise UsageError("labels are for the heads of a STU-Net, which this network is not: leave them out")
@@ -294,12 +266,11 @@ def load_weights(
 
     Args:
         network: The network, changed in place.
-        checkpoint: Whatever :func:`stunet.weights.open_any_weights` reads: ``.model``, ``.pth``, ``.safetensors``, or a
-            model folder.
+        checkpoint: What :func:`stunet.weights.convert.open_any_weights` reads.
         labels: What each output of the network stands for, background first.
-        stem: What to do with a STU-Net's stem where the input channels differ.
-        head: ``fresh`` leaves all heads as they are.
-        trust: Further classes that the plans in the file may name, see :func:`stunet.weights.check_network`.
+        stem: As for :func:`transfer_weights`.
+        head: Likewise.
+        trust: Further classes that the plans in the file may name, see :func:`stunet.weights.networks.check_network`.
 
     Returns:
         What became of each parameter.

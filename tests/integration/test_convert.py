@@ -20,7 +20,7 @@ from weights import v1_plans, v1_stage
 
 from stunet.datasets.phantoms import make_phantom
 from stunet.network import build_stunet
-from stunet.weights import to_published_key
+from stunet.weights.convert import to_published_key
 
 CASES = ["totalseg_strides", "anisotropic_2ch", "shallow_padded"]
 

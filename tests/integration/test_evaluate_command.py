@@ -17,7 +17,7 @@ from weights import tiny_weights, v1_plans, v1_stage, write_v1
 
 from stunet.labels.labels import Vocabulary
 from stunet.planning import describe_model, write_model_folder
-from stunet.weights import open_weights
+from stunet.weights.convert import open_weights
 
 NAME = "Dataset003_Target"
 STRUCTURES = ("background", "kidney_left", "kidney_right", "liver", "spleen")

@@ -16,7 +16,7 @@ from conftest import TRAINED, VENOUS
 from integration.commands import Shell, edit_json, read_array, rewrite_image
 
 from stunet.datasets.phantoms import write_phantom_dataset
-from stunet.weights import read_checkpoint
+from stunet.weights.read import read_checkpoint
 
 TINY = "num_epochs=2 num_iterations_per_epoch=1 num_val_iterations_per_epoch=1 batch_size=2 mirroring=none"
 TARGET = "Dataset003_Target"

@@ -14,7 +14,7 @@ from test_variants import TINY
 from stunet.datasets.phantoms import write_phantom_dataset
 from stunet.files import write_json
 from stunet.labels.annotations import order_manifest
-from stunet.weights import read_checkpoint
+from stunet.weights.read import read_checkpoint
 
 MINI, PARTIAL = "Dataset101_TotalSegmentator", "Dataset002_Partial"
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from integration.commands import Shell, edit_json, read_array
 
-from stunet.weights import read_checkpoint
+from stunet.weights.read import read_checkpoint
 
 pytestmark = pytest.mark.slow
 
