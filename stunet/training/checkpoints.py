@@ -58,8 +58,8 @@ class Checkpoints:
     def _folder(self) -> Path:
         return Path(self._trainer.output_folder)
 
-    def save(self, path: Path) -> None:
-        """Write a checkpoint, sharded if it is the periodic or the best one of a sharded network."""
+    def save(self, path: Path, epochs: int) -> None:
+        """Write a checkpoint after so many epochs, sharded if it is the periodic or the best one of a sharded network."""
         trainer, sharding = self._trainer, self._trainer.sharding
         if trainer.disable_checkpointing:
             trainer.print_to_log_file("No checkpoint written, checkpointing is disabled")
@@ -68,7 +68,7 @@ class Checkpoints:
             "grad_scaler_state": None if trainer.grad_scaler is None else trainer.grad_scaler.state_dict(),
             "logging": trainer.logger.get_checkpoint(),
             "_best_ema": trainer._best_ema,
-            "current_epoch": trainer.current_epoch + 1,  # nnU-Net saves before it counts the epoch
+            "current_epoch": epochs,
             "init_args": trainer.my_init_kwargs,
             # Prediction finds this class in nnU-Net itself; the network is in the plans.
             "trainer_name": nnUNetTrainer.__name__,

@@ -283,9 +283,9 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         if self.local_rank == 0:
             write_json(report.as_dict(), Path(self.output_folder) / "weight_transfer.json")
 
-    def save_checkpoint(self, filename: str) -> None:
-        """Write a checkpoint; see :meth:`Checkpoints.save`."""
-        self.checkpoints.save(Path(filename))
+    def save_checkpoint(self, filename: str, *, epochs: int | None = None) -> None:
+        """Write a checkpoint after so many epochs; by default one more than counted, as nnU-Net saves before counting."""
+        self.checkpoints.save(Path(filename), self.current_epoch + 1 if epochs is None else epochs)
 
     def load_checkpoint(self, filename_or_checkpoint: str | os.PathLike[str]) -> None:
         """Resume from a checkpoint; see :meth:`Checkpoints.load`."""
@@ -425,19 +425,14 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         if done == self.num_epochs:  # checkpoint_final.pth is about to be written
             return
         if self.keep_every is not None and done % self.keep_every == 0:
-            self._save(folder / f"checkpoint_epoch_{done:04d}.pth")
+            self.save_checkpoint(str(folder / f"checkpoint_epoch_{done:04d}.pth"), epochs=done)
         if self.select_for is not None and done % self.save_every == 0:
             self._score(folder / "checkpoint_latest.pth", done)
-
-    def _save(self, path: Path) -> None:
-        self.current_epoch -= 1  # as nnU-Net does where it has counted the epoch already
-        self.save_checkpoint(str(path))
-        self.current_epoch += 1
 
     def _score(self, path: Path, done: int) -> None:
         if self.sharding.active:  # then that is a folder; all processes gather what one of them scores
             path = path.with_name("checkpoint_candidate.pth")
-            self._save(path)
+            self.save_checkpoint(str(path), epochs=done)
         if self._selection is not None:
             self._selection.score(path, done)
             path.with_name("checkpoint_candidate.pth").unlink(missing_ok=True)
