@@ -59,7 +59,7 @@ class Checkpoints:
         return Path(self._trainer.output_folder)
 
     def save(self, path: Path, epochs: int) -> None:
-        """Write a checkpoint after so many epochs, sharded if it is the periodic or the best one of a sharded network."""
+        """Write a checkpoint after so many epochs, sharded if it is a sharded network's periodic or best one."""
         trainer, sharding = self._trainer, self._trainer.sharding
         if trainer.disable_checkpointing:
             trainer.print_to_log_file("No checkpoint written, checkpointing is disabled")
