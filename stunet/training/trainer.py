@@ -284,7 +284,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
             write_json(report.as_dict(), Path(self.output_folder) / "weight_transfer.json")
 
     def save_checkpoint(self, filename: str, *, epochs: int | None = None) -> None:
-        """Write a checkpoint after so many epochs, by default one more than are counted: nnU-Net saves before counting."""
+        """Write a checkpoint after so many epochs; one more than are counted by default, as nnU-Net counts later."""
         self.checkpoints.save(Path(filename), self.current_epoch + 1 if epochs is None else epochs)
 
     def load_checkpoint(self, filename_or_checkpoint: str | os.PathLike[str]) -> None:
