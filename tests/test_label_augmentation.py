@@ -14,7 +14,7 @@ from made_trainers import make, narrow_plans
 from preprocessed_cases import structures
 from torch import Tensor
 
-from stunet.training.label_augmentation import LocalLabelTransform
+from stunet.training.labels import LocalLabelTransform
 
 PATCH, LARGER = (24, 20, 28), (38, 36, 40)
 

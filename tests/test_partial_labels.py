@@ -20,7 +20,7 @@ from stunet.errors import LabelError
 from stunet.files import write_json
 from stunet.labels.annotations import AnnotationManifest, bind_manifest, order_manifest
 from stunet.loss import PartialDiceCELoss, partial_dice_ce_loss
-from stunet.training.partial_labels import PartialLabels, count_voxels, mask_summary
+from stunet.training.labels import PartialLabels, count_voxels, mask_summary
 
 LABELS = {"background": 0, "liver": 1, "kidney_left": 2, "kidney_right": 3, "kidney": 4}
 CONTENT = {

@@ -35,9 +35,8 @@ from stunet.planning.rewrite import check_plans, is_stunet, plans_size, resolve_
 from stunet.settings import SETTINGS_KEY, HeadPolicy, Mirroring, MomentumDtype, Parallel, StemPolicy, Strategy
 from stunet.training.checkpoints import Checkpoints, TransferSelection
 from stunet.training.distributed import Ranks, Sharding, seed_everything, share_of_batch
-from stunet.training.label_augmentation import LocalLabelTransform
+from stunet.training.labels import LocalLabelTransform, PartialLabels, count_voxels, mask_summary
 from stunet.training.optimizer import BF16MomentumSGD, GroupSchedule, freeze_others, parameter_groups, set_kernel
-from stunet.training.partial_labels import PartialLabels, count_voxels, mask_summary
 from stunet.weights.convert import open_weights
 from stunet.weights.read import check_weights, read_checkpoint
 from stunet.weights.transfer import transfer_weights

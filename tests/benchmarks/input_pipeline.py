@@ -45,7 +45,7 @@ from preprocessed_cases import structures, write_preprocessed
 from plans import configuration, make_plans
 from stunet.cli.env import trainers_folder
 from stunet.planning import rewrite_plans
-from stunet.training.label_augmentation import LocalLabelTransform
+from stunet.training.labels import LocalLabelTransform
 
 T = TypeVar("T")
 SHAPE, N_STRUCTURES, BATCH, CORES = (256, 256, 256), 104, 2, 2
