@@ -121,7 +121,8 @@ def predicted(size: str | STUNetSize = "small", **kwargs: Any) -> int:
 )
 def test_memory_of_a_step(ours: Any, theirs: Any) -> None:
     measured = Training(SIZES["small"], batch=2, classes=3, **theirs).peak()
-    assert predicted(**ours) == pytest.approx(measured, rel=0.15)
+    # Norms on the CPU keep less than PyTorch's, which a GPU takes and the estimate is of.
+    assert measured * 0.98 < predicted(**ours) < measured * 1.2
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_two_channels_without_pickle(tmp_path: Path) -> None:
     ("args", "expected"),
     [
         ((), ("3 outputs", "--labels FILE.json")),
-        (("--labels", "{source}/two.json"), ("two.json: 2 ", "for 3 outputs")),
+        (("--labels", "{source}/two.json"), ("two.json", "2 ", "for 3 outputs")),
         (("--labels", "{source}/none.json"), ("none.json",)),
         (("{source}/none.pkl",), ("no such weights", "none.pkl")),
         (("{source}/none.model",), ("no such weights", "none.model")),

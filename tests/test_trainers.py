@@ -228,9 +228,9 @@ def test_kept_checkpoints_are_saved_as_all_others(dataset: Path, monkeypatch: py
     trainer = trained(make(plans=narrow_plans(keep_every=2)), 2)
     saved = []
     monkeypatch.setattr(nnUNetTrainer, "on_epoch_end", lambda self: None)
-    monkeypatch.setattr(trainer, "save_checkpoint", lambda path: saved.append((Path(path).name, trainer.current_epoch)))
+    monkeypatch.setattr(trainer, "save_checkpoint", lambda path, epochs: saved.append((Path(path).name, epochs)))
     trainer.on_epoch_end()
-    assert saved == [("checkpoint_epoch_0002.pth", 1)]  # nnU-Net saves before it counts the epoch
+    assert saved == [("checkpoint_epoch_0002.pth", 2)]
     assert trainer.current_epoch == 2
 
 

@@ -14,9 +14,10 @@ import stunet, stunet.trainers
 from pathlib import Path
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from stunet.cli.env import trainers_folder
-from stunet.labels import list_vocabularies, manifest_schema
+from stunet.labels.annotations import manifest_schema
+from stunet.labels.labels import list_vocabularies
 from stunet.planning import load_preset
-from stunet.weights import load_registry
+from stunet.weights.published import load_registry
 import os
 os.environ["nnUNet_extTrainer"] = str(trainers_folder())
 assert [load_preset(size)["size"] for size in ("small", "base", "large", "huge")]
