@@ -345,7 +345,8 @@ class STUNet(nn.Module):
     @staticmethod
     def initialize(module: nn.Module) -> None:
         """Initialise a convolution after He, for leaky rectifiers, with biases 0; to be given to ``apply``."""
-        if isinstance(module, nn.Conv2d | nn.Conv3d):
+        # Random values on the meta device load torch's compiler, for seconds.
+        if isinstance(module, nn.Conv2d | nn.Conv3d) and not module.weight.is_meta:
             nn.init.kaiming_normal_(module.weight, a=1e-2)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

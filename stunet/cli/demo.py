@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _SOURCE, _TARGET = "Dataset001_Venous", "Dataset002_Arterial"
 _PRETRAINED, _FINE_TUNED, _SCRATCH = "pretrained", "finetuned", "scratch"  # plans, and so models
 _PRETRAINER, _TRAINER = "STUNetTrainer_pretrain", "STUNetTrainer"
-_N_SOURCE, _N_FEW, _N_VALIDATION, _N_UNSEEN = 20, 3, 3, 4
+_N_SOURCE, _N_FEW, _N_LABELLED, _N_UNSEEN = 20, 3, 6, 4  # the few are labelled, too; the others validate
 #: Of both trainings on the target; enough for the fine-tuned network.
 _EPOCHS_ON_TARGET = 4
 #: Each patch of the few there are shows some structure.
@@ -41,7 +41,7 @@ _SMALL_STRUCTURES = {"oversample_foreground_percent": 1}
 _FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 #: Patches larger than this take too long on a CPU; voxels. In the same time, more steps on small ones learn more.
 _MAX_PATCH_ON_CPU = 16 * 32 * 32
-_ITERATIONS_PER_EPOCH = 40
+_ITERATIONS_PER_EPOCH = 50
 _HEARTBEAT = 15.0  # seconds between two signs of life where the terminal cannot show a bar
 
 
@@ -49,7 +49,7 @@ def demo(
     output: Annotated[Path, Option("-o", "--output")] = Path("stunet_demo"),
     data: Path | None = None,
     size: Size = None,
-    epochs: Positive = 24,
+    epochs: Positive = 13,
     device: Device = "auto",
     seed: Annotated[int, Option(min=0)] = 0,
 ) -> None:
@@ -64,7 +64,7 @@ def demo(
         output: Folder for everything; must not exist.
         data: Train on an nnU-Net raw dataset of your own instead, and predict unseen cases.
         size: small, base, large or huge; a narrow network by default, for speed.
-        epochs: Epochs of 40 iterations of the first training.
+        epochs: Epochs of 50 iterations of the first training.
         seed: Seed of all that is random; the same figures on one machine.
     """
     started = time.monotonic()
@@ -138,36 +138,31 @@ def _demonstrate_phantoms(workspace: Workspace, epochs: int) -> None:
 
 
 def _pretrain(workspace: Workspace, epochs: int) -> None:
-    from stunet.datasets.phantoms import PHANTOM_LABELS, write_phantom_masks
+    from stunet.datasets.phantoms import PHANTOM_LABELS, write_phantom_dataset, write_phantom_masks
 
     workspace.print_exports()
     source, structures = workspace.root / "phantoms", workspace.root / "structures.json"
-    stdout.print(f"\nMaking {_N_SOURCE} cases to pre-train on …")
+    few = f"of another contrast, {_N_FEW} of them to train on"
+    stdout.print(f"\nMaking {_N_SOURCE} cases to pre-train on, and {_N_LABELLED + _N_UNSEEN} {few} …")
     with stdout.status("making cases"):
         write_phantom_masks(source, n_training=_N_SOURCE, n_test=0, seed=workspace.seed)
+        # Other bodies: another seed.
+        seed, raw = workspace.seed + 1000, workspace.raw(_TARGET)
+        write_phantom_dataset(raw, n_training=_N_LABELLED, n_test=_N_UNSEEN, seed=seed, contrast="arterial")
     write_json([name for name in PHANTOM_LABELS if name != "background"], structures)
     options = f"-d 1 --name {_SOURCE[11:]} --task {structures} -np 2"
     workspace.run(f"stunet import totalsegmentator {source} {options}")
     workspace.run("stunet labels check -d 1 -np 2")
-    workspace.preprocess(_SOURCE)
+    workspace.preprocess(_SOURCE, _TARGET)
     # At the higher rate of the other trainings, some seeds learn the smaller structures late.
-    more = {**_SMALL_STRUCTURES, "initial_lr": 0.015, "keep_every": max(1, epochs // 3)}
+    more = {**_SMALL_STRUCTURES, "initial_lr": 0.015, "keep_every": -(-epochs // 3)}
     workspace.plan(_SOURCE, _PRETRAINED, workspace.settings(_SOURCE, epochs, **more))
     workspace.run(workspace.training(_SOURCE, _PRETRAINED, _PRETRAINER), epochs=epochs)
 
 
 def _rank(workspace: Workspace) -> dict[str, Any]:
-    """Make the target, rank the checkpoints of the pre-training for it, and return ``ranking.json``."""
-    from stunet.datasets.phantoms import write_phantom_dataset
-
-    n_labelled = _N_FEW + _N_VALIDATION
-    stdout.print(f"\nMaking a target dataset with {_N_FEW} cases to train on …")
-    with stdout.status("making cases"):
-        # Other bodies than those of the pre-training: another seed.
-        seed, raw = workspace.seed + 1000, workspace.raw(_TARGET)
-        write_phantom_dataset(raw, n_training=n_labelled, n_test=_N_UNSEEN, seed=seed, contrast="arterial")
-    workspace.preprocess(_TARGET)
-    cases = [f"phantom_{case:03d}" for case in range(n_labelled)]
+    """Rank the checkpoints of the pre-training for the target, and return ``ranking.json``."""
+    cases = [f"phantom_{case:03d}" for case in range(_N_LABELLED)]
     split = [{"train": cases[:_N_FEW], "val": cases[_N_FEW:]}]
     write_json(split, workspace.preprocessed(_TARGET) / "splits_final.json")
     fold = workspace.model(_SOURCE, _PRETRAINER, _PRETRAINED) / "fold_0"
@@ -324,9 +319,10 @@ class Workspace:
         self.variables[name] = value
         print_line(f"\n$ {name}={shlex.quote(value)}", style="bold")
 
-    def preprocess(self, dataset: str) -> None:
-        """Plan and preprocess a dataset with nnU-Net."""
-        self.run(f"nnUNetv2_plan_and_preprocess -d {int(dataset[7:10])} -c {self.configuration} -npfp 1 -np 1")
+    def preprocess(self, *datasets: str) -> None:
+        """Plan and preprocess datasets with nnU-Net."""
+        numbers = " ".join(str(int(dataset[7:10])) for dataset in datasets)
+        self.run(f"nnUNetv2_plan_and_preprocess -d {numbers} -c {self.configuration} -npfp 1 -np 1")
 
     def plan(self, dataset: str, name: str, settings: str) -> None:
         """Write plans with the network and the settings."""
