@@ -35,7 +35,7 @@ _PRETRAINED, _FINE_TUNED, _SCRATCH = "pretrained", "finetuned", "scratch"  # pla
 _PRETRAINER, _TRAINER = "STUNetTrainer_pretrain", "STUNetTrainer"
 _N_SOURCE, _N_FEW, _N_LABELLED, _N_UNSEEN = 20, 3, 6, 4  # the few are labelled, too; the others validate
 #: Of both trainings on the target; enough for the fine-tuned network.
-_EPOCHS_ON_TARGET = 4
+_EPOCHS_ON_TARGET = 5
 #: Each patch of the few there are shows some structure.
 _SMALL_STRUCTURES = {"oversample_foreground_percent": 1}
 _FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
