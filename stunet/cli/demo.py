@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import re
 import shlex
+import shutil
 import subprocess
-import sys
+import sysconfig
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points, version
-from os import cpu_count, environ, sep
+from importlib.metadata import version
+from os import cpu_count, environ, pathsep, sep
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -438,8 +439,12 @@ class Workspace:
         if self.threads is not None:
             kept["OMP_NUM_THREADS"] = str(self.threads)
         script, *arguments = line.split()
+        # This environment's, activated or not.
+        found = shutil.which(script, path=f"{sysconfig.get_path('scripts')}{pathsep}{environ.get('PATH', '')}")
+        if found is None:
+            raise CommandError(f"no command {script} in this Python environment: install nnunetv2 into it")
         return subprocess.Popen(  # noqa: S603 - a script of an installed package, no shell
-            [sys.executable, "-c", _launcher(script), *arguments],
+            [found, *arguments],
             cwd=self.root,
             env=kept,
             stdout=subprocess.PIPE,
@@ -468,18 +473,6 @@ class Workspace:
                         bars.update(task, total=epochs, completed=int(epoch["Epoch"]) + 1)
                         print_line(f"  {mark}{message}")
         return last_lines
-
-
-def _launcher(script: str) -> str:
-    """Write Python code that runs a console script, wherever the environment keeps its executables."""
-    found = list(entry_points(group="console_scripts", name=script))
-    if not found:
-        raise CommandError(f"no command {script} in this Python environment: install nnunetv2 into it")
-    module, function = found[0].value.split(":")
-    # Spawned workers do not import the code given to -c again, so it needs no guard.
-    # -c puts the working folder on the path, where a folder of the package's name would be imported instead.
-    prepare = f"import sys; sys.path[:] = [p for p in sys.path if p]; sys.argv[0] = {script!r}"
-    return f"{prepare}; from {module} import {function}; sys.exit({function}())"
 
 
 def _epoch_message(line: str, epoch: dict[str, str]) -> str | None:
