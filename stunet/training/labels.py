@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -57,9 +57,8 @@ class PartialLabels:
     def __init__(self, manifest: AnnotationManifest) -> None:
         leaves, superclasses = sorted(manifest.leaves), sorted(manifest.superclasses)
         if [*leaves, *superclasses] != list(range(1, 1 + len(leaves) + len(superclasses))):
-            raise LabelError(
-                f"structures {leaves}, superclasses {superclasses}: number from 1, then the superclasses, without gaps"
-            )
+            got = f"structures {leaves}, superclasses {superclasses}"
+            raise LabelError(f"{got}: number from 1, then the superclasses, without gaps")
         self.manifest = manifest
         self.members = label_members(1 + len(leaves), manifest.superclasses)
 
@@ -101,11 +100,9 @@ class PartialLabels:
 
     def describe(self, cases: Sequence[str]) -> str:
         """Describe in a line of the log how much the training cases annotate."""
-        mean = self.mask(cases)[:, 1:].sum(1).double().mean()
-        return (
-            f"Partial labels: {len(cases)} training cases annotate {mean:.1f} of {self.num_outputs - 1} structures on "
-            f"average ({self.manifest.source})"
-        )
+        mean, n = self.mask(cases)[:, 1:].sum(1).double().mean(), self.num_outputs - 1
+        what = f"{len(cases)} training cases annotate {mean:.1f} of {n} structures on average"
+        return f"Partial labels: {what} ({self.manifest.source})"
 
     def sampling_probabilities(self, cases: Sequence[str]) -> npt.NDArray[np.float64] | None:
         """Return how often each case is drawn, adding up to 1; None where all are drawn alike."""
@@ -173,9 +170,10 @@ def _masked(key: str, value: Any, *, annotated: bool) -> Any:
 
 
 def _means(entries: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    keys = dict.fromkeys(key for entry in entries for key in entry)
-    defined = {key: [entry[key] for entry in entries if entry.get(key) is not None] for key in keys}
-    return {key: statistics.fmean(values) if values else None for key, values in defined.items()}
+    values: dict[str, list[float]] = {}
+    for key, value in (item for entry in entries for item in entry.items()):
+        values.setdefault(key, []).extend([] if value is None else [value])
+    return {key: statistics.fmean(own) if own else None for key, own in values.items()}
 
 
 # --- Augmentation ---
@@ -200,8 +198,7 @@ class LocalLabelTransform(SpatialTransform):
     def _apply_to_segmentation(self, segmentation: Tensor, **params: Any) -> Tensor:
         grid = params["grid"]
         if grid is None or not self._is_known(segmentation):
-            original: Tensor = super()._apply_to_segmentation(segmentation, **params)
-            return original
+            return cast("Tensor", super()._apply_to_segmentation(segmentation, **params))
         pad_label = int(self.padding_value_seg) if self.border_mode_seg == "constant" else 0
         reaches_outside = self._may_reach_outside(grid, segmentation.shape[1:])
         channels = []
@@ -222,13 +219,10 @@ class LocalLabelTransform(SpatialTransform):
         return torch.stack(channels)
 
     def _is_known(self, segmentation: Tensor) -> bool:
+        settings = (self.mode_seg, self.seg_tiebreak, self.align_corners)
+        is_volume = segmentation.ndim == 4 and min(segmentation.shape[1:]) > 1
         return (
-            segmentation.ndim == 4
-            and min(segmentation.shape[1:]) > 1
-            and self.mode_seg == "bilinear"
-            and self.seg_tiebreak == "nearest"
-            and self.border_mode_seg in ("zeros", "constant")
-            and not self.align_corners
+            is_volume and settings == ("bilinear", "nearest", False) and self.border_mode_seg in ("zeros", "constant")
         )
 
 

@@ -18,7 +18,6 @@ from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch._dynamo import OptimizedModule
@@ -32,7 +31,7 @@ from stunet.labels.labels import Labels
 from stunet.loss import PartialDiceCELoss, WholeBatch
 from stunet.network import STUNet, find_size
 from stunet.planning.rewrite import check_plans, is_stunet, plans_size, resolve_configuration, rewrite_configuration
-from stunet.settings import SETTINGS_KEY, HeadPolicy, Mirroring, MomentumDtype, Parallel, StemPolicy, Strategy
+from stunet.settings import SETTINGS, SETTINGS_KEY
 from stunet.training.checkpoints import Checkpoints, TransferSelection
 from stunet.training.distributed import Ranks, Sharding, seed_everything, share_of_batch
 from stunet.training.labels import LocalLabelTransform, PartialLabels, count_voxels, mask_summary
@@ -69,39 +68,13 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         is_ddp: Whether the network is shared among several processes.
         seed: Where it is set, each epoch of each process draws its random numbers from it, the rank and the epoch; with
             ``nnUNet_n_proc_DA=0`` a training then gives the same weights again, interrupted or not.
+
+    Each training setting of :data:`stunet.settings.SETTINGS` is an attribute, too.
     """
 
     size: ClassVar[str | None] = None
     default_settings: ClassVar[Mapping[str, Any]] = {}
-
-    # Settings that nnU-Net's trainer does not have; see stunet.settings.SETTINGS.
-    pretrained_weights: str | None = None
-    fine_tune: Strategy = "full"
-    warmup_epochs: int | None = None
-    layer_decay: float = 0.85
-    stem: StemPolicy = "repeat-scaled"
-    head: HeadPolicy = "by-name"
-    select_for: str | int | None = None
-    keep_every: int | None = None
-    final_validation: bool = True
-    momentum_dtype: MomentumDtype = "fp32"
-    fused_optimizer: bool = False
-    parallel: Parallel = "ddp"
-    gradient_accumulation: int = 1
-    mirroring: Mirroring = "all"
-    nearest_labels: bool = False
-    allow_unannotated: bool = False
-
     seed: int | None = None
-
-    label_manager: LabelManager
-    loss: nn.Module
-    network: nn.Module
-    optimizer: Optimizer
-    is_ddp: bool
-    oversample_foreground_percent: float
-    grad_scaler: Any
-    _initial_stem: Tensor
     partial_loss: PartialDiceCELoss | None = None
     _selection: TransferSelection | None = None
     _was_trained = False
@@ -264,18 +237,15 @@ class BaseSTUNetTrainer(nnUNetTrainer):
 
     def _start_from(self, path: str) -> None:
         if not torch.equal(self._stem_weight(), self._initial_stem):
-            raise UsageError(
-                f"pre-trained weights from two places: leave -pretrained_weights out, or {path} in the plans"
-            )
+            raise UsageError(f"pre-trained weights from two places: drop -pretrained_weights, or {path} of the plans")
         network, outputs = self.plain_network, Labels(self.dataset_json).outputs
         report = transfer_weights(open_weights([path]), network, outputs, stem=self.stem, head=self.head)
         fresh, unused = {key: network.get_parameter(key) for key in report.fresh}, self._unused_parameters()
         stuck = [key for key, p in fresh.items() if not p.requires_grad and all(p is not other for other in unused)]
         if stuck:
             listed = ", ".join(stuck[:4])
-            raise SettingsError(
-                f"fine_tune={self.fine_tune} never trains {listed}, random with stem={self.stem}: change one"
-            )
+            given = f"fine_tune={self.fine_tune} with stem={self.stem}"
+            raise SettingsError(f"{given} leaves {listed} random for ever: change one of the two")
         self.print_to_log_file(f"Starting from {report.source}")
         for what, count, which in report.rows():
             self.print_to_log_file(f"  {what}: {count}{f' ({which})' if which else ''}", add_timestamp=False)
@@ -466,6 +436,10 @@ class BaseSTUNetTrainer(nnUNetTrainer):
             self.print_to_log_file(f"Mean Validation Dice over what the cases annotate: {text}; above, over all leaves")
 
 
+for _name, _setting in SETTINGS.items():
+    setattr(BaseSTUNetTrainer, _name, _setting.default)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Images ``(B, C, X, Y[, Z])``, targets (a list with deep supervision), and what each case annotates."""
@@ -501,13 +475,9 @@ class Accumulation:
         # The same in each process, so that all of them stop: the smallest share of the batch.
         smallest = int(trainer.configuration_manager.batch_size) // trainer.ranks.size
         if n > smallest:
-            raise SettingsError(
-                f"gradient_accumulation={n} for {smallest} samples in a process: set it to at most {smallest}"
-            )
+            raise SettingsError(f"gradient_accumulation={n} for {smallest} samples a process: set at most {smallest}")
         if n > 1 and trainer.partial_loss is None:
-            raise SettingsError(
-                f"gradient_accumulation={n} needs a loss without regions: set activation_checkpointing=all in its place"
-            )
+            raise SettingsError(f"gradient_accumulation={n} with regions: set activation_checkpointing=all instead")
 
     def backward(self, batch: Batch) -> Tensor:
         """Add the gradients of a batch to the network's, scaled as the trainer scales them, and return its loss."""
