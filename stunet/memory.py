@@ -324,7 +324,7 @@ def _families(ranks: int, parallel: Parallel | None, accumulation_costs: bool) -
     sharded: list[dict[str, str]] = [{"parallel": "fsdp"}] if ranks > 1 else []
     bases = sharded if parallel == "fsdp" else [{}, *sharded]
     momenta: list[dict[str, str]] = [{}, {"momentum_dtype": "bf16"}]
-    checkpointing = [{}, *({"activation_checkpointing": where} for where in ("encoder", "all"))]
+    checkpointing: list[dict[str, str]] = [{}, *({"activation_checkpointing": where} for where in ("encoder", "all"))]
     yield from ((base, False) for base in bases[:1])
     for base, momentum, accumulates, more in product(
         bases, momenta, (False, True) if accumulation_costs else (True,), checkpointing

@@ -318,7 +318,8 @@ class STUNet(nn.Module):
         Args:
             input_size: Image size ``(X, Y[, Z])`` in voxels, without batch and channels.
         """
-        size, voxels, decoder = list(input_size), [], self.decoder
+        size, decoder = list(input_size), self.decoder
+        voxels: list[int] = []
         for stride in self.encoder.strides:
             size = [n // s for n, s in zip(size, stride, strict=True)]
             voxels.append(math.prod(size))

@@ -69,12 +69,14 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         seed: Where it is set, each epoch of each process draws its random numbers from it, the rank and the epoch; with
             ``nnUNet_n_proc_DA=0`` a training then gives the same weights again, interrupted or not.
 
-    Each training setting of :data:`stunet.settings.SETTINGS` is an attribute, too.
+    Each training setting of :data:`stunet.settings.SETTINGS` is an attribute, too, with the default that it has there.
     """
 
     size: ClassVar[str | None] = None
     default_settings: ClassVar[Mapping[str, Any]] = {}
     seed: int | None = None
+    network: nn.Module
+    grad_scaler: Any
     partial_loss: PartialDiceCELoss | None = None
     _selection: TransferSelection | None = None
     _was_trained = False
@@ -437,7 +439,8 @@ class BaseSTUNetTrainer(nnUNetTrainer):
 
 
 for _name, _setting in SETTINGS.items():
-    setattr(BaseSTUNetTrainer, _name, _setting.default)
+    if _setting.place == "training":
+        setattr(BaseSTUNetTrainer, _name, _setting.default)
 
 
 @dataclass(frozen=True)
