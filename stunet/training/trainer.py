@@ -77,7 +77,10 @@ class BaseSTUNetTrainer(nnUNetTrainer):
     default_settings: ClassVar[Mapping[str, Any]] = {}
     seed: int | None = None
     network: nn.Module
+    loss: nn.Module
+    is_ddp: bool
     grad_scaler: Any
+    oversample_foreground_percent: float
     partial_loss: PartialDiceCELoss | None = None
     _selection: TransferSelection | None = None
     _was_trained = False
