@@ -53,14 +53,12 @@ def find_dataset(dataset: str | int) -> str:
         found = sorted(name for name in everywhere if int(name[7:10]) == int(text))
     else:
         found = [name for name in known if name == text]
-    if len(found) == 1 and found[0] in known:
-        return found[0]
     if len(found) > 1:
         raise DatasetError(f"dataset id {text} stands for {', '.join(found)}: give the full name")
-    listed = f"choose one of {', '.join(known)}" if known else "there is none"
-    raise DatasetError(
-        f"unknown dataset {text}. {did_you_mean(text, known)}In nnUNet_raw and nnUNet_preprocessed, {listed}"
-    )
+    if found and found[0] in known:
+        return found[0]
+    close, listed = did_you_mean(text, known), ", ".join(known) or "none"
+    raise DatasetError(f"unknown dataset {text}. {close}nnUNet_raw and nnUNet_preprocessed have: {listed}")
 
 
 def find_plans(dataset_name: str, identifier: str) -> Path:

@@ -9,13 +9,13 @@ import os
 import shutil
 import socket
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from stunet.errors import CommandError, DatasetError, UsageError
+from stunet.errors import CommandError, DatasetError, UsageError, reading
 
 #: The dataset.json of a union lists the files of each case, for some 10,000 of them.
 _MAX_JSON_BYTES = 256 * 2**20
@@ -57,12 +57,14 @@ def move_into_place(temporary: AnyPath, path: AnyPath) -> None:
 def sync_files(paths: Iterable[AnyPath]) -> None:
     """Wait until the contents of files and folders are on disk (fsync)."""
     for path in paths:
-        if not Path(path).is_dir():
-            _fsync(path, os.O_RDWR)
-            continue
         # Windows cannot open a folder, and some network file systems cannot fsync one; the files in it are safe by now.
-        with suppress(OSError):
-            _fsync(path, os.O_RDONLY)
+        is_folder = Path(path).is_dir()
+        with suppress(OSError) if is_folder else nullcontext():
+            descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def place_files(files: Iterable[tuple[AnyPath, AnyPath]]) -> None:
@@ -90,7 +92,7 @@ def fingerprint(paths: Iterable[Path], details: object = None) -> str:
     """
     digest = hashlib.sha256(json.dumps(details).encode())
     for path in paths:
-        try:
+        with reading(path, "an unreadable file", DatasetError, "check it, or leave its case out"):
             if path.suffix != ".gz":  # no checksum at its end
                 digest.update(file_sha256(path).encode())
                 continue
@@ -98,8 +100,6 @@ def fingerprint(paths: Iterable[Path], details: object = None) -> str:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(size - _GZIP_TRAILER_BYTES, 0))
                 digest.update(size.to_bytes(8, "little") + file.read())
-        except OSError as error:
-            raise DatasetError(f"unreadable file {path} ({error.strerror}): check it, or leave its case out") from error
     return digest.hexdigest()
 
 
@@ -153,7 +153,7 @@ def remove_leftovers(folder: AnyPath, name: str, *, of_the_dead: bool = False) -
     found = sorted(Path(folder).glob(f".{name}{here}.*.tmp"))
     leftovers = [path for path in found if not (of_the_dead and _is_running(path.name.split(".")[-2]))]
     for leftover in leftovers:
-        if leftover.is_dir() and not leftover.is_symlink():
+        if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
@@ -244,11 +244,3 @@ def naming_file(path: Path) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = os.fspath(path)
         raise
-
-
-def _fsync(path: AnyPath, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

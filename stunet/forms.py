@@ -30,19 +30,14 @@ class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key) for key, _ in node.value]
-        _refuse_duplicates(keys)
+        _unique([(self.construct_object(key), value) for key, value in node.value])
         return dict(super().construct_mapping(node, deep))
 
 
-def _refuse_duplicates(keys: list[Any]) -> None:
-    twice = next((key for key, n in Counter(keys).items() if n > 1), None)
-    if twice is not None:
-        raise ValueError(f"duplicate key {twice!r}")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    _refuse_duplicates([key for key, _ in pairs])
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    for key, n in Counter(key for key, _ in pairs).items():
+        if n > 1:
+            raise ValueError(f"duplicate key {key!r}")
     return dict(pairs)
 
 

@@ -57,14 +57,13 @@ def label_members(num_outputs: int, superclasses: Mapping[int, Collection[int]] 
         ``(L, C)``, boolean: row l has the outputs of label value l.
 
     Raises:
-        LossError: Label values with gaps, or a superclass with fewer than two outputs or with one that does not exist.
+        LossError: Label values with gaps, or a superclass of fewer than two outputs, or of one that does not exist.
 
     >>> label_members(3, {3: (1, 2)}).int()[3]
     tensor([0, 1, 1], dtype=torch.int32)
     """
     superclasses = superclasses or {}
-    expected = list(range(num_outputs, num_outputs + len(superclasses)))
-    if sorted(superclasses) != expected:
+    if sorted(superclasses) != (expected := list(range(num_outputs, num_outputs + len(superclasses)))):
         raise LossError(f"superclass values {sorted(superclasses)} do not follow the outputs: number them {expected}")
     members = torch.eye(num_outputs + len(superclasses), num_outputs, dtype=torch.bool)
     for label, outputs in superclasses.items():
@@ -188,14 +187,9 @@ class WholeBatch:
         self.output += 1
 
     def next_total(self) -> Tensor:
-        """Return the sums over the whole batch for the next output.
-
-        Raises:
-            LossError: So many outputs were not counted.
-        """
+        """Return the sums over the whole batch for the next output."""
         if self.output >= len(self.totals):
-            got = f"output {self.output + 1} of a micro-batch was not counted, but {len(self.totals)}"
-            raise LossError(f"{got}: count every micro-batch with all its outputs before one is computed")
+            raise LossError("an output of a micro-batch was not counted: count all of a batch before one is computed")
         self.output += 1
         return self.totals[self.output - 1]
 
@@ -227,15 +221,12 @@ class PartialDiceCELoss(nn.Module):
         with loss.as_part_of(whole):  # for each micro-batch
             loss(logits, target).backward()
 
-    The micro-batches' losses add up to the whole batch's loss, and so do their gradients, whatever the micro-batches'
-    sizes and annotations.
+    The micro-batches' losses and gradients add up to the whole batch's, whatever their sizes and annotations.
 
     With ``ddp`` the batch is that of all processes, whose shares of it may differ in size and annotation: sums are
-    added up over the processes, in one collective a call, which each process joins whatever its cases annotate. The
-    mean of the processes' losses is the loss of the joined batch, and so is the mean of their gradients, which is what
-    ``DistributedDataParallel`` forms. (A process's cross-entropy is its own sum times the number of processes over the
-    joint number of voxels; Dice with ``batch_dice`` is the joint one everywhere.) The processes' losses must be scaled
-    alike before ``backward``, which communicates nothing.
+    added up in one collective a call. The mean of the processes' losses is the loss of the joined batch, and so is the
+    mean of their gradients, which ``DistributedDataParallel`` forms. The losses must be scaled alike before
+    ``backward``, which communicates nothing.
 
     Memory beyond the logits is their gradient and chunks of constant size. Softmax and gradient are computed in fp32 or
     the logits' precision, whichever is higher. There is a first derivative, by ``backward`` or ``torch.autograd.grad``;
@@ -282,11 +273,9 @@ class PartialDiceCELoss(nn.Module):
         self._whole: WholeBatch | None = None
 
     def annotated_in(self, annotated: Tensor | None) -> AbstractContextManager[None]:
-        """Within this context, the batch annotates these labels; outside, every case annotates every output.
+        """Within this context, cases annotate these labels, ``(B, L)``, boolean; None and outside, every single output.
 
-        Args:
-            annotated: ``(B, L)``, boolean: which label values each case annotates. Label 0 is not read. None where each
-                case annotates every single output.
+        Label 0 is not read.
         """
         return self._within("_annotated", annotated)
 
@@ -295,25 +284,18 @@ class PartialDiceCELoss(nn.Module):
 
         Logits are read with ``batch_dice`` only; elsewhere anything may stand in their place.
 
-        Args:
-            whole: The batch.
-
         Raises:
             LossError: Some micro-batch has been computed already, with the sums as they were.
         """
         if whole.is_counted:
             raise LossError("a micro-batch comes too late: count all of a batch before the first is computed")
-        whole.micro_batches += 1
-        whole.output = 0
+        whole.micro_batches, whole.output = whole.micro_batches + 1, 0
         return self._within("_whole", whole)
 
     def as_part_of(self, whole: WholeBatch) -> AbstractContextManager[None]:
-        """Within this context, the calls return what one micro-batch contributes to the loss of its batch.
+        """Within this context, the calls return what one micro-batch contributes to the loss of its counted batch.
 
         The first time, with ``ddp``, the processes add up their sums, so each of them must come here.
-
-        Args:
-            whole: The batch, all of whose micro-batches are counted.
         """
         if self.ddp and not whole.is_counted:
             for total in whole.totals:
@@ -458,33 +440,14 @@ class PartialDiceCELoss(nn.Module):
 
 
 def partial_dice_ce_loss(
-    logits: Tensor,
-    target: Tensor,
-    annotated: Tensor | None = None,
-    *,
-    members: Tensor | None = None,
-    batch_dice: bool,
-    **settings: Any,
+    logits: Tensor, target: Tensor, annotated: Tensor | None = None, *, members: Tensor | None = None, **settings: Any
 ) -> Tensor:
-    """Compute :class:`PartialDiceCELoss` once.
+    """Compute :class:`PartialDiceCELoss` once, a scalar, for ``(B, C, X, Y[, Z])`` and ``(B, X, Y[, Z])``.
 
-    Args:
-        logits: ``(B, C, X, Y[, Z])``, output 0 being the background.
-        target: ``(B, X, Y[, Z])`` or ``(B, 1, X, Y[, Z])``, label values of any type.
-        annotated: As for :meth:`PartialDiceCELoss.annotated_in`.
-        members: ``(L, C)`` of :func:`label_members`; None where each label is an output.
-        batch_dice: Dice of each structure over the batch, as one image, instead of in each case.
-        **settings: Further arguments of :class:`PartialDiceCELoss`.
-
-    Returns:
-        The loss, a scalar.
-
-    Raises:
-        LossError: As of :class:`PartialDiceCELoss` and its call.
+    ``annotated`` is as for :meth:`PartialDiceCELoss.annotated_in`; ``members`` and ``settings`` are the class's
+    arguments, each label being an output where there are no members.
     """
-    if members is None:
-        members = label_members(logits.shape[1] if logits.ndim > 1 else 0)
-    loss = PartialDiceCELoss(members, batch_dice=batch_dice, **settings)
+    loss = PartialDiceCELoss(logits.shape[1] if members is None else members, **settings)
     with loss.annotated_in(annotated):
         return cast(Tensor, loss(logits, target))
 
@@ -516,8 +479,9 @@ class _PartialDiceCE(torch.autograd.Function):
         with torch.autocast(logits.device.type, enabled=False):
             cases = ctx.loss._cases(logits, target, ctx.partitions)
             # Scaled before the gradient is rounded to the logits' precision, which may be half.
-            nu, alpha, beta = (c * grad_output for c in coefficients)
-            _batch_gradient(cases, nu, alpha, beta, gradient.flatten(2))
+            nu, *by_case = (c * grad_output for c in coefficients)
+            rows = zip(cases, *by_case, gradient.flatten(2), strict=True)
+            _run(cases, [partial(_stripe_gradient, c, s, nu, *row) for c, *row in rows for s in c.stripes()])
         return gradient, None, None, None, None
 
 
@@ -665,23 +629,8 @@ def _stripe_sums(case: _Case, starts: range) -> tuple[Tensor, Tensor, Tensor, Te
     return cross_entropy, intersection, reference, prediction
 
 
-def _batch_gradient(cases: list[_Case], nu: Tensor, alpha: Tensor, beta: Tensor, out: Tensor) -> None:
-    """Gradient of the loss by the logits of all cases.
-
-    Args:
-        cases: The B cases.
-        nu: ``()``, derivative of the loss by the sum of cross-entropies.
-        alpha: ``(B, L)``, minus that by the cases' intersections.
-        beta: ``(B, L)``, that by the cases' predictions.
-        out: ``(B, C, N)``, filled with the gradient.
-    """
-    rows = zip(cases, alpha, beta, out, strict=True)
-    _run(
-        cases, [partial(_stripe_gradient, row[0], starts, nu, *row[1:]) for row in rows for starts in row[0].stripes()]
-    )
-
-
 def _stripe_gradient(case: _Case, starts: range, nu: Tensor, alpha: Tensor, beta: Tensor, out: Tensor) -> None:
+    """Fill ``(C, N)`` with the gradient, given nu ``()`` and the case's alpha and beta ``(L,)``."""
     alpha, beta = torch.cat([alpha, alpha.new_zeros(1)]), beta[case.owner]
     buffer = beta.new_empty(case.n_outputs * case.chunk_size)
     back = None if case.order is None else case.order.argsort()

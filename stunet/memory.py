@@ -10,6 +10,7 @@ import math
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from stunet.errors import ArchitectureError
+from stunet.errors import ArchitectureError, reading
 from stunet.network import CONV_OPS, STUNet, default_strides, sharded_units
 from stunet.settings import ActivationCheckpointing, MomentumDtype
 from stunet.sizes import STUNetSize
@@ -112,7 +113,8 @@ def estimate(
         raise ArchitectureError("fused_optimizer does not go with parallel=fsdp, whose step PyTorch has not fused")
     mixed, shards = precision == "amp", ranks if parallel == "fsdp" else 1
     dtype = torch.half if mixed else torch.float
-    try:
+    problem = "more than PyTorch can compute"  # sizes beyond 64 bits
+    with reading(f"patch {list(patch_size)} with width {size.width}", problem, ArchitectureError, "choose another"):
         with torch.device("meta"):
             network = STUNet(
                 input_channels, num_classes, features_per_stage=size.features, n_blocks_per_stage=size.depth,
@@ -130,11 +132,6 @@ def estimate(
         else:  # on CUDA a second set of gradients, on the CPU two tensors of one parameter
             temporary = (4 * sum(sizes) if mixed else 8 * max(sizes)) // shards
         step = _step_bytes(network, image, gradient_accumulation, loss, shards, temporary)
-    except ArchitectureError:
-        raise
-    except (RuntimeError, ValueError) as error:  # PyTorch's own checks, of sizes beyond 64 bits
-        got = f"PyTorch cannot compute patch {list(patch_size)} with width {size.width}"
-        raise ArchitectureError(f"{got} ({str(error).splitlines()[0][:60]}): choose another patch or size") from error
     held = sum(sizes) * (4 + (2 if momentum_dtype == "bf16" else 4)) // shards  # weights and momentum
     held += 4 * sum(sizes) if parallel == "ddp" else 0  # buckets, to which gradients are copied
     return Estimate(sum(sizes), forward.flops // 2, held + step, sum(sizes) * (6 if mixed else 4) + forward.peak)
@@ -324,14 +321,14 @@ def recommend(
 
 def _families(ranks: int, parallel: Parallel | None, accumulation_costs: bool) -> Iterator[tuple[dict[str, Any], bool]]:
     """Give settings from the cheapest in time, each with whether to accumulate gradients."""
-    sharded: list[dict[str, Any]] = [{"parallel": "fsdp"}] if ranks > 1 else []
-    for i, base in enumerate(sharded if parallel == "fsdp" else [{}, *sharded]):
-        if i == 0:
-            yield base, False
-        for momentum in ({}, {"momentum_dtype": "bf16"}):
-            for accumulates in (False, True) if accumulation_costs else (True,):
-                for where in ("none", "encoder", "all"):
-                    checkpointing = {} if where == "none" else {"activation_checkpointing": where}
-                    # PyTorch has no such step for shards; that in bf16 has few temporary tensors as it is.
-                    fused = {} if momentum or base else {"fused_optimizer": True}
-                    yield {**base, **fused, **momentum, **checkpointing}, accumulates
+    sharded: list[dict[str, str]] = [{"parallel": "fsdp"}] if ranks > 1 else []
+    bases = sharded if parallel == "fsdp" else [{}, *sharded]
+    momenta: list[dict[str, str]] = [{}, {"momentum_dtype": "bf16"}]
+    checkpointing: list[dict[str, str]] = [{}, *({"activation_checkpointing": where} for where in ("encoder", "all"))]
+    yield from ((base, False) for base in bases[:1])
+    for base, momentum, accumulates, more in product(
+        bases, momenta, (False, True) if accumulation_costs else (True,), checkpointing
+    ):
+        # PyTorch has no such step for shards; that in bf16 has few temporary tensors as it is.
+        fused = {} if momentum or base else {"fused_optimizer": True}
+        yield {**base, **fused, **momentum, **more}, accumulates

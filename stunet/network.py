@@ -59,15 +59,8 @@ _KEEPS_NO_RANDOM_STATE: Any = {"use_reentrant": False, "preserve_rng_state": Fal
 class ResidualBlock(nn.Module):
     """conv-norm-act-conv-norm, plus the input, then act (arXiv 2304.06716, figure 2).
 
-    Where resolution or channels change, a strided 1x1 convolution projects the input. The first block of every stage
-    has that projection even where nothing changes, as the published weights have it.
-
-    Args:
-        conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.
-        input_channels: Channels that come in.
-        output_channels: Channels that go out.
-        stride: Stride of the first convolution, for each axis.
-        project: Whether the input goes through a 1x1 convolution.
+    With ``project``, a strided 1x1 convolution projects the input. The first block of every stage has that even where
+    neither resolution nor channels change, as the published weights have it.
     """
 
     def __init__(
@@ -113,12 +106,8 @@ class MergingBlock(ResidualBlock):
     The published network interpolates the one, concatenates both and convolves. A convolution of a concatenation is the
     sum of two convolutions, and one of nearest-interpolated voxels is a transposed convolution of the voxels
     themselves, whose kernel holds sums of the weights: for a stride of 2, 64 products for 8 voxels instead of 216.
-    Neither the interpolated nor the concatenated tensor comes into being.
-
-    Args:
-        conv_op: ``nn.Conv2d`` or ``nn.Conv3d``.
-        channels: Channels of either input and of the output.
-        scale: How much finer the skip connection is, for each axis.
+    Neither the interpolated nor the concatenated tensor comes into being. ``channels`` are those of either input and of
+    the output; the skip connection is ``scale`` times finer along each axis.
     """
 
     def __init__(self, conv_op: ConvOp, channels: int, *, scale: tuple[int, ...]) -> None:
@@ -297,9 +286,7 @@ class STUNet(nn.Module):
             if n_stages != N_STAGES or len(values) != N_STAGES or min(values) < 1:
                 raise ArchitectureError(f"{name} {list(values)} with {n_stages=}: STU-Net has {N_STAGES} positive ones")
         if len(full) != N_STAGES or any(len(s) != n_axes or min(s) < 1 for s in full):
-            raise ArchitectureError(
-                f"impossible strides {full}: STU-Net has {N_STAGES}, each of {n_axes} positive whole numbers"
-            )
+            raise ArchitectureError(f"impossible strides {full}: give {N_STAGES}, of {n_axes} positive integers each")
         if activation_checkpointing not in (choices := get_args(ActivationCheckpointing)):
             raise ArchitectureError(f"activation_checkpointing {activation_checkpointing!r} is none of {choices}")
         sizes = (features_per_stage, n_blocks_per_stage, full)
@@ -331,16 +318,16 @@ class STUNet(nn.Module):
         Args:
             input_size: Image size ``(X, Y[, Z])`` in voxels, without batch and channels.
         """
-        total, size, decoder = 0, list(input_size), self.decoder
-        mirrored = [*zip(decoder.stages, decoder.seg_layers, strict=True)][::-1]
-        for level, (stage, stride) in enumerate(zip(self.encoder.stages, self.encoder.strides, strict=True)):
+        size, decoder = list(input_size), self.decoder
+        voxels: list[int] = []
+        for stride in self.encoder.strides:
             size = [n // s for n, s in zip(size, stride, strict=True)]
-            parts = [stage, *(mirrored[level] if level < N_STAGES - 1 else ())]
-            if level > 0:  # the upsampling to the level above convolves here
-                parts.append(decoder.upsamplings[N_STAGES - 1 - level])
-            convs = (m for part in parts for m in part.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
-            total += sum(conv.out_channels for conv in convs) * math.prod(size)
-        return total
+            voxels.append(math.prod(size))
+        # Upsamplings convolve before they interpolate.
+        here, below = [*decoder.stages, *decoder.seg_layers], [*self.encoder.stages, *decoder.upsamplings]
+        parts = zip([*below, *here], [*voxels, *voxels[:0:-1], *voxels[-2::-1] * 2], strict=True)
+        convs = ((m, n) for part, n in parts for m in part.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
+        return sum(conv.out_channels * n for conv, n in convs)
 
     @staticmethod
     def initialize(module: nn.Module) -> None:
@@ -385,11 +372,7 @@ build_stunet = create_model  # its first name
 
 
 def total_stride(strides: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Return how much coarser the coarsest stage is than the image, for each axis.
-
-    Args:
-        strides: Stride of each stage for each axis.
-    """
+    """Return how much coarser the coarsest stage is than the image, for each axis."""
     return tuple(math.prod(axis) for axis in zip(*strides, strict=True))
 
 
@@ -438,14 +421,11 @@ def shard(network: STUNet, mesh: DeviceMesh, *, dtype: torch.dtype | None = None
 def _check_input(x: Tensor, strides: tuple[int, ...]) -> None:
     if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
         return  # sizes are tensors then
-    if any(n % stride for n, stride in zip(x.shape[2:], strides, strict=True)):
-        raise ArchitectureError(
-            f"input {tuple(x.shape[2:])} must have multiples of {strides}: pad it, or change strides"
-        )
-    if math.prod(x.shape[2:]) == math.prod(strides):
-        raise ArchitectureError(
-            f"input {tuple(x.shape[2:])} needs more than one voxel at the coarsest stage: enlarge the patch"
-        )
+    size = tuple(x.shape[2:])
+    if any(n % stride for n, stride in zip(size, strides, strict=True)):
+        raise ArchitectureError(f"input {size} must have multiples of {strides}: pad it, or change strides")
+    if size == strides:
+        raise ArchitectureError(f"input {size} needs more than one voxel at the coarsest stage: enlarge the patch")
 
 
 # --- The fast path ---
@@ -544,13 +524,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0) 
 
 
 def _convolve_interpolated(x: Tensor, weight: Tensor, scale: tuple[int, ...]) -> Tensor:
-    """Convolve, with padding 1, what nearest interpolation would make of a tensor.
-
-    Args:
-        x: ``(B, C_in, X, Y[, Z])``.
-        weight: ``(C_out, C_in, 3, 3[, 3])``.
-        scale: Factors of the interpolation.
-    """
+    """Convolve, with padding 1 and weight ``(C_out, C_in, 3, 3[, 3])``, what nearest interpolation would make of x."""
     for axis, factor in enumerate(scale, start=2):
         flipped, unpadded = weight.flip(axis), [0, 0] * (weight.ndim - 1 - axis)
         shifted = [F.pad(flipped, [*unpadded, i, factor - 1 - i]) for i in range(factor)]

@@ -51,9 +51,7 @@ def run_jobs(
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool:
-        raise CommandError(
-            f"one of {num_processes} processes was killed: where memory has run out, take fewer with -np"
-        ) from None
+        raise CommandError(f"one of {num_processes} processes was killed: if for want of memory, lower -np") from None
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 

@@ -33,8 +33,6 @@ StemPolicy = Literal["repeat-scaled", "first", "zero-new", "random"]
 HeadPolicy = Literal["by-name", "fresh"]
 """Whether rows of the heads are copied for structures that source and target share."""
 
-STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
-
 SETTINGS_KEY = "stunet"
 """Key of a plans file's configuration under which the training settings are."""
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from stunet.errors import ArchitectureError
-
-SizeName = Literal["small", "base", "large", "huge"]
-"""A published size."""
 
 N_STAGES = 6
 """STU-Net always has six resolution stages."""
@@ -34,8 +31,7 @@ class STUNetSize:
 
     def __post_init__(self) -> None:
         if len(self.depth) != N_STAGES or any(type(n) is not int or n < 1 for n in self.depth):
-            got = f"impossible depth {list(self.depth)}"
-            raise ArchitectureError(f"{got}: give {N_STAGES} positive whole numbers, for example 1,1,2,2,2,2")
+            raise ArchitectureError(f"impossible depth {list(self.depth)}: give {N_STAGES} as in 1,1,2,2,2,2")
         if type(self.width) is not int or self.width < 1:
             raise ArchitectureError(f"impossible width {self.width}: give a positive whole number, for example 24")
 
@@ -70,10 +66,7 @@ TRAINERS = {
 
 
 def find_size(name: str) -> STUNetSize:
-    """Look up a published size.
-
-    Args:
-        name: One of ``small``, ``base``, ``large`` and ``huge``.
+    """Look up a published size: ``small``, ``base``, ``large`` or ``huge``.
 
     Raises:
         ArchitectureError: No published size has this name.
@@ -84,11 +77,7 @@ def find_size(name: str) -> STUNetSize:
 
 
 def size_of(features_per_stage: Sequence[int], n_blocks_per_stage: Sequence[int]) -> STUNetSize:
-    """Return the size that a network with these channels and blocks has; a published one keeps its name.
-
-    Args:
-        features_per_stage: Channels of each stage.
-        n_blocks_per_stage: Residual blocks of each encoder stage.
+    """Return the size with these channels of each stage and blocks of each encoder stage; a published one by its name.
 
     Raises:
         ArchitectureError: The channels do not grow as STU-Net's do.

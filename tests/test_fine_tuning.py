@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from plans import DATASET_JSON
 from stunet.errors import CheckpointError, SettingsError, UsageError
-from stunet.settings import STRATEGIES
+from stunet.settings import Strategy
 from stunet.training import BaseSTUNetTrainer
 
 TARGET = {**DATASET_JSON, "labels": {"background": 0, "Spleen": 1, "tumour": 2, "liver": 3}}
@@ -81,7 +81,7 @@ def test_a_continued_training_keeps_its_own_weights(checkpoint: Path) -> None:
     torch.testing.assert_close(resumed.network.state_dict(), first.network.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", get_args(Strategy))
 def test_resuming_continues_rates_momentum_and_frozen_parts(checkpoint: Path, strategy: str) -> None:
     settings = {"fine_tune": strategy, "num_epochs": 20, "initial_lr": 0.005}
     whole, resumed = start(checkpoint, **settings), start(checkpoint, **settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from weights import STRIDES, TINY
 
 from stunet.errors import SettingsError
 from stunet.network import STUNet, build_stunet
-from stunet.settings import STRATEGIES, Strategy
+from stunet.settings import Strategy
 from stunet.training.optimizer import GroupSchedule, ParameterGroup, freeze_others, parameter_groups
 
 E, LR = 40, 0.01
@@ -85,7 +86,7 @@ def test_exactly_the_intended_parameters_move(strategy: Strategy, epoch: int, in
     assert {name for name in wanted if not without_effect(name)} <= moved
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", get_args(Strategy))
 def test_every_trained_parameter_is_in_one_group(strategy: Strategy) -> None:
     net = network()
     groups = parameter_groups(net, strategy, num_epochs=E)

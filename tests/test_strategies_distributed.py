@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from weights import STRIDES, TINY
 
 from stunet.network import build_stunet, shard
-from stunet.settings import STRATEGIES, Parallel, Strategy
+from stunet.settings import Parallel, Strategy
 from stunet.training.optimizer import GroupSchedule, freeze_others, parameter_groups
 
 EPOCHS, LR = 6, 1e-5  # small, so that rounding does not grow from step to step
@@ -54,7 +54,7 @@ def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     images = [image[rank : rank + 1] for image in make_images()]
-    results = {(s, parallel): train(s, images, parallel) for s in STRATEGIES for parallel in PARALLEL}
+    results = {(s, parallel): train(s, images, parallel) for s in get_args(Strategy) for parallel in PARALLEL}
     torch.save(results, f"{folder}/rank_{rank}.pt")
     dist.destroy_process_group()
 
@@ -67,7 +67,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 @pytest.mark.parametrize("parallel", PARALLEL)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", get_args(Strategy))
 def test_two_processes_train_as_one(ranks: Results, strategy: Strategy, parallel: Parallel) -> None:
     first, second = (results[strategy, parallel] for results in ranks)
     torch.testing.assert_close(first, second, rtol=0, atol=0)

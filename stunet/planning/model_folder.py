@@ -19,7 +19,7 @@ from stunet.errors import CheckpointError, PlansError, reading
 from stunet.files import atomic_folder, file_sha256, refuse_existing, write_json
 from stunet.labels.labels import Vocabulary
 from stunet.network import STUNetSize
-from stunet.planning.plans import CONFIGURATION, PRETRAINING, Preparation, configuration_for
+from stunet.planning.plans import CONFIGURATION, PRETRAINING, Preparation
 from stunet.planning.rewrite import (
     check_configuration,
     check_plans,
@@ -73,10 +73,8 @@ def describe_model(weights: SourceWeights, labels: Vocabulary | None) -> ModelDe
             weights.v1_plans, weights.v1_init, input_channels=n_channels, num_classes=n_classes, source=source
         )
     elif architecture.n_axes != 3 or n_channels != 1:
-        raise CheckpointError(
-            f"{weights.path}: missing plans for a {architecture.n_axes}D network of {n_channels} channels, which the "
-            f"pre-training preset does not fit: give the pickle too, for example {weights.path.name}.pkl"
-        )
+        got = f"{weights.path}: missing plans for a {architecture.n_axes}D network of {n_channels} channels"
+        raise CheckpointError(f"{got}: give its pickle too, for example {weights.path.name}.pkl")
     else:
         source, preparation = "pre-training preset", PRETRAINING
     assert labels is not None
@@ -106,7 +104,7 @@ def make_plans(preparation: Preparation, size: STUNetSize) -> dict[str, Any]:
         "image_reader_writer": "SimpleITKIO",
         "transpose_forward": preparation.transpose_forward,
         "transpose_backward": preparation.transpose_backward,
-        "configurations": {CONFIGURATION: configuration_for(preparation, f"{name}_{CONFIGURATION}")},
+        "configurations": preparation.as_configurations(name),
         "experiment_planner_used": "ExperimentPlanner",
         "label_manager": "LabelManager",
         "foreground_intensity_properties_per_channel": statistics,
@@ -118,21 +116,16 @@ def make_plans(preparation: Preparation, size: STUNetSize) -> dict[str, Any]:
 def _from_nnunet_v2(weights: SourceWeights, labels: Vocabulary | None) -> ModelDescription:
     plans, name = deepcopy(weights.init_args["plans"]), str(weights.init_args["configuration"])
     source, architecture = str(weights.path), weights.architecture
-    with reading(source, "a checkpoint whose plans cannot be used", PlansError):
-        check_plans(plans, source=source)
     dataset_json = deepcopy(weights.init_args.get("dataset_json"))
     if not isinstance(dataset_json, dict) or not {"channel_names", "labels"} <= set(dataset_json):
         raise PlansError(f"{source} has no dataset description in its init_args: take it as nnUNetv2_train wrote it")
     if labels is not None:
         dataset_json["labels"] = labels.as_dataset_labels()
         dataset_json.pop("regions_class_order", None)
-    plans.pop("continue_training", None)  # nnU-Net passes it through the plans while it trains
-    with reading(
-        source,
-        "a checkpoint whose plans or dataset description nnU-Net cannot use",
-        PlansError,
-        "take the one that nnUNetv2_train wrote",
-    ):
+    problem = "a checkpoint whose plans or dataset description nnU-Net cannot use"
+    with reading(source, problem, PlansError, "take the one that nnUNetv2_train wrote"):
+        check_plans(plans, source=source)
+        plans.pop("continue_training", None)  # nnU-Net passes it through the plans while it trains
         # Of foreign plans only what the weights need: others may name networks that are not installed, or worse.
         configuration = resolve_configuration(plans, name)
         configuration.pop("inherits_from", None)
@@ -143,10 +136,9 @@ def _from_nnunet_v2(weights: SourceWeights, labels: Vocabulary | None) -> ModelD
         channels = determine_num_input_channels(manager, manager.get_configuration(name), dataset_json)
         outputs = manager.get_label_manager(dataset_json).num_segmentation_heads
         if (channels, outputs) != (architecture.input_channels, architecture.num_classes):
-            raise PlansError(
-                f"{source} describes {channels} channels and {outputs} outputs, and its weights have "
-                f"{architecture.input_channels} and {architecture.num_classes} outputs: take it as nnU-Net wrote it"
-            )
+            theirs = f"{architecture.input_channels} channels and {architecture.num_classes} outputs"
+            got = f"{source} describes {channels} channels and {outputs} outputs, and its weights have {theirs}"
+            raise PlansError(f"{got}: take it as nnU-Net wrote it")
     return ModelDescription(
         plans=plans,
         configuration=name,
@@ -203,11 +195,9 @@ def write_model_folder(
             card["files"] = {_CHECKPOINT: file_sha256(temporary / _CHECKPOINT)}  # compared whenever it is read
             write_json(card, temporary / MODEL_CARD)
     except (OSError, RuntimeError) as error:
-        n_bytes = sum(tensor.nbytes for tensor in weights.tensors.values())
-        raise CheckpointError(
-            f"{folder} cannot be written ({(str(error).strip() or type(error).__name__).splitlines()[0][:200]}): make "
-            f"room for {n_bytes / 2**30:.1f} GB, or choose another place with -o; no unfinished folder was left"
-        ) from error
+        size = sum(tensor.nbytes for tensor in weights.tensors.values()) / 2**30
+        got = f"{folder} cannot be written ({(str(error).strip() or type(error).__name__).splitlines()[0][:200]})"
+        raise CheckpointError(f"{got}: make room for {size:.1f} GB, or choose another place with -o") from error
     return card
 
 
@@ -244,9 +234,7 @@ def read_v1_plans(
     with reading(source, _UNUSABLE, PlansError):
         # The others resample or normalize otherwise, which nnU-Net v2's default preprocessor would not repeat.
         if (preprocessor := plans.get("preprocessor_name")) not in (None, "GenericPreprocessor"):
-            raise ValueError(
-                f"preprocessor_name is {str(preprocessor)[:60]}; GenericPreprocessor alone can be converted"
-            )
+            raise ValueError(f"preprocessor_name is {str(preprocessor)[:60]}; GenericPreprocessor can be converted")
         # v1 does not count the background.
         for key, actual in (("num_modalities", input_channels), ("num_classes", num_classes - 1)):
             if plans.get(key, actual) != actual:
@@ -302,9 +290,7 @@ def _channel(values: Any, channel: int, key: str, *, default: Any = None) -> Any
 
 def _scheme(name: str) -> str:
     if name == "CT2":
-        raise ValueError(
-            f"normalization_schemes: CT2 instead of one of {', '.join(_SCHEMES)}, which nnU-Net v2 has too"
-        )
+        raise ValueError(f"normalization_schemes: CT2, which nnU-Net v2 has not, instead of {', '.join(_SCHEMES)}")
     return _SCHEMES.get(name, "ZScoreNormalization")  # v1 treats every other modality so
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, find_candidate_datasets
@@ -21,7 +22,7 @@ from stunet.errors import DatasetError, PlansError, reading
 from stunet.files import write_json
 from stunet.labels.labels import Labels
 from stunet.planning.rewrite import check_plans, has_own_architecture, resolve_configuration
-from stunet.settings import SETTINGS_KEY, HeadPolicy, StemPolicy, Strategy
+from stunet.settings import SETTINGS, SETTINGS_KEY, Strategy
 from stunet.weights.convert import SourceWeights
 from stunet.weights.transfer import TransferReport, transfer_weights
 
@@ -45,13 +46,8 @@ def load_plans(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         PlansError: Missing, not JSON, of nnU-Net v1, or no plans.
     """
-    path = require_plans(Path(path))
-    try:
-        plans: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PlansError(
-            f"{path} is not JSON ({error}): plan with nnUNetv2_plan_experiment (v1 plans, *.pkl, cannot be used)"
-        ) from error
+    with reading(require_plans(Path(path)), "not JSON", PlansError, "plan with nnUNetv2_plan_experiment, not with v1"):
+        plans: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
     check_plans(plans, source=str(path))
     return plans
 
@@ -66,15 +62,11 @@ def write_plans(plans: dict[str, Any], path: str | os.PathLike[str], *, overwrit
         PlansError: A file with other content is there and ``overwrite`` is False.
     """
     path = Path(path)
-    if path.exists():
-        try:
-            same = json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(plans))
-        except ValueError:
-            same = False
-        if same:
+    with suppress(FileNotFoundError, ValueError):  # none yet, or no JSON
+        if json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(plans)):
             return False
-        if not overwrite:
-            raise PlansError(f"{path} has other plans: choose another --name, or replace the file with --overwrite")
+    if path.exists() and not overwrite:
+        raise PlansError(f"{path} has other plans: choose another --name, or replace the file with --overwrite")
     write_json(plans, path)
     return True
 
@@ -88,9 +80,8 @@ def plan_with_nnunet(dataset_name: str, identifier: str, *, num_processes: int) 
         NnUNetPathError: ``nnUNet_raw`` is not set.
     """
     if identifier not in _PLANNERS:
-        raise PlansError(
-            f"no file {find_plans(dataset_name, identifier)}: name one that exists, or one of {', '.join(_PLANNERS)}"
-        )
+        path = find_plans(dataset_name, identifier)
+        raise PlansError(f"no file {path}: name one that exists, or one of {', '.join(_PLANNERS)}")
     path = nnunet_folder("nnUNet_raw") / dataset_name / "dataset.json"
     with reading(path, "a dataset that cannot be planned", DatasetError, "correct it"):
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -131,10 +122,7 @@ def missing_preprocessed_cases(dataset_name: str, plans: dict[str, Any], configu
 
 @dataclass(frozen=True)
 class Preparation:
-    """How images are prepared and cut for a network, and how it strides over them.
-
-    Axes are those after the transposition, as in nnU-Net's plans.
-    """
+    """How images are prepared and cut for a network, and how it strides over them; axes are the transposed ones."""
 
     spacing: list[float]  # target, mm
     patch_size: list[int]  # voxels
@@ -150,27 +138,27 @@ class Preparation:
     use_mask_for_norm: list[bool] = field(default_factory=lambda: [False])
     intensity_properties: list[dict[str, float]] = field(default_factory=lambda: [{}])
 
-
-def configuration_for(preparation: Preparation, data_identifier: str) -> dict[str, Any]:
-    """Make a configuration of nnU-Net v2's plans whose architecture has strides only."""
-    resampling: dict[str, Any] = {}
-    for kind, order in (("data", 3), ("seg", 1), ("probabilities", 1)):
-        kwargs = {"is_seg": kind == "seg", "order": order, "order_z": 0, "force_separate_z": None}
-        resampling |= {f"resampling_fn_{kind}": _RESAMPLING, f"resampling_fn_{kind}_kwargs": kwargs}
-    strides = {"strides": preparation.strides}  # the network's other arguments come from its size
-    return {
-        "data_identifier": data_identifier,
-        "preprocessor_name": "DefaultPreprocessor",
-        "batch_size": preparation.batch_size,
-        "patch_size": preparation.patch_size,
-        "median_image_size_in_voxels": preparation.median_shape,
-        "spacing": preparation.spacing,
-        "normalization_schemes": preparation.normalization_schemes,
-        "use_mask_for_norm": preparation.use_mask_for_norm,
-        **resampling,
-        "architecture": {"network_class_name": "", "arch_kwargs": strides, "_kw_requires_import": []},
-        "batch_dice": preparation.batch_dice,
-    }
+    def as_configurations(self, plans_name: str) -> dict[str, Any]:
+        """Return the only configuration of nnU-Net v2's plans of this name; its architecture has strides only."""
+        resampling: dict[str, Any] = {}
+        for kind, order in (("data", 3), ("seg", 1), ("probabilities", 1)):
+            kwargs = {"is_seg": kind == "seg", "order": order, "order_z": 0, "force_separate_z": None}
+            resampling |= {f"resampling_fn_{kind}": _RESAMPLING, f"resampling_fn_{kind}_kwargs": kwargs}
+        strides = {"strides": self.strides}  # the network's other arguments come from its size
+        configuration = {
+            "data_identifier": f"{plans_name}_{CONFIGURATION}",
+            "preprocessor_name": "DefaultPreprocessor",
+            "batch_size": self.batch_size,
+            "patch_size": self.patch_size,
+            "median_image_size_in_voxels": self.median_shape,
+            "spacing": self.spacing,
+            "normalization_schemes": self.normalization_schemes,
+            "use_mask_for_norm": self.use_mask_for_norm,
+            **resampling,
+            "architecture": {"network_class_name": "", "arch_kwargs": strides, "_kw_requires_import": []},
+            "batch_dice": self.batch_dice,
+        }
+        return {CONFIGURATION: configuration}
 
 
 def load_preset(name: str) -> dict[str, Any]:
@@ -224,7 +212,7 @@ def apply_preset(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
         "original_median_shape_after_transp": shape,
         "transpose_forward": preparation.transpose_forward,
         "transpose_backward": preparation.transpose_backward,
-        "configurations": {CONFIGURATION: configuration_for(preparation, f"STUNetPlans_{name}_{CONFIGURATION}")},
+        "configurations": preparation.as_configurations(f"STUNetPlans_{name}"),
     }
 
 
@@ -240,10 +228,8 @@ def fine_tuning_configurations(plans: Mapping[str, Any], weights: SourceWeights)
     own = [name for name, configuration in plans["configurations"].items() if has_own_architecture(configuration)]
     fitting = [name for name in own if len(resolve_configuration(dict(plans), name)["patch_size"]) == n_axes]
     if not fitting:
-        raise PlansError(
-            f"no configuration for {n_axes}D weights {weights.path}, but {', '.join(own) or 'no network'}: "
-            "give other weights, or other plans with --plans"
-        )
+        listed = ", ".join(own) or "no network"
+        raise PlansError(f"no configuration for {n_axes}D weights {weights.path}, but {listed}: give other --plans")
     return fitting
 
 
@@ -265,7 +251,6 @@ def preview_transfer(
             num_classes=len(outputs.names),
             n_axes=len(configuration["patch_size"]),
         ).build_on_meta()
-        stem = cast("StemPolicy", settings.get("stem", "repeat-scaled"))
-        head = cast("HeadPolicy", settings.get("head", "by-name"))
-        reports.append(transfer_weights(weights, target, outputs, stem=stem, head=head))
+        policies = {name: settings.get(name, SETTINGS[name].default) for name in ("stem", "head")}
+        reports.append(transfer_weights(weights, target, outputs, **policies))
     return reports[0]

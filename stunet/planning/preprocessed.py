@@ -81,10 +81,8 @@ class PreprocessedDataset:
         planned = [*spacing[: len(spacing) - len(self.configuration["spacing"])], *self.configuration["spacing"]]
         expected = (self.input_channels, *compute_new_shape(before, spacing, planned).tolist())
         if image.shape != expected:
-            raise DatasetError(
-                f"{case} in {self._folder} has shape {tuple(image.shape)} instead of {expected} as "
-                f"{self.plans.get('plans_name')} plans it: remove this folder, and run nnUNetv2_preprocess again"
-            )
+            got = f"{case} in {self._folder} has shape {tuple(image.shape)} instead of {expected}, as planned"
+            raise DatasetError(f"{got}: remove this folder, and run nnUNetv2_preprocess again")
 
     def training_cases(self, fold: str) -> list[str]:
         """List the cases that a fold trains on."""
@@ -92,9 +90,7 @@ class PreprocessedDataset:
             return self.cases
         path = self._base / "splits_final.json"
         if not path.is_file():
-            raise DatasetError(
-                f"no {path}, which nnU-Net writes when it first trains a fold: leave -f out, or train one"
-            )
+            raise DatasetError(f"no {path}, as no fold was trained yet: leave -f out, or train one")
         splits = _read_json(path)
         if not fold.isdigit() or int(fold) >= len(splits):
             raise UsageError(f"no fold {fold}: choose one of 0 to {len(splits) - 1}, or all")
@@ -102,13 +98,10 @@ class PreprocessedDataset:
 
     def load(self, case: str) -> PreprocessedCase:
         """Read one case."""
-        with reading(
-            f"{case} in {self._folder}", "a preprocessed case that cannot be read", DatasetError, "preprocess it again"
-        ):
+        with reading(f"{case} in {self._folder}", "damaged", DatasetError, "preprocess it again"):
             image, segmentation, _, _ = self._dataset.load_case(case)
-            return PreprocessedCase(
-                case, np.asarray(image[:], dtype=np.float32), np.asarray(segmentation[:])[0].astype(np.int16)
-            )
+            labels = np.asarray(segmentation[:])[0].astype(np.int16)
+            return PreprocessedCase(case, np.asarray(image[:], dtype=np.float32), labels)
 
     def choose(self, cases: Sequence[str], n: int, seed: int) -> list[str]:
         """Draw at most ``n`` of the cases by seed, sorted."""

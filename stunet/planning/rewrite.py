@@ -33,9 +33,8 @@ def check_plans(plans: Any, *, source: str) -> None:
             if outside or (key != SETTINGS_KEY and key.lower() == SETTINGS_KEY):
                 misplaced.append(f"{name}: {key}")
     if misplaced:
-        raise SettingsError(
-            f'{source}: nothing reads {", ".join(misplaced)}: move it under "{SETTINGS_KEY}" within a configuration'
-        )
+        listed = ", ".join(misplaced)
+        raise SettingsError(f'{source}: nothing reads {listed}: move it under "{SETTINGS_KEY}" of a configuration')
 
 
 def check_configuration(plans: Mapping[str, Any], configuration: Mapping[str, Any], n_channels: int) -> None:
@@ -82,12 +81,8 @@ def resolve_configuration(plans: Plans, name: str) -> dict[str, Any]:
         PlansError: There is no such configuration.
     """
     require_configuration(plans, name)
-    with reading(
-        plans.get("plans_name", "the plans"),
-        f"plans whose configuration {name} cannot be read",
-        PlansError,
-        "plan with nnU-Net again",
-    ):
+    source, problem = plans.get("plans_name", "the plans"), f"plans whose configuration {name} cannot be read"
+    with reading(source, problem, PlansError, "plan with nnU-Net again"):
         resolved: dict[str, Any] = PlansManager(deepcopy(plans)).get_configuration(name).configuration
         _ = fit_strides(resolved["architecture"]["arch_kwargs"]["strides"]), resolved["patch_size"]
     return resolved
@@ -220,17 +215,11 @@ def _followers(plans: Plans, configurations: Sequence[str]) -> list[str]:
 
 
 def _check_patch(name: str, patch_size: Sequence[int], strides: Sequence[Sequence[int]]) -> None:
-    if len(patch_size) != len(strides[0]):
-        raise PlansError(
-            f"{name}: patch_size {list(patch_size)} for strides of {len(strides[0])} axes: correct it, or see -c"
-        )
-    total = list(total_stride(strides))
+    got, total = f"{name}: patch_size {list(patch_size)}", list(total_stride(strides))
+    if len(patch_size) != len(total):
+        raise PlansError(f"{got} for strides of {len(total)} axes: correct it, or choose another configuration with -c")
     if list(patch_size) == total:
-        raise PlansError(
-            f"{name}: patch_size {list(patch_size)} leaves one voxel at the coarsest stage: add multiples of {total}"
-        )
+        raise PlansError(f"{got} leaves one voxel at the coarsest stage: add multiples of {total}")
     if any(n % t for n, t in zip(patch_size, total, strict=True)):
         nearest = [max(t, round(n / t) * t) for n, t in zip(patch_size, total, strict=True)]
-        raise PlansError(
-            f"{name}: patch_size {list(patch_size)} instead of multiples of {total}: set patch_size to {nearest}"
-        )
+        raise PlansError(f"{got} instead of multiples of {total}: set patch_size to {nearest}")

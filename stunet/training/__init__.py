@@ -1,3 +1,3 @@
-"""One trainer and its collaborators: partial labels, accumulation, checkpoints, sharding, the optimizer."""
+"""One trainer and its collaborators: partial labels, checkpoints, sharding, the optimizer."""
 
 from stunet.training.trainer import BaseSTUNetTrainer

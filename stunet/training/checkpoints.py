@@ -162,16 +162,14 @@ class Checkpoints:
         if not resumes or candidates in ([], [requested]):
             return requested
         epochs: dict[Path, int] = {}
-        errors: list[CheckpointError] = []
         for path in candidates:
             try:
                 content = read_sharded(path)[0] if path.is_dir() else read_checkpoint(path)
                 epochs[path] = content["current_epoch"]
             except CheckpointError as error:
-                errors.append(error)
                 self._trainer.print_to_log_file(f"Passing over {_name(path)}: {error}")
         if not epochs:
-            raise errors[0]
+            return candidates[0]  # which says what is wrong with it
         # On equal epochs the best one: it was written last and knows of itself as the best.
         chosen = max(epochs, key=lambda path: (epochs[path], _name(path).startswith("checkpoint_best")))
         found = ", ".join(f"{_name(path)} after epoch {epoch - 1}" for path, epoch in epochs.items())
@@ -195,17 +193,16 @@ class Checkpoints:
         if trainer.sharding.enabled and not trainer.sharding.active:
             trainer.sharding.shard()
         network, optimizer = trainer.plain_network, trainer.optimizer
-        names = {parameter: name for name, parameter in network.named_parameters()}
+        parameters = dict(network.named_parameters())
+        names = {parameter: name for name, parameter in parameters.items()}
         mine = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
         theirs = [list(group["params"]) for group in content["optimizer"]["param_groups"]]
         if mine != theirs:
             lengths = " instead of ".join(", ".join(str(len(group)) for group in groups) for groups in (theirs, mine))
-            raise CheckpointError(
-                f"{version} has groups of {lengths} parameters: resume with the fine_tune it began with"
-            )
-        parameters = dict(network.named_parameters())
-        momentum = {
-            name: _empty_like(parameters.get(name.rpartition(":")[0]), shape)
+            got = f"{version} has groups of {lengths} parameters"
+            raise CheckpointError(f"{got}: resume with the fine_tune it began with")
+        momentum = {  # sharded as the parameters are
+            name: torch.zeros_like(parameters[name.rpartition(":")[0]], dtype=shape.dtype, requires_grad=False)
             for name, shape in _part(shapes, _OPTIMIZER).items()
         }
         tensors = {_NETWORK + name: value for name, value in network.state_dict().items()}
@@ -216,10 +213,9 @@ class Checkpoints:
     def _load_progress(self, content: dict[str, Any]) -> None:
         trainer = self._trainer
         trainer.my_init_kwargs = content["init_args"]
-        trainer.current_epoch = content["current_epoch"]
         trainer.logger.load_checkpoint(content["logging"])
-        trainer._best_ema = content["_best_ema"]
-        trainer.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
+        for name in ("current_epoch", "_best_ema", "inference_allowed_mirroring_axes"):
+            setattr(trainer, name, content[name])
 
 
 def set_aside(folder: Path, ranks: Ranks) -> None:
@@ -263,12 +259,6 @@ def _numbered(state: Mapping[str, Any]) -> dict[str, Any]:
     return {"state": {numbers[name]: values for name, values in state["state"].items()}, "param_groups": groups}
 
 
-def _empty_like(parameter: Tensor | None, shape: Tensor) -> Tensor:
-    if parameter is not None and parameter.shape == shape.shape:
-        return torch.zeros_like(parameter, dtype=shape.dtype, requires_grad=False)  # sharded as the parameter is
-    return torch.zeros(shape.shape, dtype=shape.dtype)
-
-
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
@@ -308,10 +298,9 @@ class TransferSelection:
             log(f"No transferability score for epoch {epoch}: {error}")
             return
         curve: list[dict[str, Any]] = []
-        with suppress(OSError, ValueError, TypeError):  # none yet
-            curve = list(json.loads(curve_file.read_text(encoding="utf-8")))
-        # Epochs from here on are of a run that was interrupted, and are done again.
-        curve = [point for point in curve if point["epoch"] < epoch]
+        with suppress(OSError, ValueError, TypeError, KeyError):  # none yet, or no curve
+            # Epochs from here on are of a run that was interrupted, and are done again.
+            curve = [point for point in json.loads(curve_file.read_text(encoding="utf-8")) if point["epoch"] < epoch]
         best = max((point["score"] for point in curve), default=-float("inf"))
         score = float(result.scores["ccfv"] or 0.0)
         kept = checkpoint.with_name("checkpoint_best_transfer.pth")

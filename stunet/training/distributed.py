@@ -134,10 +134,8 @@ def process_group(ranks: Ranks, device_type: str, timeout: float) -> Iterator[No
     try:
         host = TCPStore(address, port, is_master=is_host, wait_for_workers=False, timeout=wait)
     except (dist.DistError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"{address}:{port} cannot be reached ({reason}): check MASTER_ADDR, MASTER_PORT and that rank 0 runs"
-        ) from error
+        got = f"{address}:{port} cannot be reached ({str(error).splitlines()[0]})"
+        raise UsageError(f"{got}: check MASTER_ADDR, MASTER_PORT and that rank 0 runs") from error
     store = PrefixStore(f"stunet/{ranks.n_restarts}", host)
     store.set(f"joined/{ranks.rank}", socket.gethostname())
     _wait_for_all(store, ranks.size, timeout)
@@ -158,10 +156,8 @@ def _wait_for_all(store: Store, size: int, timeout: float) -> None:
         except dist.DistError:  # rank 0, which holds the store, has given up first
             gave_up = True
         if gave_up:
-            listed, joined = ", ".join(map(str, missing)), f"{size - len(missing)} of {size}"
-            raise UsageError(
-                f"joined within {timeout:g} s: {joined}; missing: rank {listed}: see what they print, or --timeout"
-            )
+            got = f"joined within {timeout:g} s: {size - len(missing)} of {size}"
+            raise UsageError(f"{got}; missing: rank {', '.join(map(str, missing))}: see what they print, or --timeout")
         time.sleep(_POLL if missing else 0)
 
 
@@ -188,11 +184,9 @@ def check_same(ranks: Ranks, dataset: str, configuration: str, plans_name: str, 
 
 
 def check_agreement(content: Mapping[str, Any]) -> None:
-    """Compare what must be the same for all processes, by hash: anything that JSON can hold, by name."""
-    mine = {
-        name: hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-        for name, value in content.items()
-    }
+    """Compare what must be the same for all processes: anything that JSON can hold, by name."""
+    texts = {name: json.dumps(value, sort_keys=True, default=str) for name, value in content.items()}
+    mine = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     of_all = _gather((socket.gethostname(), mine))
     first_host, first = of_all[0]
     others = [
@@ -202,8 +196,8 @@ def check_agreement(content: Mapping[str, Any]) -> None:
         if theirs.get(name) != first.get(name)
     ]
     if others:
-        listed = ", ".join(others)
-        raise UsageError(f"{listed} differ from rank 0's ({first_host}): copy plans and data to every machine anew")
+        got = f"{', '.join(others)} differ from rank 0's ({first_host})"
+        raise UsageError(f"{got}: copy plans and data to every machine anew")
 
 
 def check_shared_folder(folder: Path, ranks: Ranks) -> None:

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -57,9 +57,8 @@ class PartialLabels:
     def __init__(self, manifest: AnnotationManifest) -> None:
         leaves, superclasses = sorted(manifest.leaves), sorted(manifest.superclasses)
         if [*leaves, *superclasses] != list(range(1, 1 + len(leaves) + len(superclasses))):
-            raise LabelError(
-                f"structures {leaves}, superclasses {superclasses}: number from 1, then the superclasses, without gaps"
-            )
+            got = f"structures {leaves}, superclasses {superclasses}"
+            raise LabelError(f"{got}: number from 1, then the superclasses, without gaps")
         self.manifest = manifest
         self.members = label_members(1 + len(leaves), manifest.superclasses)
 
@@ -101,11 +100,9 @@ class PartialLabels:
 
     def describe(self, cases: Sequence[str]) -> str:
         """Describe in a line of the log how much the training cases annotate."""
-        mean = self.mask(cases)[:, 1:].sum(1).double().mean()
-        return (
-            f"Partial labels: {len(cases)} training cases annotate {mean:.1f} of {self.num_outputs - 1} structures on "
-            f"average ({self.manifest.source})"
-        )
+        mean, n = self.mask(cases)[:, 1:].sum(1).double().mean(), self.num_outputs - 1
+        what = f"{len(cases)} training cases annotate {mean:.1f} of {n} structures on average"
+        return f"Partial labels: {what} ({self.manifest.source})"
 
     def sampling_probabilities(self, cases: Sequence[str]) -> npt.NDArray[np.float64] | None:
         """Return how often each case is drawn, adding up to 1; None where all are drawn alike."""
@@ -173,9 +170,10 @@ def _masked(key: str, value: Any, *, annotated: bool) -> Any:
 
 
 def _means(entries: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    keys = dict.fromkeys(key for entry in entries for key in entry)
-    defined = {key: [entry[key] for entry in entries if entry.get(key) is not None] for key in keys}
-    return {key: statistics.fmean(values) if values else None for key, values in defined.items()}
+    values: dict[str, list[float]] = {}
+    for key, value in (item for entry in entries for item in entry.items()):
+        values.setdefault(key, []).extend([] if value is None else [value])
+    return {key: statistics.fmean(own) if own else None for key, own in values.items()}
 
 
 # --- Augmentation ---
@@ -200,8 +198,7 @@ class LocalLabelTransform(SpatialTransform):
     def _apply_to_segmentation(self, segmentation: Tensor, **params: Any) -> Tensor:
         grid = params["grid"]
         if grid is None or not self._is_known(segmentation):
-            original: Tensor = super()._apply_to_segmentation(segmentation, **params)
-            return original
+            return cast("Tensor", super()._apply_to_segmentation(segmentation, **params))
         pad_label = int(self.padding_value_seg) if self.border_mode_seg == "constant" else 0
         reaches_outside = self._may_reach_outside(grid, segmentation.shape[1:])
         channels = []
@@ -212,23 +209,18 @@ class LocalLabelTransform(SpatialTransform):
                 channels.append(super()._apply_to_segmentation(channel[None], **params)[0])
                 continue
             result, places = _certain_labels(channel, grid)
-            doubtful = _Doubtful(channel, grid.reshape(-1, 3)[places], pad_label)
             if reaches_outside:
-                boxes.setdefault(pad_label, ())
-            for label in sorted(boxes):
-                doubtful.score(label, boxes[label], outside=reaches_outside and label == pad_label)
-            result.view(-1)[places] = doubtful.winners()
+                boxes[pad_label] = ()  # everywhere
+            points = grid.reshape(-1, 3)[places]
+            result.view(-1)[places] = _winners(channel, points, boxes, pad_label if reaches_outside else None)
             channels.append(result)
         return torch.stack(channels)
 
     def _is_known(self, segmentation: Tensor) -> bool:
+        settings = (self.mode_seg, self.seg_tiebreak, self.align_corners)
+        is_volume = segmentation.ndim == 4 and min(segmentation.shape[1:]) > 1
         return (
-            segmentation.ndim == 4
-            and min(segmentation.shape[1:]) > 1
-            and self.mode_seg == "bilinear"
-            and self.seg_tiebreak == "nearest"
-            and self.border_mode_seg in ("zeros", "constant")
-            and not self.align_corners
+            is_volume and settings == ("bilinear", "nearest", False) and self.border_mode_seg in ("zeros", "constant")
         )
 
 
@@ -258,58 +250,38 @@ def _sample(volume: Tensor, grid: Tensor, mode: str) -> Tensor:
     return grid_sample(volume[None, None], grid[None], mode=mode, padding_mode="zeros", align_corners=False)[0, 0]
 
 
-class _Doubtful:
-    """Points at which labels compete, and the scores so far.
+def _winners(labels: Tensor, grid: Tensor, boxes: dict[int, tuple[slice, ...]], pad_label: int | None) -> Tensor:
+    """Return the label of each point ``(N,)`` at which labels compete.
 
     Args:
         labels: The map, ``(X, Y, Z)``.
         grid: Where the points are, ``(N, 3)``, as grid_sample wants it.
-        pad_label: The label around the map.
+        boxes: The labels that compete, and where in the map they are.
+        pad_label: The label around the map, if points reach there.
     """
-
-    def __init__(self, labels: Tensor, grid: Tensor, pad_label: int) -> None:
-        self._labels, self._grid = labels, grid
-        self._voxels = [((grid[:, -1 - axis] + 1) * size - 1) / 2 for axis, size in enumerate(labels.shape)]
-        self._indicator = labels.float().sub_(pad_label)
-        nearest = _sample(self._indicator, grid.view(-1, 1, 1, 3), "nearest").flatten().add_(pad_label)
-        self._indicator.zero_()
-        self._nearest = nearest.to(labels.dtype)
-        self._best = torch.full_like(nearest, float("-inf"), dtype=torch.float16)
-        self._best_of_nearest = self._best.clone()
-        self._winner = self._nearest.clone()
-
-    def score(self, label: int, box: tuple[slice, ...], *, outside: bool) -> None:
-        """Let a label compete. Labels come in ascending order, as the lower one wins ties.
-
-        Args:
-            label: The label.
-            box: Where in the map it is.
-            outside: Whether it is also all around the map; then its indicator is less by one, as zeros are there.
-        """
+    voxels = [((grid[:, -1 - axis] + 1) * size - 1) / 2 for axis, size in enumerate(labels.shape)]
+    around = pad_label or 0
+    indicator = labels.float().sub_(around)
+    nearest = _sample(indicator, grid.view(-1, 1, 1, 3), "nearest").flatten().add_(around).to(labels.dtype)
+    indicator.zero_()
+    best = torch.full(nearest.shape, float("-inf"), dtype=torch.float16)
+    best_of_nearest, winner = best.clone(), nearest.clone()
+    for label in sorted(boxes):  # the lower one wins ties
+        # Zeros are all around the map: there the indicator of the label that is there, too, is less by one.
+        outside, box, near = label == pad_label, boxes[label], torch.ones(len(grid), dtype=torch.bool)
+        for along, cut in zip(voxels, box, strict=not outside):
+            near &= (along > cut.start - 1 - _MARGIN) & (along < cut.stop + _MARGIN)
+        chosen, inside = torch.nonzero(near)[:, 0], indicator[box]
+        torch.eq(labels[box], label, out=inside)
         if outside:
-            box, chosen = (), torch.arange(len(self._grid))
-        else:
-            chosen = self._near(box)
-        indicator = self._indicator[box]
-        torch.eq(self._labels[box], label, out=indicator)
-        if outside:
-            indicator.sub_(1)
-        indicator.mul_(_SCALE)
-        scores = _sample(self._indicator, self._grid[chosen].view(-1, 1, 1, 3), "bilinear").flatten()
+            inside.sub_(1)
+        inside.mul_(_SCALE)
+        scores = _sample(indicator, grid[chosen].view(-1, 1, 1, 3), "bilinear").flatten()
         indicator.zero_()
         scores = (scores.add_(_SCALE) if outside else scores).half()
-        better = scores > self._best[chosen]
-        self._best[chosen[better]] = scores[better]
-        self._winner[chosen[better]] = label
-        own = self._nearest[chosen] == label
-        self._best_of_nearest[chosen[own]] = scores[own]
-
-    def _near(self, box: tuple[slice, ...]) -> Tensor:
-        near = torch.ones(len(self._grid), dtype=torch.bool)
-        for voxels, cut in zip(self._voxels, box, strict=True):
-            near &= (voxels > cut.start - 1 - _MARGIN) & (voxels < cut.stop + _MARGIN)
-        return torch.nonzero(near)[:, 0]
-
-    def winners(self) -> Tensor:
-        """Return the label of each point, ``(N,)``; the nearest one wins ties that it takes part in."""
-        return torch.where(self._best_of_nearest == self._best, self._nearest, self._winner)
+        better = scores > best[chosen]
+        best[chosen[better]] = scores[better]
+        winner[chosen[better]] = label
+        own = nearest[chosen] == label
+        best_of_nearest[chosen[own]] = scores[own]
+    return torch.where(best_of_nearest == best, nearest, winner)  # the nearest one wins ties that it takes part in

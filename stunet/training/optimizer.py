@@ -143,11 +143,8 @@ def parameter_groups(
     if strategy == "warmup":
         ramp = _warmup_epochs(warmup_epochs, num_epochs)
         first, later = (partial(_warmup, num_epochs=num_epochs, ramp=ramp, first=first) for first in (True, False))
-        return [
-            ParameterGroup("heads", heads, first),
-            ParameterGroup("decoder", decoder, first),
-            ParameterGroup("encoder", encoder, later),
-        ]
+        decoded = [ParameterGroup("heads", heads, first), ParameterGroup("decoder", decoder, first)]
+        return [*decoded, ParameterGroup("encoder", encoder, later)]
     if strategy == "frozen-encoder":
         return [ParameterGroup("heads", heads, poly), ParameterGroup("decoder", decoder, poly)]
     if strategy == "head-only":
@@ -172,9 +169,7 @@ def _warmup_epochs(warmup_epochs: int | None, num_epochs: int) -> int:
     if warmup_epochs is None:
         return min(max(1, round(_WARMUP_SHARE * num_epochs)), most)
     if warmup_epochs > most:
-        raise SettingsError(
-            f"warmup_epochs={warmup_epochs} twice leaves none of {num_epochs} epochs: set at most {most}"
-        )
+        raise SettingsError(f"warmup_epochs={warmup_epochs} twice, of {num_epochs} epochs: set it to at most {most}")
     return warmup_epochs
 
 

@@ -18,10 +18,10 @@ from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch._dynamo import OptimizedModule
+from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
@@ -32,7 +32,7 @@ from stunet.labels.labels import Labels
 from stunet.loss import PartialDiceCELoss, WholeBatch
 from stunet.network import STUNet, find_size
 from stunet.planning.rewrite import check_plans, is_stunet, plans_size, resolve_configuration, rewrite_configuration
-from stunet.settings import SETTINGS_KEY, HeadPolicy, Mirroring, MomentumDtype, Parallel, StemPolicy, Strategy
+from stunet.settings import SETTINGS, SETTINGS_KEY
 from stunet.training.checkpoints import Checkpoints, TransferSelection
 from stunet.training.distributed import Ranks, Sharding, seed_everything, share_of_batch
 from stunet.training.labels import LocalLabelTransform, PartialLabels, count_voxels, mask_summary
@@ -69,39 +69,18 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         is_ddp: Whether the network is shared among several processes.
         seed: Where it is set, each epoch of each process draws its random numbers from it, the rank and the epoch; with
             ``nnUNet_n_proc_DA=0`` a training then gives the same weights again, interrupted or not.
+
+    Each training setting of :data:`stunet.settings.SETTINGS` is an attribute, too, with the default that it has there.
     """
 
     size: ClassVar[str | None] = None
     default_settings: ClassVar[Mapping[str, Any]] = {}
-
-    # Settings that nnU-Net's trainer does not have; see stunet.settings.SETTINGS.
-    pretrained_weights: str | None = None
-    fine_tune: Strategy = "full"
-    warmup_epochs: int | None = None
-    layer_decay: float = 0.85
-    stem: StemPolicy = "repeat-scaled"
-    head: HeadPolicy = "by-name"
-    select_for: str | int | None = None
-    keep_every: int | None = None
-    final_validation: bool = True
-    momentum_dtype: MomentumDtype = "fp32"
-    fused_optimizer: bool = False
-    parallel: Parallel = "ddp"
-    gradient_accumulation: int = 1
-    mirroring: Mirroring = "all"
-    nearest_labels: bool = False
-    allow_unannotated: bool = False
-
     seed: int | None = None
-
-    label_manager: LabelManager
-    loss: nn.Module
     network: nn.Module
-    optimizer: Optimizer
+    loss: nn.Module
     is_ddp: bool
-    oversample_foreground_percent: float
     grad_scaler: Any
-    _initial_stem: Tensor
+    oversample_foreground_percent: float
     partial_loss: PartialDiceCELoss | None = None
     _selection: TransferSelection | None = None
     _was_trained = False
@@ -115,7 +94,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 - likewise
     ) -> None:
         self.checkpoints = Checkpoints(self, asked_to_resume=bool(plans.get("continue_training", False)))
-        self.ranks, self.sharding, self.accumulation = Ranks.of_group(), Sharding(self), Accumulation(self)
+        self.ranks, self.sharding = Ranks.of_group(), Sharding(self)
         plans = self._with_stunet(plans, configuration)
         labelled = dataset_json
         self.partial_labels = PartialLabels.read(plans["dataset_name"], dataset_json)
@@ -264,18 +243,15 @@ class BaseSTUNetTrainer(nnUNetTrainer):
 
     def _start_from(self, path: str) -> None:
         if not torch.equal(self._stem_weight(), self._initial_stem):
-            raise UsageError(
-                f"pre-trained weights from two places: leave -pretrained_weights out, or {path} in the plans"
-            )
+            raise UsageError(f"pre-trained weights from two places: drop -pretrained_weights, or {path} of the plans")
         network, outputs = self.plain_network, Labels(self.dataset_json).outputs
         report = transfer_weights(open_weights([path]), network, outputs, stem=self.stem, head=self.head)
         fresh, unused = {key: network.get_parameter(key) for key in report.fresh}, self._unused_parameters()
         stuck = [key for key, p in fresh.items() if not p.requires_grad and all(p is not other for other in unused)]
         if stuck:
             listed = ", ".join(stuck[:4])
-            raise SettingsError(
-                f"fine_tune={self.fine_tune} never trains {listed}, random with stem={self.stem}: change one"
-            )
+            given = f"fine_tune={self.fine_tune} with stem={self.stem}"
+            raise SettingsError(f"{given} leaves {listed} random for ever: change one of the two")
         self.print_to_log_file(f"Starting from {report.source}")
         for what, count, which in report.rows():
             self.print_to_log_file(f"  {what}: {count}{f' ({which})' if which else ''}", add_timestamp=False)
@@ -334,7 +310,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         self.checkpoints.resume_from_sharded()
         if self.pretrained_weights is not None and not self.checkpoints.resumed:
             self._start_from(self.pretrained_weights)
-        self.accumulation.check()
+        self._check_accumulation()
         if self.partial_labels is not None:
             cases, _ = self.do_split()
             if not self.allow_unannotated:
@@ -367,17 +343,13 @@ class BaseSTUNetTrainer(nnUNetTrainer):
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Take nnU-Net's step: a network, a loss that knows what the cases annotate, clipped gradients."""
-        whole = self._on_device(batch)
+        scaler = self.grad_scaler or GradScaler(enabled=False)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.accumulation.backward(whole)
-        if self.grad_scaler is not None:
-            self.grad_scaler.unscale_(self.optimizer)
+        loss = self._backward(self._on_device(batch), scaler)
+        scaler.unscale_(self.optimizer)
         clip_grad_norm_(self.network.parameters(), 12)
-        if self.grad_scaler is not None:
-            self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
-        else:
-            self.optimizer.step()
+        scaler.step(self.optimizer)
+        scaler.update()
         return {"loss": loss.detach().cpu().numpy()}
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -415,6 +387,40 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         known = nullcontext() if self.partial_loss is None else self.partial_loss.annotated_in(batch.annotated)
         with known:
             return cast("Tensor", self.loss(output, batch.target))
+
+    # Gradient accumulation: the step is that of the whole batch, over the plans' number of micro-batches. The loss of a
+    # micro-batch is weighed by what the whole batch annotates, which is counted first. With batch_dice that takes the
+    # probabilities of the whole batch, so the network runs once more for each micro-batch, without gradients.
+
+    def _check_accumulation(self) -> None:
+        n = self.gradient_accumulation
+        # The same in each process, so that all of them stop: the smallest share of the batch.
+        smallest = int(self.configuration_manager.batch_size) // self.ranks.size
+        if n > smallest:
+            raise SettingsError(f"gradient_accumulation={n} for {smallest} samples a process: set at most {smallest}")
+        if n > 1 and self.partial_loss is None:
+            raise SettingsError(f"gradient_accumulation={n} with regions: set activation_checkpointing=all instead")
+
+    def _backward(self, batch: Batch, scaler: GradScaler) -> Tensor:
+        """Add the scaled gradients of a batch to the network's, and return its loss."""
+        network, partial_loss, losses, whole = self.network, self.partial_loss, list[Tensor](), WholeBatch()
+        *others, last = micro_batches = batch.split(self.gradient_accumulation)
+        if partial_loss is not None and others:
+            for micro_batch in micro_batches:
+                with torch.no_grad(), self.precision(), partial_loss.counted_in(whole):
+                    # Targets stand in for logits where these are not read.
+                    output = network(micro_batch.data) if partial_loss.batch_dice else micro_batch.target
+                    self.loss_of(output, micro_batch)
+        for micro_batch in micro_batches:
+            # Processes exchange gradients with the last micro-batch's, all at once.
+            waits = isinstance(network, DistributedDataParallel) and micro_batch is not last
+            with cast("DistributedDataParallel", network).no_sync() if waits else nullcontext():
+                part = partial_loss.as_part_of(whole) if partial_loss is not None and others else nullcontext()
+                with self.precision(), part:
+                    loss = self.loss_of(network(micro_batch.data), micro_batch)
+                torch.autograd.backward(scaler.scale(loss))
+            losses.append(loss.detach())
+        return sum(losses[:-1], losses[-1])
 
     def on_epoch_end(self) -> None:
         """Also keep checkpoints for good, and score the periodic one, where the plans ask for it."""
@@ -466,6 +472,11 @@ class BaseSTUNetTrainer(nnUNetTrainer):
             self.print_to_log_file(f"Mean Validation Dice over what the cases annotate: {text}; above, over all leaves")
 
 
+for _name, _setting in SETTINGS.items():
+    if _setting.place == "training":
+        setattr(BaseSTUNetTrainer, _name, _setting.default)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Images ``(B, C, X, Y[, Z])``, targets (a list with deep supervision), and what each case annotates."""
@@ -482,59 +493,3 @@ class Batch:
     def _of(self, cases: slice) -> Batch:
         target = [t[cases] for t in self.target] if isinstance(self.target, list) else self.target[cases]
         return Batch(self.data[cases], target, None if self.annotated is None else self.annotated[cases])
-
-
-class Accumulation:
-    """Gradients of a batch, accumulated over the plans' ``gradient_accumulation`` micro-batches.
-
-    The step is that of the whole batch: the loss of a micro-batch is weighed by what the whole batch annotates, which
-    is counted first. With ``batch_dice`` that takes the probabilities of the whole batch, so the network runs once
-    more for each micro-batch, without gradients.
-    """
-
-    def __init__(self, trainer: BaseSTUNetTrainer) -> None:
-        self._trainer = trainer
-
-    def check(self) -> None:
-        """Refuse micro-batches that cannot be."""
-        trainer, n = self._trainer, self._trainer.gradient_accumulation
-        # The same in each process, so that all of them stop: the smallest share of the batch.
-        smallest = int(trainer.configuration_manager.batch_size) // trainer.ranks.size
-        if n > smallest:
-            raise SettingsError(
-                f"gradient_accumulation={n} for {smallest} samples in a process: set it to at most {smallest}"
-            )
-        if n > 1 and trainer.partial_loss is None:
-            raise SettingsError(
-                f"gradient_accumulation={n} needs a loss without regions: set activation_checkpointing=all in its place"
-            )
-
-    def backward(self, batch: Batch) -> Tensor:
-        """Add the gradients of a batch to the network's, scaled as the trainer scales them, and return its loss."""
-        trainer, partial_loss = self._trainer, self._trainer.partial_loss
-        micro_batches = batch.split(trainer.gradient_accumulation)
-        whole = None if len(micro_batches) == 1 else WholeBatch()
-        if whole is not None:
-            for micro_batch in micro_batches:
-                self._count(micro_batch, whole)
-        losses: list[Tensor] = []
-        for i, micro_batch in enumerate(micro_batches):
-            # Processes exchange gradients with the last micro-batch's, all at once.
-            is_last, network = i == len(micro_batches) - 1, trainer.network
-            waits = isinstance(network, DistributedDataParallel) and not is_last
-            with cast("DistributedDataParallel", network).no_sync() if waits else nullcontext():
-                part = nullcontext() if whole is None or partial_loss is None else partial_loss.as_part_of(whole)
-                with trainer.precision(), part:
-                    loss = trainer.loss_of(network(micro_batch.data), micro_batch)
-                scaled = loss if trainer.grad_scaler is None else trainer.grad_scaler.scale(loss)
-                torch.autograd.backward(scaled)
-            losses.append(loss.detach())
-        return sum(losses[:-1], losses[-1])
-
-    def _count(self, batch: Batch, whole: WholeBatch) -> None:
-        loss = self._trainer.partial_loss
-        assert loss is not None
-        with torch.no_grad(), self._trainer.precision(), loss.counted_in(whole):
-            # Targets stand in for logits where these are not read.
-            output = self._trainer.network(batch.data) if loss.batch_dice else batch.target
-            self._trainer.loss_of(output, batch)
