@@ -8,22 +8,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from stunet.datasets.imports import (
-    REPORT_NAME,
-    ImportCase,
-    ImportReport,
-    Record,
-    case_files,
-    check_annotated,
-    importing,
-)
+from stunet.datasets.imports import REPORT_NAME, ImportCase, ImportReport, Record, case_files, run_import
 from stunet.datasets.raw import SPLITS_NAME, RawDataset, case_names, read_raw_dataset
 from stunet.errors import DatasetError, LabelError, reading
 from stunet.files import fingerprint
-from stunet.labels.annotations import MANIFEST_NAME, AnnotationManifest, bind_manifest, group_cases, read_manifest
+from stunet.labels.annotations import MANIFEST_NAME, AnnotationManifest, read_manifest
 from stunet.labels.labels import Labels, check_names
 from stunet.labels.unions import LabelUnion, UnionMapping, merge_labels
 from stunet.volumes import (
@@ -223,7 +216,6 @@ class LabelCase(ImportCase):
     # value in the union by value in the source, for all values that the source lists
     lookup: tuple[tuple[int, int], ...]
     highest: int  # the highest label value of the union, which decides the type: uint8 up to 255, else uint16
-    annotated: tuple[str, ...]  # structures of the union that it annotates
 
     def source(self) -> Record:
         """Return fingerprint and annotated structures."""
@@ -285,15 +277,10 @@ def import_union(
     folder = Path(folder)
     folds = [source.first_fold() for source in sources]
     superclasses = {name: list(members) for name, members in union.superclasses.items()}
-    settings = {
-        "format": _FORMAT,
-        "kind": "union",
-        "labels": union.labels,
-        "superclasses": superclasses,
-        "mapping": {source: dict(labels) for source, labels in union.mapping.items()},
-    }
-    order = [*union.leaves, *union.superclasses]
-    first = sources[0].dataset.dataset_json
+    mapping = {source: dict(labels) for source, labels in union.mapping.items()}
+    settings = {"format": _FORMAT, "kind": "union", "labels": union.labels}
+    settings |= {"superclasses": superclasses, "mapping": mapping}
+    order, first = [*union.leaves, *union.superclasses], sources[0].dataset.dataset_json
     ending = first["file_ending"]
     jobs = []
     for source in sources:
@@ -304,56 +291,50 @@ def import_union(
             if source.ignore is not None:
                 lookup[source.ignore] = union.labels["ignore"]
             images, label = source.dataset.cases[case]
-            jobs.append(
-                LabelCase(
-                    name=name,
-                    images=tuple(images),
-                    label=label,
-                    lookup=tuple(sorted(lookup.items())),
-                    highest=max(union.labels.values()),
-                    annotated=tuple(structure for structure in order if structure in structures),
-                    outputs=case_files(folder, name, ending=ending)[1:],
-                )
+            job = LabelCase(
+                name=name,
+                images=tuple(images),
+                label=label,
+                lookup=tuple(sorted(lookup.items())),
+                highest=max(union.labels.values()),
+                annotated=tuple(structure for structure in order if structure in structures),
+                outputs=case_files(folder, name, ending=ending)[1:],
             )
-    remedy = 'drop it in a mapping file ("background", --mapping)'
-    if not allow_unannotated:
-        check_annotated(order, (job.annotated for job in jobs), remedy, superclasses=superclasses)
+            jobs.append(job)
     chosen = {job.name: job for job in jobs if job.annotated}
-    with importing(
+
+    def describe(report: ImportReport) -> tuple[dict[str, Any], dict[str, list[str]], dict[str, Any]]:
+        imported, more = report.records, {"superclasses": superclasses} if superclasses else {}
+        weight_of: dict[str, float] = {}
+        for source in sources:
+            cases = [case for case, name in source.cases.items() if name in imported]
+            own = sampling_weights(source, cases, weights)
+            weight_of |= {source.cases[case]: weight for case, weight in own.items()}
+        listed = {}
+        for name in imported:
+            images = [_reference(image, folder) for image in chosen[name].images]
+            listed[name] = {"images": images, "label": f"labelsTr/{name}{ending}"}
+        described = {"channel_names": first["channel_names"], "labels": union.labels, "numTraining": len(imported)}
+        described |= {key: first[key] for key in ("file_ending", "overwrite_image_reader_writer") if key in first}
+        parts = ("train", "val") if all(folds) else ()
+        fold = {part: sorted(n for fold in folds if fold for n in fold[part] if n in imported) for part in parts}
+        return {**described, "dataset": listed}, fold, {"weights": weight_of, **more}
+
+    return run_import(
         folder,
         settings,
         list(chosen.values()),
-        lambda name, record: chosen[name].outputs if name in chosen else (),
+        describe,
+        structures=order,
+        superclasses=superclasses,
+        left_out=[job.name for job in jobs if not job.annotated],
+        outputs_of=lambda name, record: chosen[name].outputs if name in chosen else (),
+        remedy='drop it in a mapping file ("background", --mapping)',
+        allow_unannotated=allow_unannotated,
+        preprocessed=preprocessed,
         num_processes=num_processes,
         on_case=on_case,
-    ) as report:
-        annotated = {name: record["annotated"] for name, record in report.records.items()}
-        if not annotated or not allow_unannotated:
-            check_annotated(order, annotated.values(), remedy, superclasses=superclasses, failed=report.failed)
-        weight_of: dict[str, float] = {}
-        for source in sources:
-            cases = [case for case, name in source.cases.items() if name in annotated]
-            own = sampling_weights(source, cases, weights)
-            weight_of |= {source.cases[case]: weight for case, weight in own.items()}
-        manifest = {**group_cases(annotated, order), "weights": weight_of}
-        if superclasses:
-            manifest["superclasses"] = superclasses
-        bind_manifest(manifest, labels=union.labels, cases=annotated, source=str(folder / MANIFEST_NAME))
-        listed = {
-            name: {
-                "images": [_reference(image, folder) for image in chosen[name].images],
-                "label": f"labelsTr/{name}{ending}",
-            }
-            for name in annotated
-        }
-        described = {"channel_names": first["channel_names"], "labels": union.labels, "numTraining": len(annotated)}
-        described |= {key: first[key] for key in ("file_ending", "overwrite_image_reader_writer") if key in first}
-        dataset_json = {**described, "dataset": listed}
-        parts = ("train", "val") if all(folds) else ()
-        fold = {part: sorted(n for fold in folds if fold for n in fold[part] if n in annotated) for part in parts}
-        left_out = sorted(job.name for job in jobs if not job.annotated)
-        report.finish(manifest, fold, dataset_json, left_out, preprocessed)
-    return report
+    )
 
 
 def _reference(image: Path, folder: Path) -> str:
