@@ -35,18 +35,17 @@ from stunet.environment import find_dataset, nnunet_folder
 from stunet.errors import DatasetError, STUNetError, UsageError, reading
 from stunet.files import atomic_path, read_json
 from stunet.labels.annotations import MANIFEST_NAME, read_manifest
-from stunet.labels.comparisons import (
+from stunet.labels.labels import Labels, canonical_name
+from stunet.labels.mappings import (
     Comparison,
     LabelRelation,
-    canonical_name,
     load_label_system,
     observed_values,
     read_label_map,
     relate_labels,
-    structure_values,
 )
 from stunet.processes import run_jobs
-from stunet.volumes import GRID_TOLERANCE, LABEL_ENDINGS, Volume, check_shape, corner_distance, read_labels
+from stunet.volumes import LABEL_ENDINGS, Volume, check_same_grid, read_labels, value_counts
 
 METRICS = ("Dice", "NSD", "HD95")
 """The metrics that are shown: higher is better for the first two, the third is in mm."""
@@ -200,8 +199,8 @@ def compare_labels(
     labels, path = target.dataset_json["labels"], target.folder / MANIFEST_NAME
     relation = relate_labels(model.dataset_json["labels"], labels, mapping)
     annotated = read_manifest(path, labels=labels) if path.is_file() else None
-    values = structure_values(labels), structure_values(model.dataset_json["labels"])
-    comparisons, of_all = relation.comparisons, (*values, labels.get("ignore"), tolerance)
+    own, others = Labels(target.dataset_json), Labels(model.dataset_json)
+    comparisons, of_all = relation.comparisons, (own.structures, others.structures, own.ignore, tolerance)
     jobs = []
     for name, (_, reference) in target.cases.items():
         prediction = predictions.resolve() / f"{name}{target.dataset_json['file_ending']}"
@@ -276,7 +275,7 @@ def score_case(case: EvaluationCase) -> CaseScores:
     ignored = () if case.ignore is None else (case.ignore,)
     reference = _read(case.reference, case.target_labels, "dataset", ignored)
     prediction = _read(case.prediction, case.source_labels, "model")
-    _check_grid(prediction, reference)
+    check_same_grid(prediction, reference)
     overlap = _overlap(reference.voxels, prediction.voxels)
     overlap[[value for value in ignored if value < len(overlap)]] = 0
     boxes: tuple[Boxes, Boxes] = find_objects(reference.voxels), find_objects(prediction.voxels)
@@ -347,21 +346,10 @@ def _read(path: Path, labels: Values, whose: str, more: Sequence[int] = ()) -> V
         raise DatasetError(f"{path} is of a format that cannot be scored: convert it to {', '.join(LABEL_ENDINGS)}")
     volume = read_labels(path)
     known = {0, *more, *(value for values in labels.values() for value in values)}
-    found = np.flatnonzero(sum(np.bincount(plane.ravel(), minlength=2**16) for plane in volume.voxels.T))
-    if unknown := [str(value) for value in found if value not in known]:
+    if unknown := [str(value) for value, n in enumerate(value_counts(volume.voxels)) if n and value not in known]:
         got = f"{path} has values that the {whose}'s dataset.json (0 to {max(known)}) does not list"
         raise DatasetError(f"{got}: {_shortened(unknown)}")
     return volume
-
-
-def _check_grid(prediction: Volume, reference: Volume) -> None:
-    """Check that a prediction lies on the grid of the label map, to a twentieth of a voxel's side at each corner."""
-    check_shape(prediction, reference)
-    apart = corner_distance(prediction.affine, reference.affine, reference.voxels.shape)
-    if apart > GRID_TOLERANCE * reference.spacing.min():
-        mine, theirs = (np.round(volume.affine[:3], 4).tolist() for volume in (prediction, reference))
-        said = f"lies {apart:.3g} mm elsewhere, by {mine}, than {reference.path} by {theirs}"
-        raise DatasetError(f"{prediction.path} {said}: predict the image that the label map belongs to")
 
 
 def _overlap(reference: npt.NDArray[Any], prediction: npt.NDArray[Any]) -> npt.NDArray[np.int64]:

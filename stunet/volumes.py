@@ -249,7 +249,7 @@ def corner_distance(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]
 
 
 def check_same_grid(volume: Volume, reference: Volume) -> None:
-    """Check that a mask has the voxels of its image, to a twentieth of a voxel's side at each corner.
+    """Check that a mask or label map has the voxels of its image, to a twentieth of a voxel's side at each corner.
 
     Raises:
         DatasetError: Another shape or affine; names both files.
@@ -257,7 +257,8 @@ def check_same_grid(volume: Volume, reference: Volume) -> None:
     check_shape(volume, reference)
     apart = corner_distance(volume.affine, reference.affine, volume.voxels.shape)
     if apart > GRID_TOLERANCE * reference.spacing.min():
-        raise DatasetError(f"{volume.path} has another affine than {reference.path} (up to {apart:.3g} mm apart)")
+        both = f"{volume.path} has another affine than {reference.path} (up to {apart:.3g} mm apart)"
+        raise DatasetError(f"{both}: make it anew on the grid of its image, or take the image that it belongs to")
 
 
 def check_shape(volume: Volume, reference: Volume) -> None:

@@ -18,7 +18,7 @@ from stunet.errors import DatasetError, LabelError, reading
 from stunet.files import fingerprint
 from stunet.labels.annotations import MANIFEST_NAME, AnnotationManifest, read_manifest
 from stunet.labels.labels import Labels, check_names
-from stunet.labels.unions import LabelUnion, UnionMapping, merge_labels
+from stunet.labels.mappings import LabelUnion, UnionMapping, merge_labels
 from stunet.volumes import (
     LABEL_ENDINGS,
     NIFTI_ENDINGS,
