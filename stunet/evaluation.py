@@ -21,7 +21,7 @@ import csv
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -223,17 +223,11 @@ def check_predictions(jobs: Sequence[EvaluationCase], predictions: Path) -> None
 
 
 class StructureScore(NamedTuple):
-    """Scores of one structure in one case.
+    """Scores of one structure in one case."""
 
-    Attributes:
-        status: ``scored``; ``missed`` or ``spurious``, where it is in the label map or in the prediction alone;
-            ``absent`` from both; or ``not annotated``.
-        metrics: Under nnU-Net's names ``Dice`` and ``IoU``, and the voxels ``TP``, ``FP``, ``FN``, ``TN``, ``n_pred``,
-            ``n_ref``; with them ``NSD``, the normalised surface Dice, and ``HD95``, the 95th percentile Hausdorff
-            distance in mm. None where there is none.
-    """
-
-    status: Status
+    status: Status  # missed or spurious where it is in the label map or in the prediction alone, absent from both
+    # Dice, IoU and voxels under nnU-Net's names; NSD, the normalised surface Dice; HD95, the 95th percentile Hausdorff
+    # distance in mm; None where there is none
     metrics: dict[str, float | None]
 
 
@@ -439,23 +433,14 @@ class StructureSummary:
 
 @dataclass(frozen=True)
 class EvaluationResults:
-    """Scores of all cases.
+    """Scores of all cases."""
 
-    Attributes:
-        structures: By structure, in the order of the dataset's label values.
-        cases: By case, in the order of names.
-        jobs: What was scored, by case.
-        mean: Mean over structures of their means, for each metric; None where no structure has it.
-        warnings: What is suspicious about left and right.
-        failed: Why cases could not be scored, by case.
-    """
-
-    structures: tuple[StructureSummary, ...]
-    cases: Mapping[str, CaseScores]
-    jobs: Mapping[str, EvaluationCase]
-    mean: Mapping[str, float | None]
-    warnings: tuple[str, ...]
-    failed: Mapping[str, STUNetError] = field(default_factory=dict)
+    structures: tuple[StructureSummary, ...]  # in the order of the dataset's label values
+    cases: Mapping[str, CaseScores]  # in the order of names
+    jobs: Mapping[str, EvaluationCase]  # what was scored, by case
+    mean: Mapping[str, float | None]  # over structures of their means, for each metric; None where no structure has it
+    warnings: tuple[str, ...]  # what is suspicious about left and right
+    failed: Mapping[str, STUNetError]  # why cases could not be scored
 
     def summary(self, **more: Any) -> dict[str, Any]:
         """Return the content of a ``summary.json`` as nnU-Net's evaluation writes it, with more metrics and entries."""

@@ -157,7 +157,7 @@ def union(
     folder = _new_dataset(dataset_id, name)
     raw = nnunet_folder("nnUNet_raw")
     names = [find_dataset(source) for source in sources]
-    once = {each: read_union_source(raw / each, name=each) for each in dict.fromkeys(names)}
+    once = {each: read_union_source(raw / each) for each in dict.fromkeys(names)}
     found = [once[each] for each in names]
     merged = merge_sources(found, overrides)
     given = _parse_weights(weights or [], found)

@@ -74,12 +74,9 @@ def read_totalsegmentator(folder: str | os.PathLike[str]) -> TotalSegmentatorSou
     if not folder.is_dir():
         raise DatasetError(f"no such folder {folder}: give a folder in TotalSegmentator's layout")
     splits = _read_splits(folder / "meta.csv")
-    cases: dict[str, SourceCase] = {}
-
-    for path in sorted(path for path in folder.iterdir() if path.is_dir()):
-        if (path / "ct.nii.gz").exists() or (path / "segmentations").is_dir():
-            cases[path.name] = SourceCase(path.name, path, _list_masks(path), splits.get(path.name, "train"))
-
+    found = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    found = [path for path in found if (path / "ct.nii.gz").exists() or (path / "segmentations").is_dir()]
+    cases = {p.name: SourceCase(p.name, p, _list_masks(p), splits.get(p.name, "train")) for p in found}
     if not cases:
         raise DatasetError(f"no cases in {folder}: give the folder of s0000/ct.nii.gz, s0000/segmentations and so on")
     check_names(cases, folder, DatasetError)
@@ -306,18 +303,15 @@ def import_cases(
     Args:
         cases: What the source has.
         structures: Names in the order of their label values, from 1; later ones are painted over earlier ones.
-        folder: The dataset's folder in ``nnUNet_raw``.
+        folder: The dataset's folder in ``nnUNet_raw``, and likewise other arguments and errors as of
+            :func:`stunet.datasets.imports.run_import`.
         details: What else the report shall say and a later run must agree with.
         excluded: Names of cases to leave out.
         link_images: Hard links (symbolic ones to other file systems) in place of copies of the images.
         allow_unannotated: Whether structures may stay that no training case annotates.
-        preprocessed: nnU-Net's ``nnUNet_preprocessed``, where manifest and folds are needed too.
+        preprocessed: nnU-Net's ``nnUNet_preprocessed``.
         num_processes: Cases at a time; None for as many as cores and images are worth.
-        on_case: Called as a case is done, with its name and whether an earlier run had finished it.
-
-    Raises:
-        DatasetError: A folder that holds something else, nothing imported, or a structure that no training case
-            annotates.
+        on_case: Called as a case is done.
     """
     folder, mode = Path(folder), "link" if link_images else "copy"
     jobs: list[ImportCase] = []

@@ -78,15 +78,14 @@ def sources_of_cases(folder: str | os.PathLike[str], cases: Iterable[str]) -> di
     return {case: source_of[start] for case in cases if (start := case.partition("_")[0]) in source_of}
 
 
-def read_union_source(folder: str | os.PathLike[str], *, name: str | None = None) -> UnionSource:
+def read_union_source(folder: str | os.PathLike[str]) -> UnionSource:
     """Read a dataset that goes into a union.
 
     Raises:
         DatasetError: Incomplete, or with case names that differ only in case.
         LabelError: Its labels or its manifest are malformed, or it has regions: a voxel of a union has one label.
     """
-    name = name or Path(folder).name
-    dataset = read_raw_dataset(folder)
+    name, dataset = Path(folder).name, read_raw_dataset(folder)
     labels = Labels(dataset.dataset_json, name)
     structures = {**labels.exclusive, **({} if labels.ignore is None else {"ignore": labels.ignore})}
     check_names(dataset.cases, name, DatasetError)
@@ -139,7 +138,7 @@ def sampling_weights(
 def check_sources(sources: Sequence[UnionSource]) -> None:
     """Check that one dataset can hold all these; errors as of :func:`merge_sources`."""
     names = [source.name for source in sources]
-    if len(set(names)) < len(names) or len(names) < 2:
+    if len(set(names)) < max(2, len(names)):
         found = next((f"{name} twice" for name in names if names.count(name) > 1), f"{len(names)} datasets")
         raise DatasetError(f"no union of {found}: give two or more datasets, each once")
 
@@ -263,15 +262,15 @@ def import_union(
     Args:
         sources: The datasets.
         union: Their labels, as of ``merge_sources``.
-        folder: The new dataset's folder in ``nnUNet_raw``.
+        folder: The new dataset's folder in ``nnUNet_raw``, and likewise other arguments and errors as of
+            :func:`stunet.datasets.imports.run_import`.
         weights: Mean sampling weight of a case by source; see ``sampling_weights``.
         allow_unannotated: Whether structures may stay that no case annotates.
-        preprocessed: nnU-Net's ``nnUNet_preprocessed``, where manifest and folds are needed too.
+        preprocessed: nnU-Net's ``nnUNet_preprocessed``.
         num_processes: Cases at a time.
-        on_case: Called as a case is done, with its name and whether an earlier run had finished it.
+        on_case: Called as a case is done.
 
     Raises:
-        DatasetError: A folder that holds something else, no room, or a structure that no case annotates.
         LabelError: A case that annotates two overlapping structures.
     """
     folder = Path(folder)

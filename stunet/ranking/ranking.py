@@ -216,10 +216,9 @@ def build_candidate(
         input_channels: Channels of the target's images.
         patch_size: Voxels of the target's patch; two axes in a 2D configuration.
         strides: Stride of each of STU-Net's six stages for each axis, see :func:`stunet.planning.fit_strides`.
-        trust: Classes that the plans of checkpoints may name, see :func:`stunet.weights.networks.check_network`.
+        trust: Classes that the plans of checkpoints may name.
 
     Raises:
-        ArchitectureError: Strides or channels that no STU-Net has.
         CheckpointError: The file cannot be read, its weights are not finite, or have another number of axes.
     """
     weights = open_any_weights(path, trust)
@@ -232,9 +231,8 @@ def build_candidate(
         if isinstance(weights, UNetWeights):
             name, network = weights.architecture.name, weights.architecture.build(input_channels, 1)
         else:
-            name, size = f"STU-Net {weights.architecture.size.name}", weights.architecture.size
-            conv_op = nn.Conv3d if n_axes == 3 else nn.Conv2d
-            network = build_stunet(size, input_channels, 1, strides, conv_op=conv_op)
+            name, conv_op = f"STU-Net {weights.architecture.size.name}", nn.Conv3d if n_axes == 3 else nn.Conv2d
+            network = build_stunet(weights.architecture.size, input_channels, 1, strides, conv_op=conv_op)
     network = network.to_empty(device="cpu").eval()
     with torch.no_grad():
         for key, parameter in network.state_dict(keep_vars=True).items():
