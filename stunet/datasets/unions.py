@@ -180,21 +180,15 @@ def annotated_in_union(source: UnionSource, union: LabelUnion, case: str) -> tup
     Raises:
         LabelError: It annotates a superclass of the union and one of its members.
     """
-    own = {source.manifest.names[value] for value in source.manifest.annotated(case)}
-
-    def leaves(labels: set[str]) -> set[int]:
-        return {leaf for label in labels for leaf in source.manifest.leaves_of(source.manifest.structures[label])}
-
+    manifest, own = source.manifest, set(source.manifest.annotated(case))
     structures: set[str] = set()
     partial: set[str] = set()
     for structure in (*union.leaves, *union.superclasses):
-        labels = {label for label, name in union.mapping[source.name].items() if name == structure}
-        if not labels & own:
-            continue
-        if leaves(labels & own) == leaves(labels):
+        values = {manifest.structures[label] for label, n in union.mapping[source.name].items() if n == structure}
+        if values & own and manifest.leaves_of(*(values & own)) == manifest.leaves_of(*values):
             structures.add(structure)
         else:
-            partial |= labels & own
+            partial |= {manifest.names[value] for value in values & own}
     owner: dict[str, str] = {}
     for name in (name for name in (*union.superclasses, *union.leaves) if name in structures):
         for leaf in union.superclasses.get(name, (name,)):

@@ -70,9 +70,9 @@ class AnnotationManifest:
         lists = [*self.cases.values(), *([] if self.default is None else [self.default])]
         return all(leaves <= {self.structures[name] for name in names} for names in lists)
 
-    def leaves_of(self, value: int) -> set[int]:
-        """Values of the members of a superclass; of another structure its own."""
-        return set(self.superclasses.get(value, (value,)))
+    def leaves_of(self, *values: int) -> set[int]:
+        """Values of the members of superclasses, and of other structures their own."""
+        return {leaf for value in values for leaf in self.superclasses.get(value, (value,))}
 
     def annotated(self, case: str) -> tuple[int, ...]:
         """Label values that a case annotates, in order; a superclass by its own value.
@@ -237,7 +237,7 @@ def measure_coverage(
         on_case(case_of[path])
     voxels, names = dict(sorted(voxels.items())), manifest.names
     annotated = {case: manifest.annotated(case) for case in voxels}
-    taught = {leaf for values in annotated.values() for v in values for leaf in (v, *manifest.leaves_of(v))}
+    taught = {value for values in annotated.values() for value in (*values, *manifest.leaves_of(*values))}
     cases: dict[str, dict[str, Any]] = {}
     for case, counts in voxels.items():
         found = {names[value]: n for value, n in counts.items() if value in names}

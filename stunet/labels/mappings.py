@@ -554,8 +554,8 @@ def observed_values(comparison: Comparison, manifest: AnnotationManifest, case: 
     Raises:
         LabelError: The manifest says nothing about this case.
     """
-    leaves = {leaf for value in comparison.target_values for leaf in manifest.leaves_of(value)}
+    leaves = manifest.leaves_of(*comparison.target_values)
     within = [value for value in manifest.annotated(case) if manifest.leaves_of(value) <= leaves]
-    if {leaf for value in within for leaf in manifest.leaves_of(value)} != leaves:
+    if manifest.leaves_of(*within) != leaves:
         return None
     return tuple(sorted(leaves | {value for value in manifest.superclasses if manifest.leaves_of(value) <= leaves}))
