@@ -271,9 +271,8 @@ def _read_state(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Re
     present = folder.iterdir() if folder.is_dir() else ()
     if others and (known or any(not path.name.lstrip(".").startswith("import.") for path in present)):
         found = f"an import with other {', '.join(others)}" if known else "no import of this kind"
-        raise DatasetError(
-            f"a dataset that is there already, {folder}, {found}: choose another id with -d, or remove it"
-        )
+        got = f"a dataset that is there already, {folder}, {found}"
+        raise DatasetError(f"{got}: choose another id with -d, or remove it")
     return records, {*known.get("began", ()), *records}
 
 

@@ -261,11 +261,11 @@ def read_annotations(dataset_name: str, dataset_json: Mapping[str, Any]) -> Anno
         left = [path for path in sync_to_preprocessed(*folders) if path.name == MANIFEST_NAME]
         changed = _first_difference(left[0], folders[0] / MANIFEST_NAME) if left else ""
         if changed:
-            raise DatasetError(
-                f"annotations have changed since preprocessing: {left[0]} differs from the raw dataset's ({changed}): "
-                "run nnUNetv2_preprocess again if label maps changed too; then, or if only the list was mended, "
-                f"stunet labels carry -d {dataset_name}"
+            got = f"annotations have changed since preprocessing, {left[0]} differs from the raw dataset's ({changed})"
+            again = (
+                f"run nnUNetv2_preprocess again if label maps changed too, then stunet labels carry -d {dataset_name}"
             )
+            raise DatasetError(f"{got}: {again}")
     return read_manifest(folders[-1] / MANIFEST_NAME, labels=dataset_json["labels"])
 
 

@@ -193,10 +193,8 @@ def annotated_in_union(source: UnionSource, union: LabelUnion, case: str) -> tup
     for name in (name for name in (*union.superclasses, *union.leaves) if name in structures):
         for leaf in union.superclasses.get(name, (name,)):
             if (other := owner.setdefault(leaf, name)) != name:
-                raise LabelError(
-                    f"{source.name}, case {case} annotates {other} and {name}, which overlap: "
-                    "say what the labels are in a mapping file (--mapping), or correct the source's manifest"
-                )
+                got = f"{source.name}, case {case} annotates {other} and {name}, which overlap"
+                raise LabelError(f"{got}: say what the labels are with --mapping, or correct the source's manifest")
     return structures, partial
 
 

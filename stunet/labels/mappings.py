@@ -274,10 +274,9 @@ def _flatten(
         leaves, lacking = divide(name, ())
         if lacking:
             source, label = next((s, n) for s, labels in mapping.items() for n in labels if labels[n] == name)
-            raise LabelError(
-                f"{where(name)} contains {where(min(leaves))}, and no source has {lacking[0]}: "
-                f"say what it is in a mapping file (--mapping), for example sources: {{{source}: {{{label}: ignore}}}}"
-            )
+            got = f"{where(name)} contains {where(min(leaves))}, and no source has {lacking[0]}"
+            example = f"sources: {{{source}: {{{label}: ignore}}}}"
+            raise LabelError(f"{got}: say what it is in a mapping file (--mapping), for example {example}")
         if leaves == {name}:
             continue
         if other := next((other for other, members in superclasses.items() if members == leaves), None):
@@ -450,30 +449,26 @@ def relate_labels(
     ([('Liver', ('liver',))], {'tumour': 'the model has nothing of this name'})
     """
     source, target = (Labels({"labels": labels}).structures for labels in (source_labels, target_labels))
-    origin = label_map.origin if label_map is not None else "dataset.json"
-    comparisons: list[Comparison] = []
+    label_map = label_map or LabelMap((), is_system=False, origin="dataset.json")
+    origin, is_system = label_map.origin, label_map.is_system
+    chosen: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
     left_out: dict[str, str] = {}
     doubtful: list[tuple[str, str]] = []
-    mentioned: set[str] = set()
-    is_system = label_map is not None and label_map.is_system
-    for entry in label_map.entries if label_map is not None else ():
+    rest = list(target)
+    for entry in label_map.entries:
         names, found, reason = (_bind_system_entry if is_system else _bind_entry)(entry, source, target, origin)
-        mentioned.update(names)
+        rest = [name for name in rest if name not in names]
         if not found or not names:
-            left_out.update(dict.fromkeys(names or (entry.name,), reason))
+            left_out |= dict.fromkeys(names or (entry.name,), reason)
             continue
-        comparisons.append(Comparison(entry.name, names, found, _values_of(names, target), _values_of(found, source)))
+        chosen.append((entry.name, names, found))
         if is_system and not _names_agree(entry, names):
             doubtful.append((", ".join(names), entry.name))
-    rest = [name for name in target if name not in mentioned]
-    if is_system:
-        left_out.update(dict.fromkeys(rest, f"no part of {origin}"))
-    else:
-        for name, match in match_names(list(source), rest).items():
-            if match is None:
-                left_out[name] = "the model has nothing of this name"
-            else:
-                comparisons.append(Comparison(name, (name,), (match,), target[name], source[match]))
+    matches = {} if is_system else match_names(list(source), rest)
+    chosen += [(name, (name,), (match,)) for name, match in matches.items() if match is not None]
+    reason = f"no part of {origin}" if is_system else "the model has nothing of this name"
+    left_out |= {name: reason for name in rest if matches.get(name) is None}
+    comparisons = [Comparison(n, a, b, _values_of(a, target), _values_of(b, source)) for n, a, b in chosen]
     _check(comparisons, source, target, origin)
     ordered = tuple(sorted(comparisons, key=lambda comparison: comparison.target_values))
     return LabelRelation(ordered, left_out, tuple(doubtful))
@@ -489,10 +484,8 @@ def _bind_entry(entry: MapEntry, source: _Values, target: _Values, path: str) ->
         if match is None:
             close = difflib.get_close_matches(name, known)
             hint = f"close names are {', '.join(close)}" if close else f"give one of {', '.join(known)}"
-            raise LabelError(
-                f"{path}: {entry.name} has the unknown structure {name!r}: {hint}; "
-                "left sides name structures of the dataset, right sides those of the model"
-            )
+            sides = "left sides name structures of the dataset, right sides those of the model"
+            raise LabelError(f"{path}: {entry.name} has the unknown structure {name!r}: {hint}; {sides}")
         return match
 
     names = tuple(resolve(str(name), target) for name in entry.target)
@@ -503,10 +496,8 @@ def _bind_system_entry(entry: MapEntry, source: _Values, target: _Values, system
     names = tuple(name for name, values in target.items() if set(values) <= set(entry.target))
     if names and not _names_agree(entry, names) and _known_names() & set(map(canonical_name, names)):
         label = ", ".join(map(str, _values_of(names, target)))
-        raise LabelError(
-            f"label {label} is {', '.join(names)} in dataset.json, not {entry.name}, as {system} has it: "
-            "leave --label-map out, or write one (--suggest-map -o map.yaml proposes it)"
-        )
+        got = f"label {label} is {', '.join(names)} in dataset.json, not {entry.name}, as {system} has it"
+        raise LabelError(f"{got}: leave --label-map out, or write one (--suggest-map -o map.yaml proposes it)")
     matches = match_names(list(source), entry.source)
     lacking = [name for name, match in matches.items() if match is None]
     found = () if lacking else tuple(filter(None, matches.values()))
@@ -531,10 +522,8 @@ def _known_names() -> frozenset[str]:
 def _check(comparisons: Sequence[Comparison], source: _Values, target: _Values, origin: str) -> None:
     if not comparisons:
         mine, theirs = (", ".join([*names][:6]) + (" …" if len(names) > 6 else "") for names in (target, source))
-        raise LabelError(
-            f"nothing to compare: the dataset has {mine}; the model {theirs}: "
-            "say with --label-map what stands for what (--suggest-map -o map.yaml proposes a file to edit)"
-        )
+        remedy = "say with --label-map what stands for what (--suggest-map -o map.yaml proposes a file to edit)"
+        raise LabelError(f"nothing to compare: the dataset has {mine}; the model {theirs}: {remedy}")
     for i, one in enumerate(comparisons):
         for other in comparisons[:i]:
             if one.name == other.name or one.target_values == other.target_values:
