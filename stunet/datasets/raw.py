@@ -262,10 +262,8 @@ def read_annotations(dataset_name: str, dataset_json: Mapping[str, Any]) -> Anno
         changed = _first_difference(left[0], folders[0] / MANIFEST_NAME) if left else ""
         if changed:
             got = f"annotations have changed since preprocessing, {left[0]} differs from the raw dataset's ({changed})"
-            again = (
-                f"run nnUNetv2_preprocess again if label maps changed too, then stunet labels carry -d {dataset_name}"
-            )
-            raise DatasetError(f"{got}: {again}")
+            remedy = f"run stunet labels carry -d {dataset_name}, after nnUNetv2_preprocess if label maps changed too"
+            raise DatasetError(f"{got}: {remedy}")
     return read_manifest(folders[-1] / MANIFEST_NAME, labels=dataset_json["labels"])
 
 
