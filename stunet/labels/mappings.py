@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -412,9 +411,8 @@ def suggest_label_map(source: Sequence[str], target: Sequence[str]) -> str:
     for name, match in entries.items():
         close = ", ".join(difflib.get_close_matches(name, source))
         hint = f"  # close: {close}" if close else "  # the model has nothing of this name"
-        style = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True, "width": math.inf}
-        flow = yaml.safe_dump({name: match}, **style)
-        lines.append(f"{flow.strip()[1:-1]}{hint if match is None else ''}\n")
+        dumped = yaml.safe_dump({name: match}, default_flow_style=True, sort_keys=False, allow_unicode=True, width=1e9)
+        lines.append(f"{dumped.strip()[1:-1]}{hint if match is None else ''}\n")
     return "".join(lines)
 
 
