@@ -189,7 +189,7 @@ def test_cases_that_fail_are_told_and_the_others_scored(folders: Folders, run: A
     status, out, err = run(f"{SCORE} -d 7 -o out --json")
     assert status == 2
     assert "case b:" in err
-    assert "3 mm apart" in err
+    assert "3 mm elsewhere" in err
     assert "1 cases could not be scored; the results are without them" in err
     assert json.loads(out)["mean"]["2"]["Dice"] == pytest.approx(0.8)
     assert list(json.loads((folders.root / "out" / "summary.json").read_text())["failed"]) == ["b"]
