@@ -126,9 +126,7 @@ def test_grids_are_compared_at_the_corners(tmp_path: Path) -> None:
     stretched[0, 0] *= 1.01  # 0.15 mm after ten voxels
     flipped[0, 0] *= -1
     for affine in (moved, stretched, flipped):
-        with pytest.raises(
-            DatasetError, match=r"mask\.nii\.gz lies .* mm elsewhere, by its affine .*, than \S*ct\.nii\.gz"
-        ):
+        with pytest.raises(DatasetError, match=r"mask\.nii\.gz lies .* mm elsewhere, .*, than \S*ct\.nii\.gz"):
             compare(affine)
     with pytest.raises(DatasetError, match=r"another shape, \(9, 11, 7\), than .*\(11, 9, 7\)"):
         compare(AFFINE, (9, 11, 7))
