@@ -21,7 +21,7 @@ import csv
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,18 +35,17 @@ from stunet.environment import find_dataset, nnunet_folder
 from stunet.errors import DatasetError, STUNetError, UsageError, reading
 from stunet.files import atomic_path, read_json
 from stunet.labels.annotations import MANIFEST_NAME, read_manifest
-from stunet.labels.comparisons import (
+from stunet.labels.labels import Labels, canonical_name
+from stunet.labels.mappings import (
     Comparison,
     LabelRelation,
-    canonical_name,
     load_label_system,
     observed_values,
     read_label_map,
     relate_labels,
-    structure_values,
 )
 from stunet.processes import run_jobs
-from stunet.volumes import GRID_TOLERANCE, LABEL_ENDINGS, Volume, check_shape, corner_distance, read_labels
+from stunet.volumes import LABEL_ENDINGS, Volume, check_same_grid, read_labels, value_counts
 
 METRICS = ("Dice", "NSD", "HD95")
 """The metrics that are shown: higher is better for the first two, the third is in mm."""
@@ -200,8 +199,8 @@ def compare_labels(
     labels, path = target.dataset_json["labels"], target.folder / MANIFEST_NAME
     relation = relate_labels(model.dataset_json["labels"], labels, mapping)
     annotated = read_manifest(path, labels=labels) if path.is_file() else None
-    values = structure_values(labels), structure_values(model.dataset_json["labels"])
-    comparisons, of_all = relation.comparisons, (*values, labels.get("ignore"), tolerance)
+    own, others = Labels(target.dataset_json), Labels(model.dataset_json)
+    comparisons, of_all = relation.comparisons, (own.structures, others.structures, own.ignore, tolerance)
     jobs = []
     for name, (_, reference) in target.cases.items():
         prediction = predictions.resolve() / f"{name}{target.dataset_json['file_ending']}"
@@ -224,17 +223,11 @@ def check_predictions(jobs: Sequence[EvaluationCase], predictions: Path) -> None
 
 
 class StructureScore(NamedTuple):
-    """Scores of one structure in one case.
+    """Scores of one structure in one case."""
 
-    Attributes:
-        status: ``scored``; ``missed`` or ``spurious``, where it is in the label map or in the prediction alone;
-            ``absent`` from both; or ``not annotated``.
-        metrics: Under nnU-Net's names ``Dice`` and ``IoU``, and the voxels ``TP``, ``FP``, ``FN``, ``TN``, ``n_pred``,
-            ``n_ref``; with them ``NSD``, the normalised surface Dice, and ``HD95``, the 95th percentile Hausdorff
-            distance in mm. None where there is none.
-    """
-
-    status: Status
+    status: Status  # missed or spurious where it is in the label map or in the prediction alone, absent from both
+    # Dice, IoU and voxels under nnU-Net's names; NSD, the normalised surface Dice; HD95, the 95th percentile Hausdorff
+    # distance in mm; None where there is none
     metrics: dict[str, float | None]
 
 
@@ -276,7 +269,7 @@ def score_case(case: EvaluationCase) -> CaseScores:
     ignored = () if case.ignore is None else (case.ignore,)
     reference = _read(case.reference, case.target_labels, "dataset", ignored)
     prediction = _read(case.prediction, case.source_labels, "model")
-    _check_grid(prediction, reference)
+    check_same_grid(prediction, reference)
     overlap = _overlap(reference.voxels, prediction.voxels)
     overlap[[value for value in ignored if value < len(overlap)]] = 0
     boxes: tuple[Boxes, Boxes] = find_objects(reference.voxels), find_objects(prediction.voxels)
@@ -347,21 +340,10 @@ def _read(path: Path, labels: Values, whose: str, more: Sequence[int] = ()) -> V
         raise DatasetError(f"{path} is of a format that cannot be scored: convert it to {', '.join(LABEL_ENDINGS)}")
     volume = read_labels(path)
     known = {0, *more, *(value for values in labels.values() for value in values)}
-    found = np.flatnonzero(sum(np.bincount(plane.ravel(), minlength=2**16) for plane in volume.voxels.T))
-    if unknown := [str(value) for value in found if value not in known]:
+    if unknown := [str(value) for value, n in enumerate(value_counts(volume.voxels)) if n and value not in known]:
         got = f"{path} has values that the {whose}'s dataset.json (0 to {max(known)}) does not list"
         raise DatasetError(f"{got}: {_shortened(unknown)}")
     return volume
-
-
-def _check_grid(prediction: Volume, reference: Volume) -> None:
-    """Check that a prediction lies on the grid of the label map, to a twentieth of a voxel's side at each corner."""
-    check_shape(prediction, reference)
-    apart = corner_distance(prediction.affine, reference.affine, reference.voxels.shape)
-    if apart > GRID_TOLERANCE * reference.spacing.min():
-        mine, theirs = (np.round(volume.affine[:3], 4).tolist() for volume in (prediction, reference))
-        said = f"lies {apart:.3g} mm elsewhere, by {mine}, than {reference.path} by {theirs}"
-        raise DatasetError(f"{prediction.path} {said}: predict the image that the label map belongs to")
 
 
 def _overlap(reference: npt.NDArray[Any], prediction: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
@@ -451,23 +433,14 @@ class StructureSummary:
 
 @dataclass(frozen=True)
 class EvaluationResults:
-    """Scores of all cases.
+    """Scores of all cases."""
 
-    Attributes:
-        structures: By structure, in the order of the dataset's label values.
-        cases: By case, in the order of names.
-        jobs: What was scored, by case.
-        mean: Mean over structures of their means, for each metric; None where no structure has it.
-        warnings: What is suspicious about left and right.
-        failed: Why cases could not be scored, by case.
-    """
-
-    structures: tuple[StructureSummary, ...]
-    cases: Mapping[str, CaseScores]
-    jobs: Mapping[str, EvaluationCase]
-    mean: Mapping[str, float | None]
-    warnings: tuple[str, ...]
-    failed: Mapping[str, STUNetError] = field(default_factory=dict)
+    structures: tuple[StructureSummary, ...]  # in the order of the dataset's label values
+    cases: Mapping[str, CaseScores]  # in the order of names
+    jobs: Mapping[str, EvaluationCase]  # what was scored, by case
+    mean: Mapping[str, float | None]  # over structures of their means, for each metric; None where no structure has it
+    warnings: tuple[str, ...]  # what is suspicious about left and right
+    failed: Mapping[str, STUNetError]  # why cases could not be scored
 
     def summary(self, **more: Any) -> dict[str, Any]:
         """Return the content of a ``summary.json`` as nnU-Net's evaluation writes it, with more metrics and entries."""

@@ -249,7 +249,7 @@ def corner_distance(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]
 
 
 def check_same_grid(volume: Volume, reference: Volume) -> None:
-    """Check that a mask has the voxels of its image, to a twentieth of a voxel's side at each corner.
+    """Check that a mask or label map has the voxels of its image, to a twentieth of a voxel's side at each corner.
 
     Raises:
         DatasetError: Another shape or affine; names both files.
@@ -257,7 +257,9 @@ def check_same_grid(volume: Volume, reference: Volume) -> None:
     check_shape(volume, reference)
     apart = corner_distance(volume.affine, reference.affine, volume.voxels.shape)
     if apart > GRID_TOLERANCE * reference.spacing.min():
-        raise DatasetError(f"{volume.path} has another affine than {reference.path} (up to {apart:.3g} mm apart)")
+        mine, theirs = (np.round(each.affine[:3], 4).tolist() for each in (volume, reference))
+        got = f"{volume.path} lies {apart:.3g} mm elsewhere, by its affine {mine}, than {reference.path} by {theirs}"
+        raise DatasetError(f"{got}: make it anew on the grid of its image, or take the image that it belongs to")
 
 
 def check_shape(volume: Volume, reference: Volume) -> None:

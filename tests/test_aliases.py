@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stunet.labels.aliases import canonical_name, match_names
-from stunet.labels.labels import load_vocabulary
+from stunet.labels.labels import canonical_name, load_vocabulary, match_names
 
 # As the datasets of STU-Net's direct evaluation write them, and TotalSegmentator.
 PAIRS = [

@@ -10,16 +10,15 @@ import pytest
 
 from stunet.errors import LabelError
 from stunet.labels.annotations import bind_manifest
-from stunet.labels.comparisons import (
+from stunet.labels.labels import load_vocabulary
+from stunet.labels.mappings import (
     list_label_systems,
     load_label_system,
     observed_values,
     read_label_map,
     relate_labels,
-    structure_values,
     suggest_label_map,
 )
-from stunet.labels.labels import load_vocabulary
 
 MODEL = {"background": 0, "kidney_left": 1, "kidney_right": 2, "liver": 3, "heart": 4}
 TARGET = {"background": 0, "Kidneys": 1, "Liver": 2, "liver tumour": 3, "prostate": 4, "ignore": 5}
@@ -177,7 +176,7 @@ def test_without_anything_in_common() -> None:
 @pytest.mark.parametrize("labels", [{"a": "one"}, {"a": True}, {"a": -1}, {"a": []}, {"background": 0, "ignore": 2}])
 def test_labels_that_are_none(labels: dict[str, Any]) -> None:
     with pytest.raises(LabelError):
-        structure_values(labels)
+        relate_labels(labels, labels)
 
 
 def test_a_suggestion_is_a_label_map(tmp_path: Path) -> None:

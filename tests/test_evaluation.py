@@ -25,7 +25,8 @@ from stunet.evaluation import (
     score_case,
     surface_scores,
 )
-from stunet.labels.comparisons import Comparison, relate_labels, structure_values
+from stunet.labels.labels import Labels
+from stunet.labels.mappings import Comparison, relate_labels
 from stunet.reports import read_dice
 from stunet.volumes import read_labels
 
@@ -50,8 +51,8 @@ def make_case(reference: Path, prediction: Path, target: Any, source: Any, **mor
         "prediction": prediction,
         "comparisons": comparisons,
         "observed": tuple(c.target_values for c in comparisons),
-        "target_labels": structure_values(target),
-        "source_labels": structure_values(source),
+        "target_labels": Labels({"labels": target}).structures,
+        "source_labels": Labels({"labels": source}).structures,
         "ignore": target.get("ignore"),
         "tolerance": 1.0,
     }

@@ -11,8 +11,10 @@ import pytest
 
 from stunet.errors import LabelError
 from stunet.files import write_json
-from stunet.labels.annotations import bind_manifest, group_cases, manifest_schema, order_manifest, read_manifest
+from stunet.labels import annotations
+from stunet.labels.annotations import bind_manifest, group_cases, order_manifest, read_manifest
 
+SCHEMA = json.loads((Path(annotations.__file__).parent / "schemas/annotated_labels.schema.json").read_text())
 LABELS = {"background": 0, "kidney_left": 1, "kidney_right": 2, "liver": 3, "kidney": 4, "ignore": 5}
 FULL = {
     "version": 1,
@@ -87,27 +89,27 @@ BAD_FIT: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize("content", GOOD)
 def test_what_the_schema_takes_is_read(content: Any) -> None:
-    jsonschema.validate(content, manifest_schema())
+    jsonschema.validate(content, SCHEMA)
     bind_manifest(content, labels=LABELS, source="m.json")
 
 
 @pytest.mark.parametrize(("content", "expected"), BAD_FORM)
 def test_what_the_schema_refuses_is_refused_with_its_place(tmp_path: Path, content: Any, expected: str) -> None:
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(content, manifest_schema())
+        jsonschema.validate(content, SCHEMA)
     (tmp_path / "m.json").write_text(json.dumps(content))
     with pytest.raises(LabelError, match=rf"m\.json.*{expected}"):
         read_manifest(tmp_path / "m.json", labels=LABELS)
 
 
 def test_the_schema_is_a_schema() -> None:
-    jsonschema.Draft202012Validator.check_schema(manifest_schema())
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
 
 
 @pytest.mark.parametrize(("content", "expected"), BAD_FIT)
 def test_what_only_the_dataset_tells(content: dict[str, Any], expected: str) -> None:
     content = {"version": 1, **content}
-    jsonschema.validate(content, manifest_schema())
+    jsonschema.validate(content, SCHEMA)
     with pytest.raises(LabelError, match=expected):
         bind_manifest(content, labels=LABELS, cases=["a", "b", "c", "case_a"], source="m.json")
 

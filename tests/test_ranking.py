@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import doctest
+import inspect
 import json
+import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -15,7 +19,9 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from torch import nn
 from weights import STRIDES, TINY, tiny_weights
 
+import stunet
 from plans import DATASET_JSON, make_plans
+from stunet.cli.main import main
 from stunet.errors import TransferabilityError, UsageError
 from stunet.network import build_stunet
 from stunet.planning import PreprocessedDataset
@@ -231,10 +237,9 @@ def test_unknown_metrics(metrics: tuple[str, ...]) -> None:
         rank({}, Made(), metrics=metrics)
 
 
-def test_the_example_of_the_face(
-    checkpoints: dict[str, Path], nnunet_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a dataset as nnU-Net's preprocessing leaves it, by its id."""
+@pytest.fixture
+def preprocessed(nnunet_folders: dict[str, Path]) -> None:
+    """A dataset as nnU-Net's preprocessing leaves it, of id 4."""
     folder = nnunet_folders["nnUNet_preprocessed"] / "Dataset004_Made"
     data = folder / "nnUNetPlans_3d_fullres"
     data.mkdir(parents=True)
@@ -243,6 +248,33 @@ def test_the_example_of_the_face(
     for name in "abcd":
         case = _case(name)
         nnUNetDatasetBlosc2.save_case(case.image, case.segmentation[None], {"spacing": [1, 1, 1]}, str(data / name))
+
+
+@pytest.mark.usefixtures("preprocessed")
+def test_a_ranking_passes_through_few_files(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the command to a CC-FV value."""
+    root, entered, found = str(Path(stunet.__file__).parent), set(), list[float]()
+
+    def enter(frame: FrameType, event: str, value: Any) -> None:
+        code = frame.f_code
+        if code.co_filename.startswith(root) and code.co_flags & inspect.CO_OPTIMIZED and not found:
+            entered.add(Path(code.co_filename).relative_to(root))
+            found.extend([value.score] if event == "return" and code is ccfv.__code__ else [])
+
+    options = ["-d", "4", "--checkpoints", str(checkpoints["x"]), "--metrics", "ccfv", "--cases", "2", "--whole", "20"]
+    monkeypatch.setattr(sys, "argv", ["stunet", "rank", *options, "-o", str(checkpoints["x"].with_name("out"))])
+    sys.setprofile(enter)
+    try:
+        with suppress(SystemExit):
+            main()
+    finally:
+        sys.setprofile(None)
+    assert np.isfinite(found[0])
+    assert len(entered) <= 24, sorted(map(str, entered))
+
+
+@pytest.mark.usefixtures("preprocessed")
+def test_the_example_of_the_face(checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     best, other = rank(_only(checkpoints, "xy"), 4, metrics=("ccfv",), n_cases=4, device="cpu").rows
     monkeypatch.chdir(tmp_path)
     Path(best.path).rename("late.pth")

@@ -19,7 +19,7 @@ from scipy.spatial.transform import Rotation
 from stunet.datasets.raw import plane_names, read_image
 from stunet.evaluation import CaseOrientation, CaseScores, EvaluationCase, collect_results, volume_scores
 from stunet.inference.outputs import draw_preview
-from stunet.labels.comparisons import Comparison
+from stunet.labels.mappings import Comparison
 from stunet.reports import draw_scores, read_dice, side_by_side
 
 

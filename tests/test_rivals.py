@@ -157,9 +157,6 @@ def test_gbc_of_principal_components() -> None:
     axes = np.linalg.svd(wide - wide.mean(0), full_matrices=False)[2][:2]
     assert gbc(wide, labels, components=2) == pytest.approx(gbc(wide @ axes.T, labels), rel=1e-8)
     assert gbc(x, labels, components=3) == gbc(x, labels)
-    for options in ({"covariance": "spherical"}, {"components": 0}, {"floor": 0.0}):
-        with pytest.raises(TransferabilityError, match="GBC"):
-            gbc(x, labels, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("metric", [logme, transrate, gbc, leep])
@@ -230,11 +227,6 @@ def test_features_that_tell_classes_apart_rank_higher(name: str) -> None:
         return cases
 
     assert METRICS[name](candidate(3.0)) > METRICS[name](candidate(0.3))
-
-
-def test_leep_needs_probabilities() -> None:
-    with pytest.raises(TransferabilityError, match="none in 2 of 2 cases"):
-        METRICS["leep"](make_cases(2, outputs=None))
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def remove_masks(case: Path) -> None:
         (truncate, ("unreadable image file", "a1/segmentations/liver.nii.gz")),
         (truncate_ct, ("unreadable image file", "a1/ct.nii.gz")),
         (reshape, ("another shape", "a1/segmentations/liver.nii.gz", "(3, 4, 5)", "(11, 9, 7)", "a1/ct.nii.gz")),
-        (shift_origin, ("another affine", "a1/segmentations/liver.nii.gz", "1 mm apart", "a1/ct.nii.gz")),
+        (shift_origin, ("affine", "a1/segmentations/liver.nii.gz", "1 mm elsewhere", "a1/ct.nii.gz")),
         (remove_ct, ("unreadable file", "a1/ct.nii.gz")),
         (remove_masks, ("no masks", "a1/segmentations")),
     ],

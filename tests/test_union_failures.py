@@ -19,7 +19,7 @@ from union_cases import B_LABELS, NAMES, annotated, contents, dataset_json, run,
 
 from stunet.datasets.unions import check_sources, read_union_source
 from stunet.errors import DatasetError, LabelError
-from stunet.labels.unions import UnionMapping
+from stunet.labels.mappings import UnionMapping
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from union_cases import A_LABELS, B_LABELS, NAMES, annotated, contents, dataset_
 
 from stunet.datasets.unions import import_union, merge_sources, read_union_source, sources_of_cases
 from stunet.errors import DatasetError
-from stunet.labels.unions import UnionMapping
+from stunet.labels.mappings import UnionMapping
 
 
 @pytest.fixture

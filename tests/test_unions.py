@@ -8,7 +8,7 @@ import pytest
 
 from stunet.errors import LabelError
 from stunet.labels.labels import load_vocabulary
-from stunet.labels.unions import dump_mapping, merge_labels, read_mapping
+from stunet.labels.mappings import dump_mapping, merge_labels, read_mapping
 
 TOTAL = "Dataset101_Total"
 KITS = "Dataset004_Kits"

@@ -12,7 +12,7 @@ from raw_datasets import write_raw
 from stunet.datasets.imports import ImportReport
 from stunet.datasets.unions import UnionSource, import_union, merge_sources, read_union_source
 from stunet.labels.annotations import read_manifest
-from stunet.labels.unions import UnionMapping
+from stunet.labels.mappings import UnionMapping
 
 A_LABELS = {"background": 0, "liver": 1, "Left Kidney": 2, "right kidney": 3}
 B_LABELS = {"background": 0, "kidneys": 1, "Spleen": 2, "liver tumour": 3}

@@ -18,7 +18,7 @@ from stunet.files import atomic_path, refuse_existing, write_json
 if TYPE_CHECKING:
     from stunet.datasets.raw import RawDataset
     from stunet.evaluation import EvaluationResults, SegmentationModel
-    from stunet.labels.comparisons import LabelRelation
+    from stunet.labels.mappings import LabelRelation
 
 _MODEL_HELP = "Model folder; with --predictions a dataset.json will do, or nothing."
 _MAP_HELP = "YAML file, or the name of a published label system, such as btcv."
@@ -100,9 +100,10 @@ def evaluate(
 
 
 def _suggest(model: SegmentationModel, target: RawDataset, output: Path | None) -> None:
-    from stunet.labels.comparisons import structure_values, suggest_label_map
+    from stunet.labels.labels import Labels
+    from stunet.labels.mappings import suggest_label_map
 
-    names = (list(structure_values(of.dataset_json["labels"])) for of in (model, target))
+    names = (list(Labels(of.dataset_json).structures) for of in (model, target))
     text = suggest_label_map(*names)
     if output is None:
         typer.echo(text, nl=False)

@@ -21,7 +21,7 @@ from stunet.errors import UsageError
 if TYPE_CHECKING:
     from stunet.datasets.imports import ImportReport
     from stunet.datasets.unions import UnionSource
-    from stunet.labels.unions import LabelUnion
+    from stunet.labels.mappings import LabelUnion
 
 app = typer.Typer(cls=Group, help="Turn other layouts into nnU-Net raw datasets.", no_args_is_help=True)
 
@@ -151,13 +151,13 @@ def union(
         num_processes: Cases at a time.
     """
     from stunet.datasets.unions import import_union, merge_sources, read_union_source
-    from stunet.labels.unions import dump_mapping, read_mapping
+    from stunet.labels.mappings import dump_mapping, read_mapping
 
     overrides = read_mapping(mapping) if mapping is not None else None
     folder = _new_dataset(dataset_id, name)
     raw = nnunet_folder("nnUNet_raw")
     names = [find_dataset(source) for source in sources]
-    once = {each: read_union_source(raw / each, name=each) for each in dict.fromkeys(names)}
+    once = {each: read_union_source(raw / each) for each in dict.fromkeys(names)}
     found = [once[each] for each in names]
     merged = merge_sources(found, overrides)
     given = _parse_weights(weights or [], found)

@@ -36,7 +36,7 @@ def complete_weights() -> list[tuple[str, str]]:
 
 def complete_label_systems() -> list[str]:
     """List the published label systems."""
-    from stunet.labels.comparisons import list_label_systems
+    from stunet.labels.mappings import list_label_systems
 
     return list_label_systems()
 

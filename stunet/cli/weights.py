@@ -165,8 +165,8 @@ def list_names(of: Annotated[str | None, Option(metavar="NAME")] = None, as_json
 
 
 def _models_and_systems() -> dict[str, Any]:
-    from stunet.labels.comparisons import list_label_systems, load_label_system
     from stunet.labels.labels import list_vocabularies, load_vocabulary
+    from stunet.labels.mappings import list_label_systems, load_label_system
 
     systems = {name: len(load_label_system(name).entries) for name in list_label_systems()}
     systems |= {name: len(load_vocabulary(name).labels) - 1 for name in list_vocabularies()}
@@ -176,8 +176,8 @@ def _models_and_systems() -> dict[str, Any]:
 
 def _structures(name: str) -> list[dict[str, Any]]:
     """List label values and name of each structure."""
-    from stunet.labels.comparisons import list_label_systems, load_label_system
     from stunet.labels.labels import Labels, list_vocabularies, load_vocabulary
+    from stunet.labels.mappings import list_label_systems, load_label_system
     from stunet.weights.published import load_registry
 
     models = load_registry()

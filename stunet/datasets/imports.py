@@ -6,8 +6,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +16,7 @@ from typing import Any
 from stunet.datasets.raw import SPLITS_NAME, sync_to_preprocessed
 from stunet.errors import DatasetError, STUNetError, UsageError
 from stunet.files import atomic_path, fingerprint, locked, naming_file, remove_leftovers, write_json_files
-from stunet.labels.annotations import MANIFEST_NAME, order_manifest
+from stunet.labels.annotations import MANIFEST_NAME, group_cases, order_manifest
 from stunet.processes import run_jobs
 
 REPORT_NAME = "import_report.json"
@@ -37,6 +37,8 @@ class ImportCase:
 
     name: str
     outputs: tuple[Path, ...]  # the files that it becomes
+    annotated: tuple[str, ...]  # structures of the dataset
+    split: str = "train"  # or val or test
     earlier: Record | None = None  # the record of an earlier run
 
     def source(self) -> Record:
@@ -53,13 +55,11 @@ class ImportReport:
     """What an import has done."""
 
     folder: Path
-    settings: Mapping[str, Any]  # what a later run must agree with
-    began: set[str]  # cases that this or an earlier run has begun to write
     records: dict[str, Record]  # what is known of each case of the dataset
     reused: int  # how many of them an earlier run had finished
     failed: dict[str, STUNetError]  # errors of the cases that could not be imported
     kept: list[str]  # cases of an earlier run that this one could not import again, and that stay as they were
-    left_out: list[str] = field(default_factory=list)  # cases that annotate none of the structures
+    left_out: list[str]  # cases that annotate none of the structures
     has_folds: bool = False  # whether the source's split was written as nnU-Net's only fold
     stale: list[Path] = field(default_factory=list)  # files of the preprocessed folder that differ and were left alone
 
@@ -69,6 +69,11 @@ class ImportReport:
         return {name: record.get("split", "train") for name, record in self.records.items()}
 
     @property
+    def annotated(self) -> dict[str, Collection[str]]:
+        """The structures that each case annotates."""
+        return {name: record.get("annotated") or record["voxels"] for name, record in self.records.items()}
+
+    @property
     def overlaps(self) -> dict[tuple[str, str], int]:
         """Voxels that a structure has lost to another, by (loser, winner), the most first."""
         total: Counter[tuple[str, str]] = Counter()
@@ -76,55 +81,6 @@ class ImportReport:
             for loser, winners in record.get("overlaps", {}).items():
                 total.update({(loser, winner): n for winner, n in winners.items()})
         return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
-
-    def finish(
-        self,
-        manifest: Mapping[str, Any],
-        fold: Mapping[str, Sequence[str]],
-        dataset_json: Mapping[str, Any],
-        left_out: list[str],
-        preprocessed: str | os.PathLike[str] | None,
-    ) -> None:
-        """Write the files that are no cases, ``dataset.json`` last, since it makes them a dataset.
-
-        Where the fold lacks ``train`` or ``val``, nnU-Net makes five folds of its own.
-
-        Raises:
-            DatasetError: The folder holds files that no import wrote.
-        """
-        folder, self.left_out = self.folder, left_out
-        self.has_folds = bool(fold.get("train") and fold.get("val"))
-        self._tidy(str(dataset_json["file_ending"]))
-        if not self.has_folds:
-            (folder / SPLITS_NAME).unlink(missing_ok=True)
-        overlaps: dict[str, dict[str, int]] = {}
-        for (loser, winner), n in sorted(self.overlaps.items()):
-            overlaps.setdefault(loser, {})[winner] = n
-        found = {"left_out": left_out, "failed": {name: str(error) for name, error in self.failed.items()}}
-        found |= {"kept": self.kept, "overlaps": overlaps, "cases": self.records}
-        files: dict[Path, Any] = {folder / MANIFEST_NAME: order_manifest(manifest)}
-        files |= {folder / SPLITS_NAME: [fold]} if self.has_folds else {}
-        files |= {folder / REPORT_NAME: {**self.settings, **found}, folder / "dataset.json": dataset_json}
-        write_json_files(files)
-        if preprocessed is not None:
-            for name in (MANIFEST_NAME, SPLITS_NAME):
-                remove_leftovers(Path(preprocessed) / folder.name, name)
-            self.stale = sync_to_preprocessed(folder, Path(preprocessed) / folder.name)
-
-    def _tidy(self, ending: str) -> None:
-        """Remove files of cases that an import began and that are not part of the dataset, or of another part now."""
-        for part in ("Tr", "Ts"):
-            mine = {name for name, split in self.splits.items() if (split == "test") == (part == "Ts")}
-            for kind, tail in (("images", f"_0000{ending}"), ("labels", ending)):
-                sub = self.folder / f"{kind}{part}"
-                for path in sorted(sub.iterdir()) if sub.is_dir() else ():
-                    case = path.name.removesuffix(tail)
-                    if case not in self.began or not path.name.endswith(tail):
-                        raise DatasetError(f"the import did not write {path}: move it elsewhere and run again")
-                    if case not in mine:
-                        path.unlink()
-                if sub.is_dir() and not any(sub.iterdir()):
-                    sub.rmdir()
 
 
 def case_files(folder: Path, case: str, split: str = "train", ending: str = ENDING) -> tuple[Path, Path]:
@@ -156,77 +112,61 @@ def dataset_folder(dataset_id: int, name: str, *, raw: Path, others: Collection[
     return raw / full_name
 
 
-def check_annotated(
-    structures: Iterable[str],
-    annotated: Iterable[Collection[str]],
-    remedy: str,
-    *,
-    superclasses: Mapping[str, Collection[str]] = MappingProxyType({}),
-    failed: Mapping[str, STUNetError] = MappingProxyType({}),
-) -> None:
-    """Check that training cases annotate each structure, be it as a member of a superclass.
-
-    Raises:
-        DatasetError: One is not annotated; mentions the cases that failed, as they may be why.
-    """
-    names = {name for each in annotated for name in each}
-    covered = names | {leaf for name in names for leaf in superclasses.get(name, ())}
-    missing = [name for name in structures if name not in covered]
-    if missing:
-        why = "".join(f" ({len(failed)} cases failed, {name} first: {failed[name]})" for name in [*failed][:1])
-        shown = ", ".join(missing[:5]) + " …" * (len(missing) > 5)
-        raise DatasetError(
-            f"no training case annotates {shown}{why}, and nothing else could teach it: "
-            f"{remedy}, or keep it with --allow-unannotated"
-        )
-
-
-def import_case(case: ImportCase) -> tuple[Record, bool]:
-    """Import a case unless an earlier run has, and neither source nor outputs have changed; what processes do.
-
-    Returns:
-        Its record, and whether an earlier run had finished it.
-    """
-    source = case.source()
-    if case.earlier and source.items() <= case.earlier.items() and _is_whole(case.earlier, case.outputs):
-        return case.earlier, True
-    for path in case.outputs:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    return {**source, **case.write(), "output": fingerprint(case.outputs)}, False
-
-
-def _is_whole(record: Record, outputs: Sequence[Path]) -> bool:
-    return all(path.exists() for path in outputs) and record.get("output") == fingerprint(outputs)
-
-
-@contextmanager
-def importing(
+def run_import(
     folder: Path,
     settings: Mapping[str, Any],
     cases: Sequence[ImportCase],
-    outputs_of: Callable[[str, Record], Sequence[Path]],
+    describe: Callable[[ImportReport], tuple[dict[str, Any], Mapping[str, Sequence[str]], Mapping[str, Any]]],
     *,
+    structures: Sequence[str],
+    superclasses: Mapping[str, Collection[str]] = MappingProxyType({}),
+    left_out: Sequence[str],
+    outputs_of: Callable[[str, Record], Sequence[Path]],
+    remedy: str,
+    allow_unannotated: bool,
+    preprocessed: str | os.PathLike[str] | None,
     num_processes: int,
     on_case: Callable[[str, bool], None],
-) -> Iterator[ImportReport]:
-    """Import cases into a folder that is ours for the length of the block, in which the report is to be finished.
+) -> ImportReport:
+    """Import cases, or resume an import of the same settings into the same folder.
 
-    ``dataset.json`` is removed at the start, since cases may change. A journal of finished cases, from which an
-    interrupted import resumes, disappears when the block ends without an error; the lock file stays.
+    ``dataset.json`` is removed at the start, since cases may change, and written last, since it makes the folder a
+    dataset. A journal of finished cases, from which an interrupted import resumes, disappears at the end; the lock file
+    stays. Cases that cannot be read are reported, and tried again by the next run.
 
     Args:
         folder: The dataset's folder in ``nnUNet_raw``.
         settings: What earlier runs must agree with.
         cases: The cases.
+        describe: Returns the content of ``dataset.json``, the only fold, and what the manifest has beside groups and
+            cases. Where the fold lacks ``train`` or ``val``, nnU-Net makes five folds of its own.
+        structures: All structures of the dataset.
+        superclasses: Members of those that stand for several.
+        left_out: Cases that annotate none of the structures, for the report.
         outputs_of: The files of a case of an earlier run that this one cannot import, and that may stay: they may be
             all that is left of it. None where it may not.
+        remedy: What to do about a structure that no training case annotates.
+        allow_unannotated: Whether such structures may stay.
+        preprocessed: nnU-Net's ``nnUNet_preprocessed``, where manifest and folds are needed too.
         num_processes: Cases at a time.
         on_case: Called as a case is done, with its name and whether an earlier run had finished it.
 
     Raises:
-        DatasetError: The folder holds something else, or an import with other settings.
+        DatasetError: The folder holds something else, an import with other settings, or files that no import wrote;
+            or a structure that no training case annotates, be it as a member of a superclass.
         CommandError: Another import is at work there.
     """
+
+    def check_annotated(annotated: Iterable[Collection[str]], failed: Mapping[str, STUNetError]) -> None:
+        names = {name for each in annotated for name in each}
+        covered = names | {leaf for name in names for leaf in superclasses.get(name, ())}
+        if missing := [name for name in structures if name not in covered]:
+            why = "".join(f" ({len(failed)} cases failed, {name} first: {failed[name]})" for name in [*failed][:1])
+            got = f"no training case annotates {', '.join(missing[:5])}{' …' * (len(missing) > 5)}{why}"
+            raise DatasetError(f"{got}, and nothing else could teach it: {remedy}, or keep it with --allow-unannotated")
+
+    if not allow_unannotated:
+        check_annotated((case.annotated for case in cases if case.split != "test"), {})
     journal = folder / _JOURNAL
     _read_state(folder, settings)  # before anything is written there
     with locked(folder / _LOCK, "import into the same dataset"):
@@ -256,8 +196,64 @@ def importing(
         old = {name: record for name, record in sorted(earlier.items()) if name not in records}
         kept = {name: record for name, record in old.items() if _is_whole(record, outputs_of(name, record))}
         records, failed = dict(sorted({**records, **kept}.items())), dict(sorted(failed.items()))
-        yield ImportReport(folder, settings, began, records, n_reused, failed, list(kept))
+        report = ImportReport(folder, records, n_reused, failed, list(kept), sorted(left_out))
+        if not records or not allow_unannotated:
+            training = (names for name, names in report.annotated.items() if report.splits[name] != "test")
+            check_annotated(training, failed)
+        dataset_json, fold, more = describe(report)
+        report.has_folds = bool(fold.get("train") and fold.get("val"))
+        _tidy(report, began, str(dataset_json["file_ending"]))
+        overlaps: dict[str, dict[str, int]] = {}
+        for (loser, winner), n in sorted(report.overlaps.items()):
+            overlaps.setdefault(loser, {})[winner] = n
+        found = {"left_out": report.left_out, "failed": {name: str(error) for name, error in failed.items()}}
+        found |= {"kept": report.kept, "overlaps": overlaps, "cases": records}
+        manifest = order_manifest({**group_cases(report.annotated, structures), **more})
+        files: dict[Path, Any] = {folder / MANIFEST_NAME: manifest}
+        files |= {folder / SPLITS_NAME: [fold]} if report.has_folds else {}
+        write_json_files({**files, folder / REPORT_NAME: {**settings, **found}, folder / "dataset.json": dataset_json})
+        if preprocessed is not None:
+            for name in (MANIFEST_NAME, SPLITS_NAME):
+                remove_leftovers(Path(preprocessed) / folder.name, name)
+            report.stale = sync_to_preprocessed(folder, Path(preprocessed) / folder.name)
         journal.unlink()
+    return report
+
+
+def import_case(case: ImportCase) -> tuple[Record, bool]:
+    """Import a case unless an earlier run has, and neither source nor outputs have changed; what processes do.
+
+    Returns:
+        Its record, and whether an earlier run had finished it.
+    """
+    source = case.source()
+    if case.earlier and source.items() <= case.earlier.items() and _is_whole(case.earlier, case.outputs):
+        return case.earlier, True
+    for path in case.outputs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return {**source, **case.write(), "output": fingerprint(case.outputs)}, False
+
+
+def _is_whole(record: Record, outputs: Sequence[Path]) -> bool:
+    return all(path.exists() for path in outputs) and record.get("output") == fingerprint(outputs)
+
+
+def _tidy(report: ImportReport, began: Collection[str], ending: str) -> None:
+    """Remove files of cases that an import began and that are not part of the dataset, or of another part now."""
+    for part in ("Tr", "Ts"):
+        mine = {name for name, split in report.splits.items() if (split == "test") == (part == "Ts")}
+        for kind, tail in (("images", f"_0000{ending}"), ("labels", ending)):
+            sub = report.folder / f"{kind}{part}"
+            for path in sorted(sub.iterdir()) if sub.is_dir() else ():
+                case = path.name.removesuffix(tail)
+                if case not in began or not path.name.endswith(tail):
+                    raise DatasetError(f"the import did not write {path}: move it elsewhere and run again")
+                if case not in mine:
+                    path.unlink()
+            if sub.is_dir() and not any(sub.iterdir()):
+                sub.rmdir()
+    if not report.has_folds:
+        (report.folder / SPLITS_NAME).unlink(missing_ok=True)
 
 
 def _read_state(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Record], set[str]]:
@@ -275,9 +271,8 @@ def _read_state(folder: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Re
     present = folder.iterdir() if folder.is_dir() else ()
     if others and (known or any(not path.name.lstrip(".").startswith("import.") for path in present)):
         found = f"an import with other {', '.join(others)}" if known else "no import of this kind"
-        raise DatasetError(
-            f"a dataset that is there already, {folder}, {found}: choose another id with -d, or remove it"
-        )
+        got = f"a dataset that is there already, {folder}, {found}"
+        raise DatasetError(f"{got}: choose another id with -d, or remove it")
     return records, {*known.get("began", ()), *records}
 
 

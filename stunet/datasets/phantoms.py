@@ -15,6 +15,7 @@ from stunet.files import write_json
 _SHAPE = (24, 48, 56)  # voxels, z y x
 _SPACING = (6.0, 4.0, 4.0)  # mm, z y x: thick slices, as abdominal CT often has
 
+Array = npt.NDArray[np.float64]
 Contrast = Literal["venous", "arterial"]
 """Which phantoms: the phase of the contrast agent, the dose, and which structures are labelled."""
 
@@ -33,19 +34,16 @@ class _Organ:
     core: float = 0.0  # HU that an inner part differs by, as a kidney's medulla does
 
 
-_MUSCLE: dict[str, Any] = {"texture": 14.0, "wavelength": (30.0, 8.0, 14.0)}
 # x runs from the patient's right to the left, y from front to back. Later organs are painted over earlier ones.
 _ORGANS = (
-    _Organ("muscle", (0.0, 0.45, -0.42), (400.0, 26.0, 30.0), 58.0, 54.0, **_MUSCLE),
-    _Organ("muscle", (0.0, 0.45, 0.42), (400.0, 26.0, 30.0), 58.0, 54.0, **_MUSCLE),
-    _Organ("liver", (0.15, -0.12, -0.44), (46.0, 40.0, 38.0), 112.0, 104.0, texture=18.0),
-    _Organ(
-        "stomach", (0.15, -0.32, 0.36), (34.0, 24.0, 28.0), 265.0, 265.0, texture=30.0, wavelength=(16.0, 16.0, 10.0)
-    ),
-    _Organ("spleen", (0.20, 0.24, 0.62), (32.0, 24.0, 19.0), 145.0, 150.0, texture=10.0, wavelength=(6.0, 6.0, 6.0)),
+    _Organ("muscle", (0.0, 0.45, -0.42), (400.0, 26.0, 30.0), 58.0, 54.0, 14.0, (30.0, 8.0, 14.0)),
+    _Organ("muscle", (0.0, 0.45, 0.42), (400.0, 26.0, 30.0), 58.0, 54.0, 14.0, (30.0, 8.0, 14.0)),
+    _Organ("liver", (0.15, -0.12, -0.44), (46.0, 40.0, 38.0), 112.0, 104.0, 18.0),
+    _Organ("stomach", (0.15, -0.32, 0.36), (34.0, 24.0, 28.0), 265.0, 265.0, 30.0, (16.0, 16.0, 10.0)),
+    _Organ("spleen", (0.20, 0.24, 0.62), (32.0, 24.0, 19.0), 145.0, 150.0, 10.0, (6.0, 6.0, 6.0)),
     _Organ("kidneys", (-0.25, 0.36, 0.38), (36.0, 21.0, 20.0), 180.0, 190.0, core=-45.0),
     _Organ("kidneys", (-0.30, 0.36, -0.38), (36.0, 21.0, 20.0), 180.0, 190.0, core=-45.0),
-    _Organ("spine", (0.0, 0.58, 0.0), (400.0, 15.0, 17.0), 200.0, 205.0, texture=45.0, wavelength=(5.0, 5.0, 5.0)),
+    _Organ("spine", (0.0, 0.58, 0.0), (400.0, 15.0, 17.0), 200.0, 205.0, 45.0, (5.0, 5.0, 5.0)),
     _Organ("aorta", (0.0, 0.22, 0.12), (400.0, 11.0, 11.0), 200.0, 215.0),
     _Organ("vena cava", (0.0, 0.20, -0.14), (400.0, 10.0, 12.0), 165.0, 125.0),
 )
@@ -107,24 +105,19 @@ def make_phantom(seed: int, case: int, contrast: Contrast = "venous") -> Phantom
     return Phantom(image.astype(np.float32), segmentation, (spacing[0], spacing[1], spacing[2]))
 
 
-def _blur(volume: npt.NDArray[np.float64], sigma: float | list[float]) -> npt.NDArray[np.float64]:
+def _blur(volume: Array, sigma: float | list[float]) -> Array:
     from scipy.ndimage import gaussian_filter  # here, as all imports of other data would wait for it
 
     return np.asarray(gaussian_filter(volume, sigma))
 
 
 def _distance(
-    grid: npt.NDArray[np.float64],
-    centre: npt.NDArray[np.float64],
-    radii: npt.NDArray[np.float64],
-    roughness: float,
-    spacing: tuple[float, ...],
-    rng: np.random.Generator,
-) -> npt.NDArray[np.float64]:
+    grid: Array, centre: Array, radii: Array, roughness: float, spacing: tuple[float, ...], rng: np.random.Generator
+) -> Array:
     """Distance from the centre of an ellipsoid, 1 on its surface, which waves with a wavelength of centimetres."""
     waves = _blur(rng.normal(size=grid.shape[1:]), [14.0 / s for s in spacing])
     distance = np.sqrt(sum(((grid[i] - centre[i]) / radii[i]) ** 2 for i in range(3)))
-    return np.asarray(distance + roughness * waves / waves.std() / 2, dtype=np.float64)
+    return np.asarray(distance + roughness * waves / waves.std() / 2)
 
 
 def write_phantom_dataset(
@@ -153,13 +146,8 @@ def write_phantom_dataset(
             phantom = make_phantom(seed, case, contrast)
             _write_nifti(phantom.image, phantom.spacing, images / f"phantom_{case:03d}_0000.nii.gz")
             _write_nifti(phantom.segmentation, phantom.spacing, labels / f"phantom_{case:03d}.nii.gz")
-    dataset_json = {
-        "channel_names": {"0": "CT"},
-        "labels": phantom_labels(contrast),
-        "numTraining": n_training,
-        "file_ending": ".nii.gz",
-    }
-    write_json(dataset_json, folder / "dataset.json")
+    described = {"channel_names": {"0": "CT"}, "labels": phantom_labels(contrast), "numTraining": n_training}
+    write_json({**described, "file_ending": ".nii.gz"}, folder / "dataset.json")
 
 
 def write_phantom_masks(

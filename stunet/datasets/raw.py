@@ -148,8 +148,7 @@ def hold_out(dataset: RawDataset, folder: str | os.PathLike[str], *, n_held_out:
         DatasetError: Fewer than five cases would be left for nnU-Net's five folds.
     """
     check_hold_out(dataset, n_held_out)
-    names = sorted(dataset.cases)
-    held_out = sorted(np.random.default_rng(seed).choice(names, n_held_out, replace=False).tolist())
+    held_out = sorted(np.random.default_rng(seed).choice(sorted(dataset.cases), n_held_out, replace=False).tolist())
     folder, ending = Path(folder), dataset.dataset_json["file_ending"]
     for name in ("imagesTs", "labelsTs"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -183,10 +182,9 @@ def read_image(path: str | os.PathLike[str]) -> tuple[npt.NDArray[Any], dict[str
 
 
 def plane_names(properties: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Return the anatomical planes across the axes of an array, told by the image's directions.
+    """Return the anatomical planes across the axes ``(Z, Y, X)`` of an array, told by the image's directions.
 
-    Returns:
-        Names along ``(Z, Y, X)``; those of the axes for images without directions in the patient, such as photographs.
+    For images without directions in the patient, such as photographs, these are names of the axes.
     """
     directions = np.ravel(properties.get("sitk_stuff", {}).get("direction", ()))
     affines = properties.get("nibabel_stuff", {})
@@ -263,11 +261,9 @@ def read_annotations(dataset_name: str, dataset_json: Mapping[str, Any]) -> Anno
         left = [path for path in sync_to_preprocessed(*folders) if path.name == MANIFEST_NAME]
         changed = _first_difference(left[0], folders[0] / MANIFEST_NAME) if left else ""
         if changed:
-            raise DatasetError(
-                f"annotations have changed since preprocessing: {left[0]} differs from the raw dataset's ({changed}): "
-                "run nnUNetv2_preprocess again if label maps changed too; then, or if only the list was mended, "
-                f"stunet labels carry -d {dataset_name}"
-            )
+            got = f"annotations have changed since preprocessing, {left[0]} differs from the raw dataset's ({changed})"
+            remedy = f"run stunet labels carry -d {dataset_name}, after nnUNetv2_preprocess if label maps changed too"
+            raise DatasetError(f"{got}: {remedy}")
     return read_manifest(folders[-1] / MANIFEST_NAME, labels=dataset_json["labels"])
 
 
@@ -279,10 +275,8 @@ def _first_difference(old_path: Path, new_path: Path) -> str:
         old, new = (dict(json.loads(path.read_text(encoding="utf-8"))) for path in (old_path, new_path))
     except (OSError, ValueError, TypeError):
         return "they cannot be compared"
-    for key in sorted({*old, *new}):
-        a, b = (content.get(key, {}) for content in (old, new))
-        if isinstance(a, dict) and isinstance(b, dict) and a != b:
-            return f"{key}, {min(name for name in {*a, *b} if a.get(name) != b.get(name))}"
-        if a != b:
-            return str(key)
-    return ""
+    key = min((key for key in {*old, *new} if old.get(key, {}) != new.get(key, {})), default="")
+    a, b = (content.get(key, {}) for content in (old, new))
+    if isinstance(a, dict) and isinstance(b, dict) and a != b:
+        return f"{key}, {min(name for name in {*a, *b} if a.get(name) != b.get(name))}"
+    return str(key)

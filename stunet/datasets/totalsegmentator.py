@@ -15,11 +15,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from stunet.datasets.imports import ENDING, ImportCase, ImportReport, Record, case_files, check_annotated, importing
+from stunet.datasets.imports import ENDING, ImportCase, ImportReport, Record, case_files, run_import
 from stunet.errors import DatasetError, LabelError, reading
 from stunet.files import atomic_path, fingerprint, temporary_path
 from stunet.forms import Names, decode, read_document
-from stunet.labels.annotations import group_cases
 from stunet.labels.labels import BACKGROUND, IGNORE, check_names, list_vocabularies, load_vocabulary
 from stunet.processes import worthwhile_processes
 from stunet.volumes import Volume, check_finite, check_same_grid, read_volume, write_labels
@@ -32,7 +31,6 @@ LabelOrder = Literal["stunet", "official"]
 
 _SPLITS = ("train", "val", "test")
 _FORMAT = 1
-_CHOOSE = "choose --structures or --group, see --exclude"
 #: Bytes of images that are imported, with their masks, while a process starts.
 _BYTES_PER_START = 2**25
 
@@ -76,12 +74,9 @@ def read_totalsegmentator(folder: str | os.PathLike[str]) -> TotalSegmentatorSou
     if not folder.is_dir():
         raise DatasetError(f"no such folder {folder}: give a folder in TotalSegmentator's layout")
     splits = _read_splits(folder / "meta.csv")
-    cases: dict[str, SourceCase] = {}
-
-    for path in sorted(path for path in folder.iterdir() if path.is_dir()):
-        if (path / "ct.nii.gz").exists() or (path / "segmentations").is_dir():
-            cases[path.name] = SourceCase(path.name, path, _list_masks(path), splits.get(path.name, "train"))
-
+    found = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    found = [path for path in found if (path / "ct.nii.gz").exists() or (path / "segmentations").is_dir()]
+    cases = {p.name: SourceCase(p.name, p, _list_masks(p), splits.get(p.name, "train")) for p in found}
     if not cases:
         raise DatasetError(f"no cases in {folder}: give the folder of s0000/ct.nii.gz, s0000/segmentations and so on")
     check_names(cases, folder, DatasetError)
@@ -255,12 +250,12 @@ class MaskCase(ImportCase):
             raise DatasetError(f"no masks in {self.case.folder / 'segmentations'}: add some, or leave it out")
         names = self._names.items()
         files = [self.case.ct, *(self.case.mask(name) for _, name in names)]
-        return {"split": self.case.split, "source": fingerprint(files, list(map(str, names)))}
+        return {"split": self.split, "source": fingerprint(files, list(map(str, names)))}
 
     @property
     def _names(self) -> dict[int, str]:
         """The structures that it annotates, by label value."""
-        return {value: s for value, s in enumerate(self.structures, start=1) if s in self.case.masks}
+        return {value: name for value, name in enumerate(self.structures, start=1) if name in self.annotated}
 
     def write(self) -> Record:
         """Write image and label map; return voxels by structure, and overlaps by loser and winner."""
@@ -308,55 +303,49 @@ def import_cases(
     Args:
         cases: What the source has.
         structures: Names in the order of their label values, from 1; later ones are painted over earlier ones.
-        folder: The dataset's folder in ``nnUNet_raw``.
+        folder: The dataset's folder in ``nnUNet_raw``, and likewise other arguments and errors as of
+            :func:`stunet.datasets.imports.run_import`.
         details: What else the report shall say and a later run must agree with.
         excluded: Names of cases to leave out.
         link_images: Hard links (symbolic ones to other file systems) in place of copies of the images.
         allow_unannotated: Whether structures may stay that no training case annotates.
-        preprocessed: nnU-Net's ``nnUNet_preprocessed``, where manifest and folds are needed too.
+        preprocessed: nnU-Net's ``nnUNet_preprocessed``.
         num_processes: Cases at a time; None for as many as cores and images are worth.
-        on_case: Called as a case is done, with its name and whether an earlier run had finished it.
-
-    Raises:
-        DatasetError: A folder that holds something else, nothing imported, or a structure that no training case
-            annotates.
+        on_case: Called as a case is done.
     """
     folder, mode = Path(folder), "link" if link_images else "copy"
-    settings = {"format": _FORMAT, **details, "images": mode, "structures": list(structures)}
-    included = [case for case in cases if case.name not in excluded]
-    # A case without any mask does not annotate other structures: it is broken, and will fail.
-    left_out = sorted(case.name for case in included if case.masks and not case.masks & set(structures))
-    jobs = [
-        MaskCase(
-            name=c.name, outputs=case_files(folder, c.name, c.split), case=c, structures=structures, link=link_images
-        )
-        for c in included
-        if c.name not in left_out
-    ]
-    if not allow_unannotated:
-        check_annotated(structures, (job.case.masks for job in jobs if job.case.split != "test"), _CHOOSE)
+    jobs: list[ImportCase] = []
+    left_out, included = [], [case for case in cases if case.name not in excluded]
+    for case in included:
+        annotated = tuple(name for name in structures if name in case.masks)
+        if case.masks and not annotated:  # without any mask a case does not annotate other structures: it is broken
+            left_out.append(case.name)
+            continue
+        known: dict[str, Any] = {"name": case.name, "split": case.split, "annotated": annotated}
+        outputs = case_files(folder, case.name, case.split)
+        jobs.append(MaskCase(**known, outputs=outputs, case=case, structures=structures, link=link_images))
+
+    def describe(report: ImportReport) -> tuple[dict[str, Any], dict[str, list[str]], dict[str, Any]]:
+        parts = report.splits
+        labels = {name: value for value, name in enumerate([BACKGROUND, *structures])}
+        n_training = sum(part != "test" for part in parts.values())
+        described = {"channel_names": {"0": "CT"}, "labels": labels, "numTraining": n_training, "file_ending": ENDING}
+        return described, {part: [n for n in parts if parts[n] == part] for part in ("train", "val")}, {}
+
     if num_processes is None:
-        size = sum(job.case.ct.stat().st_size for job in jobs if job.case.ct.exists())
+        size = sum(case.ct.stat().st_size for case in included if case.ct.exists())
         num_processes = worthwhile_processes(size, share=_BYTES_PER_START)
-    with importing(
+    return run_import(
         folder,
-        settings,
+        {"format": _FORMAT, **details, "images": mode, "structures": list(structures)},
         jobs,
-        lambda name, record: () if name in excluded else case_files(folder, name, record["split"]),
+        describe,
+        structures=structures,
+        left_out=left_out,
+        outputs_of=lambda name, record: () if name in excluded else case_files(folder, name, record["split"]),
+        remedy="choose --structures or --group, see --exclude",
+        allow_unannotated=allow_unannotated,
+        preprocessed=preprocessed,
         num_processes=num_processes,
         on_case=on_case,
-    ) as report:
-        records = report.records
-        training = [record["voxels"] for record in records.values() if record["split"] != "test"]
-        if not records or not allow_unannotated:
-            check_annotated(structures, training, _CHOOSE, failed=report.failed)
-        dataset_json = {
-            "channel_names": {"0": "CT"},
-            "labels": {BACKGROUND: 0, **{name: value for value, name in enumerate(structures, start=1)}},
-            "numTraining": len(training),
-            "file_ending": ENDING,
-        }
-        manifest = group_cases({name: record["voxels"] for name, record in records.items()}, structures)
-        fold = {part: [name for name in records if records[name]["split"] == part] for part in ("train", "val")}
-        report.finish(manifest, fold, dataset_json, left_out, preprocessed)
-    return report
+    )

@@ -8,24 +8,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from stunet.datasets.imports import (
-    REPORT_NAME,
-    ImportCase,
-    ImportReport,
-    Record,
-    case_files,
-    check_annotated,
-    importing,
-)
+from stunet.datasets.imports import REPORT_NAME, ImportCase, ImportReport, Record, case_files, run_import
 from stunet.datasets.raw import SPLITS_NAME, RawDataset, case_names, read_raw_dataset
 from stunet.errors import DatasetError, LabelError, reading
 from stunet.files import fingerprint
-from stunet.labels.annotations import MANIFEST_NAME, AnnotationManifest, bind_manifest, group_cases, read_manifest
+from stunet.labels.annotations import MANIFEST_NAME, AnnotationManifest, read_manifest
 from stunet.labels.labels import Labels, check_names
-from stunet.labels.unions import LabelUnion, UnionMapping, merge_labels
+from stunet.labels.mappings import LabelUnion, UnionMapping, merge_labels
 from stunet.volumes import (
     LABEL_ENDINGS,
     NIFTI_ENDINGS,
@@ -85,15 +78,14 @@ def sources_of_cases(folder: str | os.PathLike[str], cases: Iterable[str]) -> di
     return {case: source_of[start] for case in cases if (start := case.partition("_")[0]) in source_of}
 
 
-def read_union_source(folder: str | os.PathLike[str], *, name: str | None = None) -> UnionSource:
+def read_union_source(folder: str | os.PathLike[str]) -> UnionSource:
     """Read a dataset that goes into a union.
 
     Raises:
         DatasetError: Incomplete, or with case names that differ only in case.
         LabelError: Its labels or its manifest are malformed, or it has regions: a voxel of a union has one label.
     """
-    name = name or Path(folder).name
-    dataset = read_raw_dataset(folder)
+    name, dataset = Path(folder).name, read_raw_dataset(folder)
     labels = Labels(dataset.dataset_json, name)
     structures = {**labels.exclusive, **({} if labels.ignore is None else {"ignore": labels.ignore})}
     check_names(dataset.cases, name, DatasetError)
@@ -146,7 +138,7 @@ def sampling_weights(
 def check_sources(sources: Sequence[UnionSource]) -> None:
     """Check that one dataset can hold all these; errors as of :func:`merge_sources`."""
     names = [source.name for source in sources]
-    if len(set(names)) < len(names) or len(names) < 2:
+    if len(set(names)) < max(2, len(names)):
         found = next((f"{name} twice" for name in names if names.count(name) > 1), f"{len(names)} datasets")
         raise DatasetError(f"no union of {found}: give two or more datasets, each once")
 
@@ -188,29 +180,21 @@ def annotated_in_union(source: UnionSource, union: LabelUnion, case: str) -> tup
     Raises:
         LabelError: It annotates a superclass of the union and one of its members.
     """
-    own = {source.manifest.names[value] for value in source.manifest.annotated(case)}
-
-    def leaves(labels: set[str]) -> set[int]:
-        return {leaf for label in labels for leaf in source.manifest.leaves_of(source.manifest.structures[label])}
-
+    manifest, own = source.manifest, set(source.manifest.annotated(case))
     structures: set[str] = set()
     partial: set[str] = set()
     for structure in (*union.leaves, *union.superclasses):
-        labels = {label for label, name in union.mapping[source.name].items() if name == structure}
-        if not labels & own:
-            continue
-        if leaves(labels & own) == leaves(labels):
+        values = {manifest.structures[label] for label, n in union.mapping[source.name].items() if n == structure}
+        if values & own and manifest.leaves_of(*(values & own)) == manifest.leaves_of(*values):
             structures.add(structure)
         else:
-            partial |= labels & own
+            partial |= {manifest.names[value] for value in values & own}
     owner: dict[str, str] = {}
     for name in (name for name in (*union.superclasses, *union.leaves) if name in structures):
         for leaf in union.superclasses.get(name, (name,)):
             if (other := owner.setdefault(leaf, name)) != name:
-                raise LabelError(
-                    f"{source.name}, case {case} annotates {other} and {name}, which overlap: "
-                    "say what the labels are in a mapping file (--mapping), or correct the source's manifest"
-                )
+                got = f"{source.name}, case {case} annotates {other} and {name}, which overlap"
+                raise LabelError(f"{got}: say what the labels are with --mapping, or correct the source's manifest")
     return structures, partial
 
 
@@ -223,7 +207,6 @@ class LabelCase(ImportCase):
     # value in the union by value in the source, for all values that the source lists
     lookup: tuple[tuple[int, int], ...]
     highest: int  # the highest label value of the union, which decides the type: uint8 up to 255, else uint16
-    annotated: tuple[str, ...]  # structures of the union that it annotates
 
     def source(self) -> Record:
         """Return fingerprint and annotated structures."""
@@ -271,29 +254,24 @@ def import_union(
     Args:
         sources: The datasets.
         union: Their labels, as of ``merge_sources``.
-        folder: The new dataset's folder in ``nnUNet_raw``.
+        folder: The new dataset's folder in ``nnUNet_raw``, and likewise other arguments and errors as of
+            :func:`stunet.datasets.imports.run_import`.
         weights: Mean sampling weight of a case by source; see ``sampling_weights``.
         allow_unannotated: Whether structures may stay that no case annotates.
-        preprocessed: nnU-Net's ``nnUNet_preprocessed``, where manifest and folds are needed too.
+        preprocessed: nnU-Net's ``nnUNet_preprocessed``.
         num_processes: Cases at a time.
-        on_case: Called as a case is done, with its name and whether an earlier run had finished it.
+        on_case: Called as a case is done.
 
     Raises:
-        DatasetError: A folder that holds something else, no room, or a structure that no case annotates.
         LabelError: A case that annotates two overlapping structures.
     """
     folder = Path(folder)
     folds = [source.first_fold() for source in sources]
     superclasses = {name: list(members) for name, members in union.superclasses.items()}
-    settings = {
-        "format": _FORMAT,
-        "kind": "union",
-        "labels": union.labels,
-        "superclasses": superclasses,
-        "mapping": {source: dict(labels) for source, labels in union.mapping.items()},
-    }
-    order = [*union.leaves, *union.superclasses]
-    first = sources[0].dataset.dataset_json
+    mapping = {source: dict(labels) for source, labels in union.mapping.items()}
+    settings = {"format": _FORMAT, "kind": "union", "labels": union.labels}
+    settings |= {"superclasses": superclasses, "mapping": mapping}
+    order, first = [*union.leaves, *union.superclasses], sources[0].dataset.dataset_json
     ending = first["file_ending"]
     jobs = []
     for source in sources:
@@ -304,56 +282,50 @@ def import_union(
             if source.ignore is not None:
                 lookup[source.ignore] = union.labels["ignore"]
             images, label = source.dataset.cases[case]
-            jobs.append(
-                LabelCase(
-                    name=name,
-                    images=tuple(images),
-                    label=label,
-                    lookup=tuple(sorted(lookup.items())),
-                    highest=max(union.labels.values()),
-                    annotated=tuple(structure for structure in order if structure in structures),
-                    outputs=case_files(folder, name, ending=ending)[1:],
-                )
+            job = LabelCase(
+                name=name,
+                images=tuple(images),
+                label=label,
+                lookup=tuple(sorted(lookup.items())),
+                highest=max(union.labels.values()),
+                annotated=tuple(structure for structure in order if structure in structures),
+                outputs=case_files(folder, name, ending=ending)[1:],
             )
-    remedy = 'drop it in a mapping file ("background", --mapping)'
-    if not allow_unannotated:
-        check_annotated(order, (job.annotated for job in jobs), remedy, superclasses=superclasses)
+            jobs.append(job)
     chosen = {job.name: job for job in jobs if job.annotated}
-    with importing(
+
+    def describe(report: ImportReport) -> tuple[dict[str, Any], dict[str, list[str]], dict[str, Any]]:
+        imported, more = report.records, {"superclasses": superclasses} if superclasses else {}
+        weight_of: dict[str, float] = {}
+        for source in sources:
+            cases = [case for case, name in source.cases.items() if name in imported]
+            own = sampling_weights(source, cases, weights)
+            weight_of |= {source.cases[case]: weight for case, weight in own.items()}
+        listed = {}
+        for name in imported:
+            images = [_reference(image, folder) for image in chosen[name].images]
+            listed[name] = {"images": images, "label": f"labelsTr/{name}{ending}"}
+        described = {"channel_names": first["channel_names"], "labels": union.labels, "numTraining": len(imported)}
+        described |= {key: first[key] for key in ("file_ending", "overwrite_image_reader_writer") if key in first}
+        parts = ("train", "val") if all(folds) else ()
+        fold = {part: sorted(n for fold in folds if fold for n in fold[part] if n in imported) for part in parts}
+        return {**described, "dataset": listed}, fold, {"weights": weight_of, **more}
+
+    return run_import(
         folder,
         settings,
         list(chosen.values()),
-        lambda name, record: chosen[name].outputs if name in chosen else (),
+        describe,
+        structures=order,
+        superclasses=superclasses,
+        left_out=[job.name for job in jobs if not job.annotated],
+        outputs_of=lambda name, record: chosen[name].outputs if name in chosen else (),
+        remedy='drop it in a mapping file ("background", --mapping)',
+        allow_unannotated=allow_unannotated,
+        preprocessed=preprocessed,
         num_processes=num_processes,
         on_case=on_case,
-    ) as report:
-        annotated = {name: record["annotated"] for name, record in report.records.items()}
-        if not annotated or not allow_unannotated:
-            check_annotated(order, annotated.values(), remedy, superclasses=superclasses, failed=report.failed)
-        weight_of: dict[str, float] = {}
-        for source in sources:
-            cases = [case for case, name in source.cases.items() if name in annotated]
-            own = sampling_weights(source, cases, weights)
-            weight_of |= {source.cases[case]: weight for case, weight in own.items()}
-        manifest = {**group_cases(annotated, order), "weights": weight_of}
-        if superclasses:
-            manifest["superclasses"] = superclasses
-        bind_manifest(manifest, labels=union.labels, cases=annotated, source=str(folder / MANIFEST_NAME))
-        listed = {
-            name: {
-                "images": [_reference(image, folder) for image in chosen[name].images],
-                "label": f"labelsTr/{name}{ending}",
-            }
-            for name in annotated
-        }
-        described = {"channel_names": first["channel_names"], "labels": union.labels, "numTraining": len(annotated)}
-        described |= {key: first[key] for key in ("file_ending", "overwrite_image_reader_writer") if key in first}
-        dataset_json = {**described, "dataset": listed}
-        parts = ("train", "val") if all(folds) else ()
-        fold = {part: sorted(n for fold in folds if fold for n in fold[part] if n in annotated) for part in parts}
-        left_out = sorted(job.name for job in jobs if not job.annotated)
-        report.finish(manifest, fold, dataset_json, left_out, preprocessed)
-    return report
+    )
 
 
 def _reference(image: Path, folder: Path) -> str:

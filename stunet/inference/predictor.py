@@ -27,7 +27,7 @@ from stunet.inference.images import Case, as_nifti, find_cases, preprocess, read
 from stunet.inference.model import Model, load_model
 from stunet.inference.outputs import restrict
 from stunet.inference.resampling import LabelResampler, axis_maps, is_default_resampling
-from stunet.labels.aliases import match_names
+from stunet.labels.labels import match_names
 
 #: Elements that are added at a time on a CPU: PyTorch makes a copy in single precision of what it adds to.
 _CHUNK_ELEMENTS = 2**18

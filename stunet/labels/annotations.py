@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -19,8 +17,7 @@ import numpy.typing as npt
 
 from stunet.errors import LabelError, STUNetError, reading
 from stunet.forms import Name, Names, decode, read_document
-from stunet.labels.aliases import did_you_mean
-from stunet.labels.labels import Labels
+from stunet.labels.labels import Labels, did_you_mean
 from stunet.processes import run_jobs
 from stunet.volumes import count_labels
 
@@ -33,7 +30,7 @@ _UNUSABLE = "a manifest that cannot be used"
 
 
 class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
-    """The form of ``annotated_labels.json``, of which the JSON schema says the same for programs of others."""
+    """The form of ``annotated_labels.json``; ``schemas/`` has it as JSON schema for programs of others."""
 
     version: Annotated[float, msgspec.Meta(ge=_VERSION, le=_VERSION)]
     cases: dict[Name, Name | Names]
@@ -73,9 +70,9 @@ class AnnotationManifest:
         lists = [*self.cases.values(), *([] if self.default is None else [self.default])]
         return all(leaves <= {self.structures[name] for name in names} for names in lists)
 
-    def leaves_of(self, value: int) -> set[int]:
-        """Values of the members of a superclass; of another structure its own."""
-        return set(self.superclasses.get(value, (value,)))
+    def leaves_of(self, *values: int) -> set[int]:
+        """Values of the members of superclasses, and of other structures their own."""
+        return {leaf for value in values for leaf in self.superclasses.get(value, (value,))}
 
     def annotated(self, case: str) -> tuple[int, ...]:
         """Label values that a case annotates, in order; a superclass by its own value.
@@ -97,12 +94,6 @@ class AnnotationManifest:
     def weight(self, case: str) -> float:
         """How often a case is drawn in training, relative to the others."""
         return float(self.weights.get(case, 1.0))
-
-
-def manifest_schema() -> dict[str, Any]:
-    """Return the JSON schema of ``annotated_labels.json``."""
-    schema = files("stunet.labels") / "schemas" / "annotated_labels.schema.json"
-    return dict(json.loads(schema.read_text(encoding="utf-8")))
 
 
 def read_manifest(
@@ -244,20 +235,15 @@ def measure_coverage(
         else:
             voxels[case_of[path]] = counts
         on_case(case_of[path])
-    voxels = dict(sorted(voxels.items()))
+    voxels, names = dict(sorted(voxels.items())), manifest.names
     annotated = {case: manifest.annotated(case) for case in voxels}
-    taught = {leaf for values in annotated.values() for v in values for leaf in (v, *manifest.leaves_of(v))}
-    names = manifest.names
+    taught = {value for values in annotated.values() for value in (*values, *manifest.leaves_of(*values))}
     cases: dict[str, dict[str, Any]] = {}
-    contradictions: dict[str, list[str]] = {}
-    unknown_values: dict[str, list[int]] = {}
     for case, counts in voxels.items():
         found = {names[value]: n for value, n in counts.items() if value in names}
         cases[case] = {"annotated": [names[value] for value in annotated[case]], "voxels": found}
-        if odd := [name for name in found if name not in cases[case]["annotated"]]:
-            contradictions[case] = odd
-        if unknown := [value for value in counts if value not in names and value not in (0, ignore)]:
-            unknown_values[case] = unknown
+    odd = {case: [name for name in found["voxels"] if name not in found["annotated"]] for case, found in cases.items()}
+    unknown = {case: [value for value in found if value not in (0, ignore, *names)] for case, found in voxels.items()}
 
     def cover(within: Collection[str]) -> list[dict[str, Any]]:
         rows = []
@@ -280,7 +266,7 @@ def measure_coverage(
         "cases": cases,
         "never_annotated": [name for value, name in names.items() if value not in taught],
         "never_present": [row["name"] for row in structures if row["annotated"] and not row["present"]],
-        "occurs_without_annotation": contradictions,
-        "unknown_values": unknown_values,
+        "occurs_without_annotation": {case: found for case, found in odd.items() if found},
+        "unknown_values": {case: found for case, found in unknown.items() if found},
         "unreadable": dict(sorted(unreadable.items())),
     }

@@ -102,8 +102,6 @@ def agreement(
     Raises:
         TransferabilityError: Names differ, a value is not finite, all are equal, or there are fewer than 3 checkpoints.
     """
-    if n_resamples < 1 or not 0 < confidence < 1:
-        raise TransferabilityError(f"no interval has {n_resamples} resamples and confidence {confidence:g}")
     # NaN comes first: scipy's weighted tau takes it for a value like any other.
     for what, values in (("scores", scores), ("Dice", dice)):
         if bad := [f"{name}: {value}" for name, value in sorted(values.items()) if not math.isfinite(value)]:

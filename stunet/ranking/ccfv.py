@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stunet.errors import TransferabilityError
-from stunet.ranking.points import CaseFeatures, check_cases
+from stunet.ranking.points import CaseFeatures
 
 Array = NDArray[np.float64]
 
@@ -274,38 +274,23 @@ def hyperspherical_energy(points: ArrayLike, *, floor: float = FLOOR) -> float:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CCFV:
-    """The score, and what it is made of at each scale, finest first; classes by label value.
+    """The score, and what it is made of at each scale, finest first; classes by label value."""
 
-    Attributes:
-        score: ``T``, the mean over scales of ``log(variety / consistency)``. Higher is better.
-        per_scale: That logarithm.
-        variety: Feature variety.
-        consistency: Class consistency, a distance: small is consistent.
-        class_consistency: The same of each class that two cases share.
-        pairs: Number of unordered pairs of cases that share each class, 0 for those that one case has.
-        null: Root mean square W2 between two random halves of the same case and class: pure noise, at half the points.
-        noise: Share of the mean squared W2 that is sampling noise; 0 where none was taken away.
-        unresolved: Classes at each scale whose distances are all noise, so that a floor stands for their consistency.
-        cases: The cases, in order.
-        normalise: The option, and likewise ``debias``.
-        case_varieties: ``(D, N)`` what each case adds to the variety: ``1 / E_1``.
-        distances: The distances of each class.
-    """
-
-    score: float
-    per_scale: tuple[float, ...]
-    variety: tuple[float, ...]
-    consistency: tuple[float, ...]
-    class_consistency: tuple[Mapping[int, float], ...]
-    pairs: Mapping[int, int]
+    score: float  # T, the mean over scales of log(variety / consistency); higher is better
+    per_scale: tuple[float, ...]  # that logarithm
+    variety: tuple[float, ...]  # feature variety
+    consistency: tuple[float, ...]  # class consistency, a distance: small is consistent
+    class_consistency: tuple[Mapping[int, float], ...]  # the same of each class that two cases share
+    pairs: Mapping[int, int]  # unordered pairs of cases that share each class, 0 for those that one case has
+    # root mean square W2 between two random halves of the same case and class: pure noise, at half the points
     null: tuple[float, ...]
-    noise: tuple[float, ...]
-    unresolved: tuple[tuple[int, ...], ...]
-    cases: tuple[str, ...]
+    noise: tuple[float, ...]  # share of the mean squared W2 that is sampling noise; 0 where none was taken away
+    unresolved: tuple[tuple[int, ...], ...]  # classes whose distances are all noise, so that a floor stands for them
+    cases: tuple[str, ...]  # the cases, in order
     normalise: Normalise
     debias: Debias
-    case_varieties: Array = field(repr=False)
-    distances: tuple[Mapping[int, PairDistances], ...] = field(repr=False)
+    case_varieties: Array = field(repr=False)  # (D, N), what each case adds to the variety: 1 / E_1
+    distances: tuple[Mapping[int, PairDistances], ...] = field(repr=False)  # of each class
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content for JSON, as it will be read back; without the matrices."""
@@ -343,7 +328,7 @@ def ccfv(
             ``null`` corrects by what random halves of the same case show, ``project`` brings all features to
             ``project_to`` dimensions by a random projection, ``none`` does nothing; see docs/transferability.md.
         project_to: Dimensions for ``project``.
-        min_points: A case has a class where it has at least so many points of it.
+        min_points: A case has a class where it has at least so many points of it; 4 or more, for two in each half.
 
     Raises:
         TransferabilityError: No two cases share a foreground class; or cases, options or points that allow no score.
@@ -351,7 +336,6 @@ def ccfv(
     if normalise not in get_args(Normalise) or debias not in get_args(Debias):
         known = f"normalise of {get_args(Normalise)}, debias of {get_args(Debias)}"
         raise TransferabilityError(f"normalise={normalise} and debias={debias} are not known: choose {known}")
-    check_cases(cases)
     holders = _cases_by_class(cases, min_points)
     varieties, distances = [], list[dict[int, PairDistances]]()
     for d, features in enumerate(cases[0].scales):
@@ -392,8 +376,6 @@ def ccfv(
 
 def _cases_by_class(cases: Sequence[CaseFeatures], min_points: int) -> dict[int, list[int]]:
     """Find the positions of the cases that have each foreground class, ascending, with so many points at least."""
-    if min_points < 4:
-        raise TransferabilityError(f"min_points={min_points} must be at least 4: two points in each half")
     holders: dict[int, list[int]] = {}
     for position, case in enumerate(cases):
         labels, counts = np.unique(case.labels, return_counts=True)

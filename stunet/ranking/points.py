@@ -19,7 +19,7 @@ from nnunetv2.inference.sliding_window_prediction import compute_steps_for_slidi
 from torch import Tensor, nn
 from torch.nn.functional import grid_sample, linear
 
-from stunet.errors import DatasetError, FeatureError, TransferabilityError, UsageError
+from stunet.errors import DatasetError, FeatureError, TransferabilityError
 
 Integers = npt.NDArray[np.int64]
 
@@ -28,26 +28,16 @@ _STEP = 0.5  # between windows, in windows, as in nnU-Net's prediction
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CasePoints:
-    """Voxels drawn from one case.
+    """Voxels drawn from one case."""
 
-    Attributes:
-        case: Name of the case.
-        shape: The volume that they lie in, ``(X, Y, Z)``.
-        balanced: ``(n, 3)``, voxels of each class in turn.
-        labels: ``(n,)``, their classes.
-        whole: ``(m, 3)``, voxels of the whole volume, whatever their class.
-        per_class: How many of each class were asked for, and ``n_whole`` of the whole volume.
-        voxels: For each class in the case how many voxels it has.
-    """
-
-    case: str
-    shape: tuple[int, ...]
-    balanced: Integers
-    labels: Integers
-    whole: Integers
-    per_class: int
-    n_whole: int
-    voxels: Mapping[int, int]
+    case: str  # its name
+    shape: tuple[int, ...]  # the volume that they lie in, (X, Y, Z)
+    balanced: Integers  # (n, 3), voxels of each class in turn
+    labels: Integers  # (n,), their classes
+    whole: Integers  # (m, 3), voxels of the whole volume, whatever their class
+    per_class: int  # how many of each class were asked for
+    n_whole: int  # how many of the whole volume were asked for
+    voxels: Mapping[int, int]  # for each class in the case how many voxels it has
 
     def as_dict(self) -> dict[str, Any]:
         """Return what was asked for and what there was, for JSON."""
@@ -88,8 +78,6 @@ def draw_points(
     Raises:
         DatasetError: There is no voxel to draw.
     """
-    if min(per_class, n_whole) < 1 or seed < 0:
-        raise UsageError(f"per_class={per_class}, n_whole={n_whole} and seed={seed} must be at least 1, 1 and 0")
     n_labels = max(int(segmentation.max()), 0) + 1
     # Counting needs indices of 64 bits, which of a plane cost little and of a volume eight bytes a voxel.
     indices = (np.maximum(plane.ravel().astype(np.int64), -1) + 1 for plane in segmentation)
@@ -251,41 +239,22 @@ class SourceHead(NamedTuple):
 class CaseFeatures:
     """What a checkpoint makes of one case of the target dataset, at points.
 
-    Attributes:
-        case: The case's identifier.
-        labels: ``(n,)`` class of each class-balanced point; 0 is background, which is among them.
-        scales: ``(n, C_d)`` float32 features at these points, for each scale, finest first.
-        variety: ``(m, C_d)`` float32 features at points of the whole volume, for each scale.
-        probabilities: ``(n, K)`` float32 softmax outputs of the checkpoint's own head at the class-balanced points,
-            which LEEP needs, or None.
+    Raises:
+        TransferabilityError: Features that are not finite.
     """
 
-    case: str
-    labels: npt.NDArray[np.integer]
-    scales: tuple[npt.NDArray[np.float32], ...]
-    variety: tuple[npt.NDArray[np.float32], ...]
+    case: str  # its name
+    labels: npt.NDArray[np.integer]  # (n,), class of each class-balanced point; 0 is background, which is among them
+    scales: tuple[npt.NDArray[np.float32], ...]  # (n, C_d) features at these points, for each scale, finest first
+    variety: tuple[npt.NDArray[np.float32], ...]  # (m, C_d) features at points of the whole volume, for each scale
+    # (n, K) softmax outputs of the checkpoint's own head at the class-balanced points, which LEEP needs
     probabilities: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
-        widths = [[array.shape[1:] for array in arrays] for arrays in (self.scales, self.variety)]
-        rows = [*self.scales, *([] if self.probabilities is None else [self.probabilities])]
-        classes = np.issubdtype(self.labels.dtype, np.integer) and self.labels.min(initial=0) >= 0
-        if not (classes and widths[0]) or widths[0] != widths[1] or {len(a) for a in rows} != {len(self.labels)}:
-            got = f"labels {self.labels.dtype} {self.labels.shape}, scales {widths[0]}, of the volume {widths[1]}"
-            raise TransferabilityError(f"{got} in case {self.case} do not fit: a class and a row for each point")
         for index, array in enumerate((*self.scales, *self.variety)):
             if n_bad := int(array.size - np.isfinite(array).sum()):
                 got = f"scale {index % len(self.scales)}: {n_bad} of {array.size} values are NaN or infinite"
                 raise TransferabilityError(f"{got} in case {self.case}: check weights and image, use single precision")
-
-
-def check_cases(cases: Sequence[CaseFeatures]) -> None:
-    """Check that cases come from the same checkpoint, with the same widths at each scale, and are different cases."""
-    widths = {tuple(scale.shape[1] for scale in case.scales): case.case for case in cases}
-    if len(widths) != 1 or len({case.case for case in cases}) < len(cases):
-        got = "; ".join(f"{list(width)} in {case}" for width, case in widths.items()) or "no cases"
-        names = ", ".join(case.case for case in cases[:8])
-        raise TransferabilityError(f"channels {got}, cases {names}: give each case once, all of one checkpoint")
 
 
 def extract_case(
@@ -315,12 +284,9 @@ def extract_case(
         on_window: Called with the share of the windows that are done.
 
     Raises:
-        FeatureError: Image and points of different cases, or a decoder without maps.
+        FeatureError: A decoder without maps.
         TransferabilityError: Features that are not finite.
     """
-    if image.shape[1:] != points.shape:
-        got = f"an image {image.shape} and points in {points.shape} of case {points.case}"
-        raise FeatureError(f"{got} do not belong together: give image (C, X, Y, Z) and segmentation of one case")
     device = torch.device(device)
     everywhere = np.concatenate((points.balanced, points.whole))
     windows = assign_windows(everywhere, points.shape, patch_size)
@@ -350,9 +316,7 @@ def _read_windows(windows: Sequence[Window], patch_size: Sequence[int], output: 
     """Read the points of a batch of windows from a stage's output ``(B, C, ...)``: ``(k, C)``, window by window."""
     if not isinstance(output, Tensor) or output.ndim != len(patch_size) + 2 or len(output) != len(windows):
         got = f"{type(output).__name__} {list(getattr(output, 'shape', []))}"
-        raise FeatureError(
-            f"a decoder stage gives a {got}, no map of {len(windows)} windows: leave this checkpoint out"
-        )
+        raise FeatureError(f"a decoder stage gives a {got}, no map of {len(windows)} windows: leave it out")
     # Coordinates in half precision would miss the points.
     with torch.autocast(output.device.type, enabled=False):
         maps = zip(output, windows, strict=True)

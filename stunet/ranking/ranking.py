@@ -187,23 +187,14 @@ def name_checkpoints(checkpoints: Iterable[str | os.PathLike[str]]) -> dict[str,
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Candidate:
-    """A checkpoint as a network that features of a target's images can be read from.
+    """A checkpoint as a network that features of a target's images can be read from."""
 
-    Attributes:
-        network: In evaluation mode, on the CPU. Its own heads are 0 and say nothing.
-        head: The checkpoint's finest head; None where its outputs are regions, which do not exclude each other.
-        patch_size: The smallest patch that it takes and that is no smaller than the target's. A STU-Net takes the
-            target's own; one of nnU-Net's networks has the strides that it was trained with.
-        description: For JSON: the ``path``; the ``network``, for example ``STU-Net base``; ``parameters``, heads left
-            out; ``n_axes``; ``source_channels`` and ``input_channels`` of the images, and what was done with the
-            ``stem`` where these differ; ``n_outputs``; what the ``outputs`` stand for, background first, None where
-            nothing says it, and whether they are ``exclusive``; the ``epoch``.
-    """
-
-    network: nn.Module
-    head: SourceHead | None
+    network: nn.Module  # in evaluation mode, on the CPU; its own heads are 0 and say nothing
+    head: SourceHead | None  # its finest head; None where its outputs are regions, which do not exclude each other
+    # the smallest patch that it takes and that is no smaller than the target's: a STU-Net takes the target's own, one
+    # of nnU-Net's networks has the strides that it was trained with
     patch_size: tuple[int, ...]
-    description: dict[str, Any]
+    description: dict[str, Any]  # for JSON
 
 
 def build_candidate(
@@ -225,10 +216,9 @@ def build_candidate(
         input_channels: Channels of the target's images.
         patch_size: Voxels of the target's patch; two axes in a 2D configuration.
         strides: Stride of each of STU-Net's six stages for each axis, see :func:`stunet.planning.fit_strides`.
-        trust: Classes that the plans of checkpoints may name, see :func:`stunet.weights.networks.check_network`.
+        trust: Classes that the plans of checkpoints may name.
 
     Raises:
-        ArchitectureError: Strides or channels that no STU-Net has.
         CheckpointError: The file cannot be read, its weights are not finite, or have another number of axes.
     """
     weights = open_any_weights(path, trust)
@@ -241,9 +231,8 @@ def build_candidate(
         if isinstance(weights, UNetWeights):
             name, network = weights.architecture.name, weights.architecture.build(input_channels, 1)
         else:
-            name, size = f"STU-Net {weights.architecture.size.name}", weights.architecture.size
-            conv_op = nn.Conv3d if n_axes == 3 else nn.Conv2d
-            network = build_stunet(size, input_channels, 1, strides, conv_op=conv_op)
+            name, conv_op = f"STU-Net {weights.architecture.size.name}", nn.Conv3d if n_axes == 3 else nn.Conv2d
+            network = build_stunet(weights.architecture.size, input_channels, 1, strides, conv_op=conv_op)
     network = network.to_empty(device="cpu").eval()
     with torch.no_grad():
         for key, parameter in network.state_dict(keep_vars=True).items():
@@ -291,35 +280,20 @@ def finest_head(tensors: Mapping[str, Tensor]) -> SourceHead:
 
 @dataclass(kw_only=True)
 class CandidateScores:
-    """What a ranking says about one checkpoint.
+    """What a ranking says about one checkpoint."""
 
-    Attributes:
-        name: As tables call it.
-        path: The checkpoint.
-        error: Why it could not be scored; empty where it was.
-        sha256: Of its content.
-        identity: Digest of all that the scores depend on: checkpoint, target and settings.
-        description: What kind of network it is, see :class:`Candidate`.
-        scores: By metric, higher is better; None where the metric says nothing about this checkpoint.
-        notes: Why a score is missing, by metric.
-        ccfv: What CC-FV is made of, see :meth:`stunet.ranking.ccfv.CCFV.as_dict`; empty where it was not asked for.
-        draws: CC-FV on resamples of the cases, the same ones for all checkpoints; None where a resample has no pair.
-        zero_shot: Estimated Dice by structure of what the checkpoint predicts as it is.
-        seconds: That scoring took; 0 where the result was there already.
-    """
-
-    name: str
-    path: str
-    error: str = ""
-    sha256: str = ""
-    identity: str = ""
-    description: dict[str, Any] = field(default_factory=dict)
-    scores: dict[str, float | None] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)
-    ccfv: dict[str, Any] = field(default_factory=dict)
-    draws: tuple[float | None, ...] = ()
-    zero_shot: dict[str, float | None] = field(default_factory=dict)
-    seconds: float = 0.0
+    name: str  # as tables call it
+    path: str  # the checkpoint
+    error: str = ""  # why it could not be scored; empty where it was
+    sha256: str = ""  # of its content
+    identity: str = ""  # digest of all that the scores depend on: checkpoint, target and settings
+    description: dict[str, Any] = field(default_factory=dict)  # what kind of network it is, as of Candidate
+    scores: dict[str, float | None] = field(default_factory=dict)  # by metric, higher is better; None where it has none
+    notes: dict[str, str] = field(default_factory=dict)  # why a score is missing, by metric
+    ccfv: dict[str, Any] = field(default_factory=dict)  # what CC-FV is made of; empty where it was not asked for
+    draws: tuple[float | None, ...] = ()  # CC-FV on resamples of the cases, the same for all; None without any pair
+    zero_shot: dict[str, float | None] = field(default_factory=dict)  # estimated Dice of its own predictions
+    seconds: float = 0.0  # that scoring took; 0 where the result was there already
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -417,25 +391,15 @@ def _network_options(dataset: PreprocessedDataset) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """A table of checkpoints, best first by the first metric that was asked for.
+    """A table of checkpoints, best first by the first metric that was asked for."""
 
-    Attributes:
-        rows: Checkpoints with a score by that metric first, then the others.
-        failures: Those that could not be scored.
-        metrics: Names of the metrics, in the order asked for.
-        target: The target's cases and points.
-        about: What the target is: ``dataset``, ``configuration`` and ``plans``.
-        settings: All options by name.
-        date: In UTC.
-    """
-
-    rows: tuple[CandidateScores, ...]
-    failures: tuple[CandidateScores, ...] = ()
-    metrics: tuple[str, ...]
-    target: Target
-    about: Mapping[str, str]
-    settings: Mapping[str, Any]
-    date: str
+    rows: tuple[CandidateScores, ...]  # checkpoints with a score by that metric first, then the others
+    failures: tuple[CandidateScores, ...] = ()  # those that could not be scored
+    metrics: tuple[str, ...]  # in the order asked for
+    target: Target  # its cases and points
+    about: Mapping[str, str]  # what the target is: dataset, configuration and plans
+    settings: Mapping[str, Any]  # all options by name
+    date: str  # in UTC
 
     @property
     def versions(self) -> dict[str, str]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stunet.errors import TransferabilityError
-from stunet.labels.aliases import match_names
-from stunet.ranking.points import CaseFeatures, check_cases
+from stunet.labels.labels import match_names
+from stunet.ranking.points import CaseFeatures
 
 Array = NDArray[np.float64]
 
@@ -178,9 +178,6 @@ def gbc(
         floor: Lowest variance along an axis, or, for full covariances, lowest eigenvalue.
     """
     rows, classes = _check_pooled(features, labels)
-    if covariance not in get_args(Covariance) or floor <= 0 or (components is not None and components < 1):
-        got = f"covariance={covariance}, components={components}, floor={floor:g}"
-        raise TransferabilityError(f"GBC cannot take {got}: diagonal or full, at least 1 or None, above 0")
     if components is not None and components < rows.shape[1]:
         rows = rows - rows.mean(0)
         rows = rows @ np.linalg.eigh(rows.T @ rows)[1][:, -components:]
@@ -224,7 +221,6 @@ def mean_over_scales(
             thresholds mean the same for all checkpoints.
         **options: For the metric.
     """
-    check_cases(cases)
     labels = np.concatenate([case.labels for case in cases])
     found = []
     for scale in range(len(cases[0].scales)):  # one in memory at a time
@@ -239,9 +235,6 @@ def mean_over_scales(
 
 def _leep(cases: Sequence[CaseFeatures]) -> float:
     given = [case.probabilities for case in cases if case.probabilities is not None]
-    if len(given) < len(cases):
-        got = f"none in {len(cases) - len(given)} of {len(cases)} cases"
-        raise TransferabilityError(f"LEEP needs a source model's probabilities, {got}: leave it out, or extract them")
     return leep(np.concatenate(given), np.concatenate([case.labels for case in cases]))
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stunet.errors import CheckpointError, LabelError, UsageError
-from stunet.labels.aliases import match_names
-from stunet.labels.labels import Labels, Outputs, vocabulary_for
+from stunet.labels.labels import Labels, Outputs, match_names, vocabulary_for
 from stunet.settings import HeadPolicy, StemPolicy
 from stunet.weights.convert import SourceWeights, UNetWeights, open_any_weights
 from stunet.weights.read import describe_mismatch

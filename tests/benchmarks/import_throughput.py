@@ -145,7 +145,8 @@ from stunet.datasets.totalsegmentator import MaskCase, SourceCase
 source, out, n = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 names = tuple(sorted(path.name[:-7] for path in (source / "segmentations").glob("*.nii.gz"))[:n])
 case = SourceCase("a", source, frozenset(names), "train")
-job = MaskCase(name="a", outputs=(out / "i.nii.gz", out / "l.nii.gz"), case=case, structures=names, link=False)
+outputs = (out / "i.nii.gz", out / "l.nii.gz")
+job = MaskCase(name="a", outputs=outputs, annotated=tuple(names), case=case, structures=names, link=False)
 def peak():
     (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024

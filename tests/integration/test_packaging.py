@@ -14,7 +14,6 @@ import stunet, stunet.trainers
 from pathlib import Path
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from stunet.cli.env import trainers_folder
-from stunet.labels.annotations import manifest_schema
 from stunet.labels.labels import list_vocabularies
 from stunet.planning import load_preset
 from stunet.weights.published import load_registry
@@ -23,7 +22,7 @@ os.environ["nnUNet_extTrainer"] = str(trainers_folder())
 assert [load_preset(size)["size"] for size in ("small", "base", "large", "huge")]
 names = ["abdomenatlas_9", "totalsegmentator_104", "totalsegmentator_v1", "totalsegmentator_v2"]
 assert list_vocabularies() == names, list_vocabularies()
-assert manifest_schema()["required"] == ["version", "cases"]
+assert (Path(stunet.__file__).parent / "labels/schemas/annotated_labels.schema.json").is_file()
 assert load_registry()["small_ep4k"].outputs == 105
 assert recursive_find_trainer_class_by_name("STUNetTrainer_huge_ep4k").size == "huge"
 assert (Path(stunet.__file__).parent / "py.typed").is_file()
