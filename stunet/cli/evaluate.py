@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Option
 
-from stunet.cli.console import PlainTable, print_error, print_line, say, stderr, stdout
-from stunet.cli.options import Device, Json, Trust, choose_device, complete_label_systems
+from stunet.cli.console import case_bar, print_failures, print_line, print_table, say, stderr
+from stunet.cli.options import Device, Json, Trust, choose_device, complete_label_systems, split_names
+from stunet.cli.predict import show_progress
 from stunet.errors import DatasetError, UsageError
 from stunet.files import atomic_path, refuse_existing, write_json
 
@@ -52,15 +53,13 @@ def evaluate(
     Exit status: 0; 2 where the command cannot be carried out, or where a case could not be scored (the results are
     those of the other cases).
     """
-    from rich.progress import Progress
-
     from stunet.evaluation import check_predictions, choose_cases, compare_labels, read_description, score_cases
 
     place = model or predictions
     if place is None:
         raise UsageError("neither -m nor --predictions is given: give a model folder, or a folder of segmentations")
     described = read_description(place, "-m" if model else "--predictions")
-    names = None if cases is None else [name.strip() for name in cases.split(",") if name.strip()]
+    names = None if cases is None else split_names(cases)
     target = choose_cases(dataset, split, fold, names, predictions if chill else None)
     if suggest_map:
         _suggest(described, target, output)
@@ -78,22 +77,18 @@ def evaluate(
     if split == "train" and described.plans.get("dataset_name") == target.folder.name:
         _warn_of_training_cases(described.path, fold, folds, predicted=predictions is None)
     if predictions is None:
-        from stunet.cli.predict import show_progress
         from stunet.inference import Case, load_model, predict_folder
 
         images = [Case(case, tuple(files)) for case, (files, _) in target.cases.items()]
         trained = load_model(place, folds, trust=trust or [])
+        options: dict[str, Any] = {"device": choose_device(device), "mirroring": not disable_tta}
         with show_progress(bar=stderr.is_terminal, notes=stderr) as progress:
-            mirroring, chosen = not disable_tta, choose_device(device)
-            predict_folder(trained, images, given, device=chosen, mirroring=mirroring, **progress)
-    with Progress(console=stderr, disable=not stderr.is_terminal, transient=True) as bars:
-        bar = bars.add_task("Scoring", total=len(jobs))
-        results = score_cases(jobs, num_processes=num_processes, on_case=lambda: bars.advance(bar))
+            predict_folder(trained, images, given, **options, **progress)
+    with case_bar("Scoring", len(jobs)) as on_case:
+        results = score_cases(jobs, num_processes=num_processes, on_case=on_case)
     if results.cases:
         _report(results, tolerance, folder, relation, described, target, as_json=as_json)
-    for case, error in results.failed.items():
-        say(f"case {case}:")
-        print_error(error)
+    print_failures(results.failed)
     if results.failed:
         say(f"{len(results.failed)} cases could not be scored; the results are without them.")
         raise typer.Exit(2)
@@ -172,28 +167,27 @@ def _report(
         del summary["metric_per_case"]
         typer.echo(json.dumps({"output": str(folder), "cases": len(results.cases), **summary}, indent=4))
     else:
-        stdout.print(_table(results, tolerance))
+        _print_scores(results, tolerance)
         written = [name for name in ("summary.json", "scores.csv", "scores.png") if (folder / name).is_file()]
         print_line(f"Wrote {folder}: {', '.join(written)}")
     for warning in results.warnings:
         say(f"warning: {warning}")
 
 
-def _table(results: EvaluationResults, tolerance: float) -> PlainTable:
+def _print_scores(results: EvaluationResults, tolerance: float) -> None:
     states = ("missed", "spurious", "absent", "not_annotated")
     shown = [state for state in states if any(structure.counts[state] for structure in results.structures)]
-    numbers = ("Dice", "NSD", "HD95", "cases", *(state.replace("_", " ") for state in shown))
+    metrics = {"Dice": ".3f", "NSD": ".3f", "HD95": ".1f"}
+
+    def means(of: Mapping[str, Any]) -> list[str]:
+        return ["" if of[metric] is None else format(of[metric], digits) for metric, digits in metrics.items()]
+
+    rows: list[list[object]] = []
+    for each in results.structures:
+        counts = [each.counts["scored"] + each.infinite, *(each.counts[state] or "" for state in shown)]
+        rows.append([each.comparison.name, *means(each.mean), *counts])
+    rows += [], ["mean", *means(results.mean), *[""] * (1 + len(shown))]
+    numbers = (*metrics, "cases", *(state.replace("_", " ") for state in shown))
     title = f"Means over {len(results.cases)} cases"
     caption = f"NSD: surface Dice at {tolerance:g} mm. HD95: in mm, where finite."
-    table = PlainTable("structure", *numbers, title=title, caption=caption, numbers=numbers)
-    for structure in results.structures:
-        counts = [structure.counts["scored"] + structure.infinite, *(structure.counts[state] or "" for state in shown)]
-        table.add_row(structure.comparison.name, *_numbers(structure.mean), *map(str, counts))
-    table.add_section()
-    table.add_row("mean", *_numbers(results.mean))
-    return table
-
-
-def _numbers(mean: Mapping[str, Any]) -> list[str]:
-    formats = {"Dice": ".3f", "NSD": ".3f", "HD95": ".1f"}
-    return ["" if mean[metric] is None else format(mean[metric], digits) for metric, digits in formats.items()]
+    print_table(rows, "structure", *numbers, title=title, caption=caption, numbers=numbers)

@@ -43,13 +43,13 @@ def complete_label_systems() -> list[str]:
 
 def _complete_settings(ctx: Context, incomplete: str) -> list[tuple[str, str]]:
     """List the settings, and after ``name=`` the values of those that have few."""
-    split = [word for word in ctx.meta.get(LIST_VALUES, ())[-2:] if word in SETTINGS]  # bash splits words at "="
-    if split:
-        return [(value, "") for value in SETTINGS[split[0]].choices]
+    for word in ctx.meta.get(LIST_VALUES, ())[-2:]:  # bash splits words at "="
+        if word in SETTINGS:
+            return [(value, "") for value in SETTINGS[word].choices]
     name, separator, _ = incomplete.partition("=")
     names = [known for known in SETTINGS if (known == name if separator else known.startswith(name))]
-    if len(names) == 1 and SETTINGS[names[0]].choices:
-        return [(f"{names[0]}={value}", "") for value in SETTINGS[names[0]].choices]
+    if len(names) == 1 and (choices := SETTINGS[names[0]].choices):
+        return [(f"{names[0]}={value}", "") for value in choices]
     return [(f"{known}=", SETTINGS[known].help) for known in names]
 
 
@@ -73,6 +73,11 @@ Settings = Annotated[
 ]
 _STRATEGY_HELP = "With --from: what is fine-tuned, and how fast; full by default."
 StrategyOption = Annotated[Strategy | None, Option("--strategy", help=_STRATEGY_HELP)]
+
+
+def split_names(*texts: str) -> list[str]:
+    """Return the names in texts with commas between."""
+    return [name.strip() for text in texts for name in text.split(",") if name.strip()]
 
 
 def choose_device(device: str) -> DeviceName:
@@ -103,8 +108,8 @@ def choose_size(name: str | None, depth: str | None, width: int | None) -> STUNe
     if depth is None and width is None:
         return find_size(name or "base")
     if name is not None:
-        own = " ".join(f"--{key} {value}" for key, value in (("depth", depth), ("width", width)) if value is not None)
-        raise UsageError(f"--size {name} {own}: give a published size, or leave --size out for a size of your own")
+        own = f" --depth {depth}" * (depth is not None) + f" --width {width}" * (width is not None)
+        raise UsageError(f"--size {name}{own}: give a published size, or leave --size out for a size of your own")
     try:
         blocks = [int(n) for n in (depth or "1").split(",")]
     except ValueError:

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 from typer import Option
 
-from stunet.cli.console import PlainTable, print_line, stderr, stdout
-from stunet.cli.options import Device, Json, Trust, choose_device, complete_weights
+from stunet.cli.console import print_line, print_table, say, stderr, stdout
+from stunet.cli.options import Device, Json, Trust, choose_device, complete_weights, split_names
 from stunet.errors import UsageError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def rank(
             configuration=configuration,
             plans=plans,
             fold=fold,
-            metrics=[name.strip() for name in metrics.split(",") if name.strip()],
+            metrics=split_names(metrics),
             n_cases=n_cases,
             per_class=per_class,
             n_whole=n_whole,
@@ -98,8 +98,7 @@ def rank(
 
 def _report(result: CandidateScores) -> None:
     took = f"{result.seconds:.1f} s" if result.seconds else "kept from an earlier run"
-    said = f"{result.name} could not be scored: {result.error}" if result.error else f"{result.name}: {took}"
-    print_line(said, error=True)
+    say(f"{result.name} could not be scored: {result.error}" if result.error else f"{result.name}: {took}")
 
 
 def _show(ranking: Ranking, page: Path) -> None:
@@ -174,7 +173,7 @@ def rank_eval(
     if missing and (metric or not complete):
         raise UsageError(f"{'; '.join(missing)}: choose other metrics, or leave these out of both files")
     for line in missing:
-        print_line(line.replace(":", " is left out:", 1), error=True)
+        say(line.replace(":", " is left out:", 1))
     results = {name: agreement(by_metric[name], truth, n_resamples=resamples, seed=seed) for name in metric or complete}
     if as_json:
         typer.echo(json.dumps({"metrics": {name: result.as_dict() for name, result in results.items()}}, indent=4))
@@ -185,10 +184,10 @@ def rank_eval(
     caption += f"; up to {degenerate} without a value are left out" if degenerate else ""
     numbers = ("weighted Kendall", "Pearson", "Spearman", "regret")
     title = f"{first.n_checkpoints} checkpoints, best Dice: {first.best}"
-    table = PlainTable("metric", *numbers, title=title, caption=caption, numbers=numbers)
+    rows = []
     for name, result in results.items():
-        table.add_row(name, *(f"{e.value:.3f}\n[{e.low:.3f}, {e.high:.3f}]" for e in result.estimates.values()))
-    stdout.print(table)
+        rows.append([name, *(f"{e.value:.3f}\n[{e.low:.3f}, {e.high:.3f}]" for e in result.estimates.values())])
+    print_table(rows, "metric", *numbers, title=title, caption=caption, numbers=numbers)
     for top in dict.fromkeys(result.top for result in results.values()):
         names = ", ".join(name for name, result in results.items() if result.top == top)
         print_line(f"First choice of {names}: {top}")
