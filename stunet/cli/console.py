@@ -20,8 +20,6 @@ LIST_VALUES = "stunet.list_values"
 
 _LIST_OPTION = "stunet.list_option"
 _LONGEST_WORD = 48  # that a table keeps in one line
-#: What help shows for a value, by the name of its type.
-_METAVARS = {"text": "TEXT", "path": "PATH", "float": "X", "integer": "N", "integer range": "N", "float range": "X"}
 
 # Names of cases, structures and files are printed everywhere: [old] and :x: in them are text, not markup.
 stdout = Console(markup=False, emoji=False, highlight=False)
@@ -69,8 +67,8 @@ class _Help:
         for param in params:
             if getattr(param, "is_flag", False):
                 param.metavar = ""
-            elif param.param_type_name == "option" and param.metavar is None and param.type.name in _METAVARS:
-                param.metavar = _METAVARS[param.type.name] + " ..." * param.multiple
+            elif getattr(param, "multiple", False) and param.metavar is None:
+                param.metavar = "TEXT ..."
         return params
 
 

@@ -49,16 +49,16 @@ def preflight(
         environment.require_plans(path)
     if trainer is not None:
         _check_trainer(trainer)
-    raw, preprocessed = (Path(os.environ.get(v) or os.devnull) / name for v in ("nnUNet_raw", "nnUNet_preprocessed"))
     # What is trained on, before what it was made from.
-    folders = (preprocessed, raw) if configuration else (raw, preprocessed)
-    folder = next((folder for folder in folders if (folder / "dataset.json").is_file()), None)
-    if folder is not None:
-        with reading(folder / "dataset.json", "a description that cannot be read", DatasetError, "write it again"):
-            content = read_json(folder / "dataset.json")
+    variables = ("nnUNet_raw", "nnUNet_preprocessed")[:: -1 if configuration else 1]
+    places = [Path(os.environ.get(variable) or os.devnull) / name / "dataset.json" for variable in variables]
+    for described in filter(Path.is_file, places):
+        with reading(described, "a description that cannot be read", DatasetError, "write it again"):
+            content = read_json(described)
         if path is not None and path.is_file():
             _check_plans(path, content, name, configuration)
-        _check_label_maps(folder, content, seconds)
+        _check_label_maps(described.parent, content, seconds)
+        break
     disk = 10**7
     if plans is not None and configuration is not None:
         from stunet.planning import open_preprocessed
@@ -79,17 +79,13 @@ def preflight(
 def _check_trainer(name: str) -> None:
     """Look for the name in the files that nnU-Net would import one after the other, which takes seconds."""
     spec = importlib.util.find_spec("nnunetv2")
-    stock = [Path(place) / "training" / "nnUNetTrainer" for place in (spec and spec.submodule_search_locations) or []]
+    stock = [f"{place}/training/nnUNetTrainer" for place in (spec and spec.submodule_search_locations) or []]
     external = (os.environ.get("nnUNet_extTrainer") or str(trainers_folder())).split(os.pathsep)
-    sources = [
-        file.read_text(encoding="utf-8", errors="ignore")
-        for folder in (*stock, *map(Path, filter(None, external)))
-        for file in folder.rglob("*.py")
-    ]
-    known = {found for source in sources for found in re.findall(r"^class (\w+)\(", source, re.MULTILINE)}
-    if str(trainers_folder()) in external:
-        known |= set(TRAINERS)
-    if name not in known and not any(re.search(rf"\b{re.escape(name)}\b", source) for source in sources):
+    files = [file for folder in (*stock, *filter(None, external)) for file in Path(folder).rglob("*.py")]
+    source = "\n".join(file.read_text(encoding="utf-8", errors="ignore") for file in files)
+    known = {*re.findall(r"^class (\w+)\(", source, re.MULTILINE)}
+    known |= {*TRAINERS} if str(trainers_folder()) in external else set()
+    if name not in known and not re.search(rf"\b{re.escape(name)}\b", source):
         places, hint = ", ".join(external), environment.did_you_mean(name, sorted(known))
         raise UsageError(f"unknown trainer {name}: -tr names one of nnU-Net's or of {places}. {hint}")
 
@@ -118,18 +114,16 @@ def _check_label_maps(folder: Path, content: dict[str, Any], seconds: float) -> 
     declared = Labels(content, folder / "dataset.json").check()
     if int(os.environ.get("RANK") or 0) > 0:  # the first process of a training looks for all
         return
-    listed, ending = content.get("dataset"), str(content.get("file_ending", ""))
-    copies = folder / "gt_segmentations"
+    copies, listed = folder / "gt_segmentations", content.get("dataset")
+    files = sorted((copies if copies.is_dir() else folder / "labelsTr").glob(f"*{content.get('file_ending', '')}"))
     if isinstance(listed, dict) and not copies.is_dir():
         files = [folder / str(case.get("label")) for _, case in sorted(listed.items()) if isinstance(case, dict)]
-    else:
-        files = sorted((copies if copies.is_dir() else folder / "labelsTr").glob(f"*{ending}"))
-    files = [file for file in files if file.is_file()]
-    random.Random(0).shuffle(files)
     stop = time.monotonic() + seconds
-    for file in files:
+    for file in random.Random(0).sample(files, len(files)):
         if time.monotonic() > stop:
             return
+        if not file.is_file():
+            continue  # reading the dataset says so
         if undeclared := sorted(set(count_labels(file)) - set(declared)):
             raise LabelError(
                 f"dataset.json does not declare {', '.join(map(str, undeclared[:8]))} in {file}, only 0 to "

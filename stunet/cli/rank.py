@@ -104,27 +104,27 @@ def _report(result: CandidateScores) -> None:
 def _show(ranking: Ranking, page: Path) -> None:
     from stunet.reports.ranking import short_names
 
-    mean_ranks, has_interval = ranking.mean_ranks, "ccfv" in ranking.metrics
-    heads = [name.replace("transrate", "trans-\nrate").replace("zero-shot", "zero-\nshot") for name in ranking.metrics]
-    heads += ["mean\nrank"] * bool(mean_ranks) + ["ccfv, 95 %\nof resamples"] * has_interval
-    rows = []
-    for place, row in enumerate(ranking.rows):
-        scores = [(row.scores.get(metric), ranking.preferred.get(metric) is row) for metric in ranking.metrics]
-        cells = [Text("-" if score is None else f"{score:.2f}", "bold" if best else "") for score, best in scores]
-        if mean_ranks:
-            cells.append(Text(f"{mean_ranks[place]:.1f}", "bold" if row is ranking.consensus else ""))
-        if has_interval:
-            cells.append(Text("" if row.interval is None else "{:.2f} to {:.2f}".format(*row.interval)))
-        rows.append(cells)
-    widths = [max(map(len, [*head.split("\n"), *map(str, column)])) for head, *column in zip(heads, *rows, strict=True)]
+    columns: dict[str, list[Text]] = {}
+    for metric in ranking.metrics:
+        scores, best = [row.scores.get(metric) for row in ranking.rows], ranking.preferred.get(metric)
+        bold = ["bold" if row is best else "" for row in ranking.rows]
+        head = metric.replace("transrate", "trans-\nrate").replace("zero-shot", "zero-\nshot")
+        columns[head] = [Text("-" if s is None else f"{s:.2f}", b) for s, b in zip(scores, bold, strict=True)]
+    if mean_ranks := ranking.mean_ranks:
+        bold = ["bold" if row is ranking.consensus else "" for row in ranking.rows]
+        columns["mean\nrank"] = [Text(f"{rank:.1f}", b) for rank, b in zip(mean_ranks, bold, strict=True)]
+    if "ccfv" in ranking.metrics:
+        intervals = [row.interval for row in ranking.rows]
+        columns["ccfv, 95 %\nof resamples"] = [Text("{:.2f} to {:.2f}".format(*i) if i else "") for i in intervals]
+    widths = [max(map(len, [*head.split("\n"), *map(str, cells)])) for head, cells in columns.items()]
     full = [row.name for row in ranking.rows]
     names = short_names(full, max(12, stdout.width - sum(widths) - len(widths) - 6))
     table = Table(title=f"Best first by {ranking.metric}", title_justify="left", box=SIMPLE_HEAD, padding=0)
-    table.add_column("", justify="right", min_width=len(str(len(rows))))
+    table.add_column("", justify="right", min_width=len(str(len(full))))
     table.add_column("candidate", overflow="fold")
-    for head in heads:
+    for head in columns:
         table.add_column(head, justify="right", no_wrap=True)
-    for place, (name, cells) in enumerate(zip(names, rows, strict=True), start=1):
+    for place, (name, *cells) in enumerate(zip(names, *columns.values(), strict=True), start=1):
         table.add_row(str(place), Text(name), *cells)
     stdout.print(table)
     for place, (name, whole) in enumerate(zip(names, full, strict=True), start=1):
