@@ -87,7 +87,24 @@ def evaluate(
     with case_bar("Scoring", len(jobs)) as on_case:
         results = score_cases(jobs, num_processes=num_processes, on_case=on_case)
     if results.cases:
-        _report(results, tolerance, folder, relation, described, target, as_json=as_json)
+        from stunet.reports import draw_scores
+
+        folder.mkdir(parents=True, exist_ok=True)
+        failed = {case: str(error) for case, error in results.failed.items()}
+        about: dict[str, Any] = {"model": str(described.path), "dataset": target.folder.name, "tolerance_mm": tolerance}
+        summary = results.summary(**about, left_out=dict(relation.left_out), failed=failed)
+        write_json(summary, folder / "summary.json")
+        results.write_csv(folder / "scores.csv")
+        draw_scores(results, folder / "scores.png", title=f"{described.path.name} on {target.folder.name}")
+        if as_json:
+            del summary["metric_per_case"]
+            typer.echo(json.dumps({"output": str(folder), "cases": len(results.cases), **summary}, indent=4))
+        else:
+            _print_scores(results, tolerance)
+            written = [name for name in ("summary.json", "scores.csv", "scores.png") if (folder / name).is_file()]
+            print_line(f"Wrote {folder}: {', '.join(written)}")
+        for warning in results.warnings:
+            say(f"warning: {warning}")
     print_failures(results.failed)
     if results.failed:
         say(f"{len(results.failed)} cases could not be scored; the results are without them.")
@@ -144,34 +161,6 @@ def _warn_of_training_cases(model: Path, fold: int | None, folds: Sequence[str] 
     averaged = folds or [path.name.removeprefix("fold_") for path in sorted(model.glob("fold_*"))]
     if predicted and (others := [name for name in averaged if name != str(fold)]):
         say(f"warning: fold {', '.join(others)} of the model was trained on these cases; give --folds {fold}.")
-
-
-def _report(
-    results: EvaluationResults, tolerance: float, folder: Path, relation: LabelRelation, model: SegmentationModel,
-    target: RawDataset, *, as_json: bool,
-) -> None:  # fmt: skip
-    from stunet.reports import draw_scores
-
-    folder.mkdir(parents=True, exist_ok=True)
-    summary = results.summary(
-        model=str(model.path),
-        dataset=target.folder.name,
-        tolerance_mm=tolerance,
-        left_out=dict(relation.left_out),
-        failed={case: str(error) for case, error in results.failed.items()},
-    )
-    write_json(summary, folder / "summary.json")
-    results.write_csv(folder / "scores.csv")
-    draw_scores(results, folder / "scores.png", title=f"{model.path.name} on {target.folder.name}")
-    if as_json:
-        del summary["metric_per_case"]
-        typer.echo(json.dumps({"output": str(folder), "cases": len(results.cases), **summary}, indent=4))
-    else:
-        _print_scores(results, tolerance)
-        written = [name for name in ("summary.json", "scores.csv", "scores.png") if (folder / name).is_file()]
-        print_line(f"Wrote {folder}: {', '.join(written)}")
-    for warning in results.warnings:
-        say(f"warning: {warning}")
 
 
 def _print_scores(results: EvaluationResults, tolerance: float) -> None:

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -82,18 +82,10 @@ def totalsegmentator(
     started = time.monotonic()
     details = {"task": task if task == "total" else Path(task).name, "version": told}
     with case_bar("Importing", len(set(found.cases) - excluded)) as on_case:
-        report = import_cases(
-            list(found.cases.values()),
-            chosen,
-            folder,
-            details=details,
-            excluded=excluded,
-            link_images=images == "link",
-            preprocessed=os.environ.get(_PREPROCESSED) or None,
-            allow_unannotated=allow_unannotated,
-            num_processes=num_processes,
-            on_case=on_case,
-        )
+        how: dict[str, Any] = {"allow_unannotated": allow_unannotated, "num_processes": num_processes}
+        how |= {"link_images": images == "link", "preprocessed": os.environ.get(_PREPROCESSED) or None}
+        cases = list(found.cases.values())
+        report = import_cases(cases, chosen, folder, details=details, excluded=excluded, on_case=on_case, **how)
     n_train, n_val, n_test = (list(report.splits.values()).count(split) for split in ("train", "val", "test"))
     print_line(f"Wrote {report.folder}: {n_train} cases to train, {n_val} to validate, {n_test} to test")
     print_line(f"It took {time.monotonic() - started:.1f} s; {report.reused} cases were finished before")
@@ -161,16 +153,9 @@ def union(
         typer.echo(dump_mapping(merged.mapping, merged.superclasses), nl=False)
         return
     with case_bar("Label maps", sum(len(source.cases) for source in found)) as on_case:
-        report = import_union(
-            found,
-            merged,
-            folder,
-            weights=given,
-            allow_unannotated=allow_unannotated,
-            preprocessed=os.environ.get(_PREPROCESSED) or None,
-            num_processes=num_processes,
-            on_case=on_case,
-        )
+        how: dict[str, Any] = {"allow_unannotated": allow_unannotated, "num_processes": num_processes}
+        how["preprocessed"] = os.environ.get(_PREPROCESSED) or None
+        report = import_union(found, merged, folder, weights=given, on_case=on_case, **how)
     print_line(f"Wrote {report.folder}: {len(report.records)} cases; {report.reused} were finished before")
     own_names = {s.name: [case for case, new in s.cases.items() if new in report.records] for s in found}
     _print_weights(found, own_names, given, console)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def info(
-    size: Annotated[list[str] | None, Option(autocompletion=options.complete_sizes)] = None,
+    size: Annotated[list[str] | None, Option(autocompletion=lambda: list(SIZES))] = None,
     patch: str = "128,128,128",
     batch: options.Positive = 2,
     classes: options.Positive = 105,

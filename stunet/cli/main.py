@@ -89,13 +89,11 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-_Version = Annotated[
-    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
-]
+_VERSION = typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
 
 
 @app.callback()
-def _options(version: _Version = False) -> None:
+def _options(version: Annotated[bool, _VERSION] = False) -> None:
     """Take the options of ``stunet`` itself."""
 
 

@@ -16,11 +16,6 @@ from stunet.settings import SETTINGS, Strategy
 from stunet.sizes import N_STAGES, SIZES, STUNetSize, find_size, size_of
 
 
-def complete_sizes() -> list[str]:
-    """List the published sizes."""
-    return list(SIZES)
-
-
 def complete_presets() -> list[str]:
     """List the pre-training presets: the files that name no size."""
     names = (file.name.removesuffix(".json") for file in files("stunet.plans").iterdir() if file.name.endswith(".json"))
@@ -60,7 +55,7 @@ Positive = Annotated[int, Option(min=1)]
 Processes = Annotated[int, Option("-np", "--np", min=1)]
 Dataset = Annotated[str, Option("-d", "--dataset", help="Dataset id or name.")]
 Plans = Annotated[str, Option("--plans", "-p", help="The plans to start from.")]
-Size = Annotated[str | None, Option(autocompletion=complete_sizes)]
+Size = Annotated[str | None, Option(autocompletion=lambda: list(SIZES))]
 Seed = Annotated[int | None, Option(min=0)]
 Continue = Annotated[bool, Option("--c", "--continue", help="Continue a training that was interrupted.")]
 Json = Annotated[bool, Option("--json", help="Print JSON.")]

@@ -6,10 +6,10 @@ import base64
 import io
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -20,35 +20,29 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from stunet.evaluation import METRICS, EvaluationResults
 from stunet.files import atomic_path
 
 Array = npt.NDArray[Any]
-Arguments = ParamSpec("Arguments")
-Drawn = TypeVar("Drawn")
 
 _TITLES = {"Dice": "Dice", "NSD": "normalised surface Dice", "HD95": "95th percentile Hausdorff distance (mm)"}
 _ROW = 0.26  # inches
 _MOST_CASES_FOR_OPAQUE_DOTS = 20
 
 
-def drawing(draw: Callable[Arguments, Drawn]) -> Callable[Arguments, Drawn | None]:
-    """Decorate what draws or saves a figure: a ``$`` in a name is a dollar, and a failure costs the picture alone."""
-
-    @wraps(draw)
-    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Drawn | None:
-        try:
-            with mpl.rc_context({"text.parse_math": False}):
-                return draw(*args, **kwargs)
-        except Exception as error:  # whatever it is, the results beside the picture are whole
-            warnings.warn(f"no picture: {type(error).__name__}: {str(error)[:200]}", stacklevel=2)
-            return None
-
-    return call
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Draw within, or decorate what draws: a ``$`` in a name is a dollar, and a failure costs the picture alone."""
+    try:
+        with mpl.rc_context({"text.parse_math": False}):
+            yield
+    except Exception as error:  # whatever it is, the results beside the picture are whole
+        warnings.warn(f"no picture: {type(error).__name__}: {str(error)[:200]}", stacklevel=4)  # above contextlib
 
 
-@drawing
+@drawing()
 def side_by_side(
     cases: Sequence[tuple[str, Array, Mapping[str, Array]]],
     labels: Mapping[str, int],
@@ -96,7 +90,7 @@ def _colour(labels: Array, colours: Mapping[int, tuple[float, ...]]) -> npt.NDAr
     return rgba
 
 
-@drawing
+@drawing()
 def draw_scores(results: EvaluationResults, path: str | os.PathLike[str], *, title: str = "") -> None:
     """Draw the scores of each structure: a dot for each case, and a bar at the mean.
 
@@ -135,6 +129,23 @@ def _draw_metric(panel: Axes, results: EvaluationResults, metric: str) -> None:
     panel.set_xlim(*((0, None) if metric == "HD95" else (-0.02, 1.02)))
     panel.grid(visible=True, axis="x", linewidth=0.4)
     panel.tick_params(labelsize=8)
+
+
+def draw_curves(
+    curves: Mapping[str, Sequence[float]], x: str, y: str, styles: Iterable[Mapping[str, Any]], start: int = 0
+) -> Figure:
+    """Draw a line for each sequence, by name, over whole numbers from ``start`` on, each in a style of its own."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for (name, values), style in zip(curves.items(), styles, strict=False):
+        axes.plot(range(start, start + len(values)), values, marker="o", label=name, **style)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(curves) > 1:
+        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
 
 
 def write_page(template: str, path: str | os.PathLike[str], **content: Any) -> None:
