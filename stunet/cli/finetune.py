@@ -14,7 +14,6 @@ from stunet.cli import options
 from stunet.cli.console import print_line
 from stunet.cli.env import trainers_folder
 from stunet.cli.plan import plan
-from stunet.cli.preflight import preflight
 from stunet.environment import nnunet_folder
 from stunet.errors import UsageError
 from stunet.files import locked
@@ -61,7 +60,7 @@ def finetune(
     """
     parse_settings(settings or [])  # before PyTorch is imported
     results = nnunet_folder("nnUNet_results")
-    preflight(dataset, plans=plans, device=device, n_devices=num_gpus, writes=results, seconds=-1)
+    options.preflight(dataset, plans=plans, device=device, n_devices=num_gpus, writes=results, seconds=-1)
     device = options.choose_device(device)
     how: dict[str, Any] = {"strategy": strategy, "settings": settings, "trust": trust, "num_processes": num_processes}
     new: dict[str, Any] = {"name": name, "overwrite": overwrite}
@@ -77,7 +76,8 @@ def finetune(
     with locked(model / f".fold_{fold}.lock", "training of the same fold"):
         _check_fold(model / f"fold_{fold}", continue_training=continue_training, overwrite=overwrite)
         _preprocess(path, configuration, num_processes)
-        preflight(dataset, plans=plans_name, configuration=configuration, trainer=_TRAINER, writes=results, seconds=-1)
+        trained: dict[str, Any] = {"plans": plans_name, "configuration": configuration, "trainer": _TRAINER}
+        options.preflight(dataset, **trained, writes=results, seconds=-1)
         # Before nnU-Net is asked for the trainer; its own parser then reads the command as it was shown.
         os.environ["nnUNet_extTrainer"] = str(trainers_folder())
         print_line(f"\n$ {shlex.join(command)}", style="bold")

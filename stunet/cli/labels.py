@@ -8,8 +8,7 @@ from typing import Any
 import typer
 
 from stunet.cli.console import Group, case_bar, print_failures, print_line, print_table, say
-from stunet.cli.options import Dataset, Json, Processes
-from stunet.cli.preflight import preflight
+from stunet.cli.options import Dataset, Json, Processes, preflight
 from stunet.environment import find_dataset, nnunet_folder
 
 app = typer.Typer(cls=Group, help="Check and carry annotated_labels.json.", no_args_is_help=True)

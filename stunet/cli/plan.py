@@ -11,7 +11,6 @@ from typer import Context, Option
 from stunet.cli import options
 from stunet.cli.console import print_line, print_table, stdout
 from stunet.cli.convert import find_fetched
-from stunet.cli.preflight import preflight
 from stunet.environment import find_plans, nnunet_folder
 from stunet.errors import DatasetError, PlansError, UsageError, reading
 from stunet.files import read_json
@@ -78,7 +77,7 @@ def plan(
     paths = None if source is None else find_fetched([source])[1]
     if strategy is not None and source is None:
         raise UsageError(f"--strategy {strategy} without weights to start from: give them with --from, or leave it out")
-    dataset_name = preflight(dataset, plans=plans, writes=nnunet_folder("nnUNet_preprocessed"))
+    dataset_name = options.preflight(dataset, plans=plans, writes=nnunet_folder("nnUNet_preprocessed"))
     from stunet import planning
     from stunet.weights.convert import open_weights
 

@@ -10,10 +10,9 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from stunet.cli import preflight
 from stunet.cli.console import print_line
 from stunet.cli.env import trainers_folder
-from stunet.cli.options import Continue, Device, FoldName, choose_device
+from stunet.cli.options import Continue, Device, FoldName, choose_device, preflight
 from stunet.environment import find_dataset, find_plans, nnunet_folder
 from stunet.errors import UsageError
 
@@ -55,7 +54,7 @@ def train(
         other = "-pretrained_weights" if pretrained_weights else "--val"
         raise UsageError(f"--c and {other} are both given, but only one can be done: leave one out")
     asked: dict[str, Any] = {"plans": plans, "configuration": configuration, "trainer": trainer}
-    preflight.preflight(dataset, **asked, device=device, n_devices=num_gpus, writes=nnunet_folder("nnUNet_results"))
+    preflight(dataset, **asked, device=device, n_devices=num_gpus, writes=nnunet_folder("nnUNet_results"))
     device = choose_device(device)
     os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))  # before nnU-Net is asked for the trainer
     import torch
