@@ -36,7 +36,7 @@ def train(
     validate_best: Annotated[bool, Option("--val_best", help="Validate with checkpoint_best.pth.")] = False,
     disable_checkpointing: Annotated[bool, Option("--disable_checkpointing", help="Write none.")] = False,
     device: Device = "auto",
-    global_batch: Annotated[int | None, Option(help="Samples of all processes, not the plans' batch size.")] = None,
+    global_batch: Annotated[int | None, Option(help="Batch of all processes; that of the plans by default.")] = None,
     seed: Annotated[int | None, Option(help=_SEED_HELP, min=0)] = None,
     timeout: Annotated[float, Option(help="Seconds that processes wait for each other.", min=1)] = 1800.0,
 ) -> None:
