@@ -26,20 +26,20 @@ stdout = Console(markup=False, emoji=False, highlight=False)
 stderr = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
-def print_line(line: str, *, error: bool = False, style: str | None = None) -> None:
-    """Print a line as it is, however long, to standard output or to standard error."""
-    (stderr if error else stdout).print(line, style=style, soft_wrap=True)
+def print_line(line: str, *, style: str | None = None) -> None:
+    """Print a line as it is, however long."""
+    stdout.print(line, style=style, soft_wrap=True)
 
 
-def say(text: str) -> None:
+def say(line: str) -> None:
     """Print a line on standard error, as it is."""
-    print_line(text, error=True)
+    stderr.print(line, soft_wrap=True)
 
 
 def print_error(error: Any) -> None:
     """Show one of our own errors the way the command line does."""
     stderr.print("error:", style="bold red", end=" ")
-    print_line(str(error), error=True)
+    say(str(error))
 
 
 def print_failures(failed: Mapping[str, object]) -> None:

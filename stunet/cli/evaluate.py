@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stunet.evaluation import EvaluationResults, SegmentationModel
     from stunet.labels.comparisons import LabelRelation
 
+_Show = Callable[[str], None]
 _MODEL_HELP = "Model folder; with --predictions a dataset.json will do, or nothing."
 _MAP_HELP = "YAML file, or the name of a published label system, such as btcv."
 
@@ -73,7 +74,7 @@ def evaluate(
         _check_agreement(described, target)
     else:
         check_predictions(jobs, predictions)
-    _print_relation(relation, described, target, error=as_json)
+    _print_relation(relation, described, target, say if as_json else print_line)
     if split == "train" and described.plans.get("dataset_name") == target.folder.name:
         _warn_of_training_cases(described.path, fold, folds, predicted=predictions is None)
     if predictions is None:
@@ -127,28 +128,28 @@ def _suggest(model: SegmentationModel, target: RawDataset, output: Path | None) 
 
 def _check_agreement(model: SegmentationModel, target: RawDataset) -> None:
     """Check that the model takes images such as the dataset has."""
-    own, taken = (list(of.dataset_json.get("channel_names", {}).values()) for of in (target, model))
+    own, taken = ([*map(str, of.dataset_json.get("channel_names", {}).values())] for of in (target, model))
     if len(own) != len(taken):
-        got, others = (f"{len(names)} ({', '.join(map(str, names))})" for names in (own, taken))
+        got, others = (f"{len(names)} ({', '.join(names)})" for names in (own, taken))
         raise DatasetError(f"{target.folder} has other channels, {got}, than {others}, as {model.path} has")
-    ending, taken_ending = (of.dataset_json.get("file_ending") for of in (target, model))
-    if ending != taken_ending:
-        raise DatasetError(f"{target.folder} has {ending} files: convert them to {taken_ending}, as {model.path} has")
+    ending, wanted = (of.dataset_json.get("file_ending") for of in (target, model))
+    if ending != wanted:
+        raise DatasetError(f"{target.folder} has {ending} files: convert them to {wanted}, as {model.path} has")
 
 
-def _print_relation(relation: LabelRelation, model: SegmentationModel, target: RawDataset, *, error: bool) -> None:
+def _print_relation(relation: LabelRelation, model: SegmentationModel, target: RawDataset, show: _Show) -> None:
     n = len(relation.comparisons)
-    print_line(f"{n} structures are compared on {len(target.cases)} cases of {target.folder.name}.", error=error)
+    show(f"{n} structures are compared on {len(target.cases)} cases of {target.folder.name}.")
     for c in relation.comparisons:
         if c.source != (c.name,):
-            print_line(f"  {c.name}: {' + '.join(c.source)}", error=error)
+            show(f"  {c.name}: {' + '.join(c.source)}")
     configurations = list(model.plans.get("configurations", {}).values())
     if len(configurations) == 1 and "spacing" in configurations[0]:
         spacing = " x ".join(f"{side:g}" for side in configurations[0]["spacing"])
-        print_line(f"The model works at {spacing} mm; scores are those on the dataset's own grids.", error=error)
+        show(f"The model works at {spacing} mm; scores are those on the dataset's own grids.")
     for reason in dict.fromkeys(relation.left_out.values()):
         left = [name for name, why in relation.left_out.items() if why == reason]
-        print_line(f"Not compared, {reason}: {', '.join(left)}", error=error)
+        show(f"Not compared, {reason}: {', '.join(left)}")
     for name, structure in relation.doubtful:
         say(f"warning: {name} is taken for {structure}, by its label value")
 
