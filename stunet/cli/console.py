@@ -142,7 +142,10 @@ def print_table(
         justify: Literal["left", "right"] = "right" if column in numbers else "left"
         table.add_column(column, justify=justify, overflow="fold", min_width=min(widest, _LONGEST_WORD))
     for row in texts:
-        table.add_row(*map(Text, row)) if row else table.add_section()
+        if row:
+            table.add_row(*map(Text, row))
+        else:
+            table.add_section()
     console.print(table)
 
 

@@ -172,7 +172,7 @@ def _print_scores(results: EvaluationResults, tolerance: float) -> None:
     def means(of: Mapping[str, Any]) -> list[str]:
         return ["" if of[metric] is None else format(of[metric], digits) for metric, digits in metrics.items()]
 
-    rows: list[list[object]] = []
+    rows: list[Sequence[object]] = []
     for each in results.structures:
         counts = [each.counts["scored"] + each.infinite, *(each.counts[state] or "" for state in shown)]
         rows.append([each.comparison.name, *means(each.mean), *counts])

@@ -90,8 +90,6 @@ def totalsegmentator(
     print_line(f"Wrote {report.folder}: {n_train} cases to train, {n_val} to validate, {n_test} to test")
     print_line(f"It took {time.monotonic() - started:.1f} s; {report.reused} cases were finished before")
     _print_cases(sorted(excluded & set(found.cases)), "excluded")
-    _print_cases(report.left_out, "left out, as they annotate none of these structures")
-    _print_cases(report.kept, "kept from an earlier run, as the source does not have them whole any more")
     _print_cases(list(found.absent), "in meta.csv and not in the source")
     _print_cases(list(found.unlisted), "not in meta.csv, taken for training")
     if not report.has_folds:
@@ -159,8 +157,6 @@ def union(
     print_line(f"Wrote {report.folder}: {len(report.records)} cases; {report.reused} were finished before")
     own_names = {s.name: [case for case, new in s.cases.items() if new in report.records] for s in found}
     _print_weights(found, own_names, given, console)
-    _print_cases(report.left_out, "left out, as they annotate none of these structures")
-    _print_cases(report.kept, "kept from an earlier run, as their source cannot be read any more")
     own = "Not every source has a splits_final.json in nnUNet_raw: nnU-Net makes five folds of its own."
     print_line("The first folds of the sources' splits_final.json are the only fold." if report.has_folds else own)
     _finish(report, dataset_id)
@@ -229,6 +225,8 @@ def _print_cases(names: Sequence[str], what: str) -> None:
 
 
 def _finish(report: ImportReport, dataset_id: int) -> None:
+    _print_cases(report.left_out, "left out, as they annotate none of these structures")
+    _print_cases(report.kept, "kept from an earlier run, as the source does not have them whole any more")
     for path in report.stale:
         again = f"stunet labels carry -d {report.folder.name}"
         print_line(f"Left alone, as it differs: {path}. Preprocess again, then: {again}")

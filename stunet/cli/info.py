@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -62,7 +63,7 @@ def info(
         width: Channels of the first stage, for a size of your own.
     """
     patch_size = _parse_patch(patch)
-    names = size or (SIZES if depth is None and width is None else [None])
+    names: Iterable[str | None] = size or (SIZES if depth is None and width is None else [None])
     sizes = [choose_size(name, depth, width) for name in names]
     from stunet.memory import estimate, recommend
     from stunet.network import default_strides
