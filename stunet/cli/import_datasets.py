@@ -139,9 +139,7 @@ def union(
     overrides = None if mapping is None else read_mapping(mapping)
     folder = _new_dataset(dataset_id, name)
     raw = nnunet_folder("nnUNet_raw")
-    names = [find_dataset(source) for source in sources]
-    once = {each: read_union_source(raw / each, name=each) for each in dict.fromkeys(names)}
-    found = [once[each] for each in names]
+    found = [read_union_source(raw / each, name=each) for each in map(find_dataset, sources)]
     merged = merge_sources(found, overrides)
     given = _parse_weights(weights or [], found)
     console = stderr if dry_run else stdout  # whose other output is YAML
