@@ -11,8 +11,6 @@ from typer import Argument, Option
 
 from stunet.cli.console import human_bytes, human_count, print_line, print_table
 from stunet.cli.options import complete_weights
-from stunet.environment import did_you_mean
-from stunet.errors import UsageError
 from stunet.files import refuse_existing, remove_leftovers
 
 if TYPE_CHECKING:
@@ -71,16 +69,12 @@ def find_fetched(weights: list[Path]) -> tuple[WeightsEntry | None, list[Path]]:
     Raises:
         UsageError: Neither a file nor published weights.
     """
-    if all(path.exists() for path in weights):
-        return None, weights
-    from stunet.weights.published import cached_weights, load_registry
-
-    known = load_registry()
     named = [str(path) for path in weights if not path.exists()]
-    if wrong := [name for name in named if name not in known]:
-        hint = did_you_mean(wrong[0], known)
-        raise UsageError(f"no such weights: {', '.join(wrong)}. {hint}`stunet weights list` shows the names.")
-    return known[named[0]], [path if path.exists() else cached_weights(str(path)) for path in weights]
+    if not named:
+        return None, weights
+    from stunet.weights.published import cached_weights, find_entry
+
+    return find_entry(named[0]), [path if path.exists() else cached_weights(str(path)) for path in weights]
 
 
 def _report(source: SourceWeights, description: ModelDescription, card: dict[str, Any], output: Path) -> None:
