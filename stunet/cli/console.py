@@ -138,9 +138,10 @@ def print_table(
     table.box, table.title_justify, table.caption_justify = SIMPLE_HEAD if columns else None, "left", "left"
     table.title, table.caption = Text(title) if title else None, Text(caption) if caption else None
     for i, column in enumerate(columns or [""] * len(texts[0])):
-        widest = max((len(word) for row in texts if row for word in row[i].split()), default=0)
+        words = " ".join([column, *(row[i] for row in texts if row)]).split()
+        width = min(max(map(len, words), default=0), _LONGEST_WORD)
         justify: Literal["left", "right"] = "right" if column in numbers else "left"
-        table.add_column(column, justify=justify, overflow="fold", min_width=min(widest, _LONGEST_WORD))
+        table.add_column(column, justify=justify, overflow="fold", min_width=width)
     for row in texts:
         if row:
             table.add_row(*map(Text, row))

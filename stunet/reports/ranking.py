@@ -53,7 +53,10 @@ def _figures(ranking: Ranking, scored: Sequence[CandidateScores]) -> list[dict[s
     if scored:
         names = short_names([row.name for row in scored])
         curves = {name: row.ccfv["per_scale"] for name, row in zip(names, scored, strict=True)}
-        styles = [{"color": _BEST, "linewidth": 2.5, "zorder": 3}, *[{"linewidth": 1.2, "alpha": 0.8}] * len(curves)]
+        styles: list[dict[str, Any]] = [
+            {"color": _BEST, "linewidth": 2.5, "zorder": 3},
+            *[{"linewidth": 1.2, "alpha": 0.8}] * len(curves),
+        ]
         lines = draw_curves(curves, "scale of the decoder, 0 is the finest", "log(variety / consistency)", styles)
         figures.append({"svg": inline_svg(lines), "caption": "CC-FV at each scale; the score is their mean."})
     return figures

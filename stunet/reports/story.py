@@ -47,7 +47,7 @@ def read_dice(summary: str | os.PathLike[str], labels: Mapping[str, Any]) -> lis
         values = described.values[name]
         keys = [str(values), str(values[0])]  # a region of one value counts as a region only where others have several
         found = [case["metrics"][key]["Dice"] for case in cases for key in keys if key in case["metrics"]]
-        scores = [score for score in found if not math.isnan(score)]
+        scores = [score for score in found if score is not None and not math.isnan(score)]
         mean = sum(scores) / len(scores) if scores else math.nan
         lowest, highest = min(scores, default=math.nan), max(scores, default=math.nan)
         rows.append(StructureDice(name, mean, lowest, highest, len(scores)))
