@@ -107,8 +107,7 @@ def draw_scores(results: EvaluationResults, path: str | os.PathLike[str], *, tit
         _draw_metric(panel, results, metric)
     panels[0].set_yticks(range(n), [structure.comparison.name for structure in results.structures])
     panels[0].set_ylim(n - 0.5, -0.5)
-    if title:
-        figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10)
     with atomic_path(Path(path)) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
@@ -119,8 +118,7 @@ def _draw_metric(panel: Axes, results: EvaluationResults, metric: str) -> None:
         # Spread over the row's height, in the order of cases, so that equal scores do not hide each other.
         heights = row + np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else [float(row)] * len(values)
         panel.scatter(values, heights, s=9, color="tab:blue", alpha=alpha, linewidths=0, zorder=2)
-        mean = structure.mean[metric]
-        if mean is not None:
+        if (mean := structure.mean[metric]) is not None:
             panel.plot([mean, mean], [row - 0.38, row + 0.38], color="tab:red", linewidth=1.6, zorder=3)
         if metric == "HD95" and structure.infinite:
             text, beside = f"{structure.infinite} infinite", panel.get_yaxis_transform()
