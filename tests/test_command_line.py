@@ -300,7 +300,7 @@ def test_tables_keep_names_whole(
     for line, names in (
         ("weights list", list(load_registry())),
         ("labels check -d 101 -np 1", structures[1:]),
-        ("import union -d 110 --from 101 4 --dry-run", [*structures[1:], name]),
+        ("import union -d 110 --from 101 4 --dry-run", [*structures[1:], name, "50.0%"]),
         ("evaluate -d 101 --predictions predictions -np 1", structures[1:]),
     ):
         status, out, err = _typed(monkeypatch, capsys, *line.split())

@@ -138,10 +138,11 @@ def print_table(
     table.box, table.title_justify, table.caption_justify = SIMPLE_HEAD if columns else None, "left", "left"
     table.title, table.caption = Text(title) if title else None, Text(caption) if caption else None
     for i, column in enumerate(columns or [""] * len(texts[0])):
-        words = " ".join([column, *(row[i] for row in texts if row)]).split()
-        width = min(max(map(len, words), default=0), _LONGEST_WORD)
+        cells = [column, *(row[i] for row in texts if row)]
+        width = min(max(map(len, " ".join(cells).split()), default=0), _LONGEST_WORD)
+        whole = max(map(len, cells)) <= width  # else rich narrows it first, and cuts off what then is too wide
         justify: Literal["left", "right"] = "right" if column in numbers else "left"
-        table.add_column(column, justify=justify, overflow="fold", min_width=width)
+        table.add_column(column, justify=justify, overflow="fold", min_width=width, no_wrap=whole)
     for row in texts:
         if row:
             table.add_row(*map(Text, row))
