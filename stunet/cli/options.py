@@ -147,9 +147,6 @@ def preflight(
 
     Returns:
         The dataset's full name.
-
-    Raises:
-        STUNetError: What is wrong, what would be right, what to do.
     """
     name = environment.find_dataset(dataset)
     path = None if plans is None else environment.find_plans(name, plans)

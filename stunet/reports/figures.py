@@ -147,13 +147,7 @@ def draw_curves(
 
 
 def write_page(template: str, path: str | os.PathLike[str], **content: Any) -> None:
-    """Fill a template and write the page, atomically. All text is escaped.
-
-    Args:
-        template: Its file name.
-        path: The page.
-        content: What the template names; something that it names and that is missing is an error.
-    """
+    """Fill a template with all that it names, escaped, and write the page, atomically."""
     environment = Environment(loader=PackageLoader("stunet.reports"), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template(template).render(**content)
     with atomic_path(path) as temporary:
