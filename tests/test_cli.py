@@ -236,7 +236,7 @@ def test_bad_input_to_info(args: tuple[str, ...], expected: str, run: Any) -> No
     [
         (("--size", "giant"), ("giant", "small, base, large, huge")),
         (("--size", "small", "--width", "8"), ("--size small --width 8",)),
-        (("--from", "small_ep4"), ("no such weights", "Did you mean small_ep4k", "stunet weights list")),
+        (("--from", "small_ep4"), ("unknown weights", "Did you mean small_ep4k", "stunet list")),
         (("--width", "0"), ("width", "0")),
         (("--width", "-8"), ("width", "-8")),
         (("--depth", "1,1,0,1,1,1"), ("depth",)),

@@ -249,7 +249,7 @@ def test_train_gives_nnunet_the_chosen_device(
     monkeypatch.setattr(nnunetv2.run.run_training, "get_trainer_from_args", stop)
     monkeypatch.setattr(stunet.training.distributed, "_use_device", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("stunet.cli.preflight.preflight", lambda *_, **__: "Dataset004_Here")
+    monkeypatch.setattr("stunet.cli.train.preflight", lambda *_, **__: "Dataset004_Here")
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     assert _typed(monkeypatch, capsys, "train", "4", "3d_fullres", "0", *typed)[0] == 2
     assert [(str(call[-1]), call[-2]) for call in calls] == [(device, goes_on)]
@@ -300,7 +300,7 @@ def test_tables_keep_names_whole(
     for line, names in (
         ("weights list", list(load_registry())),
         ("labels check -d 101 -np 1", structures[1:]),
-        ("import union -d 110 --from 101 4 --dry-run", [*structures[1:], name]),
+        ("import union -d 110 --from 101 4 --dry-run", [*structures[1:], name, "50.0%"]),
         ("evaluate -d 101 --predictions predictions -np 1", structures[1:]),
     ):
         status, out, err = _typed(monkeypatch, capsys, *line.split())

@@ -168,8 +168,8 @@ def test_two_channels_without_pickle(tmp_path: Path) -> None:
         ((), ("3 outputs", "--labels FILE.json")),
         (("--labels", "{source}/two.json"), ("two.json", "2 ", "for 3 outputs")),
         (("--labels", "{source}/none.json"), ("none.json",)),
-        (("{source}/none.pkl",), ("no such weights", "none.pkl")),
-        (("{source}/none.model",), ("no such weights", "none.model")),
+        (("{source}/none.pkl",), ("unknown weights", "none.pkl")),
+        (("{source}/none.model",), ("unknown weights", "none.model")),
     ],
 )
 def test_bad_input_is_explained_and_leaves_nothing(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
@@ -24,25 +26,36 @@ stdout = Console(markup=False, emoji=False, highlight=False)
 stderr = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
-def print_line(line: str, *, error: bool = False, style: str | None = None) -> None:
-    """Print a line as it is, however long, to standard output or to standard error."""
-    (stderr if error else stdout).print(line, style=style, soft_wrap=True)
+def print_line(line: str, *, style: str | None = None) -> None:
+    """Print a line as it is, however long."""
+    stdout.print(line, style=style, soft_wrap=True)
 
 
-def say(text: str) -> None:
+def say(line: str) -> None:
     """Print a line on standard error, as it is."""
-    print_line(text, error=True)
+    stderr.print(line, soft_wrap=True)
 
 
 def print_error(error: Any) -> None:
     """Show one of our own errors the way the command line does."""
     stderr.print("error:", style="bold red", end=" ")
-    print_line(str(error), error=True)
+    say(str(error))
 
 
-def shorten(names: Sequence[str]) -> str:
-    """Join the first five names."""
-    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+def print_failures(failed: Mapping[str, object]) -> None:
+    """Show what failed, by case."""
+    for case, error in failed.items():
+        say(f"case {case}:")
+        print_error(error)
+
+
+@contextmanager
+def case_bar(text: str, n_cases: int) -> Iterator[Callable[..., None]]:
+    """Show in a terminal how many cases are done; yield what is called after each."""
+    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
+        bar = progress.add_task("", total=n_cases)
+        yield lambda *_: progress.advance(bar)
 
 
 class _Help:
@@ -108,23 +121,34 @@ class Command(_Help, TyperCommand):
         return list(option.shell_complete(ctx, incomplete) if option else super().shell_complete(ctx, incomplete))
 
 
-class PlainTable(Table):
-    """A table for 80 columns: no frame, texts as they are, and long ones folded instead of cut."""
+def print_table(
+    rows: Iterable[Sequence[object]],
+    *columns: str,
+    title: str = "",
+    caption: str = "",
+    numbers: Collection[str] = (),
+    console: Console = stdout,
+) -> None:
+    """Print a table for 80 columns, without a frame; an empty row draws a line, and no column names, no head.
 
-    def __init__(self, *columns: str, title: str = "", caption: str = "", numbers: Collection[str] = ()) -> None:
-        plain: dict[str, Any] = {"title_justify": "left", "caption_justify": "left", "pad_edge": False}
-        plain |= {"box": SIMPLE_HEAD if columns else None, "show_header": bool(columns), "show_edge": False}
-        plain |= {"title": Text(title) if title else None, "caption": Text(caption) if caption else None}
-        super().__init__(padding=(0, 1, 0, 0), **plain)
-        for column in columns:
-            self.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
-
-    def add_row(self, *cells: Any, **options: Any) -> None:
-        """Add a row of texts, which are not markup. Columns keep the width of their words: names are not cut."""
-        super().add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), **options)
-        for column, cell in zip(self.columns, cells, strict=False):
-            longest = max((len(word) for word in str(cell).split()), default=0)
-            column.min_width = max(column.min_width or 0, min(longest, _LONGEST_WORD))
+    Texts are no markup. Columns keep the width of their words, and longer texts are folded: names are not cut.
+    """
+    texts = [[str(cell) for cell in row] for row in rows]
+    table = Table(padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, show_header=bool(columns))
+    table.box, table.title_justify, table.caption_justify = SIMPLE_HEAD if columns else None, "left", "left"
+    table.title, table.caption = Text(title) if title else None, Text(caption) if caption else None
+    for i, column in enumerate(columns or [""] * len(texts[0])):
+        cells = [column, *(row[i] for row in texts if row)]
+        width = min(max(map(len, " ".join(cells).split()), default=0), _LONGEST_WORD)
+        whole = max(map(len, cells)) <= width  # else rich narrows it first, and cuts off what then is too wide
+        justify: Literal["left", "right"] = "right" if column in numbers else "left"
+        table.add_column(column, justify=justify, overflow="fold", min_width=width, no_wrap=whole)
+    for row in texts:
+        if row:
+            table.add_row(*map(Text, row))
+        else:
+            table.add_section()
+    console.print(table)
 
 
 def human_bytes(n: float) -> str:

@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from stunet.cli.console import PlainTable, human_bytes, human_count, print_line, stdout
+from stunet.cli.console import human_bytes, human_count, print_line, print_table
 from stunet.cli.options import complete_weights
-from stunet.environment import did_you_mean
-from stunet.errors import UsageError
 from stunet.files import refuse_existing, remove_leftovers
 
 if TYPE_CHECKING:
@@ -41,8 +39,7 @@ def convert(
         to: A model folder of nnU-Net, or a .model file as published.
         licence: Licence of the weights, for the model card.
     """
-    # Before gigabytes are read for nothing; checked again when it is written.
-    refuse_existing(output)
+    refuse_existing(output)  # before gigabytes are read for nothing; checked again when it is written
     remove_leftovers(output.parent, glob.escape(output.name), of_the_dead=True)
     entry, paths = find_fetched(weights)
     from stunet.labels.labels import load_vocabulary, read_label_file, vocabulary_for
@@ -72,16 +69,12 @@ def find_fetched(weights: list[Path]) -> tuple[WeightsEntry | None, list[Path]]:
     Raises:
         UsageError: Neither a file nor published weights.
     """
-    if all(path.exists() for path in weights):
-        return None, weights
-    from stunet.weights.published import cached_weights, load_registry
-
-    known = load_registry()
     named = [str(path) for path in weights if not path.exists()]
-    if wrong := [name for name in named if name not in known]:
-        hint = did_you_mean(wrong[0], known)
-        raise UsageError(f"no such weights: {', '.join(wrong)}. {hint}`stunet weights list` shows the names.")
-    return known[named[0]], [path if path.exists() else cached_weights(str(path)) for path in weights]
+    if not named:
+        return None, weights
+    from stunet.weights.published import cached_weights, find_entry
+
+    return find_entry(named[0]), [path if path.exists() else cached_weights(str(path)) for path in weights]
 
 
 def _report(source: SourceWeights, description: ModelDescription, card: dict[str, Any], output: Path) -> None:
@@ -89,18 +82,19 @@ def _report(source: SourceWeights, description: ModelDescription, card: dict[str
 
     configuration = resolve_configuration(description.plans, description.configuration)
     size = human_bytes(card["sources"][0]["bytes"])
-    table = PlainTable()
-    table.add_row("source", f"{source.path} ({source.kind}, {source.precision}, {size})")
-    table.add_row("SHA-256", card["sources"][0]["sha256"])
-    table.add_row("network", f"STU-Net {card['size']}, {human_count(card['parameters'])} parameters")
-    table.add_row("inputs, outputs", f"{card['input_channels']}, {card['outputs']}")
-    table.add_row("labels", f"{', '.join(list(card['labels'].values())[:4])} … from {card['labels_from']}")
-    table.add_row("plans", f"from {card['plans_from']}")
-    table.add_row("spacing", " x ".join(f"{n:g}" for n in configuration["spacing"]) + " mm")
-    table.add_row("patch", " x ".join(map(str, configuration["patch_size"])))
-    table.add_row("normalization", ", ".join(configuration["normalization_schemes"]))
-    table.add_row("licence", card["licence"] or "not known; ask where the weights come from")
-    stdout.print(table)
+    rows = {
+        "source": f"{source.path} ({source.kind}, {source.precision}, {size})",
+        "SHA-256": card["sources"][0]["sha256"],
+        "network": f"STU-Net {card['size']}, {human_count(card['parameters'])} parameters",
+        "inputs, outputs": f"{card['input_channels']}, {card['outputs']}",
+        "labels": f"{', '.join(list(card['labels'].values())[:4])} … from {card['labels_from']}",
+        "plans": f"from {card['plans_from']}",
+        "spacing": " x ".join(f"{n:g}" for n in configuration["spacing"]) + " mm",
+        "patch": " x ".join(map(str, configuration["patch_size"])),
+        "normalization": ", ".join(configuration["normalization_schemes"]),
+        "licence": card["licence"] or "not known; ask where the weights come from",
+    }
+    print_table(rows.items())
     print_line(f"Wrote {output}: all {len(source.tensors)} parameters are accounted for")
     if card["plans_from"].endswith("pre-training preset"):
         print_line("No .model.pkl was given: spacing, patch and strides are those of the published weights.")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Option
 
-from stunet.cli.console import PlainTable, print_error, print_line, say, stderr, stdout
-from stunet.cli.options import Device, Json, Trust, choose_device, complete_label_systems
+from stunet.cli.console import case_bar, print_failures, print_line, print_table, say, stderr
+from stunet.cli.options import Device, Json, Trust, choose_device, complete_label_systems, split_names
+from stunet.cli.predict import show_progress
 from stunet.errors import DatasetError, UsageError
 from stunet.files import atomic_path, refuse_existing, write_json
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from stunet.evaluation import EvaluationResults, SegmentationModel
     from stunet.labels.mappings import LabelRelation
 
+_Show = Callable[[str], None]
 _MODEL_HELP = "Model folder; with --predictions a dataset.json will do, or nothing."
 _MAP_HELP = "YAML file, or the name of a published label system, such as btcv."
 
@@ -52,15 +54,13 @@ def evaluate(
     Exit status: 0; 2 where the command cannot be carried out, or where a case could not be scored (the results are
     those of the other cases).
     """
-    from rich.progress import Progress
-
     from stunet.evaluation import check_predictions, choose_cases, compare_labels, read_description, score_cases
 
     place = model or predictions
     if place is None:
         raise UsageError("neither -m nor --predictions is given: give a model folder, or a folder of segmentations")
     described = read_description(place, "-m" if model else "--predictions")
-    names = None if cases is None else [name.strip() for name in cases.split(",") if name.strip()]
+    names = None if cases is None else split_names(cases)
     target = choose_cases(dataset, split, fold, names, predictions if chill else None)
     if suggest_map:
         _suggest(described, target, output)
@@ -74,26 +74,39 @@ def evaluate(
         _check_agreement(described, target)
     else:
         check_predictions(jobs, predictions)
-    _print_relation(relation, described, target, error=as_json)
+    _print_relation(relation, described, target, say if as_json else print_line)
     if split == "train" and described.plans.get("dataset_name") == target.folder.name:
         _warn_of_training_cases(described.path, fold, folds, predicted=predictions is None)
     if predictions is None:
-        from stunet.cli.predict import show_progress
         from stunet.inference import Case, load_model, predict_folder
 
         images = [Case(case, tuple(files)) for case, (files, _) in target.cases.items()]
         trained = load_model(place, folds, trust=trust or [])
+        options: dict[str, Any] = {"device": choose_device(device), "mirroring": not disable_tta}
         with show_progress(bar=stderr.is_terminal, notes=stderr) as progress:
-            mirroring, chosen = not disable_tta, choose_device(device)
-            predict_folder(trained, images, given, device=chosen, mirroring=mirroring, **progress)
-    with Progress(console=stderr, disable=not stderr.is_terminal, transient=True) as bars:
-        bar = bars.add_task("Scoring", total=len(jobs))
-        results = score_cases(jobs, num_processes=num_processes, on_case=lambda: bars.advance(bar))
+            predict_folder(trained, images, given, **options, **progress)
+    with case_bar("Scoring", len(jobs)) as on_case:
+        results = score_cases(jobs, num_processes=num_processes, on_case=on_case)
     if results.cases:
-        _report(results, tolerance, folder, relation, described, target, as_json=as_json)
-    for case, error in results.failed.items():
-        say(f"case {case}:")
-        print_error(error)
+        from stunet.reports import draw_scores
+
+        folder.mkdir(parents=True, exist_ok=True)
+        failed = {case: str(error) for case, error in results.failed.items()}
+        about: dict[str, Any] = {"model": str(described.path), "dataset": target.folder.name, "tolerance_mm": tolerance}
+        summary = results.summary(**about, left_out=dict(relation.left_out), failed=failed)
+        write_json(summary, folder / "summary.json")
+        results.write_csv(folder / "scores.csv")
+        draw_scores(results, folder / "scores.png", title=f"{described.path.name} on {target.folder.name}")
+        if as_json:
+            del summary["metric_per_case"]
+            typer.echo(json.dumps({"output": str(folder), "cases": len(results.cases), **summary}, indent=4))
+        else:
+            _print_scores(results, tolerance)
+            written = [name for name in ("summary.json", "scores.csv", "scores.png") if (folder / name).is_file()]
+            print_line(f"Wrote {folder}: {', '.join(written)}")
+        for warning in results.warnings:
+            say(f"warning: {warning}")
+    print_failures(results.failed)
     if results.failed:
         say(f"{len(results.failed)} cases could not be scored; the results are without them.")
         raise typer.Exit(2)
@@ -116,28 +129,28 @@ def _suggest(model: SegmentationModel, target: RawDataset, output: Path | None) 
 
 def _check_agreement(model: SegmentationModel, target: RawDataset) -> None:
     """Check that the model takes images such as the dataset has."""
-    own, taken = (list(of.dataset_json.get("channel_names", {}).values()) for of in (target, model))
+    own, taken = ([*map(str, of.dataset_json.get("channel_names", {}).values())] for of in (target, model))
     if len(own) != len(taken):
-        got, others = (f"{len(names)} ({', '.join(map(str, names))})" for names in (own, taken))
+        got, others = (f"{len(names)} ({', '.join(names)})" for names in (own, taken))
         raise DatasetError(f"{target.folder} has other channels, {got}, than {others}, as {model.path} has")
-    ending, taken_ending = (of.dataset_json.get("file_ending") for of in (target, model))
-    if ending != taken_ending:
-        raise DatasetError(f"{target.folder} has {ending} files: convert them to {taken_ending}, as {model.path} has")
+    ending, wanted = (of.dataset_json.get("file_ending") for of in (target, model))
+    if ending != wanted:
+        raise DatasetError(f"{target.folder} has {ending} files: convert them to {wanted}, as {model.path} has")
 
 
-def _print_relation(relation: LabelRelation, model: SegmentationModel, target: RawDataset, *, error: bool) -> None:
+def _print_relation(relation: LabelRelation, model: SegmentationModel, target: RawDataset, show: _Show) -> None:
     n = len(relation.comparisons)
-    print_line(f"{n} structures are compared on {len(target.cases)} cases of {target.folder.name}.", error=error)
+    show(f"{n} structures are compared on {len(target.cases)} cases of {target.folder.name}.")
     for c in relation.comparisons:
         if c.source != (c.name,):
-            print_line(f"  {c.name}: {' + '.join(c.source)}", error=error)
+            show(f"  {c.name}: {' + '.join(c.source)}")
     configurations = list(model.plans.get("configurations", {}).values())
     if len(configurations) == 1 and "spacing" in configurations[0]:
         spacing = " x ".join(f"{side:g}" for side in configurations[0]["spacing"])
-        print_line(f"The model works at {spacing} mm; scores are those on the dataset's own grids.", error=error)
+        show(f"The model works at {spacing} mm; scores are those on the dataset's own grids.")
     for reason in dict.fromkeys(relation.left_out.values()):
         left = [name for name, why in relation.left_out.items() if why == reason]
-        print_line(f"Not compared, {reason}: {', '.join(left)}", error=error)
+        show(f"Not compared, {reason}: {', '.join(left)}")
     for name, structure in relation.doubtful:
         say(f"warning: {name} is taken for {structure}, by its label value")
 
@@ -152,49 +165,20 @@ def _warn_of_training_cases(model: Path, fold: int | None, folds: Sequence[str] 
         say(f"warning: fold {', '.join(others)} of the model was trained on these cases; give --folds {fold}.")
 
 
-def _report(
-    results: EvaluationResults, tolerance: float, folder: Path, relation: LabelRelation, model: SegmentationModel,
-    target: RawDataset, *, as_json: bool,
-) -> None:  # fmt: skip
-    from stunet.reports import draw_scores
-
-    folder.mkdir(parents=True, exist_ok=True)
-    summary = results.summary(
-        model=str(model.path),
-        dataset=target.folder.name,
-        tolerance_mm=tolerance,
-        left_out=dict(relation.left_out),
-        failed={case: str(error) for case, error in results.failed.items()},
-    )
-    write_json(summary, folder / "summary.json")
-    results.write_csv(folder / "scores.csv")
-    draw_scores(results, folder / "scores.png", title=f"{model.path.name} on {target.folder.name}")
-    if as_json:
-        del summary["metric_per_case"]
-        typer.echo(json.dumps({"output": str(folder), "cases": len(results.cases), **summary}, indent=4))
-    else:
-        stdout.print(_table(results, tolerance))
-        written = [name for name in ("summary.json", "scores.csv", "scores.png") if (folder / name).is_file()]
-        print_line(f"Wrote {folder}: {', '.join(written)}")
-    for warning in results.warnings:
-        say(f"warning: {warning}")
-
-
-def _table(results: EvaluationResults, tolerance: float) -> PlainTable:
+def _print_scores(results: EvaluationResults, tolerance: float) -> None:
     states = ("missed", "spurious", "absent", "not_annotated")
     shown = [state for state in states if any(structure.counts[state] for structure in results.structures)]
-    numbers = ("Dice", "NSD", "HD95", "cases", *(state.replace("_", " ") for state in shown))
+    metrics = {"Dice": ".3f", "NSD": ".3f", "HD95": ".1f"}
+
+    def means(of: Mapping[str, Any]) -> list[str]:
+        return ["" if of[metric] is None else format(of[metric], digits) for metric, digits in metrics.items()]
+
+    rows: list[Sequence[object]] = []
+    for each in results.structures:
+        counts = [each.counts["scored"] + each.infinite, *(each.counts[state] or "" for state in shown)]
+        rows.append([each.comparison.name, *means(each.mean), *counts])
+    rows += [], ["mean", *means(results.mean), *[""] * (1 + len(shown))]
+    numbers = (*metrics, "cases", *(state.replace("_", " ") for state in shown))
     title = f"Means over {len(results.cases)} cases"
     caption = f"NSD: surface Dice at {tolerance:g} mm. HD95: in mm, where finite."
-    table = PlainTable("structure", *numbers, title=title, caption=caption, numbers=numbers)
-    for structure in results.structures:
-        counts = [structure.counts["scored"] + structure.infinite, *(structure.counts[state] or "" for state in shown)]
-        table.add_row(structure.comparison.name, *_numbers(structure.mean), *map(str, counts))
-    table.add_section()
-    table.add_row("mean", *_numbers(results.mean))
-    return table
-
-
-def _numbers(mean: Mapping[str, Any]) -> list[str]:
-    formats = {"Dice": ".3f", "NSD": ".3f", "HD95": ".1f"}
-    return ["" if mean[metric] is None else format(mean[metric], digits) for metric, digits in formats.items()]
+    print_table(rows, "structure", *numbers, title=title, caption=caption, numbers=numbers)

@@ -6,17 +6,15 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Context, Option
 
 from stunet.cli import options
 from stunet.cli.console import print_line
-from stunet.cli.convert import find_fetched
 from stunet.cli.env import trainers_folder
 from stunet.cli.plan import plan
-from stunet.cli.preflight import preflight
-from stunet.environment import find_dataset, nnunet_folder
+from stunet.environment import nnunet_folder
 from stunet.errors import UsageError
 from stunet.files import locked
 from stunet.processes import end_with_children
@@ -60,26 +58,13 @@ def finetune(
         overwrite: Replace plans that differ, and an earlier training.
         num_processes: Processes for planning and preprocessing.
     """
-    # What needs no PyTorch is checked before it is imported.
-    parse_settings(settings or [])
+    parse_settings(settings or [])  # before PyTorch is imported
     results = nnunet_folder("nnUNet_results")
-    find_dataset(dataset)
-    find_fetched([source])
-    preflight(dataset, plans=plans, device=device, n_devices=num_gpus, writes=results, seconds=-1)
+    options.preflight(dataset, plans=plans, device=device, n_devices=num_gpus, writes=results, seconds=-1)
     device = options.choose_device(device)
-    path = plan(
-        context,
-        dataset,
-        configurations=[configuration],
-        plans=plans,
-        settings=settings,
-        source=source,
-        strategy=strategy,
-        name=name,
-        overwrite=overwrite,
-        trust=trust,
-        num_processes=num_processes,
-    )
+    how: dict[str, Any] = {"strategy": strategy, "settings": settings, "trust": trust, "num_processes": num_processes}
+    new: dict[str, Any] = {"name": name, "overwrite": overwrite}
+    path = plan(context, dataset, configurations=[configuration], plans=plans, source=source, **new, **how)
     plans_name, dataset_name = path.stem, path.parent.name
     dataset_id = str(int(dataset_name[7:10]))
     model = results / dataset_name / f"{_TRAINER}__{plans_name}__{configuration}"
@@ -91,7 +76,8 @@ def finetune(
     with locked(model / f".fold_{fold}.lock", "training of the same fold"):
         _check_fold(model / f"fold_{fold}", continue_training=continue_training, overwrite=overwrite)
         _preprocess(path, configuration, num_processes)
-        preflight(dataset, plans=plans_name, configuration=configuration, trainer=_TRAINER, writes=results, seconds=-1)
+        trained: dict[str, Any] = {"plans": plans_name, "configuration": configuration, "trainer": _TRAINER}
+        options.preflight(dataset, **trained, writes=results, seconds=-1)
         # Before nnU-Net is asked for the trainer; its own parser then reads the command as it was shown.
         os.environ["nnUNet_extTrainer"] = str(trainers_folder())
         print_line(f"\n$ {shlex.join(command)}", style="bold")

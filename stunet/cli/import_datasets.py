@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
 from typer import Option
 
-from stunet.cli.console import Group, PlainTable, print_error, print_line, shorten, stderr, stdout
-from stunet.cli.options import Processes
+from stunet.cli.console import Group, case_bar, print_failures, print_line, print_table, say, stderr, stdout
+from stunet.cli.options import Processes, split_names
 from stunet.environment import find_dataset, nnunet_folder
 from stunet.errors import UsageError
 
@@ -72,51 +71,35 @@ def totalsegmentator(
 
     folder = _new_dataset(dataset_id, name)
     found = read_totalsegmentator(source)
-    told, chosen = choose_structures(
-        found, task=task, version=version, label_order=label_order, structures=_split(structures), groups=_split(group)
-    )
+    wanted = {"structures": split_names(*structures or ()), "groups": split_names(*group or ())}
+    told, chosen = choose_structures(found, task=task, version=version, label_order=label_order, **wanted)
     excluded = set(KNOWN_BAD_CASES.get(told, ())) & set(found.cases)
     if exclude is not None:
-        excluded = set(_split(exclude)) - {"none"}
+        excluded = set(split_names(*exclude)) - {"none"}
         if unknown := sorted(excluded - set(found.cases) - set(found.absent)):
             raise UsageError(f"an unknown case to exclude, {unknown[0]}: give --exclude cases of {source}, or none")
     print_line(f"{len(found.cases)} cases, {len(chosen)} structures" + (f" of version {told}" if told else ""))
     started = time.monotonic()
-    with _case_bar("Importing", sum(case not in excluded for case in found.cases)) as on_case:
-        report = import_cases(
-            list(found.cases.values()),
-            chosen,
-            folder,
-            details={"task": task if task == "total" else Path(task).name, "version": told},
-            excluded=excluded,
-            link_images=images == "link",
-            preprocessed=os.environ.get(_PREPROCESSED) or None,
-            allow_unannotated=allow_unannotated,
-            num_processes=num_processes,
-            on_case=on_case,
-        )
+    details = {"task": task if task == "total" else Path(task).name, "version": told}
+    with case_bar("Importing", len(set(found.cases) - excluded)) as on_case:
+        how: dict[str, Any] = {"allow_unannotated": allow_unannotated, "num_processes": num_processes}
+        how |= {"link_images": images == "link", "preprocessed": os.environ.get(_PREPROCESSED) or None}
+        cases = list(found.cases.values())
+        report = import_cases(cases, chosen, folder, details=details, excluded=excluded, on_case=on_case, **how)
     n_train, n_val, n_test = (list(report.splits.values()).count(split) for split in ("train", "val", "test"))
     print_line(f"Wrote {report.folder}: {n_train} cases to train, {n_val} to validate, {n_test} to test")
     print_line(f"It took {time.monotonic() - started:.1f} s; {report.reused} cases were finished before")
     _print_cases(sorted(excluded & set(found.cases)), "excluded")
-    _print_cases(report.left_out, "left out, as they annotate none of these structures")
-    _print_cases(report.kept, "kept from an earlier run, as the source does not have them whole any more")
     _print_cases(list(found.absent), "in meta.csv and not in the source")
     _print_cases(list(found.unlisted), "not in meta.csv, taken for training")
     if not report.has_folds:
         print_line("No official split: nnU-Net makes five folds of its own.")
     if report.overlaps:
-        table = PlainTable("structure", "lost to", "voxels", title="Overlaps", numbers=("voxels",))
-        for (loser, winner), n in list(report.overlaps.items())[:_MOST_OVERLAPS]:
-            table.add_row(loser, winner, str(n))
-        stdout.print(table)
+        rows = [(*pair, n) for pair, n in list(report.overlaps.items())[:_MOST_OVERLAPS]]
+        print_table(rows, "structure", "lost to", "voxels", title="Overlaps", numbers=["voxels"])
         n_voxels = sum(report.overlaps.values())
         print_line(f"{n_voxels} voxels in {len(report.overlaps)} pairs; all of them in import_report.json")
     _finish(report, dataset_id)
-
-
-def _split(values: list[str] | None) -> list[str]:
-    return [name.strip() for value in values or [] for name in value.split(",") if name.strip()]
 
 
 @app.command("union")
@@ -153,39 +136,27 @@ def union(
     from stunet.datasets.unions import import_union, merge_sources, read_union_source
     from stunet.labels.mappings import dump_mapping, read_mapping
 
-    overrides = read_mapping(mapping) if mapping is not None else None
+    overrides = None if mapping is None else read_mapping(mapping)
     folder = _new_dataset(dataset_id, name)
     raw = nnunet_folder("nnUNet_raw")
-    names = [find_dataset(source) for source in sources]
-    once = {each: read_union_source(raw / each) for each in dict.fromkeys(names)}
-    found = [once[each] for each in names]
+    found = [read_union_source(raw / each) for each in map(find_dataset, sources)]
     merged = merge_sources(found, overrides)
     given = _parse_weights(weights or [], found)
-    _print_labels(merged, error=dry_run)
+    console = stderr if dry_run else stdout  # whose other output is YAML
+    _print_labels(merged, console)
     if dry_run:
-        _print_weights(found, {s.name: list(s.cases) for s in found}, given, error=True)
+        _print_weights(found, {s.name: list(s.cases) for s in found}, given, console)
         typer.echo(dump_mapping(merged.mapping, merged.superclasses), nl=False)
         return
-    with _case_bar("Label maps", sum(len(source.cases) for source in found)) as on_case:
-        report = import_union(
-            found,
-            merged,
-            folder,
-            weights=given,
-            allow_unannotated=allow_unannotated,
-            preprocessed=os.environ.get(_PREPROCESSED) or None,
-            num_processes=num_processes,
-            on_case=on_case,
-        )
+    with case_bar("Label maps", sum(len(source.cases) for source in found)) as on_case:
+        how: dict[str, Any] = {"allow_unannotated": allow_unannotated, "num_processes": num_processes}
+        how["preprocessed"] = os.environ.get(_PREPROCESSED) or None
+        report = import_union(found, merged, folder, weights=given, on_case=on_case, **how)
     print_line(f"Wrote {report.folder}: {len(report.records)} cases; {report.reused} were finished before")
     own_names = {s.name: [case for case, new in s.cases.items() if new in report.records] for s in found}
-    _print_weights(found, own_names, given, error=False)
-    _print_cases(report.left_out, "left out, as they annotate none of these structures")
-    _print_cases(report.kept, "kept from an earlier run, as their source cannot be read any more")
-    if report.has_folds:
-        print_line("The first folds of the sources' splits_final.json are the only fold.")
-    else:
-        print_line("Not every source has a splits_final.json in nnUNet_raw: nnU-Net makes five folds of its own.")
+    _print_weights(found, own_names, given, console)
+    own = "Not every source has a splits_final.json in nnUNet_raw: nnU-Net makes five folds of its own."
+    print_line("The first folds of the sources' splits_final.json are the only fold." if report.has_folds else own)
     _finish(report, dataset_id)
 
 
@@ -205,35 +176,36 @@ def _parse_weights(weights: Sequence[str], sources: Sequence[UnionSource]) -> di
     return parsed
 
 
-def _print_labels(merged: LabelUnion, *, error: bool) -> None:
-    table = PlainTable("value", "structure", "from", "stands for", title="Structures of the union", numbers=("value",))
+def _print_labels(merged: LabelUnion, console: Console) -> None:
     sources: dict[str, list[str]] = {}
     for source, names in merged.mapping.items():
         number = source[7:10].lstrip("0")
         for label, structure in names.items():
             sources.setdefault(structure, []).append(number if label == structure else f"{number} ({label})")
+    rows = []
     for structure, value in merged.labels.items():
         members = merged.superclasses.get(structure, ())
         if structure in sources or members:
-            table.add_row(str(value), structure, ", ".join(sources.get(structure, [])), ", ".join(members))
-    (stderr if error else stdout).print(table)
+            rows.append((value, structure, ", ".join(sources.get(structure, [])), ", ".join(members)))
+    columns, title = ("value", "structure", "from", "stands for"), "Structures of the union"
+    print_table(rows, *columns, title=title, numbers=["value"], console=console)
     for one, other in merged.doubtful:
         remedy = "If they are the same, or one is part of the other, say so in a mapping file (--mapping)."
-        print_line(f"warning: {one} and {other} may overlap. {remedy}", error=True)
+        say(f"warning: {one} and {other} may overlap. {remedy}")
 
 
 def _print_weights(
-    sources: Sequence[UnionSource], cases: Mapping[str, Sequence[str]], given: Mapping[str, float], *, error: bool
+    sources: Sequence[UnionSource], cases: Mapping[str, Sequence[str]], given: Mapping[str, float], console: Console
 ) -> None:
     from stunet.datasets.unions import sampling_weights
 
     totals = {s.name: sum(sampling_weights(s, cases[s.name], given).values()) for s in sources}
-    numbers = ("cases", "weight of a case", "share of training")
-    table = PlainTable("dataset", *numbers, title="Sources", numbers=numbers)
+    rows = []
     for source, total in totals.items():
         n = len(cases[source])
-        table.add_row(source, str(n), f"{total / n:.4g}" if n else "", f"{total / sum(totals.values()):.1%}")
-    (stderr if error else stdout).print(table)
+        rows.append((source, n, f"{total / n:.4g}" if n else "", f"{total / sum(totals.values()):.1%}"))
+    numbers = ("cases", "weight of a case", "share of training")
+    print_table(rows, "dataset", *numbers, title="Sources", numbers=numbers, console=console)
 
 
 def _new_dataset(dataset_id: int, name: str) -> Path:
@@ -244,31 +216,21 @@ def _new_dataset(dataset_id: int, name: str) -> Path:
     return dataset_folder(dataset_id, name, raw=nnunet_folder("nnUNet_raw"), others=others)
 
 
-@contextmanager
-def _case_bar(text: str, n_cases: int) -> Iterator[Callable[[str, bool], None]]:
-    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stdout) as progress:
-        bar = progress.add_task("", total=n_cases)
-        yield lambda case, reused: progress.advance(bar)
-        progress.update(bar, completed=n_cases)
-
-
 def _print_cases(names: Sequence[str], what: str) -> None:
     if names:
-        print_line(f"{len(names)} {'case' if len(names) == 1 else 'cases'} {what}: {shorten(names)}")
+        shown = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+        print_line(f"{len(names)} {'case' if len(names) == 1 else 'cases'} {what}: {shown}")
 
 
 def _finish(report: ImportReport, dataset_id: int) -> None:
+    _print_cases(report.left_out, "left out, as they annotate none of these structures")
+    _print_cases(report.kept, "kept from an earlier run, as the source does not have them whole any more")
     for path in report.stale:
         again = f"stunet labels carry -d {report.folder.name}"
         print_line(f"Left alone, as it differs: {path}. Preprocess again, then: {again}")
-    for case, error in report.failed.items():
-        print_line(f"case {case}:", error=True)
-        print_error(error)
+    print_failures(report.failed)
     if report.failed:
-        print_line(
-            f"{len(report.failed)} cases could not be imported; the dataset is complete without them.", error=True
-        )
+        say(f"{len(report.failed)} cases could not be imported; the dataset is complete without them.")
     print_line(f"Next: stunet labels check -d {dataset_id}")
     if report.failed:
         raise typer.Exit(2)

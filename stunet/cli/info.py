@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,28 +11,18 @@ import typer
 from typer import Option
 
 from stunet.cli import options
-from stunet.cli.console import PlainTable, human_bytes, human_count, print_line, stdout
+from stunet.cli.console import human_bytes, human_count, print_line, print_table, stdout
 from stunet.cli.options import choose_size
 from stunet.errors import ArchitectureError
-from stunet.settings import ActivationCheckpointing, MomentumDtype
+from stunet.settings import SETTINGS, ActivationCheckpointing, MomentumDtype
 from stunet.sizes import SIZES
 
 if TYPE_CHECKING:
     from stunet.memory import Recommendation
 
-#: Of the settings that the table's title names where they differ.
-_DEFAULTS = {
-    "activation_checkpointing": "none",
-    "momentum_dtype": "fp32",
-    "gradient_accumulation": 1,
-    "fused_optimizer": False,
-    "ranks": 1,
-    "parallel": "none",
-}
-
 
 def info(
-    size: Annotated[list[str] | None, Option(autocompletion=options.complete_sizes)] = None,
+    size: Annotated[list[str] | None, Option(autocompletion=lambda: list(SIZES))] = None,
     patch: str = "128,128,128",
     batch: options.Positive = 2,
     classes: options.Positive = 105,
@@ -72,10 +63,8 @@ def info(
         width: Channels of the first stage, for a size of your own.
     """
     patch_size = _parse_patch(patch)
-    if depth is None and width is None:
-        sizes = [choose_size(name, None, None) for name in size or SIZES]
-    else:
-        sizes = [choose_size(size[0] if size else None, depth, width)]
+    names: Iterable[str | None] = size or (SIZES if depth is None and width is None else [None])
+    sizes = [choose_size(name, depth, width) for name in names]
     from stunet.memory import estimate, recommend
     from stunet.network import default_strides
 
@@ -94,9 +83,9 @@ def info(
     if as_json:
         for row, one in zip(rows, found, strict=False):
             # Where nothing fits, "least" are the settings that need least memory.
-            row["recommendation"] = {"gpu_bytes": gpu_bytes, "fits": one.fits, "settings": None, "least": None}
-            row["recommendation"]["settings" if one.fits else "least"] = one.settings
-            row["recommendation"]["training_bytes"] = one.estimate.training_bytes
+            given = {"settings": None, "least": None, "settings" if one.fits else "least": one.settings}
+            needed = one.estimate.training_bytes
+            row["recommendation"] = {"gpu_bytes": gpu_bytes, "fits": one.fits, **given, "training_bytes": needed}
         content = {"settings": {**chosen, "strides": default_strides(patch_size)}, "sizes": rows}
         typer.echo(json.dumps(content, indent=2))
         return
@@ -119,8 +108,10 @@ def _parse_patch(text: str) -> list[int]:
 def _print_table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
     patch = " x ".join(map(str, settings["patch_size"]))
     title = f"patch {patch}, batch {settings['batch_size']}, {settings['num_classes']} outputs, {settings['precision']}"
-    for name, default in _DEFAULTS.items():
-        title += f", {name} {settings[name]}" * (settings[name] != default)
+    for name in ("activation_checkpointing", "momentum_dtype", "gradient_accumulation", "fused_optimizer"):
+        title += f", {name} {settings[name]}" * (settings[name] != SETTINGS[name].default)
+    title += f", ranks {settings['ranks']}" * (settings["ranks"] != 1)
+    title += f", parallel {settings['parallel']}" * (settings["parallel"] != "none")
     trainer = {"stunet": "STUNetTrainer", "nnunet": "nnUNetTrainer"}[settings["loss"]]
     where = "" if settings["ranks"] == 1 else " in one process"
     caption = (
@@ -129,14 +120,12 @@ def _print_table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
         "Inference: all tensors of the forward pass of one patch.\n"
         "Not counted: CUDA context, workspaces, fragmentation, and the logits of a whole image."
     )
-    numbers = ("parameters", "MACs", "training", "inference")
-    table = PlainTable("size", "blocks", "channels", *numbers, title=title, caption=caption, numbers=numbers)
+    numbers, shown = ("parameters", "MACs", "training", "inference"), []
     for row in rows:
-        channels = f"{row['features'][0]} to {row['features'][-1]}"
-        cells = [f"{row['parameters'] / 1e6:.1f}M", human_count(row["macs"])]
-        cells += [human_bytes(row["training_bytes"]), human_bytes(row["inference_bytes"])]
-        table.add_row(row["name"], " ".join(map(str, row["depth"])), channels, *cells)
-    stdout.print(table)
+        cells = [row["name"], " ".join(map(str, row["depth"])), f"{row['features'][0]} to {row['features'][-1]}"]
+        cells += [f"{row['parameters'] / 1e6:.1f}M", human_count(row["macs"])]
+        shown.append([*cells, human_bytes(row["training_bytes"]), human_bytes(row["inference_bytes"])])
+    print_table(shown, "size", "blocks", "channels", *numbers, title=title, caption=caption, numbers=numbers)
 
 
 def _warn_of_strides(patch_size: list[int]) -> None:
@@ -157,8 +146,7 @@ def _print_recommendation(size: str, found: Recommendation, gpu_bytes: int, rank
     from stunet.memory import USABLE_SHARE
 
     needed, usable = found.estimate.training_bytes, USABLE_SHARE * gpu_bytes
-    values = {True: "true", False: "false"}
-    assigned = " ".join(f"{name}={values.get(value, value)}" for name, value in found.settings.items())
+    assigned = " ".join(f"{name}={value}".replace("=True", "=true") for name, value in found.settings.items())
     typed = f"--set {assigned}" if assigned else "none needed"
     share = f"needs {human_bytes(needed)}, {human_bytes(usable)} usable"
     text = f"{typed}  ({share})"

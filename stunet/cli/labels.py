@@ -6,11 +6,9 @@ import json
 from typing import Any
 
 import typer
-from rich.progress import Progress
 
-from stunet.cli.console import Group, PlainTable, print_error, print_line, stderr, stdout
-from stunet.cli.options import Dataset, Json, Processes
-from stunet.cli.preflight import preflight
+from stunet.cli.console import Group, case_bar, print_failures, print_line, print_table, say
+from stunet.cli.options import Dataset, Json, Processes, preflight
 from stunet.environment import find_dataset, nnunet_folder
 
 app = typer.Typer(cls=Group, help="Check and carry annotated_labels.json.", no_args_is_help=True)
@@ -38,31 +36,22 @@ def check(dataset: Dataset, as_json: Json = False, num_processes: Processes = 8)
     labels = raw.dataset_json["labels"]
     manifest = read_manifest(raw.folder / MANIFEST_NAME, labels=labels, cases=case_names(raw))
     files = {case: label for case, (_, label) in sorted(raw.cases.items())}
-    with Progress(console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
-        bar = progress.add_task("Counting labels", total=len(files))
-        coverage = measure_coverage(
-            manifest,
-            files,
-            ignore=labels.get("ignore"),
-            source_of=sources_of_cases(raw.folder, files),
-            num_processes=num_processes,
-            on_case=lambda case: progress.advance(bar),
-        )
+    sources, ignore = sources_of_cases(raw.folder, files), labels.get("ignore")
+    with case_bar("Counting labels", len(files)) as on_case:
+        of_all: dict[str, Any] = {"ignore": ignore, "source_of": sources, "num_processes": num_processes}
+        coverage = measure_coverage(manifest, files, on_case=on_case, **of_all)
     if as_json:
         typer.echo(json.dumps({"dataset": raw.folder.name, **coverage}, indent=4))
     else:
         _print_coverage(coverage, raw.folder.name)
     for key, what in (("never_annotated", "never annotated"), ("never_present", "never present")):
         if names := coverage[key]:
-            print_line(f"warning: {len(names)} {what}: {', '.join(names)}", error=True)
+            say(f"warning: {len(names)} {what}: {', '.join(names)}")
     for case, structures in coverage["occurs_without_annotation"].items():
-        print_line(f"warning: {case} has {', '.join(structures)} and does not annotate it", error=True)
+        say(f"warning: {case} has {', '.join(structures)} and does not annotate it")
     for case, values in coverage["unknown_values"].items():
-        shown = ", ".join(map(str, values))
-        print_line(f"warning: {case} has values that dataset.json does not list: {shown}", error=True)
-    for case, error in coverage["unreadable"].items():
-        print_line(f"case {case}:", error=True)
-        print_error(error)
+        say(f"warning: {case} has values that dataset.json does not list: {', '.join(map(str, values))}")
+    print_failures(coverage["unreadable"])
     if coverage["unreadable"]:
         raise typer.Exit(2)
     if coverage["never_annotated"] or coverage["occurs_without_annotation"] or coverage["unknown_values"]:
@@ -72,23 +61,20 @@ def check(dataset: Dataset, as_json: Json = False, num_processes: Processes = 8)
 def _print_coverage(coverage: dict[str, Any], dataset: str) -> None:
     structures, cases = coverage["structures"], coverage["cases"]
     columns = ("value", "structure", "annotated in", "present in", "voxels")
+    rows = [[row[key] for key in ("value", "name", "annotated", "present", "voxels")] for row in structures]
     title = f"{dataset}, {len(cases)} training cases"
-    table = PlainTable(*columns, title=title, numbers=set(columns) - {"structure"})
-    for row in structures:
-        table.add_row(*(str(row[key]) for key in ("value", "name", "annotated", "present", "voxels")))
-    stdout.print(table)
+    print_table(rows, *columns, title=title, numbers=set(columns) - {"structure"})
     if coverage["sources"]:
-        counted = ("cases", "annotated", "present")
-        table = PlainTable("dataset", *counted, "never present", title="Structures by source", numbers=counted)
+        rows, numbers = [], ("cases", "annotated", "present")
         for source in coverage["sources"]:
             # Often a label that was mapped to the wrong structure.
             never_present = ", ".join(name for name in source["annotated"] if name not in source["present"])
-            numbers = (str(n) for n in (source["cases"], len(source["annotated"]), len(source["present"])))
-            table.add_row(source["name"], *numbers, never_present)
-        stdout.print(table)
-    counts = sorted((len(case["annotated"]) for case in cases.values()), reverse=True)
-    if counts and counts[-1] < len(structures):
-        shown = ", ".join(map(str, counts[:12])) + (" …" if len(counts) > 12 else "")
+            counts = source["cases"], len(source["annotated"]), len(source["present"])
+            rows.append([source["name"], *counts, never_present])
+        print_table(rows, "dataset", *numbers, "never present", title="Structures by source", numbers=numbers)
+    annotated = sorted((len(case["annotated"]) for case in cases.values()), reverse=True)
+    if annotated and annotated[-1] < len(structures):
+        shown = ", ".join(map(str, annotated[:12])) + (" …" if len(annotated) > 12 else "")
         print_line(f"Structures annotated, by case: {shown} (of {len(structures)})")
     else:
         print_line("Every case annotates everything.")

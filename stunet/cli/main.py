@@ -89,13 +89,11 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-_Version = Annotated[
-    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
-]
+_VERSION = typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
 
 
 @app.callback()
-def _options(version: _Version = False) -> None:
+def _options(version: Annotated[bool, _VERSION] = False) -> None:
     """Take the options of ``stunet`` itself."""
 
 
@@ -116,10 +114,11 @@ def main() -> None:
     except OSError as error:
         if error.errno not in _FULL | _CLOSED:
             raise
-        file = error.filename2 or error.filename
-        said, remedy = "a file or folder cannot be used", "correct the path or its permissions, or choose another place"
+        said, remedy = "a file or folder cannot be used", "correct the path or its permissions"
         if error.errno in _FULL:
-            said, remedy = "no room on the disk", "make room, or choose another place"
+            said, remedy = "no room on the disk", "make room"
+        file = error.filename2 or error.filename
         where = f"{file}: {error.strerror}" if file else error.strerror
-        print_error(f"{said}: {where}: {remedy}; finished files are complete, and the same command does the rest")
+        rest = "finished files are complete, and the same command does the rest"
+        print_error(f"{said}: {where}: {remedy}, or choose another place; {rest}")
         sys.exit(2)

@@ -1,24 +1,29 @@
-"""Options that several commands share: their types, what they complete to in a shell, and their checks.
+"""Options that several commands share: their types, what they complete to in a shell, and what is checked of them.
 
 Imports no PyTorch, whose import takes seconds, so that a mistyped value is reported at once.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import random
+import re
+import shutil
+import time
 from importlib.resources import files
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from typer import Context, Option
 
-from stunet.cli.console import LIST_VALUES
-from stunet.errors import UsageError
+from stunet import environment
+from stunet.cli.console import LIST_VALUES, human_bytes
+from stunet.cli.env import trainers_folder
+from stunet.errors import DatasetError, LabelError, UsageError, reading
+from stunet.files import read_json
 from stunet.settings import SETTINGS, Strategy
-from stunet.sizes import N_STAGES, SIZES, STUNetSize, find_size, size_of
-
-
-def complete_sizes() -> list[str]:
-    """List the published sizes."""
-    return list(SIZES)
+from stunet.sizes import N_STAGES, SIZES, TRAINERS, STUNetSize, find_size, size_of
 
 
 def complete_presets() -> list[str]:
@@ -43,13 +48,13 @@ def complete_label_systems() -> list[str]:
 
 def _complete_settings(ctx: Context, incomplete: str) -> list[tuple[str, str]]:
     """List the settings, and after ``name=`` the values of those that have few."""
-    split = [word for word in ctx.meta.get(LIST_VALUES, ())[-2:] if word in SETTINGS]  # bash splits words at "="
-    if split:
-        return [(value, "") for value in SETTINGS[split[0]].choices]
+    for word in ctx.meta.get(LIST_VALUES, ())[-2:]:  # bash splits words at "="
+        if word in SETTINGS:
+            return [(value, "") for value in SETTINGS[word].choices]
     name, separator, _ = incomplete.partition("=")
     names = [known for known in SETTINGS if (known == name if separator else known.startswith(name))]
-    if len(names) == 1 and SETTINGS[names[0]].choices:
-        return [(f"{names[0]}={value}", "") for value in SETTINGS[names[0]].choices]
+    if len(names) == 1 and (choices := SETTINGS[names[0]].choices):
+        return [(f"{names[0]}={value}", "") for value in choices]
     return [(f"{known}=", SETTINGS[known].help) for known in names]
 
 
@@ -60,7 +65,7 @@ Positive = Annotated[int, Option(min=1)]
 Processes = Annotated[int, Option("-np", "--np", min=1)]
 Dataset = Annotated[str, Option("-d", "--dataset", help="Dataset id or name.")]
 Plans = Annotated[str, Option("--plans", "-p", help="The plans to start from.")]
-Size = Annotated[str | None, Option(autocompletion=complete_sizes)]
+Size = Annotated[str | None, Option(autocompletion=lambda: list(SIZES))]
 Seed = Annotated[int | None, Option(min=0)]
 Continue = Annotated[bool, Option("--c", "--continue", help="Continue a training that was interrupted.")]
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
@@ -73,6 +78,11 @@ Settings = Annotated[
 ]
 _STRATEGY_HELP = "With --from: what is fine-tuned, and how fast; full by default."
 StrategyOption = Annotated[Strategy | None, Option("--strategy", help=_STRATEGY_HELP)]
+
+
+def split_names(*texts: str) -> list[str]:
+    """Return the names in texts with commas between."""
+    return [name.strip() for text in texts for name in text.split(",") if name.strip()]
 
 
 def choose_device(device: str) -> DeviceName:
@@ -103,8 +113,8 @@ def choose_size(name: str | None, depth: str | None, width: int | None) -> STUNe
     if depth is None and width is None:
         return find_size(name or "base")
     if name is not None:
-        own = " ".join(f"--{key} {value}" for key, value in (("depth", depth), ("width", width)) if value is not None)
-        raise UsageError(f"--size {name} {own}: give a published size, or leave --size out for a size of your own")
+        own = f" --depth {depth}" * (depth is not None) + f" --width {width}" * (width is not None)
+        raise UsageError(f"--size {name}{own}: give a published size, or leave --size out for a size of your own")
     try:
         blocks = [int(n) for n in (depth or "1").split(",")]
     except ValueError:
@@ -113,3 +123,137 @@ def choose_size(name: str | None, depth: str | None, width: int | None) -> STUNe
         blocks *= N_STAGES
     size = STUNetSize("custom", tuple(blocks), find_size("base").width if width is None else width)
     return size_of(size.features, size.depth)
+
+
+# What is checked before work starts ----------------------------------------------------------------------------------
+
+
+def preflight(
+    dataset: str,
+    *,
+    plans: str | None = None,
+    configuration: str | None = None,
+    trainer: str | None = None,
+    device: str | None = None,
+    n_devices: int = 1,
+    writes: Path | None = None,
+    seconds: float = 5.0,
+) -> str:
+    """Check all that would stop a command later, and the cheap things first: PyTorch is imported for the last ones.
+
+    Plans must be there where a configuration, which must be preprocessed with them, is given. For ``seconds``, label
+    maps are searched for values that ``dataset.json`` does not declare: the same ones every time where not all fit in;
+    ``stunet labels check`` looks at all of them.
+
+    Returns:
+        The dataset's full name.
+    """
+    name = environment.find_dataset(dataset)
+    path = None if plans is None else environment.find_plans(name, plans)
+    if path is not None and configuration is not None:
+        environment.require_plans(path)
+    if trainer is not None:
+        _check_trainer(trainer)
+    # What is trained on, before what it was made from.
+    variables = ("nnUNet_raw", "nnUNet_preprocessed")[:: -1 if configuration else 1]
+    places = [Path(os.environ.get(variable) or os.devnull) / name / "dataset.json" for variable in variables]
+    for described in filter(Path.is_file, places):
+        with reading(described, "a description that cannot be read", DatasetError, "write it again"):
+            content = read_json(described)
+        if path is not None and path.is_file():
+            _check_plans(path, content, name, configuration)
+        _check_label_maps(described.parent, content, seconds)
+        break
+    disk = 10**7
+    if plans is not None and configuration is not None:
+        from stunet.planning import open_preprocessed
+
+        found = open_preprocessed(dataset, plans, configuration)
+        found.check_origin()
+        disk = _checkpoint_bytes(found.configuration, trainer) if trainer else disk
+    if device is not None and choose_device(device) == "cuda" and n_devices > 1:
+        import torch
+
+        if (there := torch.cuda.device_count()) < n_devices:
+            raise UsageError(f"-num_gpus {n_devices}, but there are {there} CUDA devices: ask for fewer")
+    if writes is not None:
+        _check_disk(writes, disk)
+    return name
+
+
+def _check_trainer(name: str) -> None:
+    """Look for the name in the files that nnU-Net would import one after the other, which takes seconds."""
+    spec = importlib.util.find_spec("nnunetv2")
+    stock = [f"{place}/training/nnUNetTrainer" for place in (spec and spec.submodule_search_locations) or []]
+    external = (os.environ.get("nnUNet_extTrainer") or str(trainers_folder())).split(os.pathsep)
+    sources = [file for folder in (*stock, *filter(None, external)) for file in Path(folder).rglob("*.py")]
+    source = "\n".join(file.read_text(encoding="utf-8", errors="ignore") for file in sources)
+    known = {*re.findall(r"^class (\w+)\(", source, re.MULTILINE)}
+    known |= {*TRAINERS} if str(trainers_folder()) in external else set()
+    if name not in known and not re.search(rf"\b{re.escape(name)}\b", source):
+        places, hint = ", ".join(external), environment.did_you_mean(name, sorted(known))
+        raise UsageError(f"unknown trainer {name}: -tr names one of nnU-Net's or of {places}. {hint}")
+
+
+def _check_plans(path: Path, content: dict[str, Any], name: str, configuration: str | None) -> None:
+    try:
+        plans = read_json(path)
+        n_planned, _ = len(plans["foreground_intensity_properties_per_channel"]), dict(plans["configurations"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # no plans: reading them says so
+    if configuration is not None:
+        environment.require_configuration(plans, configuration)
+        environment.preprocessed_folder(name, plans, configuration)
+    names = content.get("channel_names") or content.get("modality") or {}
+    if names and len(names) != n_planned:
+        got = f"{len(names)} in dataset.json ({', '.join(map(str, names.values()))})"
+        raise DatasetError(
+            f"another number of channels: {got}, but {n_planned} in {path}: plan and preprocess the dataset again"
+        )
+
+
+def _check_label_maps(folder: Path, content: dict[str, Any], seconds: float) -> None:
+    from stunet.labels.labels import Labels
+    from stunet.volumes import count_labels
+
+    declared = Labels(content, folder / "dataset.json").check()
+    if int(os.environ.get("RANK") or 0) > 0:  # the first process of a training looks for all
+        return
+    copies, listed = folder / "gt_segmentations", content.get("dataset")
+    maps = sorted((copies if copies.is_dir() else folder / "labelsTr").glob(f"*{content.get('file_ending', '')}"))
+    if isinstance(listed, dict) and not copies.is_dir():
+        maps = [folder / str(case.get("label")) for _, case in sorted(listed.items()) if isinstance(case, dict)]
+    stop = time.monotonic() + seconds
+    for file in random.Random(0).sample(maps, len(maps)):
+        if time.monotonic() > stop:
+            return
+        if not file.is_file():
+            continue  # reading the dataset says so
+        if undeclared := sorted(set(count_labels(file)) - set(declared)):
+            raise LabelError(
+                f"dataset.json does not declare {', '.join(map(str, undeclared[:8]))} in {file}, only 0 to "
+                f"{declared[-1]}: correct it, or declare them (see stunet labels check -d {int(folder.name[7:10])})"
+            )
+
+
+def _checkpoint_bytes(configuration: dict[str, Any], trainer: str) -> int:
+    """Two checkpoints with momentum, which nnU-Net keeps at a time; of the size in the plans or the trainer's name."""
+    import torch
+
+    from stunet.network import build_stunet
+    from stunet.planning import is_stunet, plans_size
+
+    named, _ = TRAINERS.get(trainer, (None, {}))
+    size = plans_size(configuration) if is_stunet(configuration) else SIZES[named or "small"]
+    with torch.device("meta"):
+        network = build_stunet(size, 1, 2, [[1] * len(configuration["patch_size"])] * 6)
+    return 2 * 2 * 4 * sum(parameter.numel() for parameter in network.parameters())
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    there = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    if not os.access(there, os.W_OK):
+        raise UsageError(f"{there} cannot be written: choose another folder, or change its permissions")
+    if (free := shutil.disk_usage(there).free) < needed:
+        need = f"{human_bytes(needed)} at least for checkpoints and results"
+        raise UsageError(f"too little disk space: {human_bytes(free)} free in {there}, {need}: free some")

@@ -9,9 +9,8 @@ import typer
 from typer import Context, Option
 
 from stunet.cli import options
-from stunet.cli.console import PlainTable, print_line, stdout
+from stunet.cli.console import print_line, print_table, stdout
 from stunet.cli.convert import find_fetched
-from stunet.cli.preflight import preflight
 from stunet.environment import find_plans, nnunet_folder
 from stunet.errors import DatasetError, PlansError, UsageError, reading
 from stunet.files import read_json
@@ -24,13 +23,14 @@ def _print_settings(wanted: bool) -> None:
         return
     titles = {True: "Read by STUNetTrainer", False: "For any trainer; by default the values of nnU-Net's plans"}
     for of_training, title in titles.items():
-        table = PlainTable("setting", "default", "what it does", title=title)
+        rows = []
         for name, setting in SETTINGS.items():
             if (setting.place == "training") is of_training:
                 values = f": {', '.join(setting.choices)}" if setting.choices[2:] else ""
                 default = "" if setting.default is None else f"{setting.default}".lower()
-                table.add_row(name, default, setting.help + values)
-        stdout.print(table, "", sep="\n")
+                rows.append((name, default, setting.help + values))
+        print_table(rows, "setting", "default", "what it does", title=title)
+        stdout.print()
     stdout.print("Type them as --set num_epochs=500 patch_size=96,160,160; booleans are true or false.")
     raise typer.Exit
 
@@ -77,7 +77,7 @@ def plan(
     paths = None if source is None else find_fetched([source])[1]
     if strategy is not None and source is None:
         raise UsageError(f"--strategy {strategy} without weights to start from: give them with --from, or leave it out")
-    dataset_name = preflight(dataset, plans=plans, writes=nnunet_folder("nnUNet_preprocessed"))
+    dataset_name = options.preflight(dataset, plans=plans, writes=nnunet_folder("nnUNet_preprocessed"))
     from stunet import planning
     from stunet.weights.convert import open_weights
 
@@ -119,10 +119,7 @@ def plan(
     if context.info_name == "plan":  # stunet finetune does what comes next
         _print_next(path, trainable, pretraining=preset is not None)
     if report is not None:
-        table = PlainTable(title=f"From {report.source}")
-        for row in report.rows():
-            table.add_row(*row)
-        stdout.print(table)
+        print_table(report.rows(), title=f"From {report.source}")
     return path
 
 
@@ -130,14 +127,14 @@ def _print_configurations(plans: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Show all configurations and their settings, and return those with a STU-Net."""
     from stunet.planning import is_stunet, plans_size, resolve_configuration
 
-    table = PlainTable("configuration", "network", "patch", "batch", "strides", numbers=("batch",))
+    rows: list[tuple[object, ...]] = []
     trainable: dict[str, dict[str, Any]] = {}
     settings: dict[str, list[str]] = {}
     for name in plans["configurations"]:
         try:
             resolved = resolve_configuration(plans, name)
         except PlansError:  # of a kind that we leave alone
-            table.add_row(name, "no STU-Net", "", "", "")
+            rows.append((name, "no STU-Net", "", "", ""))
             continue
         network = f"{resolved['architecture']['network_class_name'].rsplit('.')[-1]}, no STU-Net"
         if is_stunet(resolved):
@@ -147,8 +144,8 @@ def _print_configurations(plans: dict[str, Any]) -> dict[str, dict[str, Any]]:
             settings.setdefault(line, []).append(name)
         patch = "x".join(map(str, resolved["patch_size"]))
         strides = ("".join(map(str, stride)) for stride in resolved["architecture"]["arch_kwargs"]["strides"])
-        table.add_row(name, network, patch, str(resolved["batch_size"]), " ".join(strides))
-    stdout.print(table)
+        rows.append((name, network, patch, resolved["batch_size"], " ".join(strides)))
+    print_table(rows, "configuration", "network", "patch", "batch", "strides", numbers=["batch"])
     for line, names in settings.items():
         if line:
             print_line(f"Settings of {', '.join(names)}: {line}")

@@ -9,16 +9,20 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
+from typer import Option
 
 from stunet.cli.console import say, stderr, stdout
-from stunet.cli.options import Device, Trust, choose_device
+from stunet.cli.options import Device, Trust, choose_device, split_names
 from stunet.errors import UsageError
 
-_model, _result, _resources = (
-    partial(typer.Option, rich_help_panel=panel) for panel in ("Model", "Result", "Speed and memory")
-)
+_model = partial(Option, rich_help_panel="Model")
+_result = partial(Option, rich_help_panel="Result")
+_resources = partial(Option, rich_help_panel="Speed and memory")
+_MODEL_HELP = "Folder, or a published name."
+_FIRST_STAGE_HELP = "For cascades: the first stage's results."
+_PROBABILITIES_HELP = "Also nnU-Net's .npz, by its own predictor."
+_CONTINUE = ("--continue", "--c", "--continue_prediction")
 
 
 def _complete_model(incomplete: str) -> list[str]:
@@ -30,55 +34,29 @@ def _complete_model(incomplete: str) -> list[str]:
 
 
 def predict(
-    images: Annotated[
-        Path, typer.Option("-i", "--input", metavar="PATH", help="An image, a folder of images, or a DICOM folder.")
-    ],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", metavar="PATH", help="Folder; for one image also a .nii.gz file.")
-    ],
-    series: Annotated[
-        str | None, typer.Option(metavar="UID", help="DICOM series to take, where the folder has several.")
-    ] = None,
-    model: Annotated[
-        str | None,
-        _model("-m", "--model", metavar="MODEL", autocompletion=_complete_model, help="Folder, or a published name."),
-    ] = None,
-    dataset: Annotated[str | None, _model("-d", "--dataset", metavar="NAME", help="Or a dataset's id or name.")] = None,
-    trainer: Annotated[str, _model("-tr", "--trainer", metavar="NAME", help="Trainer.")] = "nnUNetTrainer",
-    plans: Annotated[str, _model("-p", "--plans", metavar="NAME", help="Plans.")] = "nnUNetPlans",
-    configuration: Annotated[
-        str, _model("-c", "--configuration", metavar="NAME", help="Configuration.")
-    ] = "3d_fullres",
-    folds: Annotated[
-        list[str] | None, _model("-f", "--folds", metavar="FOLD...", help="Folds to average; all by default.")
-    ] = None,
-    checkpoint: Annotated[
-        str, _model("-chk", "--checkpoint", metavar="FILE", help="File in each fold.")
-    ] = "checkpoint_final.pth",
-    previous_stage: Annotated[
-        Path | None,
-        typer.Option("-prev_stage_predictions", metavar="PATH", help="For cascades: the first stage's results."),
-    ] = None,
-    structures: Annotated[
-        str | None, _result(metavar="NAMES", help="Only these: liver,spleen. Label values stay.")
-    ] = None,
-    lowres: Annotated[bool, _result("--lowres", help="Write at the model's spacing, not the image's.")] = False,
-    masks: Annotated[bool, _result("--masks", help="Also a mask of each structure.")] = False,
-    statistics: Annotated[bool, _result("--statistics", help="Also volumes and mean intensities.")] = False,
-    preview: Annotated[bool, _result("--preview", help="Also a picture of each case.")] = False,
-    names_in_header: Annotated[bool, _result("--names-in-header", help="Write names into the NIfTI header.")] = False,
-    save_probabilities: Annotated[
-        bool, _result("--save_probabilities", help="Also nnU-Net's .npz, by its own predictor.")
-    ] = False,
-    continue_prediction: Annotated[
-        bool, _result("--continue", "--c", "--continue_prediction", help="Keep cases that are predicted already.")
-    ] = False,
+    images: Annotated[Path, Option("-i", "--input", help="An image, a folder of images, or a DICOM folder.")],
+    output: Annotated[Path, Option("-o", "--output", help="Folder; for one image also a .nii.gz file.")],
+    series: Annotated[str | None, Option(help="UID of the DICOM series to take, where there are several.")] = None,
+    model: Annotated[str | None, _model("-m", "--model", autocompletion=_complete_model, help=_MODEL_HELP)] = None,
+    dataset: Annotated[str | None, _model("-d", "--dataset", help="Or a dataset's id or name.")] = None,
+    trainer: Annotated[str, _model("-tr", "--trainer", help="Trainer.")] = "nnUNetTrainer",
+    plans: Annotated[str, _model("-p", "--plans", help="Plans.")] = "nnUNetPlans",
+    configuration: Annotated[str, _model("-c", "--configuration", help="Configuration.")] = "3d_fullres",
+    folds: Annotated[list[str] | None, _model("-f", "--folds", help="Folds to average; all by default.")] = None,
+    checkpoint: Annotated[str, _model("-chk", "--checkpoint", help="File in each fold.")] = "checkpoint_final.pth",
+    previous_stage: Annotated[Path | None, Option("-prev_stage_predictions", help=_FIRST_STAGE_HELP)] = None,
+    structures: Annotated[str | None, _result(help="Only these: liver,spleen. Label values stay.")] = None,
+    lowres: Annotated[bool, _result(help="Write at the model's spacing, not the image's.")] = False,
+    masks: Annotated[bool, _result(help="Also a mask of each structure.")] = False,
+    statistics: Annotated[bool, _result(help="Also volumes and mean intensities.")] = False,
+    preview: Annotated[bool, _result(help="Also a picture of each case.")] = False,
+    names_in_header: Annotated[bool, _result(help="Write names into the NIfTI header.")] = False,
+    save_probabilities: Annotated[bool, _result("--save_probabilities", help=_PROBABILITIES_HELP)] = False,
+    continue_prediction: Annotated[bool, _result(*_CONTINUE, help="Keep cases that are predicted already.")] = False,
     trust: Trust = None,
     device: Device = "auto",
-    memory: Annotated[str | None, _resources(metavar="SIZE", help="Limit for all processes, such as 8GB.")] = None,
-    step_size: Annotated[
-        float, _resources("-step_size", "--step_size", metavar="X", help="Distance of windows, in patches.")
-    ] = 0.5,
+    memory: Annotated[str | None, _resources(help="Limit for all processes, such as 8GB.")] = None,
+    step_size: Annotated[float, _resources("-step_size", "--step_size", help="Window distance, in patches.")] = 0.5,
     disable_tta: Annotated[bool, _resources("--disable_tta", help="No mirroring.")] = False,
     n_preparing: Annotated[int, _resources("-npp", metavar="N", help="Processes that preprocess.", min=0)] = 1,
     n_writing: Annotated[int, _resources("-nps", metavar="N", help="Processes that write.", min=0)] = 1,
@@ -126,7 +104,7 @@ def predict(
             trained,
             images,
             output,
-            structures=None if structures is None else [name.strip() for name in structures.split(",") if name.strip()],
+            structures=None if structures is None else split_names(structures),
             device=chosen,
             budget=budget,
             step_size=step_size,

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 from typer import Option
 
-from stunet.cli.console import PlainTable, print_line, stderr, stdout
-from stunet.cli.options import Device, Json, Trust, choose_device, complete_weights
+from stunet.cli.console import print_line, print_table, say, stderr, stdout
+from stunet.cli.options import Device, Json, Trust, choose_device, complete_weights, preflight, split_names
 from stunet.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,8 +51,6 @@ def rank(
     ranking.csv and ranking.html, and keeps results, so that an interrupted ranking can be resumed. Exit status 1 where
     a candidate could not be scored, 2 where none could.
     """
-    from stunet.cli.preflight import preflight
-
     preflight(dataset, plans=plans, configuration=configuration, device=device, writes=output)
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
@@ -71,7 +69,7 @@ def rank(
             configuration=configuration,
             plans=plans,
             fold=fold,
-            metrics=[name.strip() for name in metrics.split(",") if name.strip()],
+            metrics=split_names(metrics),
             n_cases=n_cases,
             per_class=per_class,
             n_whole=n_whole,
@@ -98,34 +96,33 @@ def rank(
 
 def _report(result: CandidateScores) -> None:
     took = f"{result.seconds:.1f} s" if result.seconds else "kept from an earlier run"
-    said = f"{result.name} could not be scored: {result.error}" if result.error else f"{result.name}: {took}"
-    print_line(said, error=True)
+    say(f"{result.name} could not be scored: {result.error}" if result.error else f"{result.name}: {took}")
 
 
 def _show(ranking: Ranking, page: Path) -> None:
     from stunet.reports.ranking import short_names
 
-    mean_ranks, has_interval = ranking.mean_ranks, "ccfv" in ranking.metrics
-    heads = [name.replace("transrate", "trans-\nrate").replace("zero-shot", "zero-\nshot") for name in ranking.metrics]
-    heads += ["mean\nrank"] * bool(mean_ranks) + ["ccfv, 95 %\nof resamples"] * has_interval
-    rows = []
-    for place, row in enumerate(ranking.rows):
-        scores = [(row.scores.get(metric), ranking.preferred.get(metric) is row) for metric in ranking.metrics]
-        cells = [Text("-" if score is None else f"{score:.2f}", "bold" if best else "") for score, best in scores]
-        if mean_ranks:
-            cells.append(Text(f"{mean_ranks[place]:.1f}", "bold" if row is ranking.consensus else ""))
-        if has_interval:
-            cells.append(Text("" if row.interval is None else "{:.2f} to {:.2f}".format(*row.interval)))
-        rows.append(cells)
-    widths = [max(map(len, [*head.split("\n"), *map(str, column)])) for head, *column in zip(heads, *rows, strict=True)]
+    columns: dict[str, list[Text]] = {}
+    for metric in ranking.metrics:
+        scores, best = [row.scores.get(metric) for row in ranking.rows], ranking.preferred.get(metric)
+        bold = ["bold" if row is best else "" for row in ranking.rows]
+        head = metric.replace("transrate", "trans-\nrate").replace("zero-shot", "zero-\nshot")
+        columns[head] = [Text("-" if s is None else f"{s:.2f}", b) for s, b in zip(scores, bold, strict=True)]
+    if mean_ranks := ranking.mean_ranks:
+        bold = ["bold" if row is ranking.consensus else "" for row in ranking.rows]
+        columns["mean\nrank"] = [Text(f"{rank:.1f}", b) for rank, b in zip(mean_ranks, bold, strict=True)]
+    if "ccfv" in ranking.metrics:
+        intervals = [row.interval for row in ranking.rows]
+        columns["ccfv, 95 %\nof resamples"] = [Text("{:.2f} to {:.2f}".format(*i) if i else "") for i in intervals]
+    widths = [max(map(len, [*head.split("\n"), *map(str, cells)])) for head, cells in columns.items()]
     full = [row.name for row in ranking.rows]
     names = short_names(full, max(12, stdout.width - sum(widths) - len(widths) - 6))
     table = Table(title=f"Best first by {ranking.metric}", title_justify="left", box=SIMPLE_HEAD, padding=0)
-    table.add_column("", justify="right", min_width=len(str(len(rows))))
+    table.add_column("", justify="right", min_width=len(str(len(full))))
     table.add_column("candidate", overflow="fold")
-    for head in heads:
+    for head in columns:
         table.add_column(head, justify="right", no_wrap=True)
-    for place, (name, cells) in enumerate(zip(names, rows, strict=True), start=1):
+    for place, (name, *cells) in enumerate(zip(names, *columns.values(), strict=True), start=1):
         table.add_row(str(place), Text(name), *cells)
     stdout.print(table)
     for place, (name, whole) in enumerate(zip(names, full, strict=True), start=1):
@@ -174,7 +171,7 @@ def rank_eval(
     if missing and (metric or not complete):
         raise UsageError(f"{'; '.join(missing)}: choose other metrics, or leave these out of both files")
     for line in missing:
-        print_line(line.replace(":", " is left out:", 1), error=True)
+        say(line.replace(":", " is left out:", 1))
     results = {name: agreement(by_metric[name], truth, n_resamples=resamples, seed=seed) for name in metric or complete}
     if as_json:
         typer.echo(json.dumps({"metrics": {name: result.as_dict() for name, result in results.items()}}, indent=4))
@@ -185,10 +182,10 @@ def rank_eval(
     caption += f"; up to {degenerate} without a value are left out" if degenerate else ""
     numbers = ("weighted Kendall", "Pearson", "Spearman", "regret")
     title = f"{first.n_checkpoints} checkpoints, best Dice: {first.best}"
-    table = PlainTable("metric", *numbers, title=title, caption=caption, numbers=numbers)
+    rows = []
     for name, result in results.items():
-        table.add_row(name, *(f"{e.value:.3f}\n[{e.low:.3f}, {e.high:.3f}]" for e in result.estimates.values()))
-    stdout.print(table)
+        rows.append([name, *(f"{e.value:.3f}\n[{e.low:.3f}, {e.high:.3f}]" for e in result.estimates.values())])
+    print_table(rows, "metric", *numbers, title=title, caption=caption, numbers=numbers)
     for top in dict.fromkeys(result.top for result in results.values()):
         names = ", ".join(name for name, result in results.items() if result.top == top)
         print_line(f"First choice of {names}: {top}")

@@ -6,41 +6,39 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
-from stunet.cli.options import Continue, Device, FoldName, choose_device
+from stunet.cli.console import print_line
+from stunet.cli.env import trainers_folder
+from stunet.cli.options import Continue, Device, FoldName, choose_device, preflight
+from stunet.environment import find_dataset, find_plans, nnunet_folder
+from stunet.errors import UsageError
 
 #: Stands for an epoch before the first, when the network is initialised.
 _BEFORE_TRAINING = 2**31
+_WEIGHTS_HELP = "Checkpoint of the same network to start from."
+_SEED_HELP = "Of all random numbers; on the CPU two trainings with one seed are equal."
 
 
 def train(
-    dataset: Annotated[str, typer.Argument(help="Dataset id or name.")],
-    configuration: Annotated[str, typer.Argument(help="For example 3d_fullres.")],
-    fold: Annotated[FoldName, typer.Argument(help="Fold of the cross-validation, or all cases.")],
-    trainer: Annotated[str, typer.Option("-tr", help="Trainer.")] = "STUNetTrainer",
-    plans: Annotated[str, typer.Option("-p", help="Plans.")] = "nnUNetPlans",
-    pretrained_weights: Annotated[
-        Path | None, typer.Option("-pretrained_weights", help="Checkpoint of the same network to start from.")
-    ] = None,
-    num_gpus: Annotated[
-        int, typer.Option("-num_gpus", help="Processes to start on this machine; see below for several.", min=1)
-    ] = 1,
-    npz: Annotated[bool, typer.Option("--npz", help="Keep the probabilities of the final validation.")] = False,
+    dataset: Annotated[str, Argument(help="Dataset id or name.")],
+    configuration: Annotated[str, Argument(help="For example 3d_fullres.")],
+    fold: Annotated[FoldName, Argument(help="Fold of the cross-validation, or all cases.")],
+    trainer: Annotated[str, Option("-tr", help="Trainer.")] = "STUNetTrainer",
+    plans: Annotated[str, Option("-p", help="Plans.")] = "nnUNetPlans",
+    pretrained_weights: Annotated[Path | None, Option("-pretrained_weights", help=_WEIGHTS_HELP)] = None,
+    num_gpus: Annotated[int, Option("-num_gpus", help="Processes on this machine; for several see below.", min=1)] = 1,
+    npz: Annotated[bool, Option(help="Keep the probabilities of the final validation.")] = False,
     continue_training: Continue = False,
-    only_validation: Annotated[bool, typer.Option("--val", help="Validate, and do not train.")] = False,
-    validate_best: Annotated[bool, typer.Option("--val_best", help="Validate with checkpoint_best.pth.")] = False,
-    disable_checkpointing: Annotated[bool, typer.Option("--disable_checkpointing", help="Write none.")] = False,
+    only_validation: Annotated[bool, Option("--val", help="Validate, and do not train.")] = False,
+    validate_best: Annotated[bool, Option("--val_best", help="Validate with checkpoint_best.pth.")] = False,
+    disable_checkpointing: Annotated[bool, Option("--disable_checkpointing", help="Write none.")] = False,
     device: Device = "auto",
-    global_batch: Annotated[
-        int | None, typer.Option(help="Samples of all processes together, in place of the plans' batch size.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of all random numbers; on the CPU two trainings with one seed are equal.", min=0)
-    ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds that processes wait for each other.", min=1)] = 1800.0,
+    global_batch: Annotated[int | None, Option(help="Batch of all processes; that of the plans by default.")] = None,
+    seed: Annotated[int | None, Option(help=_SEED_HELP, min=0)] = None,
+    timeout: Annotated[float, Option(help="Seconds that processes wait for each other.", min=1)] = 1800.0,
 ) -> None:
     """Train as nnUNetv2_train does, in one process or in all those of torchrun.
 
@@ -52,17 +50,11 @@ def train(
     The batch is divided among the processes. When one is lost, torchrun starts all of them again, and the training goes
     on from its last checkpoint.
     """
-    from stunet.cli.env import trainers_folder
-    from stunet.cli.preflight import preflight
-    from stunet.environment import find_dataset, find_plans, nnunet_folder
-    from stunet.errors import UsageError
-
-    if continue_training and pretrained_weights:
-        raise UsageError("--c and -pretrained_weights are both given, but a training starts from one: leave one out")
-    if continue_training and only_validation:
-        raise UsageError("--c and --val are both given, but only one can be done: leave one out")
-    preflight(dataset, plans=plans, configuration=configuration, trainer=trainer, device=device, n_devices=num_gpus,
-              writes=nnunet_folder("nnUNet_results"))  # fmt: skip
+    if continue_training and (pretrained_weights or only_validation):
+        other = "-pretrained_weights" if pretrained_weights else "--val"
+        raise UsageError(f"--c and {other} are both given, but only one can be done: leave one out")
+    asked: dict[str, Any] = {"plans": plans, "configuration": configuration, "trainer": trainer}
+    preflight(dataset, **asked, device=device, n_devices=num_gpus, writes=nnunet_folder("nnUNet_results"))
     device = choose_device(device)
     os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))  # before nnU-Net is asked for the trainer
     import torch
@@ -70,28 +62,21 @@ def train(
 
     from stunet.planning import load_plans, resolve_configuration
     from stunet.processes import end_with_children
-    from stunet.training import BaseSTUNetTrainer
+    from stunet.training import BaseSTUNetTrainer, distributed
     from stunet.training.checkpoints import set_aside
-    from stunet.training.distributed import (
-        Ranks,
-        check_same,
-        check_shared_folder,
-        join_others,
-        seed_everything,
-        share_of_batch,
-    )
     from stunet.weights.sharded import SHARDED_SUFFIX
 
     if num_gpus > 1 and "RANK" not in os.environ:
         # What they would refuse, before they are started, and started once more.
         planned = resolve_configuration(load_plans(find_plans(find_dataset(dataset), plans)), configuration)
-        share_of_batch(int(planned["batch_size"] if global_batch is None else global_batch), Ranks(0, num_gpus))
+        batch = int(planned["batch_size"] if global_batch is None else global_batch)
+        distributed.share_of_batch(batch, distributed.Ranks(0, num_gpus))
         _start_processes(num_gpus)
     end_with_children()
-    with join_others(device, timeout) as ranks:
-        check_same(ranks, dataset, configuration, plans, [fold, trainer, device, global_batch, seed])
+    with distributed.join_others(device, timeout) as ranks:
+        distributed.check_same(ranks, dataset, configuration, plans, [fold, trainer, device, global_batch, seed])
         if seed is not None:
-            seed_everything(seed, ranks.rank, _BEFORE_TRAINING)
+            distributed.seed_everything(seed, ranks.rank, _BEFORE_TRAINING)
             if device == "cpu":  # batches of other processes are not drawn from the seed
                 os.environ.setdefault("nnUNet_n_proc_DA", "0")
         # After a restart by torchrun without being told.
@@ -107,10 +92,10 @@ def train(
             # In both, as the second is what is written beside the checkpoints.
             made.configuration_manager.configuration["batch_size"] = global_batch
             made.plans_manager.plans["configurations"][configuration]["batch_size"] = global_batch
-        share_of_batch(int(made.configuration_manager.batch_size), ranks)  # before anything is written
+        distributed.share_of_batch(int(made.configuration_manager.batch_size), ranks)  # before anything is written
         folder = Path(made.output_folder)
         if ranks.size > 1:
-            check_shared_folder(folder, ranks)
+            distributed.check_shared_folder(folder, ranks)
         # A restart before the first checkpoint begins once more.
         resumes = resumes and any(path.suffix in (".pth", SHARDED_SUFFIX) for path in folder.glob("checkpoint_*"))
         weights, nnunet_finds = None if resumes or pretrained_weights is None else str(pretrained_weights), resumes
@@ -131,10 +116,8 @@ def train(
 
 def _start_processes(number: int) -> None:
     """Become torchrun, which runs this command so many times; there it has a rank, and starts no others."""
-    from stunet.cli.console import stdout
-
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "3"]
     command += ["--nproc-per-node", str(number), "-m", "stunet", *sys.argv[1:]]
-    stdout.print(f"$ torchrun {shlex.join(command[3:])}", style="bold", highlight=False, soft_wrap=True)
+    print_line(f"$ torchrun {shlex.join(command[3:])}", style="bold")
     sys.stdout.flush()
     os.execv(sys.executable, command)  # noqa: S606 - this very command, no shell

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.columns import Columns
@@ -12,14 +12,11 @@ from rich.filesize import decimal
 from rich.text import Text
 from typer import Argument, Option
 
-from stunet.cli.console import Group, PlainTable, print_line, say, stdout
+from stunet.cli.console import Group, print_line, print_table, say, stdout
 from stunet.cli.options import Json, Positive, complete_weights
 from stunet.environment import did_you_mean
 from stunet.errors import LabelError, UsageError, reading
 from stunet.files import file_sha256, read_json
-
-if TYPE_CHECKING:
-    from stunet.weights.published import Verified
 
 app = typer.Typer(cls=Group, help="List, fetch and verify published STU-Net weights.", no_args_is_help=True)
 
@@ -31,17 +28,16 @@ def list_weights(as_json: Annotated[bool, Option("--json", help="Print JSON, wit
     if as_json:
         typer.echo(json.dumps({"weights": rows}, indent=2))
         return
-    numbers = ("outputs", "size")
-    table = PlainTable("name", "network", *numbers, "download", "state", numbers=numbers)
-    described: dict[str, list[str]] = {}
+    cells, described = [], dict[str, list[str]]()
     for row in rows:
         weights = next(file for file in row["files"] if not file["file"].endswith(".pkl"))
         exact, about = weights["bytes"], weights["approximate_bytes"]
         length = decimal(exact) if exact else f"~ {decimal(about)}" if about else "not known"
-        table.add_row(row["name"], row["size"], str(row["outputs"]), length, row["download"], row["state"])
+        cells.append((row["name"], row["size"], row["outputs"], length, row["download"], row["state"]))
         text = f"{row['title'] or 'training data not known'}; licence: {row['licence'] or 'not known'}"
         described.setdefault(text, []).append(row["name"])
-    stdout.print(table, "", sep="\n")
+    print_table(cells, "name", "network", "outputs", "size", "download", "state", numbers=("outputs", "size"))
+    stdout.print()
     for text, names in described.items():
         stdout.print(f"{', '.join(names)}: {text}")
     print_line("Next: stunet weights fetch NAME. Files and addresses: stunet weights list --json")
@@ -117,25 +113,19 @@ def verify_weights(what: Annotated[list[str] | None, Argument(autocompletion=com
         raise UsageError(f"{absent[0]} is neither weights nor a file: give names ({', '.join(known)}) or a file")
     if len(files) > 1 or (files and len(names) > 1):
         raise UsageError(f"{' '.join(what or [])}: give names, or one name and one file (see stunet weights list)")
-    if files and names:
-        _report(verify_file(files[0], known[names[0]]))
-    elif files:
+    if not what:
+        names = [n for n, e in known.items() if any((entry_folder(n) / f.file).exists() for f in e.files)]
+        if not names:
+            print_line("Nothing has been fetched yet.")
+    if files and not names:
         words, sha256 = describe_file(files[0]), file_sha256(files[0])
         same = [entry.name for entry in known.values() for file in entry.files if file.sha256 == sha256]
         print_line(f"fine  {files[0]}  SHA-256 {sha256}")
         print_line(f"      {words}; {'published as ' + ', '.join(same) if same else 'its checksum is in no registry'}")
-    elif not what:
-        names = [n for n, e in known.items() if any((entry_folder(n) / f.file).exists() for f in e.files)]
-        if not names:
-            print_line("Nothing has been fetched yet.")
-    for name in () if files else names:
-        for verified in verify(known[name]):
-            _report(verified)
-
-
-def _report(verified: Verified) -> None:
-    compared = f"as {verified.compared_with}" if verified.compared_with else "not known before"
-    print_line(f"fine  {verified.path}  SHA-256 {verified.sha256} ({compared})")
+    for name in names:
+        for verified in [verify_file(files[0], known[name])] if files else verify(known[name]):
+            compared = f"as {verified.compared_with}" if verified.compared_with else "not known before"
+            print_line(f"fine  {verified.path}  SHA-256 {verified.sha256} ({compared})")
 
 
 def list_names(of: Annotated[str | None, Option(metavar="NAME")] = None, as_json: Json = False) -> None:
@@ -152,15 +142,15 @@ def list_names(of: Annotated[str | None, Option(metavar="NAME")] = None, as_json
         stdout.print(Text(f"{of}: {len(lines)} structures"))
         stdout.print(Columns([Text(line) for line in lines], column_first=True, equal=True))
     else:
-        models = PlainTable("name", "size", "structures", "licence", "state", title="Models", numbers=["structures"])
-        for row in content["models"]:
-            licence = row["licence"] or "not stated"
-            models.add_row(row["name"], row["size"], str(row["outputs"] - 1), licence, row["state"])
-        systems = PlainTable("name", "structures", title="Label systems", numbers=["structures"])
-        for row in content["label_systems"]:
-            systems.add_row(row["name"], str(row["structures"]))
-        stdout.print(models, "", systems, "", sep="\n")
-        stdout.print("Structures of one: stunet list --of NAME")
+        models = [
+            (row["name"], row["size"], row["outputs"] - 1, row["licence"] or "not stated", row["state"])
+            for row in content["models"]
+        ]
+        systems = [list(row.values()) for row in content["label_systems"]]
+        print_table(models, "name", "size", "structures", "licence", "state", title="Models", numbers=["structures"])
+        stdout.print()
+        print_table(systems, "name", "structures", title="Label systems", numbers=["structures"])
+        stdout.print("\nStructures of one: stunet list --of NAME")
         stdout.print("Predict with a model: stunet predict -i CT.nii.gz -o OUT -m NAME")
 
 

@@ -6,10 +6,10 @@ import base64
 import io
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -20,35 +20,29 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from stunet.evaluation import METRICS, EvaluationResults
 from stunet.files import atomic_path
 
 Array = npt.NDArray[Any]
-Arguments = ParamSpec("Arguments")
-Drawn = TypeVar("Drawn")
 
 _TITLES = {"Dice": "Dice", "NSD": "normalised surface Dice", "HD95": "95th percentile Hausdorff distance (mm)"}
 _ROW = 0.26  # inches
 _MOST_CASES_FOR_OPAQUE_DOTS = 20
 
 
-def drawing(draw: Callable[Arguments, Drawn]) -> Callable[Arguments, Drawn | None]:
-    """Decorate what draws or saves a figure: a ``$`` in a name is a dollar, and a failure costs the picture alone."""
-
-    @wraps(draw)
-    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Drawn | None:
-        try:
-            with mpl.rc_context({"text.parse_math": False}):
-                return draw(*args, **kwargs)
-        except Exception as error:  # whatever it is, the results beside the picture are whole
-            warnings.warn(f"no picture: {type(error).__name__}: {str(error)[:200]}", stacklevel=2)
-            return None
-
-    return call
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Draw within, or decorate what draws: a ``$`` in a name is a dollar, and a failure costs the picture alone."""
+    try:
+        with mpl.rc_context({"text.parse_math": False}):
+            yield
+    except Exception as error:  # whatever it is, the results beside the picture are whole
+        warnings.warn(f"no picture: {type(error).__name__}: {str(error)[:200]}", stacklevel=4)  # above contextlib
 
 
-@drawing
+@drawing()
 def side_by_side(
     cases: Sequence[tuple[str, Array, Mapping[str, Array]]],
     labels: Mapping[str, int],
@@ -96,7 +90,7 @@ def _colour(labels: Array, colours: Mapping[int, tuple[float, ...]]) -> npt.NDAr
     return rgba
 
 
-@drawing
+@drawing()
 def draw_scores(results: EvaluationResults, path: str | os.PathLike[str], *, title: str = "") -> None:
     """Draw the scores of each structure: a dot for each case, and a bar at the mean.
 
@@ -113,8 +107,7 @@ def draw_scores(results: EvaluationResults, path: str | os.PathLike[str], *, tit
         _draw_metric(panel, results, metric)
     panels[0].set_yticks(range(n), [structure.comparison.name for structure in results.structures])
     panels[0].set_ylim(n - 0.5, -0.5)
-    if title:
-        figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10)
     with atomic_path(Path(path)) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
@@ -125,8 +118,7 @@ def _draw_metric(panel: Axes, results: EvaluationResults, metric: str) -> None:
         # Spread over the row's height, in the order of cases, so that equal scores do not hide each other.
         heights = row + np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else [float(row)] * len(values)
         panel.scatter(values, heights, s=9, color="tab:blue", alpha=alpha, linewidths=0, zorder=2)
-        mean = structure.mean[metric]
-        if mean is not None:
+        if (mean := structure.mean[metric]) is not None:
             panel.plot([mean, mean], [row - 0.38, row + 0.38], color="tab:red", linewidth=1.6, zorder=3)
         if metric == "HD95" and structure.infinite:
             text, beside = f"{structure.infinite} infinite", panel.get_yaxis_transform()
@@ -137,14 +129,25 @@ def _draw_metric(panel: Axes, results: EvaluationResults, metric: str) -> None:
     panel.tick_params(labelsize=8)
 
 
-def write_page(template: str, path: str | os.PathLike[str], **content: Any) -> None:
-    """Fill a template and write the page, atomically. All text is escaped.
+def draw_curves(
+    curves: Mapping[str, Sequence[float]], x: str, y: str, styles: Iterable[Mapping[str, Any]], start: int = 0
+) -> Figure:
+    """Draw a line for each sequence, by name, over whole numbers from ``start`` on, each in a style of its own."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for (name, values), style in zip(curves.items(), styles, strict=False):
+        axes.plot(range(start, start + len(values)), values, marker="o", label=name, **style)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(curves) > 1:
+        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
 
-    Args:
-        template: Its file name.
-        path: The page.
-        content: What the template names; something that it names and that is missing is an error.
-    """
+
+def write_page(template: str, path: str | os.PathLike[str], **content: Any) -> None:
+    """Fill a template with all that it names, escaped, and write the page, atomically."""
     environment = Environment(loader=PackageLoader("stunet.reports"), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template(template).render(**content)
     with atomic_path(path) as temporary:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
 from stunet.files import write_json
-from stunet.reports.figures import drawing, inline_svg, write_page
+from stunet.reports.figures import draw_curves, drawing, inline_svg, write_page
 
 if TYPE_CHECKING:
     from stunet.ranking import CandidateScores, Ranking
@@ -42,7 +42,7 @@ def _mean_consistency(row: CandidateScores, label: str) -> float:
     return sum(values) / len(values)
 
 
-@drawing
+@drawing()
 def _figures(ranking: Ranking, scored: Sequence[CandidateScores]) -> list[dict[str, Any]]:
     metric, figures = ranking.metric, []
     if shown := [(row, score) for row in ranking.rows if (score := row.scores.get(metric)) is not None]:
@@ -51,7 +51,13 @@ def _figures(ranking: Ranking, scored: Sequence[CandidateScores]) -> list[dict[s
         caption = "The score of each candidate, with its interval if it has one."
         figures.append({"svg": inline_svg(bars), "caption": caption})
     if scored:
-        lines = _scale_lines({row.name: row.ccfv["per_scale"] for row in scored}, "log(variety / consistency)")
+        names = short_names([row.name for row in scored])
+        curves = {name: row.ccfv["per_scale"] for name, row in zip(names, scored, strict=True)}
+        styles: list[dict[str, Any]] = [
+            {"color": _BEST, "linewidth": 2.5, "zorder": 3},
+            *[{"linewidth": 1.2, "alpha": 0.8}] * len(curves),
+        ]
+        lines = draw_curves(curves, "scale of the decoder, 0 is the finest", "log(variety / consistency)", styles)
         figures.append({"svg": inline_svg(lines), "caption": "CC-FV at each scale; the score is their mean."})
     return figures
 
@@ -68,29 +74,10 @@ def score_bars(
         if interval is not None:
             axes.plot(interval, (place, place), color=colour, linewidth=5, alpha=0.45, solid_capstyle="round")
         axes.plot(score, place, "o", color=colour, markersize=8)
-    axes.set_yticks(list(range(len(names))), short_names(names), parse_math=False)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlabel(label)
+    axes.set_yticks(list(range(len(names))), short_names(names))
+    axes.set(ylim=(len(names) - 0.5, -0.5), xlabel=label)
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    return figure
-
-
-def _scale_lines(per_scale: Mapping[str, Sequence[float]], label: str) -> Figure:
-    """Draw a line for each checkpoint, best first, over the decoder's scales, finest first."""
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for place, (name, values) in enumerate(zip(short_names(list(per_scale)), per_scale.values(), strict=True)):
-        style = {"color": _BEST, "linewidth": 2.5, "zorder": 3} if place == 0 else {"linewidth": 1.2, "alpha": 0.8}
-        axes.plot(range(len(values)), values, marker="o", label=name, **style)
-    most = max(map(len, per_scale.values()))
-    axes.set_xticks(range(most), ["finest", *map(str, range(1, most))] if most else [])
-    axes.set_xlabel("scale of the decoder")
-    axes.set_ylabel(label)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    for text in axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)).get_texts():
-        text.set_parse_math(False)
     return figure
 
 

@@ -10,11 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
 from stunet.labels.labels import Labels
-from stunet.reports.figures import inline_svg
+from stunet.reports.figures import draw_curves, inline_svg
 
 #: Differences of mean Dice below this are called none.
 _CLEAR = 0.05
@@ -48,12 +45,9 @@ def read_dice(summary: str | os.PathLike[str], labels: Mapping[str, Any]) -> lis
     described = Labels({"labels": labels})
     for name in described.structures:
         values = described.values[name]
-        keys = [str(values), str(values[0])]
-        scores = []
-        for case in cases:
-            # A region of one value counts as a region only where others have several.
-            score = next((case["metrics"][key]["Dice"] for key in keys if key in case["metrics"]), None)
-            scores += [score] if score is not None and not math.isnan(score) else []
+        keys = [str(values), str(values[0])]  # a region of one value counts as a region only where others have several
+        found = [case["metrics"][key]["Dice"] for case in cases for key in keys if key in case["metrics"]]
+        scores = [score for score in found if score is not None and not math.isnan(score)]
         mean = sum(scores) / len(scores) if scores else math.nan
         lowest, highest = min(scores, default=math.nan), max(scores, default=math.nan)
         rows.append(StructureDice(name, mean, lowest, highest, len(scores)))
@@ -87,33 +81,16 @@ def draw_story(
     """Draw Dice by epoch of the pre-training, scores, and Dice by epoch of each model on the target, with captions."""
     from stunet.reports.ranking import score_bars
 
-    candidates = ranking["candidates"]
+    candidates, styles = ranking["candidates"], [{"color": "#0b6e8f"}, {"color": "#b7791f"}]
     names, logme = [c["name"] for c in candidates], [c["scores"]["logme"] for c in candidates]
+    before = draw_curves({"pre-training": pretraining}, "epoch of pre-training", "mean Dice", styles, start=1)
+    after = draw_curves(curves, "epoch on the target", "mean Dice", styles, start=1)
+    for figure in (before, after):
+        figure.axes[0].set_ylim(0, 1)
     figures = {
-        "Mean Dice on validation patches during pre-training.": _dice_curves(
-            {"pre-training": pretraining}, "epoch of pre-training"
-        ),
+        "Mean Dice on validation patches during pre-training.": before,
         # Without intervals: those in ranking.json are of CC-FV.
         "Scores of the checkpoints.": score_bars(names, logme, [None] * len(names), "LogME, higher is better"),
-        "Mean Dice on validation patches of the target, with the same budget.": _dice_curves(
-            curves, "epoch on the target"
-        ),
+        "Mean Dice on validation patches of the target, with the same budget.": after,
     }
     return [{"svg": inline_svg(figure), "caption": caption} for caption, figure in figures.items()]
-
-
-def _dice_curves(curves: Mapping[str, Sequence[float]], label: str) -> Figure:
-    """Draw Dice by epoch, one line for each training."""
-    figure = Figure(figsize=(7, 2.8), layout="constrained")
-    axes = figure.subplots()
-    for (name, values), colour in zip(curves.items(), ("#0b6e8f", "#b7791f"), strict=False):
-        axes.plot(range(1, len(values) + 1), values, marker="o", color=colour, label=name)
-    axes.set_ylim(0, 1)
-    axes.set_xlabel(label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel("mean Dice")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(curves) > 1:
-        axes.legend(frameon=False)
-    return figure
