@@ -24,9 +24,8 @@ from stunet.files import read_json
 from stunet.labels.labels import Labels, load_vocabulary, vocabulary_for
 from stunet.planning import check_configuration, describe_model, write_model_folder
 from stunet.weights.convert import open_weights
-from stunet.weights.networks import check_network
 from stunet.weights.published import WeightsEntry, alone_with, entry_folder, fetch, find_entry, noted_sha256
-from stunet.weights.read import check_weights, read_checkpoint
+from stunet.weights.read import check_network, check_weights, read_checkpoint
 
 CHECKPOINT = "checkpoint_final.pth"
 _VOLUME_READERS = {"SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient"}

@@ -30,9 +30,8 @@ import numpy.typing as npt
 from stunet.datasets.raw import plane_names
 from stunet.errors import DatasetError, UsageError, reading
 from stunet.files import atomic_path, file_sha256, fingerprint, move_into_place, read_json, write_json
-from stunet.inference.images import Case, CaseArray
+from stunet.inference.images import Case, CaseArray, resample_image
 from stunet.inference.model import Model
-from stunet.inference.resampling import resample_image
 from stunet.volumes import NIFTI_ENDINGS
 
 EXTRAS = ("masks", "statistics", "names_in_header", "preview")

@@ -225,7 +225,7 @@ def build_candidate(
         input_channels: Channels of the target's images.
         patch_size: Voxels of the target's patch; two axes in a 2D configuration.
         strides: Stride of each of STU-Net's six stages for each axis, see :func:`stunet.planning.fit_strides`.
-        trust: Classes that the plans of checkpoints may name, see :func:`stunet.weights.networks.check_network`.
+        trust: Classes that the plans of checkpoints may name, see :func:`stunet.weights.read.check_network`.
 
     Raises:
         ArchitectureError: Strides or channels that no STU-Net has.

@@ -23,8 +23,18 @@ from torch import Tensor, nn
 from stunet.errors import ArchitectureError, CheckpointError, reading
 from stunet.files import atomic_path, refuse_existing
 from stunet.network import CONV_OPS, N_STAGES, STUNet, STUNetSize, size_of
-from stunet.weights.networks import STUNET, UNETS, UNUSABLE, check_network, described_network
-from stunet.weights.read import describe_content, describe_mismatch, load_archive, read_pickle, require_file
+from stunet.weights.read import (
+    STUNET,
+    UNETS,
+    UNUSABLE,
+    check_network,
+    describe_content,
+    describe_mismatch,
+    described_network,
+    load_archive,
+    read_pickle,
+    require_file,
+)
 
 Kind = Literal["nnU-Net v1", "old nnU-Net v2 port", "nnU-Net v2", "safetensors", "plain tensors"]
 _PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)+")
@@ -125,10 +135,6 @@ _MODULES = {
     "conv_blocks_context": "encoder.stages", "conv_blocks_localization": "decoder.stages",
     "upsample_layers": "decoder.upsamplings", "seg_outputs": "decoder.seg_layers",
 }  # fmt: skip
-_PUBLISHED = re.compile(
-    r"(conv_blocks_(context|localization)\.\d+\.\d+\.(conv[123]|norm[12])|upsample_layers\.\d+\.conv|seg_outputs\.\d+)"
-    r"\.(weight|bias)"
-)
 _OURS = re.compile(
     r"((en|de)coder\.stages\.\d+\.\d+\.(conv[12]|norm[12]|projection)"
     r"|decoder\.upsamplings\.\d+\.conv|decoder\.seg_layers\.\d+)\.(weight|bias)"
@@ -141,10 +147,11 @@ def from_published_key(key: str) -> str:
     >>> from_published_key("conv_blocks_context.0.0.conv3.weight")
     'encoder.stages.0.0.projection.weight'
     """
-    if not _PUBLISHED.fullmatch(key):
+    module, _, rest = key.partition(".")
+    ours = f"{_MODULES.get(module, '')}.{rest}".replace(".conv3.", ".projection.")
+    if ".projection." in key or not _OURS.fullmatch(ours):
         raise CheckpointError(f"{key[:200]} has no counterpart: it is no parameter of the published STU-Net code")
-    module, rest = key.split(".", 1)
-    return f"{_MODULES[module]}.{rest}".replace(".conv3.", ".projection.")
+    return ours
 
 
 def to_published_key(key: str) -> str:
@@ -259,7 +266,7 @@ def open_weights(paths: Sequence[str | os.PathLike[str]], *, trust: Sequence[str
         paths: One file with weights, or one model folder, and any number of nnU-Net v1 pickles (``.pkl``), in any
             order. Where ``X.model`` is given, ``X.model.pkl`` and ``plans.pkl`` beside it are read too.
         trust: Check the network that the plans in the checkpoint name, too, and admit these classes beyond the known
-            ones; see :func:`stunet.weights.networks.check_network`. None where nothing will be built of these plans.
+            ones; see :func:`stunet.weights.read.check_network`. None where nothing will be built of these plans.
 
     Returns:
         The weights under our names, without the prefixes of ``DataParallel`` and ``torch.compile``, as fp32.
@@ -411,7 +418,7 @@ def open_any_weights(path: str | os.PathLike[str], trust: Sequence[str] = ()) ->
     Args:
         path: A file as for :func:`open_weights`, a checkpoint of nnU-Net v2 with a ``PlainConvUNet`` or a
             ``ResidualEncoderUNet``, or a model folder with one fold.
-        trust: Further classes that the plans may name, see :func:`stunet.weights.networks.check_network`.
+        trust: Further classes that the plans may name, see :func:`stunet.weights.read.check_network`.
 
     Raises:
         CheckpointError: The file is missing, truncated or unsafe, the weights are not finite, of another network, or

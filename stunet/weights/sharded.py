@@ -104,9 +104,8 @@ class ShardedSave:
         self.folder = folder
         buffer = io.BytesIO()
         torch.save(dict(content), buffer)
-        future = async_save(dict(tensors), storage_writer=_Writer(folder, buffer.getvalue()), process_group=group)
-        assert isinstance(future, Future)
-        self._future = future
+        writer = _Writer(folder, buffer.getvalue())
+        self._future: Future[Any] = async_save(dict(tensors), storage_writer=writer, process_group=group)  # type: ignore[assignment]
 
     def wait(self) -> None:
         """Wait until the checkpoint is complete on the disk.
