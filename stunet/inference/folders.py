@@ -310,9 +310,8 @@ def plan_memory(
 def _case_bytes(model: Model, geometry: Geometry, plan: MemoryPlan, *, on_device: bool) -> int:
     """Peak of all processes while an image like this one is predicted, without the network."""
     n_processes, channels, n = 1 + plan.n_preparing + plan.n_writing, model.n_channels, geometry.n_voxels
-    shape, spacing = (
-        [values[i] for i in model.plans_manager.transpose_forward] for values in (geometry.shape, geometry.spacing)
-    )
+    order = model.plans_manager.transpose_forward
+    shape, spacing = ([values[i] for i in order] for values in (geometry.shape, geometry.spacing))
     grid = [int(side) for side in compute_new_shape(shape, spacing, network_spacing(model, spacing))]
     # The slab of logits, planes that are being resampled, the image and its labels.
     patch = model.configuration_manager.patch_size
@@ -328,9 +327,8 @@ def _case_bytes(model: Model, geometry: Geometry, plan: MemoryPlan, *, on_device
     resampling = (_SINGLE * channels + 1) * n + 2 * _SINGLE * channels * math.prod(grid)
     preparing, writing = max(reading, cropping, resampling), 5 * n
     fixed = n_processes * _PROCESS_BYTES + _TEMPORARY_BYTES
-    if n_processes == 1:
-        return fixed + max(predicting, preparing, writing)
-    return fixed + predicting + plan.n_preparing * preparing + plan.n_writing * writing
+    overlapping = predicting + plan.n_preparing * preparing + plan.n_writing * writing
+    return fixed + (max(predicting, preparing, writing) if n_processes == 1 else overlapping)
 
 
 def _network_bytes(predictor: Predictor) -> int:
@@ -338,9 +336,9 @@ def _network_bytes(predictor: Predictor) -> int:
     model, patch = predictor.model, predictor.model.configuration_manager.patch_size
     with torch.device("meta"):
         network = model.build_network()
-    n_logits = int(predictor.mirroring and bool(model.mirroring_axes)) + int(len(model.checkpoints) > 1)
-    n_loaded = 1 if len(model.checkpoints) == 1 else 1 + len(model.checkpoints)
-    weights = sum(parameter.numel() for parameter in network.parameters()) * n_loaded
+    n_folds = len(model.checkpoints)
+    n_logits = int(predictor.mirroring and bool(model.mirroring_axes)) + int(n_folds > 1)
+    weights = sum(parameter.numel() for parameter in network.parameters()) * (1 if n_folds == 1 else 1 + n_folds)
     forward = _CONVOLUTION_FACTOR * peak_forward_bytes(network, (1, model.n_channels, *patch))
     return int(_SINGLE * (weights + n_logits * model.n_outputs * math.prod(patch)) + forward)
 

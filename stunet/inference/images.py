@@ -250,7 +250,7 @@ def _slice_grid(slices: Sequence[Path]) -> tuple[tuple[float, float, float], npt
     if distance <= 0 or off > _SLICE_TOLERANCE * distance:
         odd = int(np.abs(gaps - usual).argmax())
         names = " and ".join(path.name for path in slices[odd : odd + 2])
-        found = f"slices are {usual:g} mm apart, but {gaps[odd]:g} mm between {names}"
+        found = f"slices are {abs(usual):g} mm apart, but {abs(gaps[odd]):g} mm between {names}"
         if np.allclose(gaps, usual, atol=_SLICE_TOLERANCE * abs(usual)):
             found = f"slices are shifted sideways by {off:g} mm in all, as with a tilted gantry"
         raise DatasetError(f"{irregular}{found}{remedy}")
@@ -404,9 +404,7 @@ def resample_image(
 
 
 def _by_planes(source: npt.NDArray[np.float32], target: npt.NDArray[np.float32], order: int) -> None:
-    rows, columns = (
-        _matrix(n_in, n_out, order) for n_in, n_out in zip(source.shape[1:], target.shape[1:], strict=True)
-    )
+    rows, columns = (_matrix(*n, order) for n in zip(source.shape[1:], target.shape[1:], strict=True))
     nearest = np.floor((np.arange(len(target)) + 0.5) * (len(source) / len(target))).astype(int)
     known = -1
     for i, index in enumerate(nearest.clip(max=len(source) - 1)):

@@ -103,15 +103,10 @@ class Predictor:
     def stock(self) -> nnUNetPredictor:
         """nnU-Net's own predictor, for models that cannot be predicted plane by plane."""
         model, weights = self.model, [self.model.weights(fold) for fold in self.model.checkpoints]
-        predictor = nnUNetPredictor(
-            tile_step_size=self.step_size,
-            use_mirroring=self.mirroring,
-            perform_everything_on_device=self.results_on_device,
-            device=self.device,
-        )
-        managers, axes = (model.plans_manager, model.configuration_manager), model.mirroring_axes or None
+        predictor = nnUNetPredictor(self.step_size, True, self.mirroring, self.results_on_device, self.device)
+        described = model.build_network(), model.plans_manager, model.configuration_manager, weights
         predictor.manual_initialization(
-            model.build_network(), *managers, weights, model.dataset_json, model.trainer_name, axes
+            *described, model.dataset_json, model.trainer_name, model.mirroring_axes or None
         )
         return predictor
 
@@ -119,11 +114,10 @@ class Predictor:
         self, case: Case, stem: str, *, save_probabilities: bool, previous_stage: str | None
     ) -> tuple[Labels, dict[str, Any]]:
         """Predict the files of a case with :attr:`stock`, which writes files that begin with ``stem``."""
-        options: dict[str, Any] = {
-            "save_probabilities": save_probabilities,
-            "folder_with_segs_from_prev_stage": previous_stage,
-        }
-        self.stock.predict_from_files_sequential([list(map(str, case.files))], [stem], **options)
+        files: Any = [list(map(str, case.files))]
+        self.stock.predict_from_files_sequential(
+            files, [stem], save_probabilities, folder_with_segs_from_prev_stage=previous_stage
+        )
         reader = self.model.plans_manager.image_reader_writer_class()
         labels, properties = reader.read_seg(stem + self.model.file_ending)
         return np.asarray(labels[0]).astype(self.label_type), properties
@@ -177,17 +171,9 @@ class Predictor:
         plans, configuration, axis = self.model.plans_manager, self.model.configuration_manager, self.plan.axis
         patch, inner = tuple(configuration.patch_size), image.shape[1:]
         padded, (_, *kept) = pad_nd_image(image, patch, "constant", {"constant_values": 0}, return_slicer=True)
-        planes = predict_planes(
-            padded,
-            self.networks,
-            patch,
-            step_size=self.step_size,
-            num_classes=self.model.n_outputs,
-            device=self.device,
-            results_device=results_device,
-            axis=axis,
-            on_window=on_window,
-        )
+        how: dict[str, Any] = {"num_classes": self.model.n_outputs, "step_size": self.step_size, "axis": axis}
+        devices = {"device": self.device, "results_device": results_device}
+        planes = predict_planes(padded, self.networks, patch, on_window=on_window, **how, **devices)
         spacing = [properties["spacing"][i] for i in plans.transpose_forward]
         options = configuration.configuration["resampling_fn_probabilities_kwargs"]
         options = {key: value for key, value in options.items() if key not in ("is_seg", "order")}
@@ -399,9 +385,8 @@ def average(networks: Sequence[Callable[[Tensor], Tensor]], image: Tensor) -> Te
 @torch.inference_mode()
 def _add(sums: Tensor, prediction: Tensor, gaussian: Tensor, place: tuple[slice, ...]) -> None:
     """Add a window's weighted logits to the slab, in which plane ``p`` lies at ``p`` modulo the slab's thickness."""
-    (first, rows, columns), thickness = place, len(gaussian)
+    (first, rows, columns), thickness, n_classes = place, len(gaussian), len(prediction)
     offset = first.start % thickness
-    n_classes = len(prediction)
     at_once = max(1, _CHUNK_ELEMENTS // gaussian.numel()) if sums.device.type == "cpu" else n_classes
     for i in range(0, n_classes, at_once):
         group = prediction[i : i + at_once]
@@ -415,10 +400,7 @@ def _finish(of_folds: Sequence[Tensor], weights: Tensor) -> Tensor:
     for logits in of_folds:
         torch.div(logits, weights, out=logits)
         if not torch.isfinite(logits).all():
-            most = torch.finfo(torch.half).max
-            raise CheckpointError(
-                f"logits beyond {most:.0f}, which half precision cannot hold: the training has diverged"
-            )
+            raise CheckpointError("logits beyond 65504, which half precision cannot hold: the training has diverged")
     mean, *more = of_folds
     for logits in more:
         mean += logits
@@ -503,9 +485,8 @@ class LabelResampler:
 
     def __init__(self, maps: tuple[AxisMap, AxisMap, AxisMap], dtype: npt.DTypeLike = np.uint8) -> None:
         self._planes, self._rows, self._columns = maps
-        self._dtype = np.dtype(dtype)
+        self._dtype, self._next_plane = np.dtype(dtype), 0
         self._previous: Bits | None = None
-        self._next_plane = 0
 
     def push(self, logits: npt.NDArray[np.float16]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """Take the next plane.
@@ -527,9 +508,8 @@ class LabelResampler:
         previous, self._previous = self._previous, plane
         wanted = _span(self._planes.lower, index - 1, index)
         if previous is not None and wanted:
-            yield from zip(
-                wanted, self._layer([previous, plane], [_taps(self._planes, i) for i in wanted]), strict=True
-            )
+            taps = [_taps(self._planes, i) for i in wanted]
+            yield from zip(wanted, self._layer([previous, plane], taps), strict=True)
 
     def _layer(self, inputs: Sequence[Bits], of_outputs: Sequence[PlaneTaps]) -> npt.NDArray[Any]:
         """Labels ``(n, Y, Z)`` of output planes between two input planes, or on one."""
