@@ -52,9 +52,9 @@ def sort_paths(given: Sequence[Path]) -> tuple[Path, list[Path]]:
     if path.is_dir():
         found = sorted(path.glob("fold_*/checkpoint_final.pth")) or sorted(path.glob("checkpoint_final.pth"))
         if len(found) != 1:
-            names = f"with several checkpoints, {', '.join(str(p.relative_to(path)) for p in found)}"
-            names = names if found else "without a checkpoint_final.pth"
-            raise CheckpointError(f"{path} is a folder {names}: give the file itself")
+            names = ", ".join(str(p.relative_to(path)) for p in found)
+            problem = f"with several checkpoints, {names}" if found else "without a checkpoint_final.pth"
+            raise CheckpointError(f"{path} is a folder {problem}: give the file itself")
         path = found[0]
     return path, [path for path in given if path.suffix == ".pkl"]
 
@@ -123,10 +123,8 @@ def finite_float32(name: str, tensor: Tensor) -> Tensor:
         n_bad = int((~torch.isfinite(converted)).sum())
         text = f"weights that are not finite: {name} has {n_bad} NaN or infinite values of {converted.numel()}"
         raise ValueError(f"{text}; an earlier checkpoint may have none")
-    if converted.untyped_storage().nbytes() != converted.numel() * converted.element_size():
-        # Saving a view would save all that it is a view of.
-        return converted.clone(memory_format=torch.contiguous_format)
-    return converted
+    is_view = converted.untyped_storage().nbytes() != converted.nbytes  # saving it would save all that it is a view of
+    return converted.clone(memory_format=torch.contiguous_format) if is_view else converted
 
 
 # Names of parameters
@@ -296,9 +294,8 @@ def _stunet_weights(path: Path, file: _File, pickles: list[Path], trust: Sequenc
             raise _other_network(path, f"{error}, and {len(stripped) - 1} more parameters") from None
         architecture = infer_architecture({key: stripped[name] for key, name in names.items()}, source=str(path))
         axes = content.get("inference_allowed_mirroring_axes")
-        known = isinstance(axes, list | tuple) and all(isinstance(axis, int) and 0 <= axis < 3 for axis in axes)
-        if axes is not None and not known:
-            raise ValueError(f"inference_allowed_mirroring_axes of type {type(axes).__name__} that are no axes")
+        if axes is not None and not all(isinstance(axis, int) and 0 <= axis < 3 for axis in axes):
+            raise ValueError(f"inference_allowed_mirroring_axes {str(axes)[:60]} that are no axes")
         epoch = content.get("epoch", content.get("current_epoch"))
         return SourceWeights(
             path=path,
@@ -354,13 +351,9 @@ def write_published(weights: SourceWeights, path: str | os.PathLike[str]) -> Non
     refuse_existing(path)
     if weights.architecture.n_axes != 3:
         raise CheckpointError(f"{weights.path} is a 2D network, which the published code does not have")
-    content: dict[str, Any] = {
-        "epoch": weights.epoch or 0,
-        "state_dict": OrderedDict((to_published_key(key), tensor) for key, tensor in weights.tensors.items()),
-        "optimizer_state_dict": None,
-        "lr_scheduler_state_dict": None,
-        "plot_stuff": ([], [], [], []),
-    }
+    state = OrderedDict((to_published_key(key), tensor) for key, tensor in weights.tensors.items())
+    content: dict[str, Any] = {"epoch": weights.epoch or 0, "state_dict": state, "plot_stuff": ([], [], [], [])}
+    content |= {"optimizer_state_dict": None, "lr_scheduler_state_dict": None}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
@@ -395,9 +388,8 @@ class UNetArchitecture:
 
         # The name is one of two, or of a class that the user trusts.
         network_class: Any = getattr(unet, self.name) if self.name in UNETS.values() else pydoc.locate(self.name)
-        network: nn.Module = network_class(
-            input_channels=input_channels, num_classes=num_classes, deep_supervision=False, **self.arguments
-        )
+        outer = {"input_channels": input_channels, "num_classes": num_classes, "deep_supervision": False}
+        network: nn.Module = network_class(**outer, **self.arguments)
         return network
 
 

@@ -96,9 +96,7 @@ def _checked(keys: Iterable[Any]) -> list[Any]:
     keys = list(keys)
     for key in keys:
         for part in key if type(key) is tuple else (key,):
-            if not (
-                part is None or isinstance(part, str | bytes | float) or (isinstance(part, int) and abs(part) < 2**32)
-            ):
+            if not isinstance(part, str | bytes | float | int | None) or (isinstance(part, int) and abs(part) >= 2**32):
                 raise ValueError(f"a {type(key).__name__} as a key")
     return keys
 
@@ -246,16 +244,12 @@ def _check_extent(value: Any, max_bytes: int) -> Any:
             budget -= len(value_)
         elif isinstance(value_, dict | list | tuple | set | frozenset):
             budget -= _COST * len(value_) * (1 + isinstance(value_, dict))
-            if budget < 0:
-                break
-            open_values += [(item, depth + 1) for item in value_]
-            open_values += [(item, depth + 1) for item in value_.values()] if isinstance(value_, dict) else []
+            items = [*value_, *(value_.values() if isinstance(value_, dict) else ())] if budget >= 0 else []
+            open_values += [(item, depth + 1) for item in items]
         if depth > _MAX_DEPTH:
             raise Refused(f"has containers nested more than {_MAX_DEPTH} deep")
         if min(budget, max_bytes) < 0:
-            break
-    if min(budget, max_bytes) < 0:
-        raise Refused("has containers with more than the file can hold")
+            raise Refused("has containers with more than the file can hold")
     return value
 
 
@@ -389,13 +383,10 @@ def _read_legacy(file: IO[bytes], buffer: Any) -> Any:
 
     _run(stream, _TORCH_NAMES, note)
     ranges: dict[str, tuple[int, int]] = {}
-    keys = _run(stream, _NAMES)
-    position = stream.tell()
+    keys, position = _run(stream, _NAMES), stream.tell()
     for key in keys:
         ranges[key] = position + 8, position + 8 + sizes[key]
         position += 8 + sizes[key]
-    if position > len(buffer):
-        raise EOFError(f"{len(buffer)} bytes of {position}")
     stream.seek(start)
     return _run(stream, _TORCH_NAMES, _storages(buffer, ranges.__getitem__))
 
