@@ -264,9 +264,9 @@ def predict_folder(
 def _describe(error: Exception) -> str:
     if isinstance(error, STUNetError):
         return str(error)
+    full = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
     # numpy says "13824 requested and 9968 written", and no number.
-    is_cut = isinstance(error, OSError) and error.errno is None and "requested and" in str(error)
-    if is_cut or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)):
+    if isinstance(error, OSError) and (error.errno in full or "requested and" in str(error)):
         return f"the disk is full: {error}"
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {said[:300]}"

@@ -374,12 +374,10 @@ def mirror_and_predict(network: nn.Module, axes: Sequence[int] | None, image: Te
 @torch.inference_mode()
 def average(networks: Sequence[Callable[[Tensor], Tensor]], image: Tensor) -> Tensor:
     """Return the mean of the logits of several networks."""
-    first, *others = networks
-    total = first(image)
-    for network in others:
+    total = networks[0](image)
+    for network in networks[1:]:
         total += network(image)
-    total /= len(networks)
-    return total
+    return total.div_(len(networks))
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +36,6 @@ from stunet.weights.read import (
     require_file,
 )
 
-Kind = Literal["nnU-Net v1", "old nnU-Net v2 port", "nnU-Net v2", "safetensors", "plain tensors"]
 _PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)+")
 
 # Files
@@ -68,7 +67,7 @@ def locate_checkpoint(path: str | os.PathLike[str]) -> Path:
     return require_file(sort_paths([Path(path)])[0])
 
 
-_File = tuple[Mapping[str, Any], Mapping[Any, Any], Kind]
+_File = tuple[Mapping[str, Any], Mapping[Any, Any], str]
 
 
 def read_state(path: Path) -> _File:
@@ -232,7 +231,7 @@ class SourceWeights:
 
     Attributes:
         path: The file with the weights.
-        kind: What wrote it.
+        kind: What wrote it: nnU-Net v1 or v2, its old port, safetensors, or plain tensors.
         tensors: By our names, fp32, on the CPU; mapped from the file where possible.
         architecture: What their shapes say.
         precision: The precision in the file, for example ``float16``.
@@ -245,7 +244,7 @@ class SourceWeights:
     """
 
     path: Path
-    kind: Kind
+    kind: str
     tensors: dict[str, Tensor]
     architecture: Architecture
     precision: str
@@ -296,20 +295,14 @@ def _stunet_weights(path: Path, file: _File, pickles: list[Path], trust: Sequenc
         axes = content.get("inference_allowed_mirroring_axes")
         if axes is not None and not all(isinstance(axis, int) and 0 <= axis < 3 for axis in axes):
             raise ValueError(f"inference_allowed_mirroring_axes {str(axes)[:60]} that are no axes")
+        axes = None if axes is None else tuple(axes)
         epoch = content.get("epoch", content.get("current_epoch"))
-        return SourceWeights(
-            path=path,
-            kind="old nnU-Net v2 port" if kind == "nnU-Net v2" and published else kind,
-            tensors={key: finite_float32(name, stripped[name]) for key, name in names.items()},
-            architecture=architecture,
-            precision=" and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in stripped.values()})),
-            v1_plans=v1_plans,
-            v1_init=v1_init,
-            pickles=tuple(pickles),
-            init_args=init_args,
-            mirroring_axes=None if axes is None else tuple(axes),
-            epoch=epoch if isinstance(epoch, int) else None,
-        )
+        kind = "old nnU-Net v2 port" if kind == "nnU-Net v2" and published else kind
+        tensors = {key: finite_float32(name, stripped[name]) for key, name in names.items()}
+        precision = " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in stripped.values()}))
+        pickled = v1_plans, v1_init, tuple(pickles)
+        epoch = epoch if isinstance(epoch, int) else None
+        return SourceWeights(path, kind, tensors, architecture, precision, *pickled, init_args, axes, epoch)
 
 
 def _init_args(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
@@ -50,10 +50,6 @@ SHARDED_SUFFIX = ".dcp"
 
 _CONTENT, _INDEX, _UNFINISHED = "training.pth", "tensors.json", ".unfinished"
 _DAMAGED = "a sharded checkpoint that is damaged; another checkpoint of the fold may be whole"
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
-}
 _Count = Annotated[int, Meta(ge=0)]
 
 
@@ -68,7 +64,7 @@ class _Shard(Struct):
 
 
 class _Tensor(Struct):
-    dtype: str
+    dtype: Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "bool"]
     size: list[_Count]
     pieces: list[_Shard]
 
@@ -229,7 +225,8 @@ def _write_index(path: Path, metadata: Metadata) -> None:
     index = _Index({})
     for name, entry in metadata.state_dict_metadata.items():
         assert isinstance(entry, dcp.TensorStorageMetadata), name
-        index.tensors[name] = tensor = _Tensor(str(entry.properties.dtype).removeprefix("torch."), list(entry.size), [])
+        dtype: Any = str(entry.properties.dtype).removeprefix("torch.")
+        index.tensors[name] = tensor = _Tensor(dtype, list(entry.size), [])
         for chunk in entry.chunks:
             place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
             shard = list(chunk.offsets), list(chunk.sizes)
@@ -245,7 +242,7 @@ def _read_index(path: Path) -> Metadata:
     lengths = {file.name: file.stat().st_size for file in path.parent.glob("*.distcp")}
     with reading(path, _DAMAGED):
         for name, tensor in msgspec.json.decode(path.read_bytes(), type=_Index).tensors.items():
-            dtype, size, chunks = _DTYPES[tensor.dtype], torch.Size(tensor.size), []
+            dtype, size, chunks = getattr(torch, tensor.dtype), torch.Size(tensor.size), []
             for piece in tensor.pieces:
                 if (end := piece.start + piece.bytes) > (length := lengths.get(piece.file, 0)):
                     raise ValueError(f"{piece.file} has {length} bytes instead of {end} at least")
