@@ -302,14 +302,15 @@ def plan_memory(
     plan = next((plan for plan in plans if limit is None or needs[plan] <= limit), least)
     if budget is None or needs[plan] <= budget:
         return plan, needs[plan]
-    largest, gigabytes = max(geometries, key=lambda each: each.n_voxels), math.ceil(needs[least] / 2**30 * 10) / 10
+    largest = max(geometries, key=lambda each: math.prod(each.shape))
+    gigabytes = math.ceil(needs[least] / 2**30 * 10) / 10
     given = f"--memory {budget / 2**30:.2f}GB"
     raise UsageError(f"{given} is too little for {largest}: give {gigabytes:.1f}GB at least, or fewer folds with -f")
 
 
 def _case_bytes(model: Model, geometry: Geometry, plan: MemoryPlan, *, on_device: bool) -> int:
     """Peak of all processes while an image like this one is predicted, without the network."""
-    n_processes, channels, n = 1 + plan.n_preparing + plan.n_writing, model.n_channels, geometry.n_voxels
+    n_processes, channels, n = 1 + plan.n_preparing + plan.n_writing, model.n_channels, math.prod(geometry.shape)
     order = model.plans_manager.transpose_forward
     shape, spacing = ([values[i] for i in order] for values in (geometry.shape, geometry.spacing))
     grid = [int(side) for side in compute_new_shape(shape, spacing, network_spacing(model, spacing))]

@@ -57,11 +57,6 @@ class Geometry:
     def __str__(self) -> str:
         return f"{' x '.join(map(str, self.shape[::-1]))} voxels of {_mm(self.spacing[::-1])}"
 
-    @property
-    def n_voxels(self) -> int:
-        """Voxels of one channel."""
-        return math.prod(self.shape)
-
 
 def find_cases(images: str | os.PathLike[str], model: Model, series: str | None = None) -> list[Case]:
     """Find the cases of an input.

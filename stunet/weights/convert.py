@@ -212,12 +212,11 @@ def infer_architecture(weights: Mapping[str, Tensor], *, source: str) -> Archite
     try:
         size = size_of([weights[key].shape[0] for key in firsts], depth)
         architecture = Architecture(size, stem.shape[1], weights[heads[-1]].shape[0], stem.ndim - 2)
-        network = architecture.build_on_meta()
+        expected = architecture.build_on_meta().state_dict()
     except ArchitectureError as error:
         raise _other_network(source, str(error)) from error
-    if mismatch := describe_mismatch(weights, network.state_dict()):
+    if mismatch := describe_mismatch(weights, expected):
         raise _other_network(source, f"closest to STU-Net {size.name}, but {mismatch}")
-    network.load_state_dict(weights, strict=True, assign=True)
     return architecture
 
 
