@@ -42,7 +42,6 @@ _MAX_METADATA_BYTES = 64 * 2**20  # of a checkpoint beside its tensors
 _BUDGET = 128 * 2**20  # bytes of memory that a pickle may ask for
 _COST, _CONTAINER_COST = 64, 256  # bytes of an instruction; empty dictionaries and sets take more
 _MAX_DEPTH = 50
-_MAX_LONG_BYTES = 32  # of a whole number; states of random generators have 16
 _MAX_ARRAY_BYTES = 2**20  # a spacing or a shape is far smaller
 _SHARING = 4  # nnU-Net names a weight up to four times: decoders own the encoder, blocks list their layers twice
 _DAMAGED = "a checkpoint that is truncated or damaged, or not a checkpoint"
@@ -121,7 +120,6 @@ class _Unpickler(pickle._Unpickler):
     """Python's unpickler in Python: lengths cost nothing beyond the data, and its memo is a dictionary."""
 
     stack: list[Any]
-    metastack: list[list[Any]]
     read: Callable[[int], bytes]
     pop_mark: Callable[[], list[Any]]
 
@@ -143,16 +141,6 @@ class _Unpickler(pickle._Unpickler):
         if self.persistent is None:
             raise Refused("asks for the instruction BINPERSID")
         return self.persistent(pid)
-
-    def long1(self) -> None:
-        if (length := self.read(1)[0]) > _MAX_LONG_BYTES:
-            raise Refused(f"has a whole number of {length} bytes")
-        self.stack.append(pickle.decode_long(self.read(length)))
-
-    def stop(self) -> None:
-        if len(self.stack) != 1 or self.metastack:
-            raise Refused("has values beside its content")
-        self.load_stop()  # type: ignore[attr-defined]
 
     def bytearray8(self) -> None:
         (length,) = struct.unpack("<Q", self.read(8))
@@ -197,14 +185,13 @@ class _Unpickler(pickle._Unpickler):
 
 _OWN: dict[str, Callable[[Any], None]] = {
     "BYTEARRAY8": _Unpickler.bytearray8, "REDUCE": _Unpickler.reduce, "BUILD": _Unpickler.build,
-    "LONG1": _Unpickler.long1, "STOP": _Unpickler.stop,
     "SETITEM": lambda self: self.setitems([self.stack.pop(), self.stack.pop()][::-1]),
     "SETITEMS": lambda self: self.setitems(self.pop_mark()),
     "ADDITEMS": lambda self: self.additems(self.pop_mark()),
     "FROZENSET": _Unpickler.frozenset,
 }  # fmt: skip
 _ADMITTED = re.compile(
-    r"PROTO|FRAME|MARK|NONE|NEWTRUE|NEWFALSE|BININT[12]?|BINFLOAT|(SHORT_)?BIN(UNICODE|BYTES|STRING)"
+    r"PROTO|FRAME|MARK|STOP|NONE|NEWTRUE|NEWFALSE|LONG1|BININT[12]?|BINFLOAT|(SHORT_)?BIN(UNICODE|BYTES|STRING)"
     r"|BIN(UNICODE|BYTES)8|EMPTY_\w+|MEMOIZE|(LONG_)?BIN(PUT|GET)|TUPLE[123]?|APPENDS?|(STACK_)?GLOBAL|BINPERSID"
 )
 
