@@ -292,7 +292,8 @@ def _stunet_weights(path: Path, file: _File, pickles: list[Path], trust: Sequenc
             raise _other_network(path, f"{error}, and {len(stripped) - 1} more parameters") from None
         architecture = infer_architecture({key: stripped[name] for key, name in names.items()}, source=str(path))
         axes = content.get("inference_allowed_mirroring_axes")
-        if axes is not None and not all(isinstance(axis, int) and 0 <= axis < 3 for axis in axes):
+        known = isinstance(axes, list | tuple) and all(isinstance(axis, int) and 0 <= axis < 3 for axis in axes)
+        if axes is not None and not known:
             raise ValueError(f"inference_allowed_mirroring_axes {str(axes)[:60]} that are no axes")
         axes = None if axes is None else tuple(axes)
         epoch = content.get("epoch", content.get("current_epoch"))
