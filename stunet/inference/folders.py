@@ -51,7 +51,7 @@ _CONVOLUTION_FACTOR = 1.5
 
 def predict_folder(
     model: Model,
-    images: Path | Sequence[Case],
+    images: str | Path | Sequence[Case],
     output: Path,
     *,
     structures: Sequence[str] | None = None,

@@ -172,8 +172,8 @@ class Predictor:
         patch, inner = tuple(configuration.patch_size), image.shape[1:]
         padded, (_, *kept) = pad_nd_image(image, patch, "constant", {"constant_values": 0}, return_slicer=True)
         how: dict[str, Any] = {"num_classes": self.model.n_outputs, "step_size": self.step_size, "axis": axis}
-        devices = {"device": self.device, "results_device": results_device}
-        planes = predict_planes(padded, self.networks, patch, on_window=on_window, **how, **devices)
+        how |= {"device": self.device, "results_device": results_device, "on_window": on_window}
+        planes = predict_planes(padded, self.networks, patch, **how)
         spacing = [properties["spacing"][i] for i in plans.transpose_forward]
         options = configuration.configuration["resampling_fn_probabilities_kwargs"]
         options = {key: value for key, value in options.items() if key not in ("is_seg", "order")}
