@@ -84,10 +84,8 @@ def find_cases(images: str | os.PathLike[str], model: Model, series: str | None 
         if images.is_dir() and file_ending in _VOLUMES and (slices := _find_series(images, series)):
             return [Case(images.name, (), slices)]
         shown = ", ".join(path.name for path in files[:3]) + (", …" if len(files) > 3 else "") or "no files"
-        raise UsageError(
-            f"{images} has no images for this model, but {shown}: give CASE_0000{file_ending} for each case, files "
-            f"that end with {', '.join(dict.fromkeys(endings))}, or the folder of a DICOM series"
-        )
+        text = f"{images} has no images for this model, but {shown}: give CASE_0000{file_ending} for each case, files"
+        raise UsageError(f"{text} that end with {', '.join(dict.fromkeys(endings))}, or the folder of a DICOM series")
     if series is not None:
         raise UsageError(f"{images} is no folder of DICOM files: leave --series out")
     cases: dict[str, list[Path]] = {}

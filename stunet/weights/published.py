@@ -300,11 +300,9 @@ def fetch(
             else:
                 by_hand.append(file)
     if by_hand:
-        names = ", ".join(file.file for file in by_hand)
-        raise DownloadError(
-            f"{entry.name} has files that no program can download, {names}: get them by hand\n"
-            f"{_by_hand(entry, by_hand, folder)}\n  or give an address that you know with --url or --hf"
-        )
+        names, how = ", ".join(file.file for file in by_hand), _by_hand(entry, by_hand, folder)
+        text = f"{entry.name} has files that no program can download, {names}: get them by hand\n{how}"
+        raise DownloadError(f"{text}\n  or give an address that you know with --url or --hf")
     return folder / entry.weights_file.file
 
 
