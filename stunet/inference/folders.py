@@ -112,8 +112,7 @@ def predict_folder(
     say(f"Model {model.folder}, {folds} ({', '.join(model.checkpoints)})")
     stock = "probabilities are asked for" if save_probabilities else predictor.why_stock
     output = Path(output)
-    images = Path(images) if isinstance(images, str) else images
-    found = list(images) if isinstance(images, Sequence) else find_cases(images, model, series)
+    found = find_cases(images, model, series) if isinstance(images, str | os.PathLike) else list(images)
     is_file = output.name.endswith(NIFTI_ENDINGS) and not output.is_dir()
     beside = output.with_name(f"{output.name.removesuffix(ending)}.{MANIFEST_NAME}")
     first_stage = model.configuration_manager.previous_stage_name
@@ -182,7 +181,8 @@ def predict_folder(
         remove_predictions(folder, ending, outdated)
         part = None if n_parts == 1 else part_id
         manifest = Manifest(model, folder, record, device, {case.name for case in waiting}, part)
-        listed = [list(map(os.fspath, c.files)) for c in found] if isinstance(images, Sequence) else os.fspath(images)
+        given = os.fspath(images) if isinstance(images, str | os.PathLike) else None
+        listed = given or [list(map(os.fspath, case.files)) for case in found]
         arguments = {  # under the names of nnU-Net's own
             "list_of_lists_or_source_folder": listed,
             "output_folder_or_list_of_truncated_output_files": os.fspath(output),
