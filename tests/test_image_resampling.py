@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 
-from stunet.inference import resampling
-from stunet.inference.resampling import resample_image
+from stunet.inference import images
+from stunet.inference.images import resample_image
 
 ISOTROPIC = (1.0, 1.0, 1.0)
 
@@ -31,7 +31,7 @@ ISOTROPIC = (1.0, 1.0, 1.0)
 def test_nnunets_images(
     shape: Any, new_shape: Any, spacing: Any, new_spacing: Any, order: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resampling, "_BLOCK_ELEMENTS", 2000)  # several blocks even of a small image
+    monkeypatch.setattr(images, "_BLOCK_ELEMENTS", 2000)  # several blocks even of a small image
     image = (5 * np.random.default_rng(0).normal(size=(2, *shape))).astype(np.float32)
     before = image.copy()
     expected = resample_data_or_seg_to_shape(

@@ -10,7 +10,7 @@ import pytest
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 from scipy.ndimage import gaussian_filter
 
-from stunet.inference.resampling import AxisMap, LabelResampler, axis_maps
+from stunet.inference.predictor import AxisMap, LabelResampler, axis_maps
 
 ISOTROPIC = (1.0, 1.0, 1.0)
 

@@ -291,7 +291,7 @@ def test_processes_give_the_same_and_one_failure_stops_no_other(made: Path, tmp_
     write_image(images / "nan_0000.nii.gz", values)
     listener = Recorder()
     with pytest.raises(CommandError, match=r"2 of 4 failed[\s\S]*broken[\s\S]*nan") as caught:
-        predict_folder(load_model(made / "model", ["0"]), images, tmp_path / "out", **listener.listeners)
+        predict_folder(load_model(made / "model", ["0"]), str(images), tmp_path / "out", **listener.listeners)
     assert "--continue" in str(caught.value)
     assert listener.finished_cases == ["case_0", "case_1"]
     assert "2 voxels are NaN" in listener.failures["nan"]

@@ -59,7 +59,7 @@ def read(path: Path) -> Any:
 def write_series(
     folder: Path, array: Any = IMAGE, uid: str = UID, change: Callable[[int, dict[str, str]], None] | None = None
 ) -> list[Path]:
-    """Write an array as DICOM slices, in files whose names are in another order than the slices."""
+    """Write an array as DICOM slices, whose names and instance numbers are in another order than their positions."""
     folder.mkdir(exist_ok=True)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
@@ -71,7 +71,7 @@ def write_series(
         position = np.array([5.0, -7.0, 3.0]) + AXES[:, 2] * SPACING[0] * i
         tags = {
             "0008|0060": "CT", "0008|103e": f"thorax {len(array)}", "0020|000d": "1.2.3", "0020|000e": uid,
-            "0008|0018": f"{uid}.{i}", "0020|0013": str(i), "0028|1053": "1", "0028|1052": "-1024",
+            "0008|0018": f"{uid}.{i}", "0020|0013": str(len(array) - i), "0028|1053": "1", "0028|1052": "-1024",
             "0020|0032": "\\".join(f"{v:.10f}" for v in position),
             "0020|0037": "\\".join(f"{v:.10f}" for v in AXES[:, :2].T.ravel()),
         }  # fmt: skip
@@ -253,7 +253,7 @@ def test_a_prediction_passes_through_few_files(model: Path, tmp_path: Path) -> N
         assert type_command("-i", tmp_path / "ct.nii.gz", "-o", tmp_path / "labels.nii.gz", "-m", model) == 0
     finally:
         sys.setprofile(None)
-    assert len(entered) <= 21, sorted(map(str, entered))
+    assert len(entered) <= 19, sorted(map(str, entered))
 
 
 READERS = ("SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient")

@@ -21,17 +21,11 @@ from torch import distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from stunet.errors import CheckpointError
+from stunet.files import remove_leftovers
 from stunet.training import BaseSTUNetTrainer
 from stunet.training.distributed import Ranks
 from stunet.weights.read import read_checkpoint
-from stunet.weights.sharded import (
-    ShardedSave,
-    find_version,
-    load_sharded,
-    read_sharded,
-    remove_sharded,
-    remove_sharded_leftovers,
-)
+from stunet.weights.sharded import ShardedSave, find_version, load_sharded, read_sharded, remove_sharded
 
 LATEST = "checkpoint_latest.pth"
 
@@ -378,6 +372,6 @@ def test_an_unfinished_one_is_none(tmp_path: Path) -> None:
     assert find_version(folder) == folder / "0010"
     remove_sharded(folder)
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".checkpoint_best.dcp.removed" / "0001").mkdir(parents=True)  # killed while it was removed
-    remove_sharded_leftovers(tmp_path)
+    (tmp_path / ".checkpoint_best.dcp.here.1.tmp" / "0001").mkdir(parents=True)  # killed while it was removed
+    remove_leftovers(tmp_path, "checkpoint_*")
     assert list(tmp_path.iterdir()) == []

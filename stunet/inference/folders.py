@@ -51,7 +51,7 @@ _CONVOLUTION_FACTOR = 1.5
 
 def predict_folder(
     model: Model,
-    images: Path | Sequence[Case],
+    images: str | Path | Sequence[Case],
     output: Path,
     *,
     structures: Sequence[str] | None = None,
@@ -112,11 +112,12 @@ def predict_folder(
     say(f"Model {model.folder}, {folds} ({', '.join(model.checkpoints)})")
     stock = "probabilities are asked for" if save_probabilities else predictor.why_stock
     output = Path(output)
-    found = find_cases(Path(images), model, series) if isinstance(images, str | os.PathLike) else list(images)
+    found = find_cases(images, model, series) if isinstance(images, str | os.PathLike) else list(images)
     is_file = output.name.endswith(NIFTI_ENDINGS) and not output.is_dir()
     beside = output.with_name(f"{output.name.removesuffix(ending)}.{MANIFEST_NAME}")
     first_stage = model.configuration_manager.previous_stage_name
     inputs = {file.resolve() for case in found for file in case.files}
+    needs_folder = {*write} - {"names_in_header"} or save_probabilities or continue_prediction or n_parts > 1
     places = [output] if is_file else [output / f"{case.name}{ending}" for case in found]
     for wrong, said in (
         (not 0 < step_size <= 1, f"-step_size {step_size} is not above 0 and at most 1"),
@@ -130,11 +131,7 @@ def predict_folder(
         (is_file and len(found) != 1, f"-o {output} is no folder, as {len(found)} images need one"),
         (is_file and not output.name.endswith(ending), f"-o {output} is no folder, and the model writes {ending}"),
         (is_file and output.exists() and not beside.exists(), f"-o {output} is there, and no prediction to replace"),
-        (is_file and {*write} - {"names_in_header"}, f"-o {output} is no folder, which more than a label map needs"),
-        (
-            is_file and (save_probabilities or continue_prediction or n_parts > 1),
-            f"-o {output} is no folder, as this needs",
-        ),
+        (is_file and needs_folder, f"-o {output} is no folder, which more than a label map and several commands need"),
     ):
         if wrong:
             raise UsageError(f"{said}: correct the option, or leave it out")
@@ -146,9 +143,9 @@ def predict_folder(
     record, outdated = check_folder(folder, ending, settings, found, own, keep=continue_prediction)
     endings = (ending, ".npz") if save_probabilities else (ending,)
     done = [case for case in own if all((folder / f"{case.name}{each}").is_file() for each in endings)]
-    waiting = [case for case in own if not (continue_prediction and case in done)]
-    n_done = len(own) - len(waiting)
-    say(f"Cases to predict: {len(waiting)}" + (f", {n_done} are finished already" if n_done else ""))
+    done = done if continue_prediction else []
+    waiting = [case for case in own if case not in done]
+    say(f"Cases to predict: {len(waiting)}" + (f", {len(done)} are finished already" if done else ""))
     failures: dict[str, str] = {}
     geometries: dict[Case, Geometry] = {}
 
@@ -163,7 +160,7 @@ def predict_folder(
             fail(case, error)
     if n := sum(not geometry.has_unit for geometry in geometries.values()):
         say(f"{n} case{'s' * (n > 1)} without a unit of spacing in the header; mm are assumed.")
-    ready = list(geometries) if model.reads_volumes else waiting
+    ready = [case for case in waiting if case.name not in failures]
     if stock is not None:
         say(f"Predicted by nnU-Net's own predictor, which holds all logits, since {stock}.")
     elif ready:
@@ -182,11 +179,10 @@ def predict_folder(
             remove_leftovers(place, "*", of_the_dead=True)
         scratch = stack.enter_context(scratch_folder(folder))  # after them: it is of this process, too
         remove_predictions(folder, ending, outdated)
-        manifest = Manifest(
-            model, folder, record, device, {case.name for case in waiting}, None if n_parts == 1 else part_id
-        )
-        listed = os.fspath(images) if isinstance(images, Path) else [list(map(os.fspath, c.files)) for c in images]
-        by_values = sorted((values, name) for name, values in kept.items())
+        part = None if n_parts == 1 else part_id
+        manifest = Manifest(model, folder, record, device, {case.name for case in waiting}, part)
+        given = os.fspath(images) if isinstance(images, str | os.PathLike) else None
+        listed = given or [list(map(os.fspath, case.files)) for case in found]
         arguments = {  # under the names of nnU-Net's own
             "list_of_lists_or_source_folder": listed,
             "output_folder_or_list_of_truncated_output_files": os.fspath(output),
@@ -198,16 +194,14 @@ def predict_folder(
             "num_parts": n_parts,
             "part_id": part_id,
         }
-        contents = {
-            "predict_from_raw_data_args": arguments,
-            "dataset": model.dataset_json,
-            "plans": model.plans,
-            "labels": {"0": "background"} | {",".join(map(str, values)): name for values, name in by_values},
-        }
+        by_values = sorted((values, name) for name, values in kept.items())
+        names = {"0": "background"} | {",".join(map(str, values)): name for values, name in by_values}
+        contents = {"predict_from_raw_data_args": arguments, "dataset": model.dataset_json, "plans": model.plans}
+        contents |= {"labels": names}
         write_json_files({folder / f"{name}.json": content for name, content in contents.items()})
         reader = model.plans_manager.image_reader_writer_class()
         for case in done:
-            if case not in waiting and case.name not in manifest.content["cases"]:  # written by a part, or a killed one
+            if case.name not in manifest.content["cases"]:  # written by a part, or a killed one
                 with suppress(Exception):
                     labels, properties = reader.read_seg(str(folder / f"{case.name}{ending}"))
                     measured = measure(labels[0].astype(np.uint16), kept, properties["spacing"])
@@ -244,10 +238,8 @@ def predict_folder(
                     yield CaseArray(prepared.case, path, properties)
 
         labelled = stack.enter_context(closing(label_cases()))  # before the scratch folder goes
-        write_labelled = partial(
-            write_case, model=model, folder=folder, structures=kept, write=frozenset(write), lowres=lowres
-        )
-        for job, result in in_order(write_labelled, labelled, num_processes=predictor.plan.n_writing):
+        step = partial(write_case, model=model, folder=folder, structures=kept, write=frozenset(write), lowres=lowres)
+        for job, result in in_order(step, labelled, num_processes=predictor.plan.n_writing):
             shutil.rmtree(job.path.parent, ignore_errors=True)
             if isinstance(result, Exception):
                 fail(job.case, result)
@@ -265,16 +257,16 @@ def predict_folder(
             move_into_place(folder / f"{own[0].name}{ending}", output)
     if failures:
         lines = "".join(f"\n    {name}: {problem.splitlines()[0]}" for name, problem in sorted(failures.items()))
-        count = f"{len(failures)} of {len(waiting)} failed"
-        raise CommandError(f"{count}; mend or remove them, and run this again with --continue to do no other:{lines}")
+        text = f"{len(failures)} of {len(waiting)} failed; mend or remove them, and run this again with --continue"
+        raise CommandError(f"{text} to do no other:{lines}")
 
 
 def _describe(error: Exception) -> str:
     if isinstance(error, STUNetError):
         return str(error)
+    full = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
     # numpy says "13824 requested and 9968 written", and no number.
-    is_cut = isinstance(error, OSError) and error.errno is None and "requested and" in str(error)
-    if is_cut or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)):
+    if isinstance(error, OSError) and (error.errno in full or "requested and" in str(error)):
         return f"the disk is full: {error}"
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {said[:300]}"
@@ -296,8 +288,8 @@ def plan_memory(
     """
     on_device, model = predictor.device.type != "cpu" and predictor.results_on_device, predictor.model
     plans = []
-    for average in dict.fromkeys((False, len(model.checkpoints) > 1)):
-        for n in dict.fromkeys([(n_preparing, n_writing), (min(1, n_preparing), min(1, n_writing)), (0, 0)]):
+    for average in (False, True)[: len(model.checkpoints)]:
+        for n in ((n_preparing, n_writing), (min(1, n_preparing), min(1, n_writing)), (0, 0)):
             plans.append(MemoryPlan(0, average, *n))
         if len(model.configuration_manager.patch_size) == 3:
             plans += [MemoryPlan(axis, average) for axis in (1, 2)]
@@ -310,17 +302,17 @@ def plan_memory(
     plan = next((plan for plan in plans if limit is None or needs[plan] <= limit), least)
     if budget is None or needs[plan] <= budget:
         return plan, needs[plan]
-    largest, gigabytes = max(geometries, key=lambda each: each.n_voxels), math.ceil(needs[least] / 2**30 * 10) / 10
+    largest = max(geometries, key=lambda each: math.prod(each.shape))
+    gigabytes = math.ceil(needs[least] / 2**30 * 10) / 10
     given = f"--memory {budget / 2**30:.2f}GB"
     raise UsageError(f"{given} is too little for {largest}: give {gigabytes:.1f}GB at least, or fewer folds with -f")
 
 
 def _case_bytes(model: Model, geometry: Geometry, plan: MemoryPlan, *, on_device: bool) -> int:
     """Peak of all processes while an image like this one is predicted, without the network."""
-    n_processes, channels, n = 1 + plan.n_preparing + plan.n_writing, model.n_channels, geometry.n_voxels
-    shape, spacing = (
-        [values[i] for i in model.plans_manager.transpose_forward] for values in (geometry.shape, geometry.spacing)
-    )
+    n_processes, channels, n = 1 + plan.n_preparing + plan.n_writing, model.n_channels, math.prod(geometry.shape)
+    order = model.plans_manager.transpose_forward
+    shape, spacing = ([values[i] for i in order] for values in (geometry.shape, geometry.spacing))
     grid = [int(side) for side in compute_new_shape(shape, spacing, network_spacing(model, spacing))]
     # The slab of logits, planes that are being resampled, the image and its labels.
     patch = model.configuration_manager.patch_size
@@ -336,9 +328,8 @@ def _case_bytes(model: Model, geometry: Geometry, plan: MemoryPlan, *, on_device
     resampling = (_SINGLE * channels + 1) * n + 2 * _SINGLE * channels * math.prod(grid)
     preparing, writing = max(reading, cropping, resampling), 5 * n
     fixed = n_processes * _PROCESS_BYTES + _TEMPORARY_BYTES
-    if n_processes == 1:
-        return fixed + max(predicting, preparing, writing)
-    return fixed + predicting + plan.n_preparing * preparing + plan.n_writing * writing
+    overlapping = predicting + plan.n_preparing * preparing + plan.n_writing * writing
+    return fixed + (max(predicting, preparing, writing) if n_processes == 1 else overlapping)
 
 
 def _network_bytes(predictor: Predictor) -> int:
@@ -346,9 +337,9 @@ def _network_bytes(predictor: Predictor) -> int:
     model, patch = predictor.model, predictor.model.configuration_manager.patch_size
     with torch.device("meta"):
         network = model.build_network()
-    n_logits = int(predictor.mirroring and bool(model.mirroring_axes)) + int(len(model.checkpoints) > 1)
-    n_loaded = 1 if len(model.checkpoints) == 1 else 1 + len(model.checkpoints)
-    weights = sum(parameter.numel() for parameter in network.parameters()) * n_loaded
+    n_folds = len(model.checkpoints)
+    n_logits = int(predictor.mirroring and bool(model.mirroring_axes)) + int(n_folds > 1)
+    weights = sum(parameter.numel() for parameter in network.parameters()) * (1 if n_folds == 1 else 1 + n_folds)
     forward = _CONVOLUTION_FACTOR * peak_forward_bytes(network, (1, model.n_channels, *patch))
     return int(_SINGLE * (weights + n_logits * model.n_outputs * math.prod(patch)) + forward)
 

@@ -1,14 +1,14 @@
-"""Cases of an input: what their headers say, DICOM series as volumes, and what the network sees of them."""
+"""Cases of an input: what their headers say, DICOM series as volumes, and their images on the network's grid."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,23 @@ import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk
 from nibabel.openers import ImageOpener
+from nnunetv2.preprocessing.resampling.default_resampling import determine_do_sep_z_and_axis
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from scipy import ndimage
 
 from stunet.errors import DatasetError, STUNetError, UsageError
 from stunet.inference.model import Model
-from stunet.inference.resampling import is_default_resampling, resample_image
 from stunet.volumes import NIFTI_ENDINGS, check_finite, not_numbers, read_volume
 
 #: Formats of volumes that SimpleITK reads, so that a model of one of them can take any.
 _VOLUMES = (*NIFTI_ENDINGS, ".mha", ".mhd", ".nrrd")
 #: How far a DICOM slice may lie from its place on a regular grid, as a fraction of the distance of slices.
 _SLICE_TOLERANCE = 0.25
+#: Smaller entries of resampling matrices, the far ends of the spline's filter, change nothing in single precision.
+_NEGLIGIBLE = 1e-13
+#: Double-precision elements that are resampled at a time.
+_BLOCK_ELEMENTS = 2**21
+_OPTIONS = {"is_seg", "order", "order_z", "force_separate_z", "separate_z_anisotropy_threshold"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Case:
 
     name: str  # what its prediction is called, without ending
     files: tuple[Path, ...]  # one image for each channel, in order
-    slices: tuple[Path, ...] = ()  # files of a DICOM series in place of files, in any order
+    slices: tuple[Path, ...] = ()  # files of a DICOM series in place of files, in the order of their positions
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,6 @@ class Geometry:
 
     def __str__(self) -> str:
         return f"{' x '.join(map(str, self.shape[::-1]))} voxels of {_mm(self.spacing[::-1])}"
-
-    @property
-    def n_voxels(self) -> int:
-        """Voxels of one channel."""
-        return math.prod(self.shape)
 
 
 def find_cases(images: str | os.PathLike[str], model: Model, series: str | None = None) -> list[Case]:
@@ -83,10 +84,8 @@ def find_cases(images: str | os.PathLike[str], model: Model, series: str | None 
         if images.is_dir() and file_ending in _VOLUMES and (slices := _find_series(images, series)):
             return [Case(images.name, (), slices)]
         shown = ", ".join(path.name for path in files[:3]) + (", …" if len(files) > 3 else "") or "no files"
-        raise UsageError(
-            f"{images} has no images for this model, but {shown}: give CASE_0000{file_ending} for each case, files "
-            f"that end with {', '.join(dict.fromkeys(endings))}, or the folder of a DICOM series"
-        )
+        text = f"{images} has no images for this model, but {shown}: give CASE_0000{file_ending} for each case, files"
+        raise UsageError(f"{text} that end with {', '.join(dict.fromkeys(endings))}, or the folder of a DICOM series")
     if series is not None:
         raise UsageError(f"{images} is no folder of DICOM files: leave --series out")
     cases: dict[str, list[Path]] = {}
@@ -97,9 +96,9 @@ def find_cases(images: str | os.PathLike[str], model: Model, series: str | None 
     for path, match in named:
         if match[2] or not numbered:
             cases.setdefault(match[1] if numbered else match[1] + (match[2] or ""), []).append(path)
-    twice = next((paths for paths in cases.values() if len(paths) > 1 and not numbered), None)
-    if twice:
-        raise UsageError(f"{' and '.join(path.name for path in twice)} are two images of one name: rename one of them")
+    for paths in cases.values():
+        if len(paths) > 1 and not numbered:
+            raise UsageError(f"{' and '.join(p.name for p in paths)} are images of one name: rename one of them")
     return [Case(name, tuple(paths)) for name, paths in sorted(cases.items())]
 
 
@@ -111,17 +110,17 @@ def read_geometry(case: Case, n_channels: int) -> Geometry:
             impossible spacings, or channels of different size.
     """
     if case.slices:
-        order, spacing, _ = _slice_grid(case.slices)
+        spacing, _ = _slice_grid(case.slices)
         columns, rows = _slice_header(case.slices[0]).GetSize()[:2]
-        return Geometry((len(order), rows, columns), spacing, 4)
+        return Geometry((len(case.slices), rows, columns), spacing, 4)
     matches = [re.fullmatch(rf"{re.escape(case.name)}_(\d{{4}})\..+", path.name) for path in case.files]
     numbers = [int(match[1]) if match else channel for channel, match in enumerate(matches)]
     if numbers != list(range(n_channels)):
         found, last = ", ".join(f"{n:04d}" for n in numbers), f"{n_channels - 1:04d}"
         raise DatasetError(f"{case.name} has {len(numbers)} channels ({found}), but the model takes 0000 to {last}")
-    geometries = [_read_header(path) for path in case.files]
-    first = geometries[0]
-    for path, geometry in zip(case.files, geometries, strict=True):
+    first = _read_header(case.files[0])
+    for path in case.files[1:]:
+        geometry = _read_header(path)
         if geometry.shape != first.shape or not np.allclose(geometry.spacing, first.spacing, rtol=1e-3):
             raise DatasetError(f"{path} has {geometry}, but {case.files[0].name} {first}: resample it to that grid")
     return first
@@ -185,7 +184,10 @@ def _mm(sides: Sequence[float]) -> str:
 
 
 def _find_series(folder: Path, wanted: str | None) -> tuple[Path, ...] | None:
-    """Files of the DICOM series of images that is wanted, or the only one; None where the folder has none."""
+    """Files of the DICOM series of images that is wanted, or the only one; None where the folder has none.
+
+    GDCM sorts them by their positions, whatever their names and instance numbers say.
+    """
     reader: Any = sitk.ImageSeriesReader
     process: Any = sitk.ProcessObject
     warns = process.GetGlobalWarningDisplay()
@@ -214,8 +216,8 @@ def _slice_header(path: Path) -> Any:
     return reader
 
 
-def _slice_grid(slices: Sequence[Path]) -> tuple[list[int], tuple[float, float, float], npt.NDArray[np.float64]]:
-    """Order of the slices, spacing ``(Z, Y, X)``, and directions of the axes X, Y and Z, one in each row.
+def _slice_grid(slices: Sequence[Path]) -> tuple[tuple[float, float, float], npt.NDArray[np.float64]]:
+    """Spacing ``(Z, Y, X)``, and directions of the axes X, Y and Z, one in each row.
 
     Slices that make no regular grid are refused: some are missing, doubled, tilted or of another kind.
     """
@@ -235,19 +237,17 @@ def _slice_grid(slices: Sequence[Path]) -> tuple[list[int], tuple[float, float, 
         raise DatasetError(f"{irregular}one file alone, which holds one slice or all of them{remedy}")
     x, y, row, column, places = *rows[0][3:5], table[0, 5:8], table[0, 8:11], table[:, 11:]
     normal = np.cross(row, column)
-    order = np.argsort(places @ normal, kind="stable")
-    places = places[order]
     gaps = np.diff(places @ normal)
     distance, usual = float(gaps.mean()), float(np.median(gaps))
     off = np.linalg.norm(places - places[0] - np.outer(np.arange(len(slices)) * distance, normal), axis=1).max()
     if distance <= 0 or off > _SLICE_TOLERANCE * distance:
         odd = int(np.abs(gaps - usual).argmax())
-        names = " and ".join(slices[order[i]].name for i in (odd, odd + 1))
-        found = f"slices are {usual:g} mm apart, but {gaps[odd]:g} mm between {names}"
+        names = " and ".join(path.name for path in slices[odd : odd + 2])
+        found = f"slices are {abs(usual):g} mm apart, but {abs(gaps[odd]):g} mm between {names}"
         if np.allclose(gaps, usual, atol=_SLICE_TOLERANCE * abs(usual)):
             found = f"slices are shifted sideways by {off:g} mm in all, as with a tilted gantry"
         raise DatasetError(f"{irregular}{found}{remedy}")
-    return [int(i) for i in order], (distance, y, x), np.stack([row, column, normal])
+    return (distance, y, x), np.stack([row, column, normal])
 
 
 def as_nifti(case: Case, file_ending: str, folder: Path) -> Case:
@@ -264,9 +264,9 @@ def as_nifti(case: Case, file_ending: str, folder: Path) -> Case:
 
 
 def _read_series(slices: Sequence[Path]) -> Any:
-    order, spacing, direction = _slice_grid(slices)
+    spacing, direction = _slice_grid(slices)
     reader: Any = sitk.ImageSeriesReader()  # type: ignore[no-untyped-call]
-    reader.SetFileNames([str(slices[i]) for i in order])
+    reader.SetFileNames(list(map(str, slices)))
     reader.SetOutputPixelType(sitk.sitkFloat32)  # else the first slice's, which may hold no fractions
     image: Any = reader.Execute()
     image.SetSpacing(spacing[::-1])
@@ -345,3 +345,93 @@ def read_images(case: Case, model: Model) -> tuple[npt.NDArray[np.float32], dict
     if n_bad := sum(int(plane.size - np.isfinite(plane).sum()) for channel in voxels for plane in channel):
         raise not_numbers(case.name, n_bad)
     return voxels, properties
+
+
+# Resampling -----------------------------------------------------------------------------------------------------------
+#
+# nnU-Net's ``resample_data_or_seg_to_shape`` turns the whole image into double precision, pads it and filters it: up to
+# seven times the image. Spline interpolation to a finer or coarser grid is linear and works on each axis by itself, so
+# along each axis it is a matrix, whose columns are what interpolation makes of single voxels. Applied to a few planes
+# at a time, the matrices give the same numbers up to the last bit of single precision.
+
+
+def is_default_resampling(configuration: Mapping[str, Any], kind: str) -> bool:
+    """Tell whether plans resample ``data`` or ``probabilities`` as nnU-Net does by default, but for the order."""
+    options = configuration[f"resampling_fn_{kind}_kwargs"]
+    is_default = configuration[f"resampling_fn_{kind}"] == "resample_data_or_seg_to_shape"
+    return is_default and set(options) <= _OPTIONS and not options.get("is_seg", False)
+
+
+def resample_image(
+    image: npt.NDArray[np.float32],
+    new_shape: Sequence[int],
+    spacing: Sequence[float],
+    new_spacing: Sequence[float],
+    *,
+    order: int,
+    force_separate_z: bool | None = None,
+    **threshold: float,
+) -> npt.NDArray[np.float32]:
+    """Resample an image ``(C, X, Y, Z)`` as nnU-Net's ``resample_data_or_seg_to_shape`` does with ``order_z`` 0.
+
+    Args:
+        image: ``(C, X, Y, Z)``.
+        new_shape: Voxels ``(X, Y, Z)`` of the result.
+        spacing: mm between voxels.
+        new_spacing: mm between voxels of the result.
+        order: Order of the spline.
+        force_separate_z: Whether the planes along one axis are resampled each by itself; None for nnU-Net's choice.
+        **threshold: ``separate_z_anisotropy_threshold`` where it is not nnU-Net's own.
+    """
+    new_shape = tuple(int(n) for n in new_shape)
+    if image.shape[1:] == new_shape:
+        return image
+    separate, axis = determine_do_sep_z_and_axis(force_separate_z, spacing, new_spacing, **threshold)
+    result = np.empty((len(image), *new_shape), image.dtype)
+    for source, target in zip(image, result, strict=True):
+        if separate:
+            _by_planes(np.moveaxis(source, axis, 0), np.moveaxis(target, axis, 0), order)
+        else:
+            _by_blocks(source, target, order)
+    return result
+
+
+def _by_planes(source: npt.NDArray[np.float32], target: npt.NDArray[np.float32], order: int) -> None:
+    rows, columns = (_matrix(*n, order) for n in zip(source.shape[1:], target.shape[1:], strict=True))
+    nearest = np.floor((np.arange(len(target)) + 0.5) * (len(source) / len(target))).astype(int)
+    known = -1
+    for i, index in enumerate(nearest.clip(max=len(source) - 1)):
+        if index == known:
+            target[i] = target[i - 1]
+            continue
+        plane, known = source[index], index
+        # The overshoot of splines is cut off at the plane's own range.
+        target[i] = np.clip(rows @ plane.astype(np.float64) @ columns.T, plane.min(), plane.max())
+
+
+def _by_blocks(source: npt.NDArray[np.float32], target: npt.NDArray[np.float32], order: int) -> None:
+    planes, rows, columns = (_matrix(*n, order) for n in zip(source.shape, target.shape, strict=True))
+    low, high = source.min(), source.max()
+    at_once = max(1, _BLOCK_ELEMENTS // (source.shape[1] * source.shape[2]))
+    for start in range(0, len(target), at_once):
+        block = planes[start : start + at_once]
+        used = np.flatnonzero(block.any(axis=0))
+        first, last = used[0], used[-1] + 1
+        mixed = np.empty((len(block), *source.shape[1:]))
+        n_rows = max(1, _BLOCK_ELEMENTS // ((last - first) * source.shape[2]))
+        for row in range(0, source.shape[1], n_rows):
+            part = source[first:last, row : row + n_rows].astype(np.float64)
+            mixed[:, row : row + n_rows] = np.tensordot(block[:, first:last], part, axes=1)
+        for plane, out in zip(mixed, target[start : start + at_once], strict=True):
+            out[:] = np.clip(rows @ plane @ columns.T, low, high)
+
+
+@lru_cache(maxsize=16)
+def _matrix(n_in: int, n_out: int, order: int) -> npt.NDArray[np.float64]:
+    """What resampling along one axis makes of each single voxel, ``(n_out, n_in)``."""
+    if n_in == n_out:
+        return np.eye(n_in)
+    zoom: dict[str, Any] = {"order": order, "mode": "nearest", "grid_mode": True}
+    matrix: npt.NDArray[np.float64] = ndimage.zoom(np.eye(n_in), (n_out / n_in, 1), **zoom)
+    matrix[np.abs(matrix) < _NEGLIGIBLE] = 0
+    return matrix

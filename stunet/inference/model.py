@@ -24,9 +24,8 @@ from stunet.files import read_json
 from stunet.labels.labels import Labels, load_vocabulary, vocabulary_for
 from stunet.planning import check_configuration, describe_model, write_model_folder
 from stunet.weights.convert import open_weights
-from stunet.weights.networks import check_network
 from stunet.weights.published import WeightsEntry, alone_with, entry_folder, fetch, find_entry, noted_sha256
-from stunet.weights.read import check_weights, read_checkpoint
+from stunet.weights.read import MODEL_CARD, check_network, check_weights, read_checkpoint
 
 CHECKPOINT = "checkpoint_final.pth"
 _VOLUME_READERS = {"SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient"}
@@ -140,15 +139,14 @@ class Model:
             n_in = determine_num_input_channels(plans, configuration, self.dataset_json)
             described: tuple[Any, ...] = (plans, configuration)
             if "plans_manager" not in inspect.signature(trainer.build_network_architecture).parameters:
-                described = (  # as trainers before nnU-Net 2.6 want it
-                    configuration.network_arch_class_name,
-                    configuration.network_arch_init_kwargs,
-                    configuration.network_arch_init_kwargs_req_import,
-                )
-            network: nn.Module = trainer.build_network_architecture(
-                *described, n_in, self.n_outputs, enable_deep_supervision=False
-            )
-        return network
+                names = (
+                    "class_name",
+                    "init_kwargs",
+                    "init_kwargs_req_import",
+                )  # as trainers before nnU-Net 2.6 want it
+                described = tuple(getattr(configuration, f"network_arch_{name}") for name in names)
+            build: Callable[..., nn.Module] = trainer.build_network_architecture
+            return build(*described, n_in, self.n_outputs, enable_deep_supervision=False)
 
 
 def load_model(
@@ -198,13 +196,10 @@ def load_model(
     else:
         raise PlansError(f"the model folder {folder} is missing: check -m, or -d, -tr, -p and -c")
     with reading(folder, "a model folder that nnU-Net cannot use", PlansError):
-        axes, configuration = (
-            checkpoint.get("inference_allowed_mirroring_axes"),
-            checkpoint["init_args"]["configuration"],
-        )
+        axes = checkpoint.get("inference_allowed_mirroring_axes")
         axes = None if axes is None else tuple(int(axis) for axis in axes)
-        trainer = str(checkpoint["trainer_name"])
-        model = Model(folder, plans, dataset_json, str(configuration), trainer, axes, checkpoints, tuple(trust))
+        configuration, trainer = str(checkpoint["init_args"]["configuration"]), str(checkpoint["trainer_name"])
+        model = Model(folder, plans, dataset_json, configuration, trainer, axes, checkpoints, tuple(trust))
         _check(model)
     return model
 
@@ -224,10 +219,8 @@ def _find_checkpoints(folder: Path, folds: Sequence[str] | None, name: str) -> d
     missing = [f"fold_{fold}/{name}" for fold in folds if fold not in present]
     if missing or not folds:
         others = sorted(str(path.relative_to(folder)) for path in folder.glob("fold_*/checkpoint_*.pth"))
-        raise CheckpointError(
-            f"{folder} has no {', '.join(missing)}, but {', '.join(others) or 'no checkpoint'}: name a fold with "
-            "-f, or a file with -chk"
-        )
+        found = f"{folder} has no {', '.join(missing)}, but {', '.join(others) or 'no checkpoint'}"
+        raise CheckpointError(f"{found}: name a fold with -f, or a file with -chk")
     return {fold: present[fold] for fold in folds}
 
 
@@ -243,10 +236,8 @@ def _check(model: Model) -> None:
         raise ValueError(f"file_ending {model.file_ending[:40]}, {model.n_outputs} outputs")
     if not model.structures or any(not 0 < v < 2**16 for values in model.structures.values() for v in values):
         raise ValueError(f"labels {str(model.structures)[:100]}")
-    prepared_by = [model.plans_manager.image_reader_writer_class, configuration.preprocessor_class]
-    for name in ("data", "seg", "probabilities"):
-        prepared_by.append(getattr(configuration, f"resampling_fn_{name}").func)
-    for found in prepared_by:
+    resampling = [getattr(configuration, f"resampling_fn_{name}").func for name in ("data", "seg", "probabilities")]
+    for found in (model.plans_manager.image_reader_writer_class, configuration.preprocessor_class, *resampling):
         if not str(getattr(found, "__module__", "")).startswith("nnunetv2."):
             raise ValueError(f"{found} is nothing that nnU-Net prepares images with")
     if any(not 0 <= axis < n_axes for axis in model.mirroring_axes or ()):
@@ -265,7 +256,7 @@ def published_model(entry: WeightsEntry, say: Callable[[str], None] = lambda tex
     folder = entry_folder(entry.name).parents[1] / "models" / entry.name
     lock = folder.with_name(".locks") / entry.name
     with alone_with(lock, say):  # of two commands that need them, one waits
-        if not _is_made_of(folder / "model_card.json", cached, entry.weights_file.sha256):
+        if not _is_made_of(folder / MODEL_CARD, cached, entry.weights_file.sha256):
             weights = open_weights([fetch(entry, say=say)])
             say(f"Converting {entry.name} into {folder}")
             labels = load_vocabulary(entry.labels) if entry.labels else vocabulary_for(entry.outputs)

@@ -30,10 +30,10 @@ import numpy.typing as npt
 from stunet.datasets.raw import plane_names
 from stunet.errors import DatasetError, UsageError, reading
 from stunet.files import atomic_path, file_sha256, fingerprint, move_into_place, read_json, write_json
-from stunet.inference.images import Case, CaseArray
+from stunet.inference.images import Case, CaseArray, resample_image
 from stunet.inference.model import Model
-from stunet.inference.resampling import resample_image
 from stunet.volumes import NIFTI_ENDINGS
+from stunet.weights.read import MODEL_CARD
 
 EXTRAS = ("masks", "statistics", "names_in_header", "preview")
 """What can be written beside the label map of a case."""
@@ -100,9 +100,9 @@ def write_case(
         write_json(content, folder / "statistics" / f"{case.name}.json")
     if "preview" in write:
         (folder / "previews").mkdir(exist_ok=True)
-        picture, planes = folder / "previews" / f"{case.name}.png", plane_names(properties)
         try:
-            with atomic_path(picture) as path:
+            with atomic_path(folder / "previews" / f"{case.name}.png") as path:
+                planes = plane_names(properties)
                 draw_preview(voxels[0], labels, structures, spacing, path, title=case.name, planes=planes)
         except Exception as error:
             problem = f"no preview: {type(error).__name__}: {str(error)[:200]}"
@@ -115,8 +115,7 @@ def restrict(labels: Array, structures: Structures) -> Array:
     table = np.zeros(np.iinfo(labels.dtype).max + 1, labels.dtype)
     for values in structures.values():
         table[list(values)] = values
-    restricted: Array = table[labels]
-    return restricted
+    return np.asarray(table[labels])
 
 
 def measure(
@@ -131,10 +130,10 @@ def measure(
     n_labels, voxel = np.iinfo(labels.dtype).max + 1, math.prod(float(side) for side in spacing) / _MM3_PER_ML
     # Plane by plane, as counting takes 8 bytes for each voxel.
     counts: Any = sum(np.bincount(plane.reshape(-1), minlength=n_labels) for plane in labels)
-    sums: list[Any] = []
-    for channel in image:
-        of_planes = zip(labels, channel, strict=True)
-        sums.append(sum(np.bincount(p.reshape(-1), of.reshape(-1), minlength=n_labels) for p, of in of_planes))
+    sums: list[Any] = [
+        sum(np.bincount(p.ravel(), of.ravel(), minlength=n_labels) for p, of in zip(labels, channel, strict=True))
+        for channel in image
+    ]
     measured = {}
     for name, values in structures.items():
         n = int(counts[list(values)].sum())
@@ -297,11 +296,11 @@ class Manifest:
         kept: dict[str, Any] = {"cases": {}, "failures": {}}
         for key, of in kept.items() if before.get("settings") == record["settings"] else ():
             of |= {name: value for name, value in before.get(key, {}).items() if name not in waiting}
-        card, place, checkpoints = {}, model.folder.resolve(), {}
+        card, place, digests = {}, model.folder.resolve(), record["settings"]
         with suppress(OSError, ValueError):
-            card = read_json(model.folder / "model_card.json")
-        for fold, path in model.checkpoints.items():
-            checkpoints[fold] = {"file": path.name, "sha256": record["settings"][f"fold_{fold}"]}
+            card = read_json(model.folder / MODEL_CARD)
+        files = {fold: path.name for fold, path in model.checkpoints.items()}
+        checkpoints = {fold: {"file": name, "sha256": digests[f"fold_{fold}"]} for fold, name in files.items()}
         described = {"name": place.name, "folder": str(place), "licence": card.get("licence")}
         described |= {"sources": card.get("sources", []), "checkpoints": checkpoints}
         versions = {name: version(name) for name in ("stunet", "nnunetv2", "torch")}
@@ -352,11 +351,9 @@ def check_folder(
 
 def model_settings(model: Model) -> dict[str, Any]:
     """Describe a model in a manifest's settings by its content, so that it may be moved."""
-    plans, dataset = (
-        hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        for content in (model.plans, model.dataset_json)
-    )
-    settings = {"plans": plans, "dataset": dataset, "configuration": model.configuration, "trainer": model.trainer_name}
+    settings = {"configuration": model.configuration, "trainer": model.trainer_name}
+    for name, content in (("plans", model.plans), ("dataset", model.dataset_json)):
+        settings[name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return settings | {f"fold_{fold}": file_sha256(path) for fold, path in model.checkpoints.items()}
 
 
@@ -384,11 +381,10 @@ def _digest(case: Case) -> str:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))  # of thousands of cases it is large
-        _ = [{**content.get(key, {})} for key in ("settings", "images", "cases", "failures")]
+        content = json.loads(path.read_text(encoding="utf-8"))  # of thousands of cases it is large
+        return {**content, **{key: {**content.get(key, {})} for key in ("settings", "images", "cases", "failures")}}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
-    return content
 
 
 def _now() -> str:

@@ -22,15 +22,7 @@ from stunet.ranking import prepare_target, score_candidate
 from stunet.training.distributed import Ranks
 from stunet.training.optimizer import set_kernel
 from stunet.weights.read import check_weights, read_checkpoint
-from stunet.weights.sharded import (
-    SHARDED_SUFFIX,
-    ShardedSave,
-    find_version,
-    load_sharded,
-    read_sharded,
-    remove_sharded,
-    remove_sharded_leftovers,
-)
+from stunet.weights.sharded import SHARDED_SUFFIX, ShardedSave, find_version, load_sharded, read_sharded, remove_sharded
 
 if TYPE_CHECKING:
     from stunet.training.trainer import BaseSTUNetTrainer
@@ -104,8 +96,7 @@ class Checkpoints:
     def remove_leftovers(self) -> None:
         """Remove what a killed process has left."""
         if self._trainer.local_rank == 0:
-            remove_leftovers(self._folder, "checkpoint_*.pth")
-            remove_sharded_leftovers(self._folder)
+            remove_leftovers(self._folder, "checkpoint_*")
 
     def replace_sharded(self) -> None:
         """Leave nnU-Net's files alone in the place of sharded checkpoints, once the final one is written."""

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +23,19 @@ from torch import Tensor, nn
 from stunet.errors import ArchitectureError, CheckpointError, reading
 from stunet.files import atomic_path, refuse_existing
 from stunet.network import CONV_OPS, N_STAGES, STUNet, STUNetSize, size_of
-from stunet.weights.networks import STUNET, UNETS, UNUSABLE, check_network, described_network
-from stunet.weights.read import describe_content, describe_mismatch, load_archive, read_pickle, require_file
+from stunet.weights.read import (
+    STUNET,
+    UNETS,
+    UNUSABLE,
+    check_network,
+    describe_content,
+    describe_mismatch,
+    described_network,
+    load_archive,
+    read_pickle,
+    require_file,
+)
 
-Kind = Literal["nnU-Net v1", "old nnU-Net v2 port", "nnU-Net v2", "safetensors", "plain tensors"]
 _PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)+")
 
 # Files
@@ -42,9 +51,9 @@ def sort_paths(given: Sequence[Path]) -> tuple[Path, list[Path]]:
     if path.is_dir():
         found = sorted(path.glob("fold_*/checkpoint_final.pth")) or sorted(path.glob("checkpoint_final.pth"))
         if len(found) != 1:
-            names = f"with several checkpoints, {', '.join(str(p.relative_to(path)) for p in found)}"
-            names = names if found else "without a checkpoint_final.pth"
-            raise CheckpointError(f"{path} is a folder {names}: give the file itself")
+            names = ", ".join(str(p.relative_to(path)) for p in found)
+            problem = f"with several checkpoints, {names}" if found else "without a checkpoint_final.pth"
+            raise CheckpointError(f"{path} is a folder {problem}: give the file itself")
         path = found[0]
     return path, [path for path in given if path.suffix == ".pkl"]
 
@@ -58,7 +67,7 @@ def locate_checkpoint(path: str | os.PathLike[str]) -> Path:
     return require_file(sort_paths([Path(path)])[0])
 
 
-_File = tuple[Mapping[str, Any], Mapping[Any, Any], Kind]
+_File = tuple[Mapping[str, Any], Mapping[Any, Any], str]
 
 
 def read_state(path: Path) -> _File:
@@ -113,10 +122,8 @@ def finite_float32(name: str, tensor: Tensor) -> Tensor:
         n_bad = int((~torch.isfinite(converted)).sum())
         text = f"weights that are not finite: {name} has {n_bad} NaN or infinite values of {converted.numel()}"
         raise ValueError(f"{text}; an earlier checkpoint may have none")
-    if converted.untyped_storage().nbytes() != converted.numel() * converted.element_size():
-        # Saving a view would save all that it is a view of.
-        return converted.clone(memory_format=torch.contiguous_format)
-    return converted
+    is_view = converted.untyped_storage().nbytes() != converted.nbytes  # saving it would save all that it is a view of
+    return converted.clone(memory_format=torch.contiguous_format) if is_view else converted
 
 
 # Names of parameters
@@ -125,10 +132,6 @@ _MODULES = {
     "conv_blocks_context": "encoder.stages", "conv_blocks_localization": "decoder.stages",
     "upsample_layers": "decoder.upsamplings", "seg_outputs": "decoder.seg_layers",
 }  # fmt: skip
-_PUBLISHED = re.compile(
-    r"(conv_blocks_(context|localization)\.\d+\.\d+\.(conv[123]|norm[12])|upsample_layers\.\d+\.conv|seg_outputs\.\d+)"
-    r"\.(weight|bias)"
-)
 _OURS = re.compile(
     r"((en|de)coder\.stages\.\d+\.\d+\.(conv[12]|norm[12]|projection)"
     r"|decoder\.upsamplings\.\d+\.conv|decoder\.seg_layers\.\d+)\.(weight|bias)"
@@ -141,10 +144,11 @@ def from_published_key(key: str) -> str:
     >>> from_published_key("conv_blocks_context.0.0.conv3.weight")
     'encoder.stages.0.0.projection.weight'
     """
-    if not _PUBLISHED.fullmatch(key):
+    module, _, rest = key.partition(".")
+    ours = f"{_MODULES.get(module, '')}.{rest}".replace(".conv3.", ".projection.")
+    if ".projection." in key or not _OURS.fullmatch(ours):
         raise CheckpointError(f"{key[:200]} has no counterpart: it is no parameter of the published STU-Net code")
-    module, rest = key.split(".", 1)
-    return f"{_MODULES[module]}.{rest}".replace(".conv3.", ".projection.")
+    return ours
 
 
 def to_published_key(key: str) -> str:
@@ -208,12 +212,11 @@ def infer_architecture(weights: Mapping[str, Tensor], *, source: str) -> Archite
     try:
         size = size_of([weights[key].shape[0] for key in firsts], depth)
         architecture = Architecture(size, stem.shape[1], weights[heads[-1]].shape[0], stem.ndim - 2)
-        network = architecture.build_on_meta()
+        expected = architecture.build_on_meta().state_dict()
     except ArchitectureError as error:
         raise _other_network(source, str(error)) from error
-    if mismatch := describe_mismatch(weights, network.state_dict()):
+    if mismatch := describe_mismatch(weights, expected):
         raise _other_network(source, f"closest to STU-Net {size.name}, but {mismatch}")
-    network.load_state_dict(weights, strict=True, assign=True)
     return architecture
 
 
@@ -227,7 +230,7 @@ class SourceWeights:
 
     Attributes:
         path: The file with the weights.
-        kind: What wrote it.
+        kind: What wrote it: nnU-Net v1 or v2, its old port, safetensors, or plain tensors.
         tensors: By our names, fp32, on the CPU; mapped from the file where possible.
         architecture: What their shapes say.
         precision: The precision in the file, for example ``float16``.
@@ -240,7 +243,7 @@ class SourceWeights:
     """
 
     path: Path
-    kind: Kind
+    kind: str
     tensors: dict[str, Tensor]
     architecture: Architecture
     precision: str
@@ -259,7 +262,7 @@ def open_weights(paths: Sequence[str | os.PathLike[str]], *, trust: Sequence[str
         paths: One file with weights, or one model folder, and any number of nnU-Net v1 pickles (``.pkl``), in any
             order. Where ``X.model`` is given, ``X.model.pkl`` and ``plans.pkl`` beside it are read too.
         trust: Check the network that the plans in the checkpoint name, too, and admit these classes beyond the known
-            ones; see :func:`stunet.weights.networks.check_network`. None where nothing will be built of these plans.
+            ones; see :func:`stunet.weights.read.check_network`. None where nothing will be built of these plans.
 
     Returns:
         The weights under our names, without the prefixes of ``DataParallel`` and ``torch.compile``, as fp32.
@@ -291,21 +294,15 @@ def _stunet_weights(path: Path, file: _File, pickles: list[Path], trust: Sequenc
         axes = content.get("inference_allowed_mirroring_axes")
         known = isinstance(axes, list | tuple) and all(isinstance(axis, int) and 0 <= axis < 3 for axis in axes)
         if axes is not None and not known:
-            raise ValueError(f"inference_allowed_mirroring_axes of type {type(axes).__name__} that are no axes")
+            raise ValueError(f"inference_allowed_mirroring_axes {str(axes)[:60]} that are no axes")
+        axes = None if axes is None else tuple(axes)
         epoch = content.get("epoch", content.get("current_epoch"))
-        return SourceWeights(
-            path=path,
-            kind="old nnU-Net v2 port" if kind == "nnU-Net v2" and published else kind,
-            tensors={key: finite_float32(name, stripped[name]) for key, name in names.items()},
-            architecture=architecture,
-            precision=" and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in stripped.values()})),
-            v1_plans=v1_plans,
-            v1_init=v1_init,
-            pickles=tuple(pickles),
-            init_args=init_args,
-            mirroring_axes=None if axes is None else tuple(axes),
-            epoch=epoch if isinstance(epoch, int) else None,
-        )
+        kind = "old nnU-Net v2 port" if kind == "nnU-Net v2" and published else kind
+        tensors = {key: finite_float32(name, stripped[name]) for key, name in names.items()}
+        precision = " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in stripped.values()}))
+        pickled = v1_plans, v1_init, tuple(pickles)
+        epoch = epoch if isinstance(epoch, int) else None
+        return SourceWeights(path, kind, tensors, architecture, precision, *pickled, init_args, axes, epoch)
 
 
 def _init_args(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -347,13 +344,9 @@ def write_published(weights: SourceWeights, path: str | os.PathLike[str]) -> Non
     refuse_existing(path)
     if weights.architecture.n_axes != 3:
         raise CheckpointError(f"{weights.path} is a 2D network, which the published code does not have")
-    content: dict[str, Any] = {
-        "epoch": weights.epoch or 0,
-        "state_dict": OrderedDict((to_published_key(key), tensor) for key, tensor in weights.tensors.items()),
-        "optimizer_state_dict": None,
-        "lr_scheduler_state_dict": None,
-        "plot_stuff": ([], [], [], []),
-    }
+    state = OrderedDict((to_published_key(key), tensor) for key, tensor in weights.tensors.items())
+    content: dict[str, Any] = {"epoch": weights.epoch or 0, "state_dict": state, "plot_stuff": ([], [], [], [])}
+    content |= {"optimizer_state_dict": None, "lr_scheduler_state_dict": None}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
@@ -388,9 +381,8 @@ class UNetArchitecture:
 
         # The name is one of two, or of a class that the user trusts.
         network_class: Any = getattr(unet, self.name) if self.name in UNETS.values() else pydoc.locate(self.name)
-        network: nn.Module = network_class(
-            input_channels=input_channels, num_classes=num_classes, deep_supervision=False, **self.arguments
-        )
+        outer = {"input_channels": input_channels, "num_classes": num_classes, "deep_supervision": False}
+        network: nn.Module = network_class(**outer, **self.arguments)
         return network
 
 
@@ -411,7 +403,7 @@ def open_any_weights(path: str | os.PathLike[str], trust: Sequence[str] = ()) ->
     Args:
         path: A file as for :func:`open_weights`, a checkpoint of nnU-Net v2 with a ``PlainConvUNet`` or a
             ``ResidualEncoderUNet``, or a model folder with one fold.
-        trust: Further classes that the plans may name, see :func:`stunet.weights.networks.check_network`.
+        trust: Further classes that the plans may name, see :func:`stunet.weights.read.check_network`.
 
     Raises:
         CheckpointError: The file is missing, truncated or unsafe, the weights are not finite, of another network, or

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import unquote, urlsplit
@@ -206,10 +207,9 @@ def cached_weights(name: str) -> Path:
         raise CheckpointError(f"{text}; run `stunet weights fetch {name}`")
     for file in entry.files:
         path = folder / file.file
-        record, got = read_record(path), path.stat().st_size
-        expected = record.bytes if record else file.bytes
-        if expected is not None and got != expected:
-            text = f"{path} has {got} bytes instead of {expected}, it has changed since it was fetched"
+        known, got = read_record(path) or file, path.stat().st_size
+        if known.bytes not in (None, got):
+            text = f"{path} has {got} bytes instead of {known.bytes}, it has changed since it was fetched"
             raise CheckpointError(f"{text}: run `stunet weights fetch {name} --force`")
     return folder / entry.weights_file.file
 
@@ -285,12 +285,9 @@ def fetch(
         UsageError: Two addresses for one file.
     """
     folder = entry_folder(entry.name) if folder is None else folder
-    for url in urls:
-        if not re.match(_URL, url):
-            scheme = url.split("://")[0] + "://…" if "://" in url else "an address without http://"
-            raise DownloadError(
-                f"{scheme} cannot be downloaded from; give an address that begins with http:// or https://"
-            )
+    if bad := [url for url in urls if not re.match(_URL, url)]:
+        scheme = bad[0].split("://")[0] + "://…" if "://" in bad[0] else "an address without http://"
+        raise DownloadError(f"{scheme} cannot be downloaded from; give one that begins with http:// or https://")
     sources = {file.file: _sources(entry, file, urls, hub) for file in entry.files}
     by_hand = []
     with alone_with(folder / ".partial" / "lock", say):
@@ -303,11 +300,9 @@ def fetch(
             else:
                 by_hand.append(file)
     if by_hand:
-        names = ", ".join(file.file for file in by_hand)
-        raise DownloadError(
-            f"{entry.name} has files that no program can download, {names}: get them by hand\n"
-            f"{_by_hand(entry, by_hand, folder)}\n  or give an address that you know with --url or --hf"
-        )
+        names, how = ", ".join(file.file for file in by_hand), _by_hand(entry, by_hand, folder)
+        text = f"{entry.name} has files that no program can download, {names}: get them by hand\n{how}"
+        raise DownloadError(f"{text}\n  or give an address that you know with --url or --hf")
     return folder / entry.weights_file.file
 
 
@@ -356,7 +351,7 @@ def _fetch_file(
         _require_room(part, file.bytes)
         url, stated = _download(sources, part, attempts, say)
         say(f"Checking {file.file}")
-        sha256 = _check(part, entry, file, stated=stated, shown=clean_url(url), folder=folder).sha256
+        sha256 = _check(part, entry, file, folder, stated, clean_url(url)).sha256
         record_path(path).unlink(missing_ok=True)
         move_into_place(part, path)
     except (DownloadError, CheckpointError) as error:
@@ -407,14 +402,12 @@ def _from_url(url: str, part: Path, attempts: int, say: Say) -> str | None:
         stated.extend(re.findall('^"?([0-9a-f]{64})"?$', response.headers.get("X-Linked-ETag", "")))
 
     say(f"Downloading {clean_url(url)}")
-    attempt = 0
-    while True:
-        attempt += 1
+    bar, headers = sys.stderr.isatty(), {"Accept-Encoding": "identity"}
+    get = pooch.HTTPDownloader(bar, 2**18, timeout=_TIMEOUTS, headers=headers, hooks={"response": look})
+    for attempt in count(1):
         try:
-            bar, headers = sys.stderr.isatty(), {"Accept-Encoding": "identity"}
-            get = pooch.HTTPDownloader(bar, 2**18, timeout=_TIMEOUTS, headers=headers, hooks={"response": look})
             get(url, str(part), None)
-            return stated[-1] if stated else None
+            break
         except requests.RequestException as error:
             status = None if error.response is None else error.response.status_code
             pause = min(0.5 * 2 ** (attempt - 1), 30)
@@ -428,6 +421,7 @@ def _from_url(url: str, part: Path, attempts: int, say: Say) -> str | None:
                 raise DownloadError(f"{text}: {remedy}") from None  # whose own text shows what is secret in the address
             say(f"{_reason(error)}; again in {pause:g} s")
             time.sleep(pause)
+    return stated[-1] if stated else None
 
 
 def _reason(error: BaseException) -> str:
@@ -494,7 +488,7 @@ def verify(entry: WeightsEntry, folder: Path | None = None) -> list[Verified]:
 
 
 def _verify_present(entry: WeightsEntry, file: WeightsFile, folder: Path) -> Verified:
-    verified = _check(folder / file.file, entry, file, folder=folder)
+    verified = _check(folder / file.file, entry, file, folder)
     if read_record(verified.path) is None:
         write_record(verified.path, name=entry.name, url=None, sha256=verified.sha256)
     return verified
@@ -509,17 +503,11 @@ def verify_file(path: Path, entry: WeightsEntry) -> Verified:
     if not path.is_file():
         raise CheckpointError(f"missing file: {path} is no file; check the path")
     unnamed = entry.weights_file if path.suffix != ".pkl" else WeightsFile(path.name)  # under a name of the user's own
-    return _check(path, entry, next((f for f in entry.files if f.file == path.name), unnamed))
+    return _check(path, entry, next((f for f in entry.files if f.file == path.name), unnamed), None)
 
 
 def _check(
-    path: Path,
-    entry: WeightsEntry,
-    file: WeightsFile,
-    *,
-    stated: str | None = None,
-    shown: str = "",
-    folder: Path | None = None,
+    path: Path, entry: WeightsEntry, file: WeightsFile, folder: Path | None, stated: str | None = None, shown: str = ""
 ) -> Verified:
     """Check length and checksum where they are known, and always that a file is what it is called.
 
@@ -534,14 +522,14 @@ def _check(
         return CheckpointError(f"{text}; {remedy}")
 
     with path.open("rb") as opened:
-        start = opened.read(512).lstrip().lower()
+        is_page = opened.read(512).lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head"))
     length, sha256, record = path.stat().st_size, file_sha256(path), read_record(path)
     known = {stated: "Hugging Face"} | {file.sha256: "the registry"}
     if record is not None and record.name == entry.name:
         known.setdefault(record.sha256, f"noted {record.date}")
     known.pop(None, None)
     fine = Verified(path, sha256, " and ".join(known.values()))
-    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+    if is_page:
         raise other(f"a web page of {length} bytes", "the file that its link proper leads to")
     if file.bytes is not None and length != file.bytes:
         raise other(f"{length} bytes", f"{file.bytes} bytes")

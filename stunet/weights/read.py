@@ -1,5 +1,8 @@
 """Files with weights, read without running code out of them and without believing the sizes that they state.
 
+Plans come with a model, and nnU-Net imports whatever class and layers they name: :func:`check_network` compares the
+names with a short list, and the numbers with what a network can have, before anything is imported or built.
+
 Python's own unpickler calls whatever a pickle names. PyTorch's restricted one (``weights_only=True``) calls little, but
 it allocates what a file claims to hold, knows no numpy, and compares no checksums. Here a pickle may name a few small
 constructors, every instruction is charged to a budget, and tensors are views of the bytes of the file.
@@ -18,14 +21,14 @@ import struct
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stunet.errors import CheckpointError, reading
 from stunet.files import file_sha256
@@ -39,7 +42,6 @@ _MAX_METADATA_BYTES = 64 * 2**20  # of a checkpoint beside its tensors
 _BUDGET = 128 * 2**20  # bytes of memory that a pickle may ask for
 _COST, _CONTAINER_COST = 64, 256  # bytes of an instruction; empty dictionaries and sets take more
 _MAX_DEPTH = 50
-_MAX_LONG_BYTES = 32  # of a whole number; states of random generators have 16
 _MAX_ARRAY_BYTES = 2**20  # a spacing or a shape is far smaller
 _SHARING = 4  # nnU-Net names a weight up to four times: decoders own the encoder, blocks list their layers twice
 _DAMAGED = "a checkpoint that is truncated or damaged, or not a checkpoint"
@@ -93,9 +95,7 @@ def _checked(keys: Iterable[Any]) -> list[Any]:
     keys = list(keys)
     for key in keys:
         for part in key if type(key) is tuple else (key,):
-            if not (
-                part is None or isinstance(part, str | bytes | float) or (isinstance(part, int) and abs(part) < 2**32)
-            ):
+            if not isinstance(part, str | bytes | float | int | None) or (isinstance(part, int) and abs(part) >= 2**32):
                 raise ValueError(f"a {type(key).__name__} as a key")
     return keys
 
@@ -120,7 +120,6 @@ class _Unpickler(pickle._Unpickler):
     """Python's unpickler in Python: lengths cost nothing beyond the data, and its memo is a dictionary."""
 
     stack: list[Any]
-    metastack: list[list[Any]]
     read: Callable[[int], bytes]
     pop_mark: Callable[[], list[Any]]
 
@@ -142,16 +141,6 @@ class _Unpickler(pickle._Unpickler):
         if self.persistent is None:
             raise Refused("asks for the instruction BINPERSID")
         return self.persistent(pid)
-
-    def long1(self) -> None:
-        if (length := self.read(1)[0]) > _MAX_LONG_BYTES:
-            raise Refused(f"has a whole number of {length} bytes")
-        self.stack.append(pickle.decode_long(self.read(length)))
-
-    def stop(self) -> None:
-        if len(self.stack) != 1 or self.metastack:
-            raise Refused("has values beside its content")
-        self.load_stop()  # type: ignore[attr-defined]
 
     def bytearray8(self) -> None:
         (length,) = struct.unpack("<Q", self.read(8))
@@ -196,14 +185,13 @@ class _Unpickler(pickle._Unpickler):
 
 _OWN: dict[str, Callable[[Any], None]] = {
     "BYTEARRAY8": _Unpickler.bytearray8, "REDUCE": _Unpickler.reduce, "BUILD": _Unpickler.build,
-    "LONG1": _Unpickler.long1, "STOP": _Unpickler.stop,
     "SETITEM": lambda self: self.setitems([self.stack.pop(), self.stack.pop()][::-1]),
     "SETITEMS": lambda self: self.setitems(self.pop_mark()),
     "ADDITEMS": lambda self: self.additems(self.pop_mark()),
     "FROZENSET": _Unpickler.frozenset,
 }  # fmt: skip
 _ADMITTED = re.compile(
-    r"PROTO|FRAME|MARK|NONE|NEWTRUE|NEWFALSE|BININT[12]?|BINFLOAT|(SHORT_)?BIN(UNICODE|BYTES|STRING)"
+    r"PROTO|FRAME|MARK|STOP|NONE|NEWTRUE|NEWFALSE|LONG1|BININT[12]?|BINFLOAT|(SHORT_)?BIN(UNICODE|BYTES|STRING)"
     r"|BIN(UNICODE|BYTES)8|EMPTY_\w+|MEMOIZE|(LONG_)?BIN(PUT|GET)|TUPLE[123]?|APPENDS?|(STACK_)?GLOBAL|BINPERSID"
 )
 
@@ -243,16 +231,12 @@ def _check_extent(value: Any, max_bytes: int) -> Any:
             budget -= len(value_)
         elif isinstance(value_, dict | list | tuple | set | frozenset):
             budget -= _COST * len(value_) * (1 + isinstance(value_, dict))
-            if budget < 0:
-                break
-            open_values += [(item, depth + 1) for item in value_]
-            open_values += [(item, depth + 1) for item in value_.values()] if isinstance(value_, dict) else []
+            items = [*value_, *(value_.values() if isinstance(value_, dict) else ())] if budget >= 0 else []
+            open_values += [(item, depth + 1) for item in items]
         if depth > _MAX_DEPTH:
             raise Refused(f"has containers nested more than {_MAX_DEPTH} deep")
         if min(budget, max_bytes) < 0:
-            break
-    if min(budget, max_bytes) < 0:
-        raise Refused("has containers with more than the file can hold")
+            raise Refused("has containers with more than the file can hold")
     return value
 
 
@@ -280,21 +264,14 @@ def unpickle(data: bytes, *, source: str) -> Any:
 # Files of torch.save
 
 
-class _Storage:
-    """Numbers of one type out of the file, which tensors are views of."""
-
-    def __init__(self, numbers: Tensor) -> None:
-        self.numbers = numbers
-
-
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *more: Any) -> Tensor:
-    if type(storage) is not _Storage or any(isinstance(value, dict) and value for value in more):
+    if type(storage) is not Tensor or any(isinstance(value, dict) and value for value in more):
         raise Refused("asks for a tensor of another kind than numbers out of the file")
     if len(size) > 16 or any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
         raise Refused("has a tensor of an impossible shape")
-    if math.prod(size) > storage.numbers.numel():  # a small file that would fill the memory
-        raise Refused(f"has a tensor {tuple(size)}, more than its {storage.numbers.nbytes} B")
-    return storage.numbers.as_strided(tuple(size), tuple(stride), offset)
+    if math.prod(size) > storage.numel():  # a small file that would fill the memory
+        raise Refused(f"has a tensor {tuple(size)}, more than its {storage.nbytes} B")
+    return storage.as_strided(tuple(size), tuple(stride), offset)
 
 
 _STORAGES = {
@@ -385,21 +362,18 @@ def _read_legacy(file: IO[bytes], buffer: Any) -> Any:
     start = stream.tell()
     sizes: dict[str, int] = {}
 
-    def note(identity: Any) -> _Storage:
+    def note(identity: Any) -> Tensor:
         dtype, key, n = _identity(identity)
         if sizes.setdefault(key, n * dtype.itemsize) != n * dtype.itemsize:
             raise ValueError("one storage of two sizes")
-        return _Storage(torch.empty(n, dtype=dtype, device="meta"))
+        return torch.empty(n, dtype=dtype, device="meta")
 
     _run(stream, _TORCH_NAMES, note)
     ranges: dict[str, tuple[int, int]] = {}
-    keys = _run(stream, _NAMES)
-    position = stream.tell()
+    keys, position = _run(stream, _NAMES), stream.tell()
     for key in keys:
         ranges[key] = position + 8, position + 8 + sizes[key]
         position += 8 + sizes[key]
-    if position > len(buffer):
-        raise EOFError(f"{len(buffer)} bytes of {position}")
     stream.seek(start)
     return _run(stream, _TORCH_NAMES, _storages(buffer, ranges.__getitem__))
 
@@ -414,11 +388,11 @@ def _identity(identity: Any) -> tuple[torch.dtype, str, int]:
     return dtype, key, n
 
 
-def _storages(buffer: Any, find: Callable[[str], tuple[int, int]]) -> Callable[[Any], _Storage]:
-    """What makes storages of ranges of the file; ``find`` says where they are."""
-    known: dict[str, _Storage] = {}
+def _storages(buffer: Any, find: Callable[[str], tuple[int, int]]) -> Callable[[Any], Tensor]:
+    """What makes the numbers that tensors are views of out of ranges of the file; ``find`` says where they are."""
+    known: dict[str, Tensor] = {}
 
-    def storage(identity: Any) -> _Storage:
+    def storage(identity: Any) -> Tensor:
         dtype, key, n = _identity(identity)
         if key not in known:
             start, end = find(key)
@@ -427,8 +401,8 @@ def _storages(buffer: Any, find: Callable[[str], tuple[int, int]]) -> Callable[[
             if end > len(buffer):
                 raise EOFError(f"{len(buffer)} bytes")
             numbers = torch.frombuffer(buffer, dtype=dtype, count=n, offset=start) if n else torch.empty(0, dtype=dtype)
-            known[key] = _Storage(numbers.clone() if start % dtype.itemsize else numbers)
-        if known[key].numbers.dtype != dtype:
+            known[key] = numbers.clone() if start % dtype.itemsize else numbers
+        if known[key].dtype != dtype:
             raise Refused("has one storage of two types")
         return known[key]
 
@@ -444,10 +418,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     checkpoint = load_archive(path)
     needed = {"network_weights": dict, "current_epoch": int}
     if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k), t) for k, t in needed.items()):
-        text = (
-            f"{path} holds {describe_content(checkpoint)}: not a checkpoint of nnU-Net v2 as nnUNetv2_train writes it"
-        )
-        raise CheckpointError(text)
+        text = f"{path} holds {describe_content(checkpoint)}: not a checkpoint of nnU-Net v2"
+        raise CheckpointError(f"{text} as nnUNetv2_train writes it")
     return checkpoint
 
 
@@ -487,3 +459,113 @@ def describe_mismatch(weights: Mapping[str, Tensor], expected: Mapping[str, Tens
         if key in weights and weights[key].shape != tensor.shape
     ]
     return "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+
+
+# Networks that plans may name
+
+STUNET = "stunet.network.STUNet"
+#: The other networks, by the names that nnU-Net's plans give them.
+UNETS = {
+    "dynamic_network_architectures.architectures.unet.PlainConvUNet": "PlainConvUNet",
+    "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet": "ResidualEncoderUNet",
+    "dynamic_network_architectures.architectures.residual_unet.ResidualEncoderUNet": "ResidualEncoderUNet",
+    "PlainConvUNet": "PlainConvUNet",  # as plans of nnU-Net < 2.2 name them
+    "ResidualEncoderUNet": "ResidualEncoderUNet",
+}
+#: The layers that plans may name.
+_LAYERS = re.compile(
+    r"torch\.nn\.(?:modules\.(?:conv|instancenorm|batchnorm|activation|dropout)\.)?"
+    r"(Conv[23]d|InstanceNorm[23]d|BatchNorm[23]d|LeakyReLU|ReLU|PReLU|ELU|GELU|SiLU|Mish|Dropout[23]?d?)"
+)
+_LAYER_ARGUMENTS = ("conv_op", "norm_op", "dropout_op", "nonlin")
+UNUSABLE = "plans that do not say what network the weights belong to"
+# Far beyond every network that was ever planned, and still soon built.
+_MAX_STAGES, _MAX_NUMBER, _MAX_CONVOLUTIONS = 32, 8192, 1000
+
+
+def check_network(architecture: Any, *, source: str, trust: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
+    """Check what plans say of a network, before anything that they name is imported.
+
+    Args:
+        architecture: ``network_class_name``, ``arch_kwargs`` and ``_kw_requires_import`` of a configuration.
+        source: Where it comes from, for messages.
+        trust: Full names of further classes and layers, which the user trusts. The arguments of such a class are not
+            checked but for the names that they import.
+
+    Returns:
+        The name of the class, and its arguments with layers as classes; those of a trusted class as they are.
+
+    Raises:
+        CheckpointError: An unknown class or layer, or numbers that no network has.
+    """
+    with reading(source, UNUSABLE):
+        name, arguments = architecture["network_class_name"], dict(architecture["arch_kwargs"])
+        imported = list(architecture.get("_kw_requires_import", ()))
+        if name not in (STUNET, *UNETS, *trust):
+            text = f"{source} asks for code which is not trusted, the network {str(name)[:100]}"
+            raise CheckpointError(f"{text}: only if you know this class and trust the model, --trust {str(name)[:100]}")
+        checked = {key: value for key, value in arguments.items() if key != "deep_supervision"}  # nnU-Net decides on it
+        for key, value in arguments.items():
+            if key in imported or (key in _LAYER_ARGUMENTS and name not in trust):
+                match = _LAYERS.fullmatch(value) if isinstance(value, str) else None
+                if match is not None and hasattr(nn, match[1]):
+                    checked[key] = getattr(nn, match[1])
+                elif value is not None and value not in trust:
+                    raise ValueError(f"{key} {str(value)[:100]}, which is none of PyTorch's usual layers")
+            elif name not in trust and key != "activation_checkpointing" and not _is_plain(value):
+                raise ValueError(f"{key} {str(value)[:100]}")
+        if name not in trust:
+            n_stages = arguments.get("n_stages", 1)
+            blocks = [value for key, value in arguments.items() if key.startswith(("n_conv", "n_blocks"))]
+            if sum(sum(n) if isinstance(n, list | tuple) else n * n_stages for n in blocks) > _MAX_CONVOLUTIONS:
+                raise ValueError(f"a network of more than {_MAX_CONVOLUTIONS} convolutions or blocks")
+        return name, checked
+
+
+def described_network(init_args: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
+    """Return the architecture in the plans of a checkpoint, also of nnU-Net < 2.2; None where there is none."""
+    with reading(path, UNUSABLE):
+        configurations = dict(init_args.get("plans") or {}).get("configurations", {})
+        name = init_args.get("configuration")
+        for _ in range(len(configurations)):
+            configuration = configurations.get(name)
+            if configuration is None:
+                return None
+            if "UNet_class_name" in configuration:
+                return _translate(configuration)
+            if "architecture" in configuration:
+                return dict(configuration["architecture"])
+            name = configuration.get("inherits_from")
+        if name in configurations:
+            raise ValueError(f"configuration {name} inherits from itself")
+    return None
+
+
+def _translate(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """The architecture in plans of nnU-Net < 2.2, whose other arguments were always the same."""
+    name, blocks = configuration["UNet_class_name"], configuration["n_conv_per_stage_encoder"]
+    n_axes, strides = len(configuration["patch_size"]), configuration["pool_op_kernel_sizes"]
+    base, most = configuration["UNet_base_num_features"], configuration["unet_max_num_features"]
+    arguments = {
+        "n_stages": len(strides),
+        "features_per_stage": [min(base * 2**stage, most) for stage in range(min(len(strides), _MAX_STAGES))],
+        "conv_op": f"torch.nn.Conv{n_axes}d",
+        "kernel_sizes": configuration["conv_kernel_sizes"],
+        "strides": strides,
+        "n_blocks_per_stage" if name == "ResidualEncoderUNet" else "n_conv_per_stage": blocks,
+        "n_conv_per_stage_decoder": configuration["n_conv_per_stage_decoder"],
+        "conv_bias": True,
+        "norm_op": f"torch.nn.InstanceNorm{n_axes}d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }
+    return {"network_class_name": name, "arch_kwargs": arguments}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return len(value) <= _MAX_STAGES and all(map(_is_plain, value))
+    return value is None or (isinstance(value, bool | int | float) and abs(value) <= _MAX_NUMBER)

@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
@@ -42,18 +42,14 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
 from stunet.errors import CheckpointError, reading
-from stunet.files import place_files, sync_files
-from stunet.weights.read import load_archive, load_tensors
+from stunet.files import place_files, sync_files, temporary_path
+from stunet.weights.read import describe_content, load_archive, load_tensors
 
 SHARDED_SUFFIX = ".dcp"
 """What names of such checkpoints end with."""
 
-_CONTENT, _INDEX, _UNFINISHED, _REMOVED = "training.pth", "tensors.json", ".unfinished", ".removed"
+_CONTENT, _INDEX, _UNFINISHED = "training.pth", "tensors.json", ".unfinished"
 _DAMAGED = "a sharded checkpoint that is damaged; another checkpoint of the fold may be whole"
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
-}
 _Count = Annotated[int, Meta(ge=0)]
 
 
@@ -68,7 +64,7 @@ class _Shard(Struct):
 
 
 class _Tensor(Struct):
-    dtype: str
+    dtype: Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "bool"]
     size: list[_Count]
     pieces: list[_Shard]
 
@@ -104,9 +100,8 @@ class ShardedSave:
         self.folder = folder
         buffer = io.BytesIO()
         torch.save(dict(content), buffer)
-        future = async_save(dict(tensors), storage_writer=_Writer(folder, buffer.getvalue()), process_group=group)
-        assert isinstance(future, Future)
-        self._future = future
+        writer = _Writer(folder, buffer.getvalue())
+        self._future: Future[Any] = async_save(dict(tensors), storage_writer=writer, process_group=group)  # type: ignore[assignment]
 
     def wait(self) -> None:
         """Wait until the checkpoint is complete on the disk.
@@ -156,7 +151,7 @@ class _Writer(FileSystemWriter):
         _write_index(unfinished / _INDEX, metadata)
         sync_files([unfinished / _CONTENT])
         before = _versions(self._folder)
-        number = 1 + max((int(path.name) for path in before), default=0)
+        number = 1 + max([0, *(int(path.name) for path in before)])
         place_files([(unfinished, self._folder / f"{number:04d}")])
         for path in before:  # what cannot go now goes next time
             shutil.rmtree(path, ignore_errors=True)
@@ -168,9 +163,9 @@ def read_sharded(version: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         CheckpointError: Damaged, or asks for code to be run.
     """
-    content = load_archive(version / _CONTENT)
+    content = load_archive(path := version / _CONTENT)
     if not isinstance(content, dict) or not isinstance(content.get("current_epoch"), int):
-        text = f"{version / _CONTENT} holds a {type(content).__name__}, not a dictionary with 'current_epoch'"
+        text = f"{path} holds {describe_content(content)}, without 'current_epoch'"
         raise CheckpointError(f"{text}: continue from another checkpoint of the fold")
     index = _read_index(version / _INDEX).state_dict_metadata
     shapes: dict[str, Tensor] = {
@@ -217,9 +212,8 @@ class _Reader(FileSystemReader):
                 file.seek(place.offset)
                 data = bytearray(file.read(place.length))
             with reading(path):
-                piece = narrow_tensor_by_index(
-                    load_tensors(io.BytesIO(data), data, path), item.storage_offsets, item.lengths
-                )
+                shard = load_tensors(io.BytesIO(data), data, path)
+                piece = narrow_tensor_by_index(shard, item.storage_offsets, item.lengths)
                 planner.resolve_tensor(item).detach().copy_(piece)
         done: TorchFuture[None] = TorchFuture()
         done.set_result(None)
@@ -231,7 +225,8 @@ def _write_index(path: Path, metadata: Metadata) -> None:
     index = _Index({})
     for name, entry in metadata.state_dict_metadata.items():
         assert isinstance(entry, dcp.TensorStorageMetadata), name
-        index.tensors[name] = tensor = _Tensor(str(entry.properties.dtype).removeprefix("torch."), list(entry.size), [])
+        dtype: Any = str(entry.properties.dtype).removeprefix("torch.")
+        index.tensors[name] = tensor = _Tensor(dtype, list(entry.size), [])
         for chunk in entry.chunks:
             place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
             shard = list(chunk.offsets), list(chunk.sizes)
@@ -247,7 +242,7 @@ def _read_index(path: Path) -> Metadata:
     lengths = {file.name: file.stat().st_size for file in path.parent.glob("*.distcp")}
     with reading(path, _DAMAGED):
         for name, tensor in msgspec.json.decode(path.read_bytes(), type=_Index).tensors.items():
-            dtype, size, chunks = _DTYPES[tensor.dtype], torch.Size(tensor.size), []
+            dtype, size, chunks = getattr(torch, tensor.dtype), torch.Size(tensor.size), []
             for piece in tensor.pieces:
                 if (end := piece.start + piece.bytes) > (length := lengths.get(piece.file, 0)):
                     raise ValueError(f"{piece.file} has {length} bytes instead of {end} at least")
@@ -269,14 +264,8 @@ def _read_index(path: Path) -> Metadata:
 
 def remove_sharded(folder: Path) -> None:
     """Remove a folder like ``checkpoint_latest.dcp``, at no moment half of it."""
-    removed = folder.with_name(f".{folder.name}{_REMOVED}")
+    removed = temporary_path(folder)  # which stunet.files.remove_leftovers finds where this process is killed
     shutil.rmtree(removed, ignore_errors=True)
     if folder.is_dir():
         os.replace(folder, removed)
-        shutil.rmtree(removed, ignore_errors=True)
-
-
-def remove_sharded_leftovers(folder: Path) -> None:
-    """Remove what :func:`remove_sharded` has left in a fold's folder when its process was killed."""
-    for removed in folder.glob(f".*{SHARDED_SUFFIX}{_REMOVED}"):
         shutil.rmtree(removed, ignore_errors=True)

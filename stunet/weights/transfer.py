@@ -38,19 +38,11 @@ class TransferReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what is written as JSON."""
-        return {
-            "source": self.source,
-            "stem": {"policy": self.stem, "source": self.input_channels[0], "target": self.input_channels[1]},
-            "head": {
-                "policy": self.head,
-                "remark": self.head_remark,
-                "structures": dict(self.structures),
-                "unused": list(self.unused_structures),
-            },
-            "copied": list(self.copied),
-            "adapted": dict(self.adapted),
-            "fresh": list(self.fresh),
-        }
+        stem = {"policy": self.stem, "source": self.input_channels[0], "target": self.input_channels[1]}
+        head = {"policy": self.head, "remark": self.head_remark, "structures": dict(self.structures)}
+        head["unused"] = list(self.unused_structures)
+        filled = {"copied": list(self.copied), "adapted": dict(self.adapted), "fresh": list(self.fresh)}
+        return {"source": self.source, "stem": stem, "head": head, **filled}
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Return rows of a table: what, how many, and which or how."""
@@ -121,45 +113,41 @@ def transfer_weights(
         if value not in policies:
             raise UsageError(f"unknown policy {value} for the {name}: give one of {', '.join(policies)}")
     target: dict[str, Tensor] = network.state_dict(keep_vars=True)
-    origin = None if outputs is None else source_outputs(weights)  # whose labels may be odd, where none are asked for
+    origin: Outputs | None = None
+    structures: dict[str, str | None] = {}
+    remark = "heads by shape, as their labels were not given"
     if outputs is not None:
         _check_fit(weights, target, outputs)
-        structures, remark = _match(origin, outputs, head)
-    else:
-        structures, remark = {}, "heads by shape, as their labels were not given"
+        origin, structures = source_outputs(weights), dict.fromkeys(outputs.names)
+        remark = "fresh heads were asked for" if head == "fresh" else "the source does not say what its outputs are"
+        if origin is not None and head != "fresh":
+            structures, remark = match_names(origin.names, outputs.names), ""
+    matched = {row: source for row, source in enumerate(structures.values()) if source is not None}
     filled: dict[str, str] = {}
     with torch.no_grad():
         for key, parameter in target.items():
             tensor = weights.tensors.get(key)
+            filled[key] = "fresh"
             if tensor is None or (stem == "random" and key.startswith(_STEM)):
-                filled[key] = "fresh"
-            elif key.startswith(_HEADS) and (outputs is not None or head == "fresh"):
-                filled[key] = _fill_head(parameter, tensor, origin, outputs, structures)
+                continue
+            if key.startswith(_HEADS) and (outputs is not None or head == "fresh"):
+                filled[key] = _fill_head(parameter, tensor, origin, outputs, matched)
             elif tensor.shape == parameter.shape:
                 parameter.copy_(tensor)
                 filled[key] = "copied"
             elif key in _STEM_WEIGHTS and tensor[:, 0].shape == parameter[:, 0].shape:
                 parameter.copy_(adapt_stem(tensor, parameter, stem))
                 filled[key] = _STEM_DESCRIPTIONS[stem]
-            else:
-                filled[key] = "fresh"
     copied, fresh = (tuple(key for key, how in filled.items() if how == kind) for kind in ("copied", "fresh"))
     if not copied:
         mismatch = describe_mismatch(weights.tensors, target)
         raise CheckpointError(f"nothing in {weights.path} fits the network: {mismatch}; give weights of such a network")
+    adapted = {key: how for key, how in filled.items() if how not in ("copied", "fresh")}
     used, channels = set(structures.values()), weights.architecture.input_channels
-    return TransferReport(
-        source=str(weights.path),
-        copied=copied,
-        adapted={key: how for key, how in filled.items() if how not in ("copied", "fresh")},
-        fresh=fresh,
-        structures=structures,
-        unused_structures=tuple(name for name in origin.names if name not in used) if origin and outputs else (),
-        input_channels=(channels, target[_STEM_WEIGHTS[0]].shape[1] if _STEM_WEIGHTS[0] in target else channels),
-        stem=stem,
-        head=head,
-        head_remark=remark,
-    )
+    unused = tuple(name for name in origin.names if name not in used) if origin else ()
+    both = channels, target[_STEM_WEIGHTS[0]].shape[1] if _STEM_WEIGHTS[0] in target else channels
+    path = str(weights.path)
+    return TransferReport(path, copied, adapted, fresh, structures, unused, both, stem, head, remark)
 
 
 _STEM_DESCRIPTIONS = {
@@ -202,16 +190,11 @@ def adapt_stem(weight: Tensor, fresh: Tensor, policy: StemPolicy) -> Tensor:
 
 
 def _fill_head(
-    parameter: Tensor,
-    tensor: Tensor,
-    origin: Outputs | None,
-    outputs: Outputs | None,
-    structures: Mapping[str, str | None],
+    parameter: Tensor, tensor: Tensor, origin: Outputs | None, outputs: Outputs | None, matched: Mapping[int, str]
 ) -> str:
     """Copy rows of one head's weight or bias and say what was done."""
-    if outputs is None or origin is None or not any(structures.values()):
+    if outputs is None or origin is None or not matched:
         return "fresh"
-    matched = {outputs.names.index(t): s for t, s in structures.items() if s is not None}
     to_regions = origin.exclusive and not outputs.exclusive
     for row, name in matched.items():
         value = tensor[origin.names.index(name)]
@@ -219,15 +202,6 @@ def _fill_head(
     if origin.names == outputs.names and not to_regions:
         return "copied"
     return f"{len(matched)} of {len(outputs.names)} rows by name" + (", against background" if to_regions else "")
-
-
-def _match(origin: Outputs | None, outputs: Outputs, head: HeadPolicy) -> tuple[dict[str, str | None], str]:
-    none: dict[str, str | None] = dict.fromkeys(outputs.names)
-    if head == "fresh":
-        return none, "fresh heads were asked for"
-    if origin is None:
-        return none, "the source does not say what its outputs are"
-    return match_names(origin.names, outputs.names), ""
 
 
 def _check_fit(weights: SourceWeights | UNetWeights, target: Mapping[str, Tensor], outputs: Outputs) -> None:
@@ -269,7 +243,7 @@ def load_weights(
         labels: What each output of the network stands for, background first.
         stem: As for :func:`transfer_weights`.
         head: Likewise.
-        trust: Further classes that the plans in the file may name, see :func:`stunet.weights.networks.check_network`.
+        trust: Further classes that the plans in the file may name, see :func:`stunet.weights.read.check_network`.
 
     Returns:
         What became of each parameter.
