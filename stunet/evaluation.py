@@ -164,12 +164,8 @@ def choose_cases(
     folder = Path(dataset) if is_path else nnunet_folder("nnUNet_raw") / find_dataset(dataset)
     if split == "test":
         target = read_test_dataset(folder)
-    elif fold is None:
-        target = read_raw_dataset(folder)
     else:
-        preprocessed = os.environ.get("nnUNet_preprocessed")
-        beside = Path(preprocessed) / folder.resolve().name if preprocessed else None
-        target = read_validation_dataset(folder, fold, preprocessed=beside)
+        target = read_raw_dataset(folder) if fold is None else read_validation_dataset(folder, fold)
     wanted, ending = list(target.cases) if names is None else list(names), target.dataset_json["file_ending"]
     unknown = [name for name in wanted if name not in target.cases]
     if unknown or not wanted:

@@ -86,21 +86,17 @@ def read_test_dataset(folder: str | os.PathLike[str]) -> RawDataset:
     return RawDataset(folder, dataset_json, cases)
 
 
-def read_validation_dataset(
-    folder: str | os.PathLike[str], fold: int, *, preprocessed: str | os.PathLike[str] | None = None
-) -> RawDataset:
+def read_validation_dataset(folder: str | os.PathLike[str], fold: int) -> RawDataset:
     """Return a raw dataset whose cases are the validation cases of a fold.
 
-    Args:
-        folder: The raw dataset.
-        fold: Number of the fold.
-        preprocessed: The dataset's preprocessed folder, whose ``splits_final.json`` goes before the raw folder's.
+    The ``splits_final.json`` of its folder in ``nnUNet_preprocessed`` goes before its own.
 
     Raises:
         DatasetError: No such fold, or cases that the dataset does not have.
     """
     dataset = read_raw_dataset(folder)
-    places = [Path(place) / SPLITS_NAME for place in (preprocessed, folder) if place is not None]
+    beside = Path(os.environ.get("nnUNet_preprocessed") or dataset.folder.parent) / dataset.folder.name
+    places = [place / SPLITS_NAME for place in dict.fromkeys((beside, dataset.folder))]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         both = " and no ".join(map(str, places))
