@@ -63,14 +63,14 @@ BAD_FORM: list[tuple[Any, str]] = [
 
 BAD_FIT: list[tuple[dict[str, Any], str]] = [
     ({"cases": {"a": ["spleen"]}}, "unknown structure 'spleen'"),
-    ({"cases": {"a": ["Liver"]}}, r"unknown structure 'Liver' \(did you mean 'liver'\?\)"),
+    ({"cases": {"a": ["Liver"]}}, r"unknown structure 'Liver': Did you mean liver\?"),
     ({"cases": {"a": ["background"]}}, "unknown structure 'background'"),
     ({"cases": {"a": ["ignore"]}}, "unknown structure 'ignore'"),
     ({"cases": {"a": "organs"}}, "unknown group 'organs'"),
     ({"cases": {}, "default": "organs"}, "unknown group 'organs'"),
     ({"cases": {}, "groups": {"g": ["spleen"]}}, r"groups\['g'\] has the unknown structure"),
     ({"cases": {"a": ["liver"], "z": ["liver"]}}, "unknown case 'z'"),
-    ({"cases": {"case_b": ["liver"]}, "default": ["liver"]}, r"unknown case 'case_b' \(did you mean 'case_a'"),
+    ({"cases": {"case_b": ["liver"]}, "default": ["liver"]}, r"unknown case 'case_b': Did you mean case_a"),
     ({"cases": {"case_a": ["liver"]}}, "nothing about case a and 2 more"),
     ({"cases": {}, "default": ["liver"], "weights": {"z": 2}}, "unknown case 'z'"),
     ({"cases": {}, "superclasses": {"kidneys": ["kidney_left", "kidney_right"]}}, "unknown structure 'kidneys'"),

@@ -321,9 +321,16 @@ def import_cases(
         if case.masks and not annotated:  # without any mask a case does not annotate other structures: it is broken
             left_out.append(case.name)
             continue
-        known: dict[str, Any] = {"name": case.name, "split": case.split, "annotated": annotated}
-        outputs = case_files(folder, case.name, case.split)
-        jobs.append(MaskCase(**known, outputs=outputs, case=case, structures=structures, link=link_images))
+        job = MaskCase(
+            name=case.name,
+            split=case.split,
+            annotated=annotated,
+            outputs=case_files(folder, case.name, case.split),
+            case=case,
+            structures=structures,
+            link=link_images,
+        )
+        jobs.append(job)
 
     def describe(report: ImportReport) -> tuple[dict[str, Any], dict[str, list[str]], dict[str, Any]]:
         parts = report.splits

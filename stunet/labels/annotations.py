@@ -15,9 +15,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from stunet.environment import did_you_mean
 from stunet.errors import LabelError, STUNetError, reading
 from stunet.forms import Name, Names, decode, read_document
-from stunet.labels.labels import Labels, did_you_mean
+from stunet.labels.labels import Labels
 from stunet.processes import run_jobs
 from stunet.volumes import count_labels
 
@@ -129,8 +130,8 @@ def bind_manifest(
         owner: dict[int, str] = {}
         for name in names:
             if name not in structures:
-                similar = did_you_mean(name, structures)
-                raise LabelError(f"{source}: {place} has the unknown structure {name!r}{similar}: see dataset.json")
+                remedy = f"{did_you_mean(name, structures)}See dataset.json"
+                raise LabelError(f"{source}: {place} has the unknown structure {name!r}: {remedy}")
             # A voxel labelled with one of two overlapping structures would say nothing certain about the other.
             for leaf in superclasses.get(structures[name], (structures[name],)):
                 if leaf in owner:
@@ -161,8 +162,8 @@ def bind_manifest(
     if cases is not None:
         known = set(cases)
         if unknown := sorted({*listed, *form.weights} - known):
-            similar = did_you_mean(unknown[0], known)
-            raise LabelError(f"{source}: unknown case {unknown[0]!r}{_and_more(unknown)}{similar}: correct the name")
+            remedy = f"{did_you_mean(unknown[0], known)}Correct the name"
+            raise LabelError(f"{source}: unknown case {unknown[0]!r}{_and_more(unknown)}: {remedy}")
         if missing := [] if default is not None else sorted(known - set(listed)):
             raise LabelError(f"{source} says nothing about case {missing[0]}{_and_more(missing)}: add it, or a default")
     return AnnotationManifest(structures, superclasses, listed, default, form.weights, source)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -24,8 +23,8 @@ from stunet.forms import Name, decode, read_document
 BACKGROUND, IGNORE = "background", "ignore"
 
 _Value = Annotated[int, msgspec.Meta(ge=0)]
-_LABELS = dict[str, _Value | Annotated[list[_Value], msgspec.Meta(min_length=1)]]
-_VALUE = Annotated[str, msgspec.Meta(pattern=r"^\d+$")]
+_VALUE = Annotated[str, msgspec.Meta(pattern=r"^\d+$")]  # which nnU-Net takes for a number too
+_LABELS = dict[str, _Value | _VALUE | Annotated[list[_Value | _VALUE], msgspec.Meta(min_length=1)]]
 #: Orders that weights were published in; the others are those of datasets.
 _OF_PUBLISHED_WEIGHTS = ("abdomenatlas_9", "totalsegmentator_104")
 
@@ -37,15 +36,6 @@ class Outputs(NamedTuple):
     # whether a softmax over the outputs, the first of them background, assigns each voxel to one of them; otherwise
     # each is a region with a sigmoid of its own
     exclusive: bool
-
-
-def _as_numbers(value: Any) -> Any:
-    """Turn numbers that are written as text into numbers, which nnU-Net does too."""
-    if isinstance(value, dict):
-        return {name: _as_numbers(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_as_numbers(one) for one in value]
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 class Labels:
@@ -71,9 +61,9 @@ class Labels:
 
     def __init__(self, dataset_json: Mapping[str, Any], source: object = "dataset.json") -> None:
         with reading(source, "a description with no label values", LabelError, "give each name one, or several"):
-            listed = decode(_as_numbers(dataset_json.get("labels")), _LABELS)
+            listed = decode(dataset_json.get("labels"), _LABELS)
         self.source = source
-        self.values = {name: tuple(v) if isinstance(v, list) else (v,) for name, v in listed.items()}
+        self.values = {n: tuple(map(int, v)) if isinstance(v, list) else (int(v),) for n, v in listed.items()}
         self.ignore = self.values[IGNORE][0] if IGNORE in self.values else None
         trained = {name: values for name, values in self.values.items() if name != IGNORE}
         self.structures = {n: tuple(sorted(set(v))) for n, v in trained.items() if n != BACKGROUND and set(v) != {0}}
@@ -323,10 +313,3 @@ def unambiguous(names: Sequence[str]) -> dict[str, str]:
     """Return those names by canonical name that spelling can tell from the others."""
     counts = Counter(map(canonical_name, names))
     return {canonical: name for name in names if counts[canonical := canonical_name(name)] == 1}
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the end of a message about an unknown name: the known one that is like it, if there is one."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, 1) or [k for k in known if k.casefold() == name.casefold()]
-    return f" (did you mean {close[0]!r}?)" if close else ""

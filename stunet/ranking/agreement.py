@@ -161,11 +161,11 @@ def read_scores(path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
     with _content(path) as content:
         if "candidates" not in content:
             return {"score": _numbers(content)}
-        names, number = [row["name"] for row in content["candidates"]], content["format"]
-        rows = {row["name"]: _numbers(row["scores"]) for row in content["candidates"]}
+        names, number = [str(row["name"]) for row in content["candidates"]], content["format"]
+        rows = {str(row["name"]): _numbers(row["scores"]) for row in content["candidates"]}
     metrics = list(dict.fromkeys(metric for scores in rows.values() for metric in scores))
     if number != RANKING_FORMAT or len(rows) < len(names) or not metrics:
-        got = f"{path} has format {number}, {len(metrics)} metrics and candidates {', '.join(map(str, names[:8])) or 'none'}"
+        got = f"{path} has format {number}, {len(metrics)} metrics and candidates {', '.join(names[:8]) or 'none'}"
         raise TransferabilityError(f"{got}: give scores of format {RANKING_FORMAT}, each candidate once")
     return {metric: {name: scores.get(metric, math.nan) for name, scores in rows.items()} for metric in metrics}
 

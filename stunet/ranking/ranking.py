@@ -332,8 +332,10 @@ def score_candidate(
     """
     started = time.monotonic()
     on_progress("loading", 0.0)
-    dataset, n_cases = target.dataset, len(target.points)
-    candidate = build_candidate(path, **_network_options(dataset), trust=trust)
+    dataset, configuration, n_cases = target.dataset, target.dataset.configuration, len(target.points)
+    channels, strides = dataset.input_channels, fit_strides(configuration["architecture"]["arch_kwargs"]["strides"])
+    patch_size = configuration["patch_size"]
+    candidate = build_candidate(path, input_channels=channels, patch_size=patch_size, strides=strides, trust=trust)
     head, cases, predictions = candidate.head, [], []
     read = partial(extract_case, patch_size=candidate.patch_size, device=device, batch_size=batch_size, head=head)
     for done, points in enumerate(target.points):
@@ -377,13 +379,6 @@ def score_candidate(
             result.scores[metric] = RIVALS[metric](cases)
     result.seconds = round(time.monotonic() - started, 2)
     return result
-
-
-def _network_options(dataset: PreprocessedDataset) -> dict[str, Any]:
-    """Return what a network must be like to read the dataset's images."""
-    configuration = dataset.configuration
-    strides = fit_strides(configuration["architecture"]["arch_kwargs"]["strides"])
-    return {"input_channels": dataset.input_channels, "patch_size": configuration["patch_size"], "strides": strides}
 
 
 # The table ------------------------------------------------------------------------------------------------------------
@@ -631,7 +626,7 @@ def rank(
     prepare = partial(prepare_target, dataset, cases, per_class=per_class, n_whole=n_whole, seed=seed)
     target = prepare(on_progress=lambda share: on_progress("reading cases", read * share / total))
     what = [_KEPT_FORMAT, target.digest, sorted(metrics), normalise, debias, n_resamples, seed, per_class, n_whole]
-    what += [dataset.ignore_label, dataset.structures, _network_options(dataset)]
+    what += [dataset.ignore_label, dataset.structures, dataset.input_channels, dataset.configuration]
     score = partial(score_candidate, target=target, metrics=metrics, normalise=normalise, debias=debias, seed=seed)
     score = partial(score, device=device, batch_size=batch_size, n_resamples=n_resamples, trust=trust)
     results = []
