@@ -56,7 +56,6 @@ _STATES = ("scored", "missed", "spurious", "absent", "not_annotated")
 #: How much higher the mean Dice of sided structures must be with left and right swapped before a case is suspicious.
 _MUCH_BETTER = 0.2
 _SHOWN = 8
-_OF_PREDICTIONS = ("predictions", "The model was trained on images with another orientation")
 
 Status = Literal["scored", "missed", "spurious", "absent", "not annotated"]
 Mask = npt.NDArray[np.bool_]
@@ -509,12 +508,12 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def orientation_warnings(cases: Mapping[str, CaseOrientation]) -> list[str]:
     """Say what the cases of a dataset, by name, tell about left and right; nothing where all is well."""
-    warnings = []
-    for what in ("reference", "prediction"):
+    warnings, reason = [], "The model was trained on images with another orientation"
+    explained = {"reference": ("label maps", "Their names are swapped"), "prediction": ("predictions", reason)}
+    for what, (place, reason) in explained.items():
         sides = {name: getattr(case, what) for name, case in cases.items()}
         wrong, n = [name for name, of in sides.items() if of.suspicious], sum(of.pairs > 0 for of in sides.values())
         if wrong and (what == "reference" or 2 * len(wrong) > n):
-            place, reason = ("label maps", "Their names are swapped") if what == "reference" else _OF_PREDICTIONS
             warnings.append(
                 f"left and right are swapped in the {place} of {len(wrong)} of {n} cases: by the image's own axes, "
                 f"what is left in them lies to the patient's right ({_shortened(wrong)}). {reason}, or the image's "

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from masks import bind_manifest
 
 from stunet.errors import LabelError
-from stunet.labels.annotations import bind_manifest
 from stunet.labels.labels import load_vocabulary
 from stunet.labels.mappings import (
     list_label_systems,

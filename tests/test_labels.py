@@ -142,7 +142,7 @@ def test_truth_of_region_datasets_is_merged_as_nnunet_merges_predictions() -> No
         ({"background": 0, "whole": [1, 2], "core": 2}, r"whole is a region, \[1, 2\]"),
         ({"background": 0, "a": 1, "b": 1}, "duplicate values"),
         ({"background": 0}, "no structures"),
-        ({"background": 0, "a": True}, r"\['a'\]: Expected int \| str \| array, got bool"),
+        ({"background": 0, "a": True}, r"\['a'\]: Expected int \| array, got bool"),
     ],
 )
 def test_labels_that_cannot_be_annotated_in_part(labels: dict[str, Any], expected: str) -> None:

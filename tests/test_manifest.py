@@ -8,11 +8,12 @@ from typing import Any
 
 import jsonschema
 import pytest
+from masks import bind_manifest
 
 from stunet.errors import LabelError
 from stunet.files import write_json
 from stunet.labels import annotations
-from stunet.labels.annotations import bind_manifest, group_cases, order_manifest, read_manifest
+from stunet.labels.annotations import group_cases, order_manifest, read_manifest
 
 SCHEMA = json.loads((Path(annotations.__file__).parent / "schemas/annotated_labels.schema.json").read_text())
 LABELS = {"background": 0, "kidney_left": 1, "kidney_right": 2, "liver": 3, "kidney": 4, "ignore": 5}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import os
 import shutil
 from collections import Counter
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stunet.datasets.imports import ENDING, ImportCase, ImportReport, Record, case_files, run_import
+from stunet.environment import did_you_mean
 from stunet.errors import DatasetError, LabelError, reading
 from stunet.files import atomic_path, fingerprint, temporary_path
 from stunet.forms import Names, decode, read_document
@@ -155,8 +155,8 @@ def choose_structures(
                 raise DatasetError(f"{case.mask(mask)} must be spelled {folded[mask.casefold()]}{ENDING}: rename it")
     wanted = {*structures, *(name for group in groups for name in known_groups[group])} or set(known)
     if odd := sorted(wanted - set(known)):
-        close = ", ".join(difflib.get_close_matches(odd[0], known, 3) or known[:3])
-        raise LabelError(f"unknown structure {odd[0]}: give --structures of the task, such as {close}")
+        remedy = f"{did_you_mean(odd[0], known)}Give --structures of the task, such as {', '.join(known[:3])}"
+        raise LabelError(f"unknown structure {odd[0]}: {remedy}")
     alphabetical = (label_order or ("stunet" if task == "total" else "official")) == "stunet"
     return told, [name for name in (sorted(known) if alphabetical else known) if name in wanted]
 

@@ -27,7 +27,6 @@ MANIFEST_NAME = "annotated_labels.json"
 
 _VERSION = 1
 _EVERYTHING = "everything"
-_UNUSABLE = "a manifest that cannot be used"
 
 
 class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
@@ -110,21 +109,11 @@ def read_manifest(
     Raises:
         LabelError: Not JSON, of another form, or speaking of structures, groups or cases that do not exist.
     """
+    structures, source = Labels({"labels": labels}).exclusive, str(path)
     if not Path(path).exists():
-        structures = Labels({"labels": labels}).exclusive
         return AnnotationManifest(structures, {}, {}, tuple(structures), {}, f"{path} (absent)")
-    with reading(path, _UNUSABLE, LabelError, "correct it"):
-        content = read_document(path)
-    return bind_manifest(content, labels=labels, cases=cases, source=str(path))
-
-
-def bind_manifest(
-    content: Any, *, labels: Mapping[str, Any], cases: Iterable[str] | None = None, source: str
-) -> AnnotationManifest:
-    """Check the content of a manifest against a dataset; arguments and errors as in :func:`read_manifest`."""
-    with reading(source, _UNUSABLE, LabelError, "correct it"):
-        form: _Manifest = decode(content, _Manifest)
-    structures = Labels({"labels": labels}).exclusive
+    with reading(path, "a manifest that cannot be used", LabelError, "correct it"):
+        form: _Manifest = decode(read_document(path), _Manifest)
 
     def check(place: str, names: Iterable[str]) -> tuple[str, ...]:
         owner: dict[int, str] = {}

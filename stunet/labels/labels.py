@@ -23,8 +23,8 @@ from stunet.forms import Name, decode, read_document
 BACKGROUND, IGNORE = "background", "ignore"
 
 _Value = Annotated[int, msgspec.Meta(ge=0)]
-_VALUE = Annotated[str, msgspec.Meta(pattern=r"^\d+$")]  # which nnU-Net takes for a number too
-_LABELS = dict[str, _Value | _VALUE | Annotated[list[_Value | _VALUE], msgspec.Meta(min_length=1)]]
+_VALUE = Annotated[str, msgspec.Meta(pattern=r"^\d+$")]
+_LABELS = dict[str, _Value | Annotated[list[_Value], msgspec.Meta(min_length=1)]]
 #: Orders that weights were published in; the others are those of datasets.
 _OF_PUBLISHED_WEIGHTS = ("abdomenatlas_9", "totalsegmentator_104")
 
@@ -36,6 +36,15 @@ class Outputs(NamedTuple):
     # whether a softmax over the outputs, the first of them background, assigns each voxel to one of them; otherwise
     # each is a region with a sigmoid of its own
     exclusive: bool
+
+
+def _as_numbers(value: Any) -> Any:
+    """Turn numbers that are written as text into numbers, which nnU-Net does too."""
+    if isinstance(value, dict):
+        return {name: _as_numbers(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_as_numbers(one) for one in value]
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 class Labels:
@@ -61,9 +70,9 @@ class Labels:
 
     def __init__(self, dataset_json: Mapping[str, Any], source: object = "dataset.json") -> None:
         with reading(source, "a description with no label values", LabelError, "give each name one, or several"):
-            listed = decode(dataset_json.get("labels"), _LABELS)
+            listed = decode(_as_numbers(dataset_json.get("labels")), _LABELS)
         self.source = source
-        self.values = {n: tuple(map(int, v)) if isinstance(v, list) else (int(v),) for n, v in listed.items()}
+        self.values = {name: tuple(v) if isinstance(v, list) else (v,) for name, v in listed.items()}
         self.ignore = self.values[IGNORE][0] if IGNORE in self.values else None
         trained = {name: values for name, values in self.values.items() if name != IGNORE}
         self.structures = {n: tuple(sorted(set(v))) for n, v in trained.items() if n != BACKGROUND and set(v) != {0}}
@@ -181,8 +190,7 @@ def load_vocabulary(name: str) -> Vocabulary:
     if name not in list_vocabularies():
         raise LabelError(f"unknown label vocabulary {name!r}: choose one of {', '.join(list_vocabularies())}")
     content = json.loads((files("stunet.labels") / "vocabularies" / f"{name}.json").read_text(encoding="utf-8"))
-    groups = {group: tuple(names) for group, names in content.get("groups", {}).items()}
-    return Vocabulary(name, tuple(content["labels"]), content["source"], groups)
+    return msgspec.convert({"name": name, **content}, Vocabulary)
 
 
 def vocabulary_for(num_classes: int) -> Vocabulary:

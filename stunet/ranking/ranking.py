@@ -67,11 +67,8 @@ class Target:
     @property
     def voxels(self) -> dict[int, dict[str, int]]:
         """For each structure in the points how many voxels it has in each case that has it."""
-        counts: dict[int, dict[str, int]] = {}
-        for drawn in self.points:
-            for label, n in drawn.voxels.items():
-                counts.setdefault(label, {})[drawn.case] = n
-        return {label: counts[label] for label in sorted(counts) if label != 0}
+        labels = sorted({label for drawn in self.points for label in drawn.voxels if label != 0})
+        return {k: {drawn.case: drawn.voxels[k] for drawn in self.points if k in drawn.voxels} for k in labels}
 
     def structure(self, label: int) -> str:
         """Return the name of a label value."""
@@ -121,7 +118,7 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Zoo(msgspec.Struct, forbid_unknown_fields=True):
-    checkpoints: list[_Entry]
+    checkpoints: Annotated[list[_Entry], msgspec.Meta(min_length=1)]
 
 
 def read_zoo(path: str | os.PathLike[str]) -> dict[str, Path]:
@@ -140,8 +137,6 @@ def read_zoo(path: str | os.PathLike[str]) -> dict[str, Path]:
     """
     with reading(path, "a zoo file that cannot be used", UsageError, remedy="correct it"):
         entries = decode(read_document(path), _Zoo).checkpoints
-    if not entries:
-        raise UsageError(f"the list of checkpoints in {path} is empty: give at least one")
     defaults = name_checkpoints([Path(path).parent / Path(entry.path).expanduser() for entry in entries])
     names = [entry.name or default for entry, default in zip(entries, defaults, strict=True)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
