@@ -231,11 +231,6 @@ class Sides(NamedTuple):
     pairs: int = 0
     reversed: int = 0
 
-    @property
-    def suspicious(self) -> bool:
-        """Whether most pairs lie the wrong way round."""
-        return 2 * self.reversed > self.pairs
-
 
 class CaseOrientation(NamedTuple):
     """What a case says about left and right."""
@@ -512,7 +507,8 @@ def orientation_warnings(cases: Mapping[str, CaseOrientation]) -> list[str]:
     explained = {"reference": ("label maps", "Their names are swapped"), "prediction": ("predictions", reason)}
     for what, (place, reason) in explained.items():
         sides = {name: getattr(case, what) for name, case in cases.items()}
-        wrong, n = [name for name, of in sides.items() if of.suspicious], sum(of.pairs > 0 for of in sides.values())
+        wrong = [name for name, of in sides.items() if 2 * of.reversed > of.pairs]
+        n = sum(of.pairs > 0 for of in sides.values())
         if wrong and (what == "reference" or 2 * len(wrong) > n):
             warnings.append(
                 f"left and right are swapped in the {place} of {len(wrong)} of {n} cases: by the image's own axes, "

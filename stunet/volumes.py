@@ -253,12 +253,6 @@ def not_numbers(source: object, n_bad: int) -> DatasetError:
     return DatasetError(f"{source}: {n_bad} voxels are NaN or infinite: replace them, for example by that of air")
 
 
-def corner_distance(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64], shape: tuple[int, ...]) -> float:
-    """How far apart two grids of one shape ``(X, Y, Z)`` lie at most, in mm: at one of their corners."""
-    corners = np.array([[*((np.array(shape) - 1) * bits), 1] for bits in np.ndindex(2, 2, 2)])
-    return float(np.linalg.norm((corners @ (one - other).T)[:, :3], axis=1).max())
-
-
 def check_same_grid(volume: Volume, reference: Volume) -> None:
     """Check that a mask or label map has the voxels of its image, to a twentieth of a voxel's side at each corner.
 
@@ -266,7 +260,9 @@ def check_same_grid(volume: Volume, reference: Volume) -> None:
         DatasetError: Another shape or affine; names both files.
     """
     check_shape(volume, reference)
-    apart = corner_distance(volume.affine, reference.affine, volume.voxels.shape)
+    # Two grids of one shape lie farthest apart at one of their corners.
+    corners = np.array([[*((np.array(volume.voxels.shape) - 1) * bits), 1] for bits in np.ndindex(2, 2, 2)])
+    apart = np.linalg.norm((corners @ (volume.affine - reference.affine).T)[:, :3], axis=1).max()
     if apart > GRID_TOLERANCE * reference.spacing.min():
         mine, theirs = (np.round(each.affine[:3], 4).tolist() for each in (volume, reference))
         got = f"{volume.path} lies {apart:.3g} mm elsewhere, by its affine {mine}, than {reference.path} by {theirs}"
