@@ -273,7 +273,7 @@ def score_case(case: EvaluationCase) -> CaseScores:
         counts = _counts(overlap, observed, comparison.source_values)
         score = volume_scores(*counts, int(overlap.sum()))
         if score.status == "scored":
-            box = _hull([*_boxes_of(boxes[0], observed), *_boxes_of(boxes[1], comparison.source_values)])
+            box = _hull((boxes[0], observed), (boxes[1], comparison.source_values))
             labels = reference.voxels[box]
             inside, predicted = np.isin(labels, observed), np.isin(prediction.voxels[box], comparison.source_values)
             masks = inside.squeeze(flat), (predicted & ~np.isin(labels, ignored)).squeeze(flat)
@@ -346,11 +346,9 @@ def _counts(overlap: npt.NDArray[np.int64], target: Sequence[int], source: Seque
     return int(rows[:, columns].sum()), int(rows.sum()), int(overlap[:, columns].sum())
 
 
-def _boxes_of(boxes: Boxes, values: Sequence[int]) -> list[tuple[slice, ...]]:
-    return [box for value in values if 1 <= value <= len(boxes) and (box := boxes[value - 1]) is not None]
-
-
-def _hull(boxes: Sequence[tuple[slice, ...]]) -> tuple[slice, ...]:
+def _hull(*parts: tuple[Boxes, Sequence[int]]) -> tuple[slice, ...]:
+    """The box around label values, by the boxes around single ones; empty where there are none."""
+    boxes = [box for of, values in parts for value, box in enumerate(of, start=1) if box and value in values]
     return tuple(slice(min(s.start for s in sides), max(s.stop for s in sides)) for sides in zip(*boxes, strict=True))
 
 
@@ -363,9 +361,8 @@ def _count_reversed(volume: Volume, boxes: Boxes, labels: Values) -> Sides:
 
 def _rightward(volume: Volume, boxes: Boxes, values: Sequence[int]) -> float | None:
     """How far to the patient's right the centre of mass of some label values lies, in mm."""
-    if not (found := _boxes_of(boxes, values)):
+    if not (box := _hull((boxes, values))):
         return None
-    box = _hull(found)
     centre = np.add(center_of_mass(np.isin(volume.voxels[box], values)), [side.start for side in box])
     return float((volume.affine @ [*centre, 1.0])[0])
 

@@ -192,9 +192,9 @@ class MergedMasks:
 
     labels: npt.NDArray[Any]  # label values, uint8 or uint16 of shape (X, Y, Z)
     voxels: dict[int, int]  # voxels by label value, for each mask; 0 where a mask is blank or others cover it wholly
-    # how many voxels one structure has lost to another, by (loser's value, winner's value). A voxel that three masks
-    # claim is lost by the first to the second and by the second to the third
-    overlaps: dict[tuple[int, int], int]
+    # how many voxels a structure has lost to others, by its value and theirs. A voxel that three masks claim is lost by
+    # the first to the second and by the second to the third
+    overlaps: dict[int, dict[int, int]]
 
 
 def merge_masks(masks: Sequence[tuple[int, Path]], reference: Volume, n_labels: int) -> MergedMasks:
@@ -204,19 +204,19 @@ def merge_masks(masks: Sequence[tuple[int, Path]], reference: Volume, n_labels: 
         DatasetError: A mask that cannot be read, lies on another grid, or has other values.
     """
     labels = np.zeros(reference.voxels.shape, np.uint8 if n_labels <= 255 else np.uint16, order="F")
-    voxels: Counter[int] = Counter({value: 0 for value, _ in masks})
-    overlaps: Counter[tuple[int, int]] = Counter()
+    voxels = {value: 0 for value, _ in masks}
+    overlaps: dict[int, dict[int, int]] = {}
     for value, path in masks:
         mask = read_volume(path)
         check_same_grid(mask, reference)
         inside = _inside(mask)
         for loser, n in enumerate(np.bincount(labels[inside]).tolist()):
             if loser and n:
-                overlaps[loser, value] += n
+                overlaps.setdefault(loser, {})[value] = n
                 voxels[loser] -= n
         labels[inside] = value
         voxels[value] = int(inside.sum())
-    return MergedMasks(labels, dict(voxels), dict(overlaps))
+    return MergedMasks(labels, voxels, overlaps)
 
 
 def _inside(mask: Volume) -> npt.NDArray[np.bool_]:
@@ -275,9 +275,8 @@ class MaskCase(ImportCase):
             with atomic_path(image) as temporary:
                 shutil.copyfile(self.case.ct, temporary)
         write_labels(merged.labels, ct, label)
-        overlaps: dict[str, dict[str, int]] = {}
-        for (loser, winner), n in sorted(merged.overlaps.items()):
-            overlaps.setdefault(names[loser], {})[names[winner]] = n
+        lost = sorted(merged.overlaps.items())
+        overlaps = {names[loser]: {names[winner]: n for winner, n in to.items()} for loser, to in lost}
         return {"voxels": {names[value]: n for value, n in merged.voxels.items()}, "overlaps": overlaps}
 
 
