@@ -262,7 +262,7 @@ def hyperspherical_energy(points: ArrayLike, *, floor: float = FLOOR) -> float:
         np.fill_diagonal(terms, 0)  # no point pairs with itself
         # Pairs within the block occur twice already, those with later blocks once.
         total += terms[:, : len(terms)].sum() + 2 * terms[:, len(terms) :].sum()
-    return float(total) / (len(rows) * (len(rows) - 1)) * radius**-1.0
+    return float(total / (len(rows) * (len(rows) - 1)) * radius**-1.0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
