@@ -444,11 +444,10 @@ class EvaluationResults:
 
     def values(self, metric: str) -> dict[str, list[float]]:
         """Scores of all cases that have one, by structure."""
-        found = {structure.comparison.name: list[float]() for structure in self.structures}
-        for case in self.cases.values():
-            for values, score in zip(found.values(), case.scores, strict=True):
-                if (value := score.metrics[metric]) is not None:
-                    values.append(value)
+        found = {}
+        for i, structure in enumerate(self.structures):
+            values = (case.scores[i].metrics[metric] for case in self.cases.values())
+            found[structure.comparison.name] = [value for value in values if value is not None]
         return found
 
     def write_csv(self, path: str | os.PathLike[str]) -> None:

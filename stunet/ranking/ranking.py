@@ -44,10 +44,6 @@ METRICS = ("ccfv", *RIVALS, "zero-shot")
 _CONFIDENCE = 0.95
 #: Below it a mean over cases, or over pairs of them, hangs on single cases.
 _FEW_CASES = 5
-_WHAT_RESAMPLES_SAY = (
-    "Resampling shows how much the order depends on the choice of cases; it does not show which checkpoint is better "
-    "after fine-tuning."
-)
 #: Grows with every change of what is computed, or of how results are kept.
 _KEPT_FORMAT = 3
 _HEADS = "decoder.seg_layers."
@@ -463,7 +459,9 @@ class Ranking:
             certain = f"By ccfv {first.name} is ahead of every other candidate in at least 95 %"
             if tied := _listed([row.name for row in self.tied]):
                 certain = f"ccfv cannot tell {first.name} from {tied}: it is ahead in fewer than 95 %"
-            said.append(f"{certain} of the resamples of these {len(self.target.points)} cases. {_WHAT_RESAMPLES_SAY}")
+            said.append(f"{certain} of the resamples of these {len(self.target.points)} cases.")
+            said.append("Resampling shows how much the order depends on the choice of cases;")
+            said.append("it does not show which checkpoint is better after fine-tuning.")
         return " ".join(said)
 
     @property
