@@ -305,7 +305,7 @@ def ccfv(
     >>> draw = lambda n: (rng.normal(size=(n, 8)).astype(np.float32),)
     >>> cases = [CaseFeatures(case=name, labels=labels, scales=draw(40), variety=draw(50)) for name in "abc"]
     >>> result = ccfv(cases)
-    >>> result.pairs, len(result.per_scale), result.score == np.log(result.variety[0] / result.consistency[0])
+    >>> result.pairs, len(result.per_scale), result.score == float(np.log(result.variety[0] / result.consistency[0]))
     ({1: 3}, 1, True)
 
     ``T = 1/D sum_d log(F_v^d / C_cons^d)``. Feature variety ``F_v`` is the mean over cases of ``1 / E_1``, of points of
