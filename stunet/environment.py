@@ -18,7 +18,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     >>> did_you_mean("small_ep4", ["small_ep4k", "huge"])
     'Did you mean small_ep4k? '
     """
-    close = difflib.get_close_matches(name, list(known), 3)
+    known = list(known)
+    close = difflib.get_close_matches(name, known, 3) or [k for k in known if k.casefold() == name.casefold()]
     return f"Did you mean {' or '.join(close)}? " if close else ""
 
 

@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.ndimage import find_objects
+from scipy.ndimage import center_of_mass, find_objects
 from surface_distance import compute_robust_hausdorff, compute_surface_dice_at_tolerance, compute_surface_distances
 
 from stunet.datasets.raw import RawDataset, read_raw_dataset, read_test_dataset, read_validation_dataset
@@ -45,7 +45,7 @@ from stunet.labels.mappings import (
     relate_labels,
 )
 from stunet.processes import run_jobs
-from stunet.volumes import LABEL_ENDINGS, Volume, check_same_grid, read_labels, value_counts
+from stunet.volumes import LABEL_ENDINGS, Volume, check_listed, check_same_grid, read_labels
 
 METRICS = ("Dice", "NSD", "HD95")
 """The metrics that are shown: higher is better for the first two, the third is in mm."""
@@ -53,11 +53,9 @@ METRICS = ("Dice", "NSD", "HD95")
 _COUNTS = ("TP", "FP", "FN", "TN", "n_pred", "n_ref")
 _COLUMNS = ("Dice", "IoU", "NSD", "HD95", *_COUNTS)
 _STATES = ("scored", "missed", "spurious", "absent", "not_annotated")
-_VOXELS_AT_A_TIME = 2**22
 #: How much higher the mean Dice of sided structures must be with left and right swapped before a case is suspicious.
 _MUCH_BETTER = 0.2
 _SHOWN = 8
-_OF_PREDICTIONS = ("predictions", "The model was trained on images with another orientation")
 
 Status = Literal["scored", "missed", "spurious", "absent", "not annotated"]
 Mask = npt.NDArray[np.bool_]
@@ -164,12 +162,8 @@ def choose_cases(
     folder = Path(dataset) if is_path else nnunet_folder("nnUNet_raw") / find_dataset(dataset)
     if split == "test":
         target = read_test_dataset(folder)
-    elif fold is None:
-        target = read_raw_dataset(folder)
     else:
-        preprocessed = os.environ.get("nnUNet_preprocessed")
-        beside = Path(preprocessed) / folder.resolve().name if preprocessed else None
-        target = read_validation_dataset(folder, fold, preprocessed=beside)
+        target = read_raw_dataset(folder) if fold is None else read_validation_dataset(folder, fold)
     wanted, ending = list(target.cases) if names is None else list(names), target.dataset_json["file_ending"]
     unknown = [name for name in wanted if name not in target.cases]
     if unknown or not wanted:
@@ -237,11 +231,6 @@ class Sides(NamedTuple):
     pairs: int = 0
     reversed: int = 0
 
-    @property
-    def suspicious(self) -> bool:
-        """Whether most pairs lie the wrong way round."""
-        return 2 * self.reversed > self.pairs
-
 
 class CaseOrientation(NamedTuple):
     """What a case says about left and right."""
@@ -267,8 +256,8 @@ def score_case(case: EvaluationCase) -> CaseScores:
             ``dataset.json`` lists.
     """
     ignored = () if case.ignore is None else (case.ignore,)
-    reference = _read(case.reference, case.target_labels, "dataset", ignored)
-    prediction = _read(case.prediction, case.source_labels, "model")
+    reference = _read(case.reference, case.target_labels, ignored)
+    prediction = _read(case.prediction, case.source_labels)
     check_same_grid(prediction, reference)
     overlap = _overlap(reference.voxels, prediction.voxels)
     overlap[[value for value in ignored if value < len(overlap)]] = 0
@@ -284,7 +273,7 @@ def score_case(case: EvaluationCase) -> CaseScores:
         counts = _counts(overlap, observed, comparison.source_values)
         score = volume_scores(*counts, int(overlap.sum()))
         if score.status == "scored":
-            box = _hull([*_boxes_of(boxes[0], observed), *_boxes_of(boxes[1], comparison.source_values)])
+            box = _hull((boxes[0], observed), (boxes[1], comparison.source_values))
             labels = reference.voxels[box]
             inside, predicted = np.isin(labels, observed), np.isin(prediction.voxels[box], comparison.source_values)
             masks = inside.squeeze(flat), (predicted & ~np.isin(labels, ignored)).squeeze(flat)
@@ -321,9 +310,7 @@ def surface_scores(
     each cube that the structure does not fill (arXiv 1809.04430, section 4.4). Voxels beyond the arrays are outside.
     Both masks have 2 or 3 axes, and are not empty; ``spacing`` and ``tolerance`` are in mm.
     """
-    (box,) = find_objects((reference | prediction).astype(np.uint8))
-    masks = (np.ascontiguousarray(mask[box]) for mask in (reference, prediction))
-    distances: Any = compute_surface_distances(*masks, tuple(spacing))
+    distances: Any = compute_surface_distances(reference, prediction, tuple(spacing))
     nsd = compute_surface_dice_at_tolerance(distances, tolerance)
     return float(nsd), float(compute_robust_hausdorff(distances, 95))
 
@@ -335,14 +322,11 @@ def sided_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
     return [(left, known[right]) for left, right in partners.items() if right in known]
 
 
-def _read(path: Path, labels: Values, whose: str, more: Sequence[int] = ()) -> Volume:
+def _read(path: Path, labels: Values, more: Sequence[int] = ()) -> Volume:
     if not path.name.endswith(LABEL_ENDINGS):
         raise DatasetError(f"{path} is of a format that cannot be scored: convert it to {', '.join(LABEL_ENDINGS)}")
     volume = read_labels(path)
-    known = {0, *more, *(value for values in labels.values() for value in values)}
-    if unknown := [str(value) for value, n in enumerate(value_counts(volume.voxels)) if n and value not in known]:
-        got = f"{path} has values that the {whose}'s dataset.json (0 to {max(known)}) does not list"
-        raise DatasetError(f"{got}: {_shortened(unknown)}")
+    check_listed(volume, {0, *more, *(value for values in labels.values() for value in values)})
     return volume
 
 
@@ -350,10 +334,8 @@ def _overlap(reference: npt.NDArray[Any], prediction: npt.NDArray[Any]) -> npt.N
     """Voxels by value in the label map (rows) and in the prediction (columns)."""
     rows, columns = int(reference.max()) + 1, int(prediction.max()) + 1
     counts = np.zeros(rows * columns, np.int64)
-    flat = reference.T.ravel(), prediction.T.ravel()
-    for start in range(0, reference.size, _VOXELS_AT_A_TIME):
-        r, p = (labels[start : start + _VOXELS_AT_A_TIME].astype(np.int64) for labels in flat)
-        counts += np.bincount(r * columns + p, minlength=rows * columns)
+    for r, p in zip(reference.T, prediction.T, strict=True):  # plane by plane, since bincount takes 8 bytes a voxel
+        counts += np.bincount((r.astype(np.int64) * columns + p).ravel(), minlength=rows * columns)
     return counts.reshape(rows, columns)
 
 
@@ -364,32 +346,24 @@ def _counts(overlap: npt.NDArray[np.int64], target: Sequence[int], source: Seque
     return int(rows[:, columns].sum()), int(rows.sum()), int(overlap[:, columns].sum())
 
 
-def _boxes_of(boxes: Boxes, values: Sequence[int]) -> list[tuple[slice, ...]]:
-    return [box for value in values if 1 <= value <= len(boxes) and (box := boxes[value - 1]) is not None]
-
-
-def _hull(boxes: Sequence[tuple[slice, ...]]) -> tuple[slice, ...]:
+def _hull(*parts: tuple[Boxes, Sequence[int]]) -> tuple[slice, ...]:
+    """The box around label values, by the boxes around single ones; empty where there are none."""
+    boxes = [box for of, values in parts for value, box in enumerate(of, start=1) if box and value in values]
     return tuple(slice(min(s.start for s in sides), max(s.stop for s in sides)) for sides in zip(*boxes, strict=True))
 
 
 def _count_reversed(volume: Volume, boxes: Boxes, labels: Values) -> Sides:
     """Count the pairs whose left structure lies to the patient's right of its partner, by their centres of mass."""
-    n = n_reversed = 0
-    for pair in sided_pairs(labels):
-        left, right = (_rightward(volume, boxes, labels[name]) for name in pair)
-        if left is not None and right is not None:
-            n, n_reversed = n + 1, n_reversed + (left > right)
-    return Sides(n, n_reversed)
+    pairs = [[_rightward(volume, boxes, labels[name]) for name in pair] for pair in sided_pairs(labels)]
+    seen = [(left, right) for left, right in pairs if left is not None and right is not None]
+    return Sides(len(seen), sum(left > right for left, right in seen))
 
 
 def _rightward(volume: Volume, boxes: Boxes, values: Sequence[int]) -> float | None:
     """How far to the patient's right the centre of mass of some label values lies, in mm."""
-    if not (found := _boxes_of(boxes, values)):
+    if not (box := _hull((boxes, values))):
         return None
-    box = _hull(found)
-    inside = np.isin(volume.voxels[box], values)
-    profiles = [inside.sum(axis=tuple(other for other in range(3) if other != axis)) for axis in range(3)]
-    centre = [p @ np.arange(side.start, side.stop) / p.sum() for p, side in zip(profiles, box, strict=True)]
+    centre = np.add(center_of_mass(np.isin(volume.voxels[box], values)), [side.start for side in box])
     return float((volume.affine @ [*centre, 1.0])[0])
 
 
@@ -470,11 +444,10 @@ class EvaluationResults:
 
     def values(self, metric: str) -> dict[str, list[float]]:
         """Scores of all cases that have one, by structure."""
-        found = {structure.comparison.name: list[float]() for structure in self.structures}
-        for case in self.cases.values():
-            for values, score in zip(found.values(), case.scores, strict=True):
-                if (value := score.metrics[metric]) is not None:
-                    values.append(value)
+        found = {}
+        for i, structure in enumerate(self.structures):
+            values = (case.scores[i].metrics[metric] for case in self.cases.values())
+            found[structure.comparison.name] = [value for value in values if value is not None]
         return found
 
     def write_csv(self, path: str | os.PathLike[str]) -> None:
@@ -526,12 +499,13 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def orientation_warnings(cases: Mapping[str, CaseOrientation]) -> list[str]:
     """Say what the cases of a dataset, by name, tell about left and right; nothing where all is well."""
-    warnings = []
-    for what in ("reference", "prediction"):
+    warnings, reason = [], "The model was trained on images with another orientation"
+    explained = {"reference": ("label maps", "Their names are swapped"), "prediction": ("predictions", reason)}
+    for what, (place, reason) in explained.items():
         sides = {name: getattr(case, what) for name, case in cases.items()}
-        wrong, n = [name for name, of in sides.items() if of.suspicious], sum(of.pairs > 0 for of in sides.values())
+        wrong = [name for name, of in sides.items() if 2 * of.reversed > of.pairs]
+        n = sum(of.pairs > 0 for of in sides.values())
         if wrong and (what == "reference" or 2 * len(wrong) > n):
-            place, reason = ("label maps", "Their names are swapped") if what == "reference" else _OF_PREDICTIONS
             warnings.append(
                 f"left and right are swapped in the {place} of {len(wrong)} of {n} cases: by the image's own axes, "
                 f"what is left in them lies to the patient's right ({_shortened(wrong)}). {reason}, or the image's "

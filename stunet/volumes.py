@@ -8,6 +8,7 @@ import math
 import os
 import re
 import tempfile
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -183,15 +184,25 @@ def count_labels(path: str | os.PathLike[str]) -> dict[int, int]:
     Raises:
         DatasetError: Unreadable, or with values that are no labels.
     """
-    return {value: n for value, n in enumerate(value_counts(read_labels(path).voxels)) if n}
+    return _value_counts(read_labels(path).voxels)
 
 
-def value_counts(voxels: npt.NDArray[Any]) -> list[int]:
-    """Count the voxels of each value from 0 in a label map of uint8 or uint16, ``(X, Y, Z)``."""
+def _value_counts(voxels: npt.NDArray[Any]) -> dict[int, int]:
     counts = np.zeros(int(voxels.max()) + 1, np.int64)
     for plane in voxels.T:  # one by one, since bincount takes 8 bytes for each voxel
         counts += np.bincount(plane.ravel(order="K"), minlength=len(counts))
-    return [int(n) for n in counts]
+    return {value: n for value, n in enumerate(counts.tolist()) if n}
+
+
+def check_listed(volume: Volume, known: Collection[int]) -> None:
+    """Check that a label map, as :func:`read_labels` reads it, has no other values than its ``dataset.json`` lists.
+
+    Raises:
+        DatasetError: It has.
+    """
+    if unknown := [value for value in _value_counts(volume.voxels) if value not in known]:
+        shown = ", ".join(map(str, unknown[:8])) + " …" * (len(unknown) > 8)
+        raise DatasetError(f"{volume.path} has values that its dataset.json does not list: {shown}; correct either")
 
 
 def write_labels(labels: npt.NDArray[Any], like: Volume, path: str | os.PathLike[str]) -> None:
@@ -242,12 +253,6 @@ def not_numbers(source: object, n_bad: int) -> DatasetError:
     return DatasetError(f"{source}: {n_bad} voxels are NaN or infinite: replace them, for example by that of air")
 
 
-def corner_distance(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64], shape: tuple[int, ...]) -> float:
-    """How far apart two grids of one shape ``(X, Y, Z)`` lie at most, in mm: at one of their corners."""
-    corners = np.array([[*((np.array(shape) - 1) * bits), 1] for bits in np.ndindex(2, 2, 2)])
-    return float(np.linalg.norm((corners @ (one - other).T)[:, :3], axis=1).max())
-
-
 def check_same_grid(volume: Volume, reference: Volume) -> None:
     """Check that a mask or label map has the voxels of its image, to a twentieth of a voxel's side at each corner.
 
@@ -255,7 +260,9 @@ def check_same_grid(volume: Volume, reference: Volume) -> None:
         DatasetError: Another shape or affine; names both files.
     """
     check_shape(volume, reference)
-    apart = corner_distance(volume.affine, reference.affine, volume.voxels.shape)
+    # Two grids of one shape lie farthest apart at one of their corners.
+    corners = np.array([[*((np.array(volume.voxels.shape) - 1) * bits), 1] for bits in np.ndindex(2, 2, 2)])
+    apart = np.linalg.norm((corners @ (volume.affine - reference.affine).T)[:, :3], axis=1).max()
     if apart > GRID_TOLERANCE * reference.spacing.min():
         mine, theirs = (np.round(each.affine[:3], 4).tolist() for each in (volume, reference))
         got = f"{volume.path} lies {apart:.3g} mm elsewhere, by its affine {mine}, than {reference.path} by {theirs}"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+
+from stunet.labels.annotations import AnnotationManifest, read_manifest
 
 AFFINE = np.array([[-1.5, 0, 0, 90.0], [0, 1.5, 0, -120.5], [0, 0, 2.0, 33.25], [0, 0, 0, 1]])
 SHAPE = (11, 9, 7)
@@ -72,3 +76,13 @@ def naive_label_map(case: Path, structures: list[str]) -> tuple[np.ndarray, dict
                     lost[structures[other - 1], name] = int((labels[inside] == other).sum())
             labels[inside] = value
     return labels, lost
+
+
+def bind_manifest(
+    content: Any, *, labels: Mapping[str, Any], cases: Iterable[str] | None = None, source: str
+) -> AnnotationManifest:
+    """What ``read_manifest`` makes of this content in a file of this name."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / source
+        path.write_text(json.dumps(content))
+        return read_manifest(path, labels=labels, cases=cases)

@@ -144,7 +144,7 @@ def test_files_that_hold_something_else(tmp_path: Path) -> None:
         ({"a": "high"}, "got `str`"),
         ({"a": True}, "got `bool`"),
         (ranking(format=2), "format 2"),
-        (ranking(candidates=[{"name": "a"}]), "`scores` - at `$.candidates"),
+        (ranking(candidates=[{"name": "a"}]), "KeyError: 'scores'"),
         (ranking(candidates=[{"name": "a", "scores": {"m": 1}}] * 2), "candidates a, a"),
         (ranking(candidates=[]), "0 metrics"),
     ):

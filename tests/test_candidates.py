@@ -205,7 +205,7 @@ def test_zoo_file(tmp_path: Path) -> None:
         ("checkpoints: [", "zoo.yaml"),
         ("- a.pth", "Expected object, got array"),
         ("models: []", "models"),
-        ("checkpoints: []", "empty"),
+        ("checkpoints: []", "checkpoints: Expected array of length >= 1"),
         ("checkpoints: [{path: a.pth, weight: 2}]", "weight"),
         ("checkpoints: [a.pth]", "checkpoints[0]"),
         ("checkpoints: [{path: a.pth}, {path: gone.pth}]", "gone.pth"),

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from masks import SHAPE, save
+from masks import SHAPE, bind_manifest, save
 
-from stunet.labels.annotations import bind_manifest, measure_coverage
+from stunet.labels.annotations import measure_coverage
 
 LABELS = {"background": 0, "a": 1, "b": 2, "c": 3, "whole": 4, "ignore": 5}
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from masks import bind_manifest
 
 from stunet.errors import LabelError
-from stunet.labels.annotations import bind_manifest
 from stunet.labels.labels import load_vocabulary
 from stunet.labels.mappings import (
     list_label_systems,
@@ -144,8 +144,8 @@ def test_regions_on_both_sides(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("Kidnys: liver", r"unknown structure 'Kidnys'.*close names are Kidneys"),
-        ("Kidneys: [kidney_left, kidney_rigt]", r"'kidney_rigt'.*close names are kidney_right, kidney_left"),
+        ("Kidnys: liver", r"unknown structure 'Kidnys'.*Did you mean Kidneys"),
+        ("Kidneys: [kidney_left, kidney_rigt]", r"'kidney_rigt'.*Did you mean kidney_right or kidney_left"),
         ("prostate: zzz", r"'zzz'[\s\S]*one of kidney_left, kidney_right, liver, heart"),
         ("prostate: background", "unknown structure 'background'"),
         ("ignore: heart", "unknown structure 'ignore'"),

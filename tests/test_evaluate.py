@@ -290,4 +290,4 @@ def test_test_cases_without_images_or_labels(folders: Folders, run: Any) -> None
     (folders.dataset / "imagesTs" / "t_0000.nii.gz").unlink()
     assert "t_0000.nii.gz is missing" in run(f"{SCORE} -d 7 --split test")[2]
     (folders.dataset / "labelsTs" / "t.nii.gz").unlink()
-    assert "no *.nii.gz in" in run(f"{SCORE} -d 7 --split test")[2]
+    assert "no cases in" in run(f"{SCORE} -d 7 --split test")[2]

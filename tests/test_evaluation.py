@@ -279,9 +279,9 @@ def test_values_that_nothing_lists(tmp_path: Path) -> None:
         write(tmp_path / "e.nii.gz", np.zeros((2, 2, 2))),
         write(tmp_path / "s.nii.gz", np.full((2, 2, 2), 7)),
     )
-    with pytest.raises(DatasetError, match=r"s.nii.gz .* the model.* list: 7"):
+    with pytest.raises(DatasetError, match=r"s.nii.gz .* list: 7"):
         score_case(make_case(empty, seven, {"a": 1}, {"a": 1}))
-    with pytest.raises(DatasetError, match=r"s.nii.gz .* the dataset.* list: 7"):
+    with pytest.raises(DatasetError, match=r"s.nii.gz .* list: 7"):
         score_case(make_case(seven, empty, {"a": 1, "ignore": 6}, {"a": 1}))
 
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from made_trainers import make, narrow_plans
+from masks import bind_manifest
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 
 from plans import DATASET_JSON
 from stunet.errors import LabelError
 from stunet.files import write_json
-from stunet.labels.annotations import AnnotationManifest, bind_manifest, order_manifest
+from stunet.labels.annotations import AnnotationManifest, order_manifest
 from stunet.loss import PartialDiceCELoss, partial_dice_ce_loss
 from stunet.training.labels import PartialLabels, count_voxels, mask_summary
 

@@ -165,6 +165,8 @@ def test_pooled_metrics_refuse_what_does_not_fit(metric: object) -> None:
     for labels, message in ((np.zeros(6, int), "6 points are of class 0"), (np.array([0, 1]), "do not fit")):
         with pytest.raises(TransferabilityError, match=message):
             metric(x, labels)  # type: ignore[operator]
+    with pytest.raises(TransferabilityError, match="covariance=spherical is not known"):
+        gbc(np.eye(4), np.array([0, 0, 1, 1]), covariance="spherical")  # type: ignore[arg-type]
     with pytest.raises(TransferabilityError, match="not all finite"):
         metric(np.where(np.eye(6, 3) > 0, np.nan, x), np.arange(6) % 2)  # type: ignore[operator]
 

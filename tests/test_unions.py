@@ -132,11 +132,11 @@ def test_an_empty_list_of_superclasses_makes_leaves(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("sources: {4: {kidny: kidney}}", "unknown structure 'kidny' .did you mean 'kidney'"),
+        ("sources: {4: {kidny: kidney}}", "unknown structure 'kidny': Did you mean kidney"),
         ("sources: {5: {kidney: kidney}}", "unknown source 5"),
-        ("sources: {Dataset004_Kit: {}}", "unknown source 'Dataset004_Kit' .did you mean 'Dataset004_Kits'"),
-        ("sources: {4: {}, Dataset004_Kits: {}}", "source Dataset004_Kits twice"),
-        ("superclasses: {kidney: [kidney_left, kidney_rigth]}", "unknown structure 'kidney_rigth' .did you mean"),
+        ("sources: {Dataset004_Kit: {}}", "unknown source 'Dataset004_Kit': Did you mean Dataset004_Kits"),
+        ("sources: {4: {}, Dataset004_Kits: {}}", "duplicate source 'Dataset004_Kits'"),
+        ("superclasses: {kidney: [kidney_left, kidney_rigth]}", "unknown structure 'kidney_rigth': Did you mean"),
         ("superclasses: {spine: [kidney_left, kidney_right]}", "unknown structure 'spine'"),
         ("superclasses: {kidney: [kidney_left]}", "kidney has 1 members"),
         ("superclasses: {kidney: []}", "kidney has 0 members"),

@@ -49,12 +49,17 @@ def read_raw_dataset(folder: str | os.PathLike[str]) -> RawDataset:
     with reading(folder, *_NO_RAW_DATASET):
         listing = get_filenames_of_train_images_and_targets(str(folder), dataset_json)
         cases = {case: (list(map(Path, f["images"])), Path(f["label"])) for case, f in listing.items()}
+    return _check_complete(RawDataset(folder, dataset_json, cases), folder, channels)
+
+
+def _check_complete(dataset: RawDataset, place: Path, channels: int) -> RawDataset:
+    cases = dataset.cases
     problems = [f"{f} is missing" for images, label in cases.values() for f in (*images, label) if not f.is_file()]
     problems += [f"{case} has {len(i)} of {channels} channels" for case, (i, _) in cases.items() if len(i) != channels]
     if problems or not cases:
-        found = "; ".join(problems[:3]) or f"no cases in {folder}"
+        found = "; ".join(problems[:3]) or f"no cases in {place}"
         raise DatasetError(f"incomplete dataset: {found}; each case needs {channels} images and one label file")
-    return RawDataset(folder, dataset_json, cases)
+    return dataset
 
 
 def _read_description(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], int]:
@@ -79,28 +84,20 @@ def read_test_dataset(folder: str | os.PathLike[str]) -> RawDataset:
     for label in sorted((folder / "labelsTs").glob(f"*{ending}")):
         case = label.name.removesuffix(ending)
         cases[case] = ([folder / "imagesTs" / f"{case}_{c:04d}{ending}" for c in range(channels)], label)
-    missing = [image for images, _ in cases.values() for image in images if not image.is_file()]
-    if missing or not cases:
-        found = f"{missing[0]} is missing" if missing else f"no *{ending} in {folder / 'labelsTs'}"
-        raise DatasetError(f"test cases that cannot be scored: {found}; add it, or take --split train")
-    return RawDataset(folder, dataset_json, cases)
+    return _check_complete(RawDataset(folder, dataset_json, cases), folder / "labelsTs", channels)
 
 
-def read_validation_dataset(
-    folder: str | os.PathLike[str], fold: int, *, preprocessed: str | os.PathLike[str] | None = None
-) -> RawDataset:
+def read_validation_dataset(folder: str | os.PathLike[str], fold: int) -> RawDataset:
     """Return a raw dataset whose cases are the validation cases of a fold.
 
-    Args:
-        folder: The raw dataset.
-        fold: Number of the fold.
-        preprocessed: The dataset's preprocessed folder, whose ``splits_final.json`` goes before the raw folder's.
+    The ``splits_final.json`` of its folder in ``nnUNet_preprocessed`` goes before its own.
 
     Raises:
         DatasetError: No such fold, or cases that the dataset does not have.
     """
     dataset = read_raw_dataset(folder)
-    places = [Path(place) / SPLITS_NAME for place in (preprocessed, folder) if place is not None]
+    beside = Path(os.environ.get("nnUNet_preprocessed") or dataset.folder.parent) / dataset.folder.name
+    places = [place / SPLITS_NAME for place in dict.fromkeys((beside, dataset.folder))]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         both = " and no ".join(map(str, places))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import os
 import shutil
 from collections import Counter
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stunet.datasets.imports import ENDING, ImportCase, ImportReport, Record, case_files, run_import
+from stunet.environment import did_you_mean
 from stunet.errors import DatasetError, LabelError, reading
 from stunet.files import atomic_path, fingerprint, temporary_path
 from stunet.forms import Names, decode, read_document
@@ -155,8 +155,8 @@ def choose_structures(
                 raise DatasetError(f"{case.mask(mask)} must be spelled {folded[mask.casefold()]}{ENDING}: rename it")
     wanted = {*structures, *(name for group in groups for name in known_groups[group])} or set(known)
     if odd := sorted(wanted - set(known)):
-        close = ", ".join(difflib.get_close_matches(odd[0], known, 3) or known[:3])
-        raise LabelError(f"unknown structure {odd[0]}: give --structures of the task, such as {close}")
+        remedy = f"{did_you_mean(odd[0], known)}Give --structures of the task, such as {', '.join(known[:3])}"
+        raise LabelError(f"unknown structure {odd[0]}: {remedy}")
     alphabetical = (label_order or ("stunet" if task == "total" else "official")) == "stunet"
     return told, [name for name in (sorted(known) if alphabetical else known) if name in wanted]
 
@@ -192,9 +192,9 @@ class MergedMasks:
 
     labels: npt.NDArray[Any]  # label values, uint8 or uint16 of shape (X, Y, Z)
     voxels: dict[int, int]  # voxels by label value, for each mask; 0 where a mask is blank or others cover it wholly
-    # how many voxels one structure has lost to another, by (loser's value, winner's value). A voxel that three masks
-    # claim is lost by the first to the second and by the second to the third
-    overlaps: dict[tuple[int, int], int]
+    # how many voxels a structure has lost to others, by its value and theirs. A voxel that three masks claim is lost by
+    # the first to the second and by the second to the third
+    overlaps: dict[int, dict[int, int]]
 
 
 def merge_masks(masks: Sequence[tuple[int, Path]], reference: Volume, n_labels: int) -> MergedMasks:
@@ -204,19 +204,19 @@ def merge_masks(masks: Sequence[tuple[int, Path]], reference: Volume, n_labels: 
         DatasetError: A mask that cannot be read, lies on another grid, or has other values.
     """
     labels = np.zeros(reference.voxels.shape, np.uint8 if n_labels <= 255 else np.uint16, order="F")
-    voxels: Counter[int] = Counter({value: 0 for value, _ in masks})
-    overlaps: Counter[tuple[int, int]] = Counter()
+    voxels = {value: 0 for value, _ in masks}
+    overlaps: dict[int, dict[int, int]] = {}
     for value, path in masks:
         mask = read_volume(path)
         check_same_grid(mask, reference)
         inside = _inside(mask)
         for loser, n in enumerate(np.bincount(labels[inside]).tolist()):
             if loser and n:
-                overlaps[loser, value] += n
+                overlaps.setdefault(loser, {})[value] = n
                 voxels[loser] -= n
         labels[inside] = value
         voxels[value] = int(inside.sum())
-    return MergedMasks(labels, dict(voxels), dict(overlaps))
+    return MergedMasks(labels, voxels, overlaps)
 
 
 def _inside(mask: Volume) -> npt.NDArray[np.bool_]:
@@ -275,9 +275,8 @@ class MaskCase(ImportCase):
             with atomic_path(image) as temporary:
                 shutil.copyfile(self.case.ct, temporary)
         write_labels(merged.labels, ct, label)
-        overlaps: dict[str, dict[str, int]] = {}
-        for (loser, winner), n in sorted(merged.overlaps.items()):
-            overlaps.setdefault(names[loser], {})[names[winner]] = n
+        lost = sorted(merged.overlaps.items())
+        overlaps = {names[loser]: {names[winner]: n for winner, n in to.items()} for loser, to in lost}
         return {"voxels": {names[value]: n for value, n in merged.voxels.items()}, "overlaps": overlaps}
 
 
@@ -321,9 +320,16 @@ def import_cases(
         if case.masks and not annotated:  # without any mask a case does not annotate other structures: it is broken
             left_out.append(case.name)
             continue
-        known: dict[str, Any] = {"name": case.name, "split": case.split, "annotated": annotated}
-        outputs = case_files(folder, case.name, case.split)
-        jobs.append(MaskCase(**known, outputs=outputs, case=case, structures=structures, link=link_images))
+        job = MaskCase(
+            name=case.name,
+            split=case.split,
+            annotated=annotated,
+            outputs=case_files(folder, case.name, case.split),
+            case=case,
+            structures=structures,
+            link=link_images,
+        )
+        jobs.append(job)
 
     def describe(report: ImportReport) -> tuple[dict[str, Any], dict[str, list[str]], dict[str, Any]]:
         parts = report.splits

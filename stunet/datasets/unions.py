@@ -22,10 +22,10 @@ from stunet.labels.mappings import LabelUnion, UnionMapping, merge_labels
 from stunet.volumes import (
     LABEL_ENDINGS,
     NIFTI_ENDINGS,
+    check_listed,
     check_shape,
     read_labels,
     read_volume,
-    value_counts,
     write_labels,
 )
 
@@ -205,12 +205,12 @@ class LabelCase(ImportCase):
     images: tuple[Path, ...]  # its images, which stay where they are
     label: Path  # its label map in the source
     # value in the union by value in the source, for all values that the source lists
-    lookup: tuple[tuple[int, int], ...]
+    lookup: Mapping[int, int]
     highest: int  # the highest label value of the union, which decides the type: uint8 up to 255, else uint16
 
     def source(self) -> Record:
         """Return fingerprint and annotated structures."""
-        details = [str(self.lookup), str(self.highest)]
+        details = [str(tuple(self.lookup.items())), str(self.highest)]
         return {"source": fingerprint([self.label], details), "annotated": list(self.annotated)}
 
     def write(self) -> Record:
@@ -224,12 +224,9 @@ class LabelCase(ImportCase):
             if not np.allclose(mine, others, rtol=_SPACING_TOLERANCE, atol=0):
                 both = f"{mine.tolist()}, than its image {path}, {others.tolist()}"
                 raise DatasetError(f"{self.label} has another spacing, {both}: resample it, or leave the case out")
-        lookup = dict(self.lookup)
-        if unknown := [v for v, n in enumerate(value_counts(labels.voxels)) if n and v not in lookup]:
-            shown = ", ".join(map(str, unknown[:5])) + " …" * (len(unknown) > 5)
-            raise DatasetError(f"{self.label} has values that its dataset.json does not list: {shown}; correct either")
+        check_listed(labels, self.lookup)
         table = np.zeros(2**16, np.uint8 if self.highest <= 255 else np.uint16)
-        table[list(lookup)] = list(lookup.values())
+        table[list(self.lookup)] = list(self.lookup.values())
         write_labels(table[labels.voxels], labels, self.outputs[0])
         return {}
 
@@ -286,7 +283,7 @@ def import_union(
                 name=name,
                 images=tuple(images),
                 label=label,
-                lookup=tuple(sorted(lookup.items())),
+                lookup=dict(sorted(lookup.items())),
                 highest=max(union.labels.values()),
                 annotated=tuple(structure for structure in order if structure in structures),
                 outputs=case_files(folder, name, ending=ending)[1:],

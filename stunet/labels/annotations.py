@@ -15,9 +15,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from stunet.environment import did_you_mean
 from stunet.errors import LabelError, STUNetError, reading
 from stunet.forms import Name, Names, decode, read_document
-from stunet.labels.labels import Labels, did_you_mean
+from stunet.labels.labels import Labels
 from stunet.processes import run_jobs
 from stunet.volumes import count_labels
 
@@ -26,7 +27,6 @@ MANIFEST_NAME = "annotated_labels.json"
 
 _VERSION = 1
 _EVERYTHING = "everything"
-_UNUSABLE = "a manifest that cannot be used"
 
 
 class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
@@ -109,28 +109,18 @@ def read_manifest(
     Raises:
         LabelError: Not JSON, of another form, or speaking of structures, groups or cases that do not exist.
     """
+    structures, source = Labels({"labels": labels}).exclusive, str(path)
     if not Path(path).exists():
-        structures = Labels({"labels": labels}).exclusive
         return AnnotationManifest(structures, {}, {}, tuple(structures), {}, f"{path} (absent)")
-    with reading(path, _UNUSABLE, LabelError, "correct it"):
-        content = read_document(path)
-    return bind_manifest(content, labels=labels, cases=cases, source=str(path))
-
-
-def bind_manifest(
-    content: Any, *, labels: Mapping[str, Any], cases: Iterable[str] | None = None, source: str
-) -> AnnotationManifest:
-    """Check the content of a manifest against a dataset; arguments and errors as in :func:`read_manifest`."""
-    with reading(source, _UNUSABLE, LabelError, "correct it"):
-        form: _Manifest = decode(content, _Manifest)
-    structures = Labels({"labels": labels}).exclusive
+    with reading(path, "a manifest that cannot be used", LabelError, "correct it"):
+        form: _Manifest = decode(read_document(path), _Manifest)
 
     def check(place: str, names: Iterable[str]) -> tuple[str, ...]:
         owner: dict[int, str] = {}
         for name in names:
             if name not in structures:
-                similar = did_you_mean(name, structures)
-                raise LabelError(f"{source}: {place} has the unknown structure {name!r}{similar}: see dataset.json")
+                remedy = f"{did_you_mean(name, structures)}See dataset.json"
+                raise LabelError(f"{source}: {place} has the unknown structure {name!r}: {remedy}")
             # A voxel labelled with one of two overlapping structures would say nothing certain about the other.
             for leaf in superclasses.get(structures[name], (structures[name],)):
                 if leaf in owner:
@@ -161,8 +151,8 @@ def bind_manifest(
     if cases is not None:
         known = set(cases)
         if unknown := sorted({*listed, *form.weights} - known):
-            similar = did_you_mean(unknown[0], known)
-            raise LabelError(f"{source}: unknown case {unknown[0]!r}{_and_more(unknown)}{similar}: correct the name")
+            remedy = f"{did_you_mean(unknown[0], known)}Correct the name"
+            raise LabelError(f"{source}: unknown case {unknown[0]!r}{_and_more(unknown)}: {remedy}")
         if missing := [] if default is not None else sorted(known - set(listed)):
             raise LabelError(f"{source} says nothing about case {missing[0]}{_and_more(missing)}: add it, or a default")
     return AnnotationManifest(structures, superclasses, listed, default, form.weights, source)

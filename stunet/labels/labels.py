@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -24,8 +23,8 @@ from stunet.forms import Name, decode, read_document
 BACKGROUND, IGNORE = "background", "ignore"
 
 _Value = Annotated[int, msgspec.Meta(ge=0)]
-_LABELS = dict[str, _Value | Annotated[list[_Value], msgspec.Meta(min_length=1)]]
 _VALUE = Annotated[str, msgspec.Meta(pattern=r"^\d+$")]
+_LABELS = dict[str, _Value | Annotated[list[_Value], msgspec.Meta(min_length=1)]]
 #: Orders that weights were published in; the others are those of datasets.
 _OF_PUBLISHED_WEIGHTS = ("abdomenatlas_9", "totalsegmentator_104")
 
@@ -191,8 +190,7 @@ def load_vocabulary(name: str) -> Vocabulary:
     if name not in list_vocabularies():
         raise LabelError(f"unknown label vocabulary {name!r}: choose one of {', '.join(list_vocabularies())}")
     content = json.loads((files("stunet.labels") / "vocabularies" / f"{name}.json").read_text(encoding="utf-8"))
-    groups = {group: tuple(names) for group, names in content.get("groups", {}).items()}
-    return Vocabulary(name, tuple(content["labels"]), content["source"], groups)
+    return msgspec.convert({"name": name, **content}, Vocabulary)
 
 
 def vocabulary_for(num_classes: int) -> Vocabulary:
@@ -323,10 +321,3 @@ def unambiguous(names: Sequence[str]) -> dict[str, str]:
     """Return those names by canonical name that spelling can tell from the others."""
     counts = Counter(map(canonical_name, names))
     return {canonical: name for name in names if counts[canonical := canonical_name(name)] == 1}
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the end of a message about an unknown name: the known one that is like it, if there is one."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, 1) or [k for k in known if k.casefold() == name.casefold()]
-    return f" (did you mean {close[0]!r}?)" if close else ""

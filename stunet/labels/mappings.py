@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 import yaml
 
+from stunet.environment import did_you_mean
 from stunet.errors import LabelError, reading
 from stunet.forms import Name, Names, decode, read_document
 from stunet.labels.annotations import AnnotationManifest
@@ -31,7 +32,6 @@ from stunet.labels.labels import (
     canonical_name,
     canonical_parts,
     check_names,
-    did_you_mean,
     list_vocabularies,
     load_vocabulary,
     match_names,
@@ -160,11 +160,17 @@ def merge_labels(
     if not structures:
         raise LabelError("a union whose labels are all background: keep at least one structure in the mapping")
     check_names(structures, "the union")
-    if overrides.superclasses is not None:
-        parts = _check_superclasses(overrides.superclasses, structures, overrides.path)
-    else:
-        parts = _find_parts(structures, _translate(declared or {}, mapping))
-    superclasses = _flatten(structures, parts, mapping)
+    given, called = overrides.superclasses, unambiguous(structures)
+    if given is not None:
+        _check_superclasses(given, structures, overrides.path)
+    known = _translate(declared or {}, mapping) if given is None else given
+
+    def parts_of(name: str) -> Iterable[str]:
+        if name in known or given is not None:
+            return known.get(name, ())
+        return [called.get(part, part) for part in canonical_parts(canonical_name(name))]
+
+    superclasses = _flatten(structures, parts_of, mapping)
     leaves = tuple(name for name in structures if name not in superclasses)
     members = {name: tuple(leaf for leaf in leaves if leaf in superclasses[name]) for name in superclasses}
     return LabelUnion(leaves, members, mapping, has_ignore)
@@ -176,11 +182,11 @@ def _bind_overrides(sources: Mapping[str, Sequence[str]], overrides: UnionMappin
         labels, path = named or {}, overrides.path
         matches = [s for s in sources if s == key or (isinstance(key, int) and s.startswith(f"Dataset{key:03d}_"))]
         if not matches or matches[0] in bound:
-            found = f"source {key} twice" if matches else f"the unknown source {key!r}{did_you_mean(str(key), sources)}"
-            raise LabelError(f"{path} has {found}: list each of {', '.join(sources)} at most once")
+            found, close = "duplicate" if matches else "unknown", did_you_mean(str(key), sources)
+            raise LabelError(f"{path} has the {found} source {key!r}: {close}List each of {', '.join(sources)} once")
         if unknown := next((label for label in labels if label not in sources[matches[0]]), None):
-            similar = did_you_mean(unknown, sources[matches[0]])
-            raise LabelError(f"{path}: source {key} has the unknown structure {unknown!r}{similar}")
+            remedy = f"{did_you_mean(unknown, sources[matches[0]])}Name structures of {matches[0]}"
+            raise LabelError(f"{path}: source {key} has the unknown structure {unknown!r}: {remedy}")
         bound[matches[0]] = dict(labels)
     return bound
 
@@ -223,27 +229,14 @@ def _translate(
     return translated
 
 
-def _find_parts(structures: Sequence[str], declared: Mapping[str, tuple[str, ...]]) -> Callable[[str], Iterable[str]]:
-    """Parts of a structure, where it has any: those declared, or by canonical name, called as the union calls them."""
-    by_canonical = unambiguous(structures)
-
-    def parts_of(name: str) -> Iterable[str]:
-        return declared.get(name) or [by_canonical.get(p, p) for p in canonical_parts(canonical_name(name))]
-
-    return parts_of
-
-
-def _check_superclasses(
-    superclasses: Mapping[str, Sequence[str]], structures: Sequence[str], path: str
-) -> Callable[[str], Iterable[str]]:
+def _check_superclasses(superclasses: Mapping[str, Sequence[str]], structures: Sequence[str], path: str) -> None:
     for name, members in superclasses.items():
         if unknown := next((each for each in (name, *members) if each not in structures), None):
-            similar = did_you_mean(unknown, structures)
-            raise LabelError(f"{path}: superclasses has the unknown structure {unknown!r}{similar}")
+            remedy = f"{did_you_mean(unknown, structures)}Name structures of the union"
+            raise LabelError(f"{path}: superclasses has the unknown structure {unknown!r}: {remedy}")
         if len(set(members)) < max(2, len(members)):
             found = f"{len(members)} members" if len(members) < 2 else "a member twice"
             raise LabelError(f"{path}: superclass {name} has {found}: list two or more, each once")
-    return lambda name: superclasses.get(name, ())
 
 
 def _flatten(
@@ -480,10 +473,9 @@ def _bind_entry(entry: MapEntry, source: _Values, target: _Values, path: str) ->
     def resolve(name: str, known: _Values) -> str:
         match = match_names(list(known), [name])[name]
         if match is None:
-            close = difflib.get_close_matches(name, known)
-            hint = f"close names are {', '.join(close)}" if close else f"give one of {', '.join(known)}"
-            sides = "left sides name structures of the dataset, right sides those of the model"
-            raise LabelError(f"{path}: {entry.name} has the unknown structure {name!r}: {hint}; {sides}")
+            got = f"{path}: {entry.name} has the unknown structure {name!r}: {did_you_mean(name, known)}"
+            remedy = "Left sides name structures of the dataset, right sides those of the model"
+            raise LabelError(f"{got}{remedy}: here one of {', '.join(known)}")
         return match
 
     names = tuple(resolve(str(name), target) for name in entry.target)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,7 +19,6 @@ from scipy import stats
 from stunet.errors import TransferabilityError, reading
 
 Array = NDArray[np.float64]
-Form = TypeVar("Form")
 
 RANKING_FORMAT = 1
 """Value of ``format`` in ``ranking.json``."""
@@ -136,33 +136,16 @@ def agreement(
     )
 
 
-class _Scored(msgspec.Struct):
-    name: str
-    scores: dict[str, float | None]
-
-
-class _RankingFile(msgspec.Struct):
-    format: int
-    candidates: list[_Scored]
-
-
-class _Mean(msgspec.Struct):
-    Dice: float | None
-
-
-class _Summary(msgspec.Struct):
-    foreground_mean: _Mean
-
-
-def _read(path: str | os.PathLike[str], form: type[Form], content: Any = None) -> Form:
-    """Decode JSON, with NaN as nnU-Net writes it."""
+@contextmanager
+def _content(path: str | os.PathLike[str]) -> Iterator[Any]:
     with reading(path, "a file of scores that cannot be used", TransferabilityError, "check its path and content"):
-        content = json.loads(Path(path).read_text(encoding="utf-8")) if content is None else content
-        return msgspec.convert(content, form)
+        yield json.loads(Path(path).read_text(encoding="utf-8"))  # with NaN, as nnU-Net writes it
 
 
-def _numbers(values: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: math.nan if value is None else float(value) for name, value in values.items()}
+def _numbers(values: Any) -> dict[str, float]:
+    """Check and return numbers by name; null is NaN."""
+    numbers = msgspec.convert(values, dict[str, float | None])
+    return {name: math.nan if value is None else float(value) for name, value in numbers.items()}
 
 
 def read_scores(path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
@@ -175,17 +158,16 @@ def read_scores(path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
     Raises:
         TransferabilityError: The file is missing or holds something else.
     """
-    content = _read(path, dict[str, Any])
-    if "candidates" not in content:
-        return {"score": _numbers(_read(path, dict[str, float | None], content))}
-    ranking = _read(path, _RankingFile, content)
-    rows = {row.name: row.scores for row in ranking.candidates}
+    with _content(path) as content:
+        if "candidates" not in content:
+            return {"score": _numbers(content)}
+        names, number = [str(row["name"]) for row in content["candidates"]], content["format"]
+        rows = {str(row["name"]): _numbers(row["scores"]) for row in content["candidates"]}
     metrics = list(dict.fromkeys(metric for scores in rows.values() for metric in scores))
-    if ranking.format != RANKING_FORMAT or len(rows) < len(ranking.candidates) or not metrics:
-        names = ", ".join(row.name for row in ranking.candidates[:8])
-        got = f"{path} has format {ranking.format}, {len(metrics)} metrics and candidates {names or 'none'}"
+    if number != RANKING_FORMAT or len(rows) < len(names) or not metrics:
+        got = f"{path} has format {number}, {len(metrics)} metrics and candidates {', '.join(names[:8]) or 'none'}"
         raise TransferabilityError(f"{got}: give scores of format {RANKING_FORMAT}, each candidate once")
-    return {metric: _numbers({name: scores.get(metric) for name, scores in rows.items()}) for metric in metrics}
+    return {metric: {name: scores.get(metric, math.nan) for name, scores in rows.items()} for metric in metrics}
 
 
 def read_dice(path: str | os.PathLike[str]) -> dict[str, float]:
@@ -199,7 +181,8 @@ def read_dice(path: str | os.PathLike[str]) -> dict[str, float]:
         TransferabilityError: The file or folder is missing or holds something else.
     """
     if not Path(path).is_dir():
-        return _numbers(_read(path, dict[str, float | None]))
+        with _content(path) as content:
+            return _numbers(content)
     folders = {entry.name: entry for entry in sorted(Path(path).iterdir()) if any(entry.rglob("summary.json"))}
     if not folders:
         raise TransferabilityError(f"no summary.json in {path}: give a folder of folders NAME that hold one each")
@@ -212,11 +195,12 @@ def read_summaries(paths: Mapping[str, str | os.PathLike[str]]) -> dict[str, flo
     Raises:
         TransferabilityError: A file is missing, holds something else, or a folder holds several.
     """
-    dice: dict[str, float | None] = {}
+    dice: dict[str, float] = {}
     for name, path in paths.items():
         found = sorted(Path(path).rglob("summary.json")) if Path(path).is_dir() else [Path(path)]
         if len(found) != 1:
             got = ", ".join(str(file.relative_to(path)) for file in found[:4])
             raise TransferabilityError(f"{path} holds {len(found)} summary.json ({got}): give NAME=PATH of one")
-        dice[name] = _read(found[0], _Summary).foreground_mean.Dice
-    return _numbers(dice)
+        with _content(found[0]) as content:
+            dice |= _numbers({name: content["foreground_mean"]["Dice"]})
+    return dice

@@ -38,8 +38,6 @@ LEAST_SHARE = 0.01
 FLOOR = 0.01
 #: Rows of distances between points that are computed at once.
 _ROWS = 512
-#: Bytes of the cross-Gram matrices whose singular values are found in one call.
-_BLOCK_BYTES = 2**25
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,17 +93,13 @@ def pairwise_wasserstein2(factors: Sequence[GaussianFactor]) -> Array:
 
 def pairwise_fidelity(factors: Sequence[GaussianFactor]) -> Array:
     """Return ``tr (S_i^(1/2) S_j S_i^(1/2))^(1/2)`` ``(N, N)``, which is the trace of the covariance where i is j."""
-    n = len(factors)
     rank = max(len(factor.factor) for factor in factors)
     # Rows of zeros change no singular value but zero, so factors of unequal rank fit one array.
     stacked = np.stack([np.pad(factor.factor, ((0, rank - len(factor.factor)), (0, 0))) for factor in factors])
     fidelity = np.diag([factor.trace for factor in factors])
-    block = max(1, _BLOCK_BYTES // max(8 * rank * rank, 1))
-    for i in range(n - 1):
-        for start in range(i + 1, n, block):
-            others = stacked[start : start + block]
-            singular = np.linalg.svd(others @ stacked[i].T, compute_uv=False)
-            fidelity[i, start : start + block] = fidelity[start : start + block, i] = singular.sum(-1)
+    for i in range(len(factors) - 1):
+        singular = np.linalg.svd(stacked[i + 1 :] @ stacked[i].T, compute_uv=False)
+        fidelity[i, i + 1 :] = fidelity[i + 1 :, i] = singular.sum(-1)
     return fidelity
 
 
@@ -268,8 +262,7 @@ def hyperspherical_energy(points: ArrayLike, *, floor: float = FLOOR) -> float:
         np.fill_diagonal(terms, 0)  # no point pairs with itself
         # Pairs within the block occur twice already, those with later blocks once.
         total += terms[:, : len(terms)].sum() + 2 * terms[:, len(terms) :].sum()
-    mean = float(total) / (len(rows) * (len(rows) - 1))
-    return float(mean * radius**-1.0)
+    return float(total / (len(rows) * (len(rows) - 1)) * radius**-1.0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -312,7 +305,7 @@ def ccfv(
     >>> draw = lambda n: (rng.normal(size=(n, 8)).astype(np.float32),)
     >>> cases = [CaseFeatures(case=name, labels=labels, scales=draw(40), variety=draw(50)) for name in "abc"]
     >>> result = ccfv(cases)
-    >>> result.pairs, len(result.per_scale), result.score == np.log(result.variety[0] / result.consistency[0])
+    >>> result.pairs, len(result.per_scale), result.score == float(np.log(result.variety[0] / result.consistency[0]))
     ({1: 3}, 1, True)
 
     ``T = 1/D sum_d log(F_v^d / C_cons^d)``. Feature variety ``F_v`` is the mean over cases of ``1 / E_1``, of points of

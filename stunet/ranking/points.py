@@ -78,51 +78,33 @@ def draw_points(
     Raises:
         DatasetError: There is no voxel to draw.
     """
-    n_labels = max(int(segmentation.max()), 0) + 1
-    # Counting needs indices of 64 bits, which of a plane cost little and of a volume eight bytes a voxel.
-    indices = (np.maximum(plane.ravel().astype(np.int64), -1) + 1 for plane in segmentation)
-    by_plane = np.stack([np.bincount(index, minlength=n_labels + 1)[1:] for index in indices], axis=1)
+    known = segmentation >= 0
     if ignore_label is not None:
-        by_plane[ignore_label : ignore_label + 1] = 0
-    voxels = {label: count for label, count in enumerate(by_plane.sum(1).tolist()) if count}
+        known &= segmentation != ignore_label
+    everywhere = np.flatnonzero(known)
+    present = segmentation.ravel()[everywhere]
+    voxels = {label: count for label, count in enumerate(np.bincount(present).tolist()) if count}
     if not voxels:
         raise DatasetError(f"case {case} has no voxel to draw, only ignored ones or none in the image: leave it out")
     digest = int.from_bytes(hashlib.sha256(case.encode()).digest()[:16], "big")
 
-    def draw(stream: int, labels: list[int], asked: int) -> Integers:
-        generator = np.random.default_rng([seed, digest, stream])
-        return _draw(segmentation, by_plane[labels].sum(0), labels, asked, generator)
+    def draw(stream: int, candidates: Integers, asked: int) -> Integers:
+        if len(candidates) > asked:
+            generator = np.random.default_rng([seed, digest, stream])
+            candidates = candidates[np.sort(generator.choice(len(candidates), size=asked, replace=False))]
+        return np.stack(np.unravel_index(candidates, segmentation.shape), axis=1)
 
-    drawn = [draw(label + 1, [label], per_class) for label in voxels]
+    drawn = [draw(label + 1, everywhere[present == label], per_class) for label in voxels]
     return CasePoints(
         case=case,
         shape=segmentation.shape,
         balanced=np.concatenate(drawn),
         labels=np.repeat(np.array(list(voxels), np.int64), list(map(len, drawn))),
-        whole=draw(0, list(voxels), n_whole),
+        whole=draw(0, everywhere, n_whole),
         per_class=per_class,
         n_whole=n_whole,
         voxels=voxels,
     )
-
-
-def _draw(
-    segmentation: npt.NDArray[Any], by_plane: Integers, labels: list[int], asked: int, generator: np.random.Generator
-) -> Integers:
-    """Draw voxels ``(n, 3)`` of some labels, of which each plane has so many."""
-    available, ends = int(by_plane.sum()), np.cumsum(by_plane)
-    ranks = np.arange(available)
-    if available > asked:
-        ranks = np.sort(generator.choice(available, size=asked, replace=False))
-    planes = np.searchsorted(ends, ranks, side="right")
-    points = np.empty((len(ranks), 3), np.int64)
-    points[:, 0] = planes
-    for index in np.unique(planes):
-        plane, here = segmentation[index], planes == index
-        candidates = np.flatnonzero(plane == labels[0] if len(labels) == 1 else np.isin(plane, labels))
-        chosen = candidates[ranks[here] - (ends[index] - by_plane[index])]
-        points[here, 1], points[here, 2] = np.unravel_index(chosen, plane.shape)
-    return points
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,10 +44,6 @@ METRICS = ("ccfv", *RIVALS, "zero-shot")
 _CONFIDENCE = 0.95
 #: Below it a mean over cases, or over pairs of them, hangs on single cases.
 _FEW_CASES = 5
-_WHAT_RESAMPLES_SAY = (
-    "Resampling shows how much the order depends on the choice of cases; it does not show which checkpoint is better "
-    "after fine-tuning."
-)
 #: Grows with every change of what is computed, or of how results are kept.
 _KEPT_FORMAT = 3
 _HEADS = "decoder.seg_layers."
@@ -67,11 +63,8 @@ class Target:
     @property
     def voxels(self) -> dict[int, dict[str, int]]:
         """For each structure in the points how many voxels it has in each case that has it."""
-        counts: dict[int, dict[str, int]] = {}
-        for drawn in self.points:
-            for label, n in drawn.voxels.items():
-                counts.setdefault(label, {})[drawn.case] = n
-        return {label: counts[label] for label in sorted(counts) if label != 0}
+        labels = sorted({label for drawn in self.points for label in drawn.voxels if label != 0})
+        return {k: {drawn.case: drawn.voxels[k] for drawn in self.points if k in drawn.voxels} for k in labels}
 
     def structure(self, label: int) -> str:
         """Return the name of a label value."""
@@ -121,7 +114,7 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Zoo(msgspec.Struct, forbid_unknown_fields=True):
-    checkpoints: list[_Entry]
+    checkpoints: Annotated[list[_Entry], msgspec.Meta(min_length=1)]
 
 
 def read_zoo(path: str | os.PathLike[str]) -> dict[str, Path]:
@@ -140,8 +133,6 @@ def read_zoo(path: str | os.PathLike[str]) -> dict[str, Path]:
     """
     with reading(path, "a zoo file that cannot be used", UsageError, remedy="correct it"):
         entries = decode(read_document(path), _Zoo).checkpoints
-    if not entries:
-        raise UsageError(f"the list of checkpoints in {path} is empty: give at least one")
     defaults = name_checkpoints([Path(path).parent / Path(entry.path).expanduser() for entry in entries])
     names = [entry.name or default for entry, default in zip(entries, defaults, strict=True)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -332,8 +323,10 @@ def score_candidate(
     """
     started = time.monotonic()
     on_progress("loading", 0.0)
-    dataset, n_cases = target.dataset, len(target.points)
-    candidate = build_candidate(path, **_network_options(dataset), trust=trust)
+    dataset, configuration, n_cases = target.dataset, target.dataset.configuration, len(target.points)
+    channels, strides = dataset.input_channels, fit_strides(configuration["architecture"]["arch_kwargs"]["strides"])
+    patch_size = configuration["patch_size"]
+    candidate = build_candidate(path, input_channels=channels, patch_size=patch_size, strides=strides, trust=trust)
     head, cases, predictions = candidate.head, [], []
     read = partial(extract_case, patch_size=candidate.patch_size, device=device, batch_size=batch_size, head=head)
     for done, points in enumerate(target.points):
@@ -377,13 +370,6 @@ def score_candidate(
             result.scores[metric] = RIVALS[metric](cases)
     result.seconds = round(time.monotonic() - started, 2)
     return result
-
-
-def _network_options(dataset: PreprocessedDataset) -> dict[str, Any]:
-    """Return what a network must be like to read the dataset's images."""
-    configuration = dataset.configuration
-    strides = fit_strides(configuration["architecture"]["arch_kwargs"]["strides"])
-    return {"input_channels": dataset.input_channels, "patch_size": configuration["patch_size"], "strides": strides}
 
 
 # The table ------------------------------------------------------------------------------------------------------------
@@ -473,7 +459,9 @@ class Ranking:
             certain = f"By ccfv {first.name} is ahead of every other candidate in at least 95 %"
             if tied := _listed([row.name for row in self.tied]):
                 certain = f"ccfv cannot tell {first.name} from {tied}: it is ahead in fewer than 95 %"
-            said.append(f"{certain} of the resamples of these {len(self.target.points)} cases. {_WHAT_RESAMPLES_SAY}")
+            said.append(f"{certain} of the resamples of these {len(self.target.points)} cases.")
+            said.append("Resampling shows how much the order depends on the choice of cases;")
+            said.append("it does not show which checkpoint is better after fine-tuning.")
         return " ".join(said)
 
     @property
@@ -631,7 +619,7 @@ def rank(
     prepare = partial(prepare_target, dataset, cases, per_class=per_class, n_whole=n_whole, seed=seed)
     target = prepare(on_progress=lambda share: on_progress("reading cases", read * share / total))
     what = [_KEPT_FORMAT, target.digest, sorted(metrics), normalise, debias, n_resamples, seed, per_class, n_whole]
-    what += [dataset.ignore_label, dataset.structures, _network_options(dataset)]
+    what += [dataset.ignore_label, dataset.structures, dataset.input_channels, dataset.configuration]
     score = partial(score_candidate, target=target, metrics=metrics, normalise=normalise, debias=debias, seed=seed)
     score = partial(score, device=device, batch_size=batch_size, n_resamples=n_resamples, trust=trust)
     results = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -177,6 +177,8 @@ def gbc(
         components: Keep so many principal components of all features first, at most; all by default.
         floor: Lowest variance along an axis, or, for full covariances, lowest eigenvalue.
     """
+    if covariance not in get_args(Covariance):
+        raise TransferabilityError(f"covariance={covariance} is not known: choose from {get_args(Covariance)}")
     rows, classes = _check_pooled(features, labels)
     if components is not None and components < rows.shape[1]:
         rows = rows - rows.mean(0)
