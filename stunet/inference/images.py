@@ -389,29 +389,19 @@ def resample_image(
     separate, axis = determine_do_sep_z_and_axis(force_separate_z, spacing, new_spacing, **threshold)
     result = np.empty((len(image), *new_shape), image.dtype)
     for source, target in zip(image, result, strict=True):
-        if separate:
-            _by_planes(np.moveaxis(source, axis, 0), np.moveaxis(target, axis, 0), order)
-        else:
-            _by_blocks(source, target, order)
+        if not separate:
+            _resample(source, target, order)
+            continue
+        planes, results = np.moveaxis(source, axis, 0), np.moveaxis(target, axis, 0)
+        nearest = np.floor((np.arange(len(results)) + 0.5) * (len(planes) / len(results))).astype(int)
+        for i, index in enumerate(nearest.clip(max=len(planes) - 1)):
+            _resample(planes[index : index + 1], results[i : i + 1], order)
     return result
 
 
-def _by_planes(source: npt.NDArray[np.float32], target: npt.NDArray[np.float32], order: int) -> None:
-    rows, columns = (_matrix(*n, order) for n in zip(source.shape[1:], target.shape[1:], strict=True))
-    nearest = np.floor((np.arange(len(target)) + 0.5) * (len(source) / len(target))).astype(int)
-    known = -1
-    for i, index in enumerate(nearest.clip(max=len(source) - 1)):
-        if index == known:
-            target[i] = target[i - 1]
-            continue
-        plane, known = source[index], index
-        # The overshoot of splines is cut off at the plane's own range.
-        target[i] = np.clip(rows @ plane.astype(np.float64) @ columns.T, plane.min(), plane.max())
-
-
-def _by_blocks(source: npt.NDArray[np.float32], target: npt.NDArray[np.float32], order: int) -> None:
+def _resample(source: npt.NDArray[np.float32], target: npt.NDArray[np.float32], order: int) -> None:
     planes, rows, columns = (_matrix(*n, order) for n in zip(source.shape, target.shape, strict=True))
-    low, high = source.min(), source.max()
+    low, high = source.min(), source.max()  # where the overshoot of splines is cut off
     at_once = max(1, _BLOCK_ELEMENTS // (source.shape[1] * source.shape[2]))
     for start in range(0, len(target), at_once):
         block = planes[start : start + at_once]

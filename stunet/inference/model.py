@@ -139,11 +139,7 @@ class Model:
             n_in = determine_num_input_channels(plans, configuration, self.dataset_json)
             described: tuple[Any, ...] = (plans, configuration)
             if "plans_manager" not in inspect.signature(trainer.build_network_architecture).parameters:
-                names = (
-                    "class_name",
-                    "init_kwargs",
-                    "init_kwargs_req_import",
-                )  # as trainers before nnU-Net 2.6 want it
+                names = ("class_name", "init_kwargs", "init_kwargs_req_import")  # as before nnU-Net 2.6
                 described = tuple(getattr(configuration, f"network_arch_{name}") for name in names)
             build: Callable[..., nn.Module] = trainer.build_network_architecture
             return build(*described, n_in, self.n_outputs, enable_deep_supervision=False)

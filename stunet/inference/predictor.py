@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from itertools import combinations, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,11 +42,10 @@ _CHUNK_ELEMENTS = 2**18
 _CPU = torch.device("cpu")
 #: Elements that a tile of all classes has about where labels are resampled: as many as stay in a core's cache.
 _TILE_ELEMENTS = 2**18
-_MAGNITUDE, _SIGN = np.int16(0x7FFF), np.int16(-0x8000)
 
 Labels = npt.NDArray[Any]
 Matrix = npt.NDArray[np.float64]
-Bits = npt.NDArray[np.int16]
+Logits = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.intp]
 #: For an output plane: which of the input planes it takes values from, and with what weights; None for the whole value.
 PlaneTaps = Sequence[tuple[int, Any]]
@@ -94,7 +93,7 @@ class Predictor:
             model.load_fold(fold).to(self.device)
 
         def predict(fold: str, window: Tensor) -> Tensor:
-            return mirror_and_predict(model.load_fold(fold), axes, window)
+            return mirror_and_predict(model.load_fold(fold), axes, window.to(self.device))
 
         networks: list[Callable[[Tensor], Tensor]] = [partial(predict, fold) for fold in model.checkpoints]
         return [partial(average, networks)] if self.plan.average_folds else networks
@@ -171,9 +170,16 @@ class Predictor:
         plans, configuration, axis = self.model.plans_manager, self.model.configuration_manager, self.plan.axis
         patch, inner = tuple(configuration.patch_size), image.shape[1:]
         padded, (_, *kept) = pad_nd_image(image, patch, "constant", {"constant_values": 0}, return_slicer=True)
-        how: dict[str, Any] = {"num_classes": self.model.n_outputs, "step_size": self.step_size, "axis": axis}
-        how |= {"device": self.device, "results_device": results_device, "on_window": on_window}
-        planes = predict_planes(padded, self.networks, patch, **how)
+        planes = predict_planes(
+            padded,
+            self.networks,
+            patch,
+            num_classes=self.model.n_outputs,
+            step_size=self.step_size,
+            results_device=results_device,
+            axis=axis,
+            on_window=on_window,
+        )
         spacing = [properties["spacing"][i] for i in plans.transpose_forward]
         options = configuration.configuration["resampling_fn_probabilities_kwargs"]
         options = {key: value for key, value in options.items() if key not in ("is_seg", "order")}
@@ -186,7 +192,7 @@ class Predictor:
         resampler = LabelResampler((maps[axis], maps[rows], maps[columns]), labels.dtype)
         for index, plane in enumerate(planes):
             if kept[axis].start <= index < kept[axis].stop:
-                for position, labelled in resampler.push(plane[:, kept[rows], kept[columns]].cpu().numpy()):
+                for position, labelled in resampler.push(plane[:, kept[rows], kept[columns]].cpu().float().numpy()):
                     inside[position] = labelled
         restored: Labels = labels.transpose(plans.transpose_backward)
         return restored
@@ -295,7 +301,6 @@ def predict_planes(
     *,
     num_classes: int,
     step_size: float = 0.5,
-    device: torch.device = _CPU,
     results_device: torch.device = _CPU,
     axis: int = 0,
     on_window: Callable[[int], None] = lambda n_windows: None,
@@ -309,7 +314,6 @@ def predict_planes(
         patch_size: Voxels of a window, ``(X, Y, Z)``; of a 2D network ``(Y, Z)``.
         num_classes: ``K``.
         step_size: Distance between windows as a fraction of the patch.
-        device: Where the networks are.
         results_device: Where their logits are added up.
         axis: The axis of the image along which planes come.
         on_window: Called after each window of each fold with the number of all.
@@ -339,7 +343,7 @@ def predict_planes(
         for network, sums in zip(networks, logits, strict=True):
             for place in places:
                 window = np.moveaxis(image[:, place[0], place[1], place[2]], 1, axis + 1)
-                tensor = torch.from_numpy(np.array(window, dtype=np.float32, order="C"))[None].to(device)
+                tensor = torch.from_numpy(np.array(window, dtype=np.float32, order="C"))[None]
                 prediction = network(tensor[:, :, 0] if flat else tensor)[0].to(results_device)
                 prediction = (prediction[:, None] if flat else prediction).movedim(axis + 1, 1)
                 _add(sums, prediction, gaussian, place)
@@ -484,18 +488,18 @@ class LabelResampler:
     def __init__(self, maps: tuple[AxisMap, AxisMap, AxisMap], dtype: npt.DTypeLike = np.uint8) -> None:
         self._planes, self._rows, self._columns = maps
         self._dtype, self._next_plane = np.dtype(dtype), 0
-        self._previous: Bits | None = None
+        self._previous: Logits | None = None
 
-    def push(self, logits: npt.NDArray[np.float16]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    def push(self, logits: npt.NDArray[np.float16 | np.float32]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """Take the next plane.
 
         Args:
-            logits: Of shape ``(K, Y, Z)`` for ``K`` classes; not kept.
+            logits: Of shape ``(K, Y, Z)`` for ``K`` classes, of half precision or numbers that it holds.
 
         Yields:
             Index of an output plane and its labels ``(Y, Z)`` on the output grid, in order.
         """
-        plane = _to_ordered(logits)
+        plane = np.ascontiguousarray(logits, np.float32)  # which processors compare many times faster than halves
         index, self._next_plane = self._next_plane, self._next_plane + 1
         if not self._planes.linear:
             wanted = _span(self._planes.lower, index, index + 1)
@@ -509,7 +513,7 @@ class LabelResampler:
             taps = [_taps(self._planes, i) for i in wanted]
             yield from zip(wanted, self._layer([previous, plane], taps), strict=True)
 
-    def _layer(self, inputs: Sequence[Bits], of_outputs: Sequence[PlaneTaps]) -> npt.NDArray[Any]:
+    def _layer(self, inputs: Sequence[Logits], of_outputs: Sequence[PlaneTaps]) -> npt.NDArray[Any]:
         """Labels ``(n, Y, Z)`` of output planes between two input planes, or on one."""
         n_classes, height, width = inputs[0].shape
         n_rows = height - self._rows.linear
@@ -527,7 +531,7 @@ class LabelResampler:
 class _Tile:
     """Some rows of cells, and which classes can win in each."""
 
-    def __init__(self, inputs: Sequence[Bits], first: int, last: int, rows: AxisMap, columns: AxisMap) -> None:
+    def __init__(self, inputs: Sequence[Logits], first: int, last: int, rows: AxisMap, columns: AxisMap) -> None:
         self._inputs, self._first, self._rows, self._columns = inputs, first, rows, columns
         smallest, largest = self._extremes(slice(first, last + rows.linear))
         possible = largest >= smallest.max(axis=0)
@@ -542,11 +546,9 @@ class _Tile:
         by_cell = np.argsort(cells[several], kind="stable")  # ascending classes in each cell
         self._classes, self._cells = classes[several][by_cell], cells[several][by_cell]
 
-    def _extremes(self, rows: slice) -> tuple[Bits, Bits]:
+    def _extremes(self, rows: slice) -> tuple[Logits, Logits]:
         inputs = [plane[:, rows] for plane in self._inputs]
-        smallest, largest = (
-            inputs[0] if len(inputs) == 1 else function(*inputs) for function in (np.minimum, np.maximum)
-        )
+        smallest, largest = reduce(np.minimum, inputs), reduce(np.maximum, inputs)
         if self._rows.linear:
             smallest = np.minimum(smallest[:, :-1], smallest[:, 1:])
             largest = np.maximum(largest[:, :-1], largest[:, 1:])
@@ -575,13 +577,13 @@ class _Tile:
                     taps.append((values, corner * n_candidates, by_row, by_column))
             out[open_rows, open_columns] = self._largest(cells, taps)
 
-    def _corner_values(self, plane: Bits) -> npt.NDArray[np.float64]:
+    def _corner_values(self, plane: Logits) -> npt.NDArray[np.float64]:
         """Logits ``(corners, candidates)`` of each candidate at the corners of its cell."""
         _, height, width = plane.shape
         row, column = np.divmod(self._cells, self._n_columns)
         index = (self._classes * height + self._first + row) * width + column
         steps = [y * width + x for y in range(1 + self._rows.linear) for x in range(1 + self._columns.linear)]
-        return _from_ordered(plane.reshape(-1)[np.stack([index + step for step in steps])])
+        return plane.reshape(-1)[np.stack([index + step for step in steps])].astype(np.float64)
 
     def _largest(self, cells: Indices, taps: Sequence[Tap]) -> Indices:
         """The candidate with the largest value at each output voxel, the first of several that are equal."""
@@ -623,25 +625,6 @@ def _taps(axis: AxisMap, index: Any) -> list[tuple[Any, Any]]:
         return [(0, None)]
     weight = axis.weight[index]
     return [(axis.ends[0][index], 1 - weight), (axis.ends[1][index], weight)]
-
-
-def _to_ordered(logits: npt.NDArray[np.float16]) -> Bits:
-    """Whole numbers in the order of half-precision numbers, which processors compare many times faster.
-
-    Both zeros become 0: in the corners of images, where windows weigh next to nothing, many logits are zero.
-    """
-    bits = np.ascontiguousarray(logits).view(np.int16)
-    sign = bits >> 15
-    ordered: Bits = bits & _MAGNITUDE
-    ordered ^= sign
-    ordered -= sign
-    return ordered
-
-
-def _from_ordered(ordered: Bits) -> npt.NDArray[np.float64]:
-    sign = ordered >> 15
-    bits: Bits = ((ordered ^ sign) - sign) | (sign & _SIGN)
-    return bits.view(np.float16).astype(np.float64)
 
 
 def _span(ascending: Indices, first: int, stop: int) -> range:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from stunet.errors import ArchitectureError, CheckpointError, reading
 from stunet.files import atomic_path, refuse_existing
-from stunet.network import CONV_OPS, N_STAGES, STUNet, STUNetSize, size_of
+from stunet.network import CONV_OPS, N_STAGES, STUNet, STUNetSize, build_stunet, size_of
 from stunet.weights.read import (
     STUNET,
     UNETS,
@@ -178,14 +178,8 @@ class Architecture:
     def build_on_meta(self) -> STUNet:
         """Build the network without memory for its weights; all strides are 1, which no shape depends on."""
         with torch.device("meta"):
-            return STUNet(
-                self.input_channels,
-                self.num_classes,
-                features_per_stage=self.size.features,
-                n_blocks_per_stage=self.size.depth,
-                conv_op=CONV_OPS[self.n_axes],
-                strides=[1] * N_STAGES,
-            )
+            strides, conv_op = [1] * N_STAGES, CONV_OPS[self.n_axes]
+            return build_stunet(self.size, self.input_channels, self.num_classes, strides, conv_op=conv_op)
 
 
 def infer_architecture(weights: Mapping[str, Tensor], *, source: str) -> Architecture:
