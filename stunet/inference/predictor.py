@@ -47,11 +47,11 @@ Labels = npt.NDArray[Any]
 Matrix = npt.NDArray[np.float64]
 Logits = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.intp]
-#: For an output plane: which of the input planes it takes values from, and with what weights; None for the whole value.
-PlaneTaps = Sequence[tuple[int, Any]]
+#: For output voxels: which ends of their cells they take values from, and with what weights.
+AxisTaps = list[tuple[Any, Any]]
 #: Values of the candidates at all corners of their cells, where those of the corner begin that each output voxel takes,
 #: and its weights by row and by column.
-Tap = tuple[Matrix, "Indices | int", "Matrix | None", "Matrix | None"]
+Tap = tuple[Matrix, Indices, Matrix, Matrix]
 
 
 @dataclass(frozen=True)
@@ -153,12 +153,11 @@ class Predictor:
         axis even the order of its additions is kept; along another one the last bit of a logit may differ.
         ``on_window`` is called after each window with the number of all.
         """
-        run = partial(self._predict, image, properties, on_window)
         if self.results_on_device and self.device.type != "cpu":
             with suppress(torch.OutOfMemoryError):
-                return run(self.device)
+                return self._predict(image, properties, on_window, self.device)
             torch.cuda.empty_cache()
-        return run(_CPU)
+        return self._predict(image, properties, on_window, _CPU)
 
     def _predict(
         self,
@@ -488,7 +487,7 @@ class LabelResampler:
     def __init__(self, maps: tuple[AxisMap, AxisMap, AxisMap], dtype: npt.DTypeLike = np.uint8) -> None:
         self._planes, self._rows, self._columns = maps
         self._dtype, self._next_plane = np.dtype(dtype), 0
-        self._previous: Logits | None = None
+        self._kept: list[Logits] = []  # the plane before, where values between two are interpolated
 
     def push(self, logits: npt.NDArray[np.float16 | np.float32]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """Take the next plane.
@@ -500,32 +499,19 @@ class LabelResampler:
             Index of an output plane and its labels ``(Y, Z)`` on the output grid, in order.
         """
         plane = np.ascontiguousarray(logits, np.float32)  # which processors compare many times faster than halves
-        index, self._next_plane = self._next_plane, self._next_plane + 1
-        if not self._planes.linear:
-            wanted = _span(self._planes.lower, index, index + 1)
-            if wanted:
-                labels = self._layer([plane], [[(0, None)]])[0]
-                yield from ((i, labels) for i in wanted)
-            return
-        previous, self._previous = self._previous, plane
-        wanted = _span(self._planes.lower, index - 1, index)
-        if previous is not None and wanted:
-            taps = [_taps(self._planes, i) for i in wanted]
-            yield from zip(wanted, self._layer([previous, plane], taps), strict=True)
-
-    def _layer(self, inputs: Sequence[Logits], of_outputs: Sequence[PlaneTaps]) -> npt.NDArray[Any]:
-        """Labels ``(n, Y, Z)`` of output planes between two input planes, or on one."""
-        n_classes, height, width = inputs[0].shape
-        n_rows = height - self._rows.linear
-        labels = np.empty((len(of_outputs), len(self._rows.lower), len(self._columns.lower)), self._dtype)
-        at_once = max(1, _TILE_ELEMENTS // (n_classes * width))
-        for first in range(0, n_rows, at_once):
+        inputs, self._kept = [*self._kept, plane], [plane] if self._planes.linear else []
+        index, self._next_plane = self._next_plane - self._planes.linear, self._next_plane + 1
+        wanted = _span(self._planes.lower, index, index + 1)  # between two input planes, or on one
+        of_outputs = [_taps(self._planes, i) for i in wanted]
+        labels = np.empty((len(wanted), len(self._rows.lower), len(self._columns.lower)), self._dtype)
+        n_classes, height, width = plane.shape
+        n_rows, at_once = height - self._rows.linear, max(1, _TILE_ELEMENTS // (n_classes * width))
+        for first in range(0, n_rows if wanted else 0, at_once):
             last = min(first + at_once, n_rows)
-            rows = _span(self._rows.lower, first, last)
-            if rows:
+            if rows := _span(self._rows.lower, first, last):
                 tile = _Tile(inputs, first, last, self._rows, self._columns)
                 tile.label(slice(rows.start, rows.stop), of_outputs, labels)
-        return labels
+        yield from zip(wanted, labels, strict=True)
 
 
 class _Tile:
@@ -533,7 +519,14 @@ class _Tile:
 
     def __init__(self, inputs: Sequence[Logits], first: int, last: int, rows: AxisMap, columns: AxisMap) -> None:
         self._inputs, self._first, self._rows, self._columns = inputs, first, rows, columns
-        smallest, largest = self._extremes(slice(first, last + rows.linear))
+        parts = [plane[:, first : last + rows.linear] for plane in inputs]
+        smallest, largest = reduce(np.minimum, parts), reduce(np.maximum, parts)
+        if rows.linear:
+            smallest = np.minimum(smallest[:, :-1], smallest[:, 1:])
+            largest = np.maximum(largest[:, :-1], largest[:, 1:])
+        if columns.linear:
+            smallest = np.minimum(smallest[:, :, :-1], smallest[:, :, 1:])
+            largest = np.maximum(largest[:, :, :-1], largest[:, :, 1:])
         possible = largest >= smallest.max(axis=0)
         self._n_columns = possible.shape[2]
         n_cells = possible.shape[1] * self._n_columns
@@ -546,18 +539,7 @@ class _Tile:
         by_cell = np.argsort(cells[several], kind="stable")  # ascending classes in each cell
         self._classes, self._cells = classes[several][by_cell], cells[several][by_cell]
 
-    def _extremes(self, rows: slice) -> tuple[Logits, Logits]:
-        inputs = [plane[:, rows] for plane in self._inputs]
-        smallest, largest = reduce(np.minimum, inputs), reduce(np.maximum, inputs)
-        if self._rows.linear:
-            smallest = np.minimum(smallest[:, :-1], smallest[:, 1:])
-            largest = np.maximum(largest[:, :-1], largest[:, 1:])
-        if self._columns.linear:
-            smallest = np.minimum(smallest[:, :, :-1], smallest[:, :, 1:])
-            largest = np.maximum(largest[:, :, :-1], largest[:, :, 1:])
-        return smallest, largest
-
-    def label(self, rows: slice, of_outputs: Sequence[PlaneTaps], labels: npt.NDArray[Any]) -> None:
+    def label(self, rows: slice, of_outputs: Sequence[AxisTaps], labels: npt.NDArray[Any]) -> None:
         """Fill output rows, which lie between the tile's."""
         cells = (self._rows.lower[rows, None] - self._first) * self._n_columns + self._columns.lower
         labels[:, rows] = self._winner[cells]
@@ -566,24 +548,22 @@ class _Tile:
             return
         cells = cells[open_rows, open_columns]
         in_plane = list(product(_taps(self._rows, open_rows + rows.start), _taps(self._columns, open_columns)))
-        planes = [self._corner_values(plane) for plane in self._inputs]
+        # Logits (corners, candidates) of each candidate at the corners of its cell.
+        _, height, width = self._inputs[0].shape
+        row, column = np.divmod(self._cells, self._n_columns)
+        index = (self._classes * height + self._first + row) * width + column
+        steps = [y * width + x for y in range(1 + self._rows.linear) for x in range(1 + self._columns.linear)]
+        corners = np.stack([index + step for step in steps])
+        planes = [plane.reshape(-1)[corners].astype(np.float64) for plane in self._inputs]
         n_candidates = len(self._cells)
         for out, in_depth in zip(labels[:, rows], of_outputs, strict=True):
             taps: list[Tap] = []
             for plane, weight in in_depth:
-                values = (planes[plane] if weight is None else planes[plane] * weight).reshape(-1)
-                for (row, by_row), (column, by_column) in in_plane:
-                    corner = row * (1 + self._columns.linear) + column
+                values = (planes[plane] * weight).reshape(-1)
+                for (lower, by_row), (left, by_column) in in_plane:
+                    corner = lower * (1 + self._columns.linear) + left
                     taps.append((values, corner * n_candidates, by_row, by_column))
             out[open_rows, open_columns] = self._largest(cells, taps)
-
-    def _corner_values(self, plane: Logits) -> npt.NDArray[np.float64]:
-        """Logits ``(corners, candidates)`` of each candidate at the corners of its cell."""
-        _, height, width = plane.shape
-        row, column = np.divmod(self._cells, self._n_columns)
-        index = (self._classes * height + self._first + row) * width + column
-        steps = [y * width + x for y in range(1 + self._rows.linear) for x in range(1 + self._columns.linear)]
-        return plane.reshape(-1)[np.stack([index + step for step in steps])].astype(np.float64)
 
     def _largest(self, cells: Indices, taps: Sequence[Tap]) -> Indices:
         """The candidate with the largest value at each output voxel, the first of several that are equal."""
@@ -611,18 +591,16 @@ def _interpolate(
     """
     total = np.zeros(len(candidates))
     for values, offset, by_row, by_column in taps:
-        value = values[candidates + (offset if isinstance(offset, int) else offset[voxels])]
-        for weight in (by_row, by_column):
-            if weight is not None:
-                value *= weight[voxels]
+        value = values[candidates + offset[voxels]]
+        value *= by_row[voxels]
+        value *= by_column[voxels]
         total += value
     return total.astype(np.float16)
 
 
-def _taps(axis: AxisMap, index: Any) -> list[tuple[Any, Any]]:
-    """Which ends of the cell output voxels take values from, and with what weights; None for the whole value."""
+def _taps(axis: AxisMap, index: Any) -> AxisTaps:
     if axis.weight is None or axis.ends is None:
-        return [(0, None)]
+        return [(np.zeros_like(index), np.ones(np.shape(index)))]
     weight = axis.weight[index]
     return [(axis.ends[0][index], 1 - weight), (axis.ends[1][index], weight)]
 
