@@ -160,15 +160,12 @@ def _read_header(path: Path) -> Geometry:
             spacing = tuple(float(side) for side in header["pixdim"][1 : 1 + len(size)])
             n_bytes, has_unit = int(header["bitpix"]) // 8, bool(int(header["xyzt_units"]) & 7)  # the bits for lengths
         else:
-            reader: Any = sitk.ImageFileReader()  # type: ignore[no-untyped-call]
-            reader.SetFileName(str(path))
-            reader.ReadImageInformation()
+            reader = read_volume(path, header_only=True).header
             size, spacing, has_unit = reader.GetSize(), reader.GetSpacing(), True
             pixel: Any = sitk.Image([1] * len(size), reader.GetPixelID())  # type: ignore[no-untyped-call]
             n_bytes = sitk.GetArrayFromImage(pixel).dtype.itemsize * reader.GetNumberOfComponents()
     if len(size) not in (2, 3):
-        found = " x ".join(map(str, size))
-        raise DatasetError(f"{path} has {len(size)} axes ({found}) instead of three: write each volume by itself")
+        raise DatasetError(f"{path} has {len(size)} axes ({' x '.join(map(str, size))}), not three: write each alone")
     if not all(math.isfinite(side) and side > 0 for side in spacing):
         raise DatasetError(f"{path} has an impossible spacing of {_mm(spacing)}: correct its header")
     if len(size) == 2:  # nnU-Net makes one thick plane of it
@@ -421,7 +418,5 @@ def _matrix(n_in: int, n_out: int, order: int) -> npt.NDArray[np.float64]:
     """What resampling along one axis makes of each single voxel, ``(n_out, n_in)``."""
     if n_in == n_out:
         return np.eye(n_in)
-    zoom: dict[str, Any] = {"order": order, "mode": "nearest", "grid_mode": True}
-    matrix: npt.NDArray[np.float64] = ndimage.zoom(np.eye(n_in), (n_out / n_in, 1), **zoom)
-    matrix[np.abs(matrix) < _NEGLIGIBLE] = 0
-    return matrix
+    matrix = ndimage.zoom(np.eye(n_in), (n_out / n_in, 1), order=order, mode="nearest", grid_mode=True)
+    return np.where(np.abs(matrix) < _NEGLIGIBLE, 0.0, matrix)

@@ -507,18 +507,16 @@ class LabelResampler:
         n_classes, height, width = plane.shape
         n_rows, at_once = height - self._rows.linear, max(1, _TILE_ELEMENTS // (n_classes * width))
         for first in range(0, n_rows if wanted else 0, at_once):
-            last = min(first + at_once, n_rows)
-            if rows := _span(self._rows.lower, first, last):
-                tile = _Tile(inputs, first, last, self._rows, self._columns)
-                tile.label(slice(rows.start, rows.stop), of_outputs, labels)
+            self._label_rows(inputs, first, min(first + at_once, n_rows), of_outputs, labels)
         yield from zip(wanted, labels, strict=True)
 
-
-class _Tile:
-    """Some rows of cells, and which classes can win in each."""
-
-    def __init__(self, inputs: Sequence[Logits], first: int, last: int, rows: AxisMap, columns: AxisMap) -> None:
-        self._inputs, self._first, self._rows, self._columns = inputs, first, rows, columns
+    def _label_rows(
+        self, inputs: Sequence[Logits], first: int, last: int, of_outputs: Sequence[AxisTaps], labels: npt.NDArray[Any]
+    ) -> None:
+        """Fill the output rows of the cells from row ``first`` to before ``last``."""
+        rows, columns = self._rows, self._columns
+        if not (wanted := _span(rows.lower, first, last)):
+            return
         parts = [plane[:, first : last + rows.linear] for plane in inputs]
         smallest, largest = reduce(np.minimum, parts), reduce(np.maximum, parts)
         if rows.linear:
@@ -528,58 +526,52 @@ class _Tile:
             smallest = np.minimum(smallest[:, :, :-1], smallest[:, :, 1:])
             largest = np.maximum(largest[:, :, :-1], largest[:, :, 1:])
         possible = largest >= smallest.max(axis=0)
-        self._n_columns = possible.shape[2]
-        n_cells = possible.shape[1] * self._n_columns
-        classes, cells = np.divmod(np.flatnonzero(possible), n_cells)
-        #: The only class that is possible, where there is but one.
-        self._winner = np.zeros(n_cells, np.intp)
-        self._winner[cells] = classes
-        self._count = np.bincount(cells, minlength=n_cells)
-        several = self._count[cells] > 1
-        by_cell = np.argsort(cells[several], kind="stable")  # ascending classes in each cell
-        self._classes, self._cells = classes[several][by_cell], cells[several][by_cell]
-
-    def label(self, rows: slice, of_outputs: Sequence[AxisTaps], labels: npt.NDArray[Any]) -> None:
-        """Fill output rows, which lie between the tile's."""
-        cells = (self._rows.lower[rows, None] - self._first) * self._n_columns + self._columns.lower
-        labels[:, rows] = self._winner[cells]
-        open_rows, open_columns = np.nonzero(self._count[cells] > 1)
+        _, n_rows, n_columns = possible.shape
+        classes, cells = np.divmod(np.flatnonzero(possible), n_rows * n_columns)
+        winner = np.zeros(n_rows * n_columns, np.intp)
+        winner[cells] = classes  # the only class that is possible, where there is but one
+        count = np.bincount(cells, minlength=n_rows * n_columns)
+        here = slice(wanted.start, wanted.stop)
+        cells_here = (rows.lower[here, None] - first) * n_columns + columns.lower
+        labels[:, here] = winner[cells_here]
+        open_rows, open_columns = np.nonzero(count[cells_here] > 1)
         if not len(open_rows):
             return
-        cells = cells[open_rows, open_columns]
-        in_plane = list(product(_taps(self._rows, open_rows + rows.start), _taps(self._columns, open_columns)))
+        several = count[cells] > 1
+        by_cell = np.argsort(cells[several], kind="stable")  # ascending classes in each cell
+        classes, cells = classes[several][by_cell], cells[several][by_cell]
         # Logits (corners, candidates) of each candidate at the corners of its cell.
-        _, height, width = self._inputs[0].shape
-        row, column = np.divmod(self._cells, self._n_columns)
-        index = (self._classes * height + self._first + row) * width + column
-        steps = [y * width + x for y in range(1 + self._rows.linear) for x in range(1 + self._columns.linear)]
+        _, height, width = inputs[0].shape
+        row, column = np.divmod(cells, n_columns)
+        index = (classes * height + first + row) * width + column
+        steps = [y * width + x for y in range(1 + rows.linear) for x in range(1 + columns.linear)]
         corners = np.stack([index + step for step in steps])
-        planes = [plane.reshape(-1)[corners].astype(np.float64) for plane in self._inputs]
-        n_candidates = len(self._cells)
-        for out, in_depth in zip(labels[:, rows], of_outputs, strict=True):
+        planes = [plane.reshape(-1)[corners].astype(np.float64) for plane in inputs]
+        in_plane = list(product(_taps(rows, open_rows + here.start), _taps(columns, open_columns)))
+        open_cells = cells_here[open_rows, open_columns]
+        starts, counts = np.searchsorted(cells, open_cells), count[open_cells]
+        for out, in_depth in zip(labels[:, here], of_outputs, strict=True):
             taps: list[Tap] = []
             for plane, weight in in_depth:
                 values = (planes[plane] * weight).reshape(-1)
                 for (lower, by_row), (left, by_column) in in_plane:
-                    corner = lower * (1 + self._columns.linear) + left
-                    taps.append((values, corner * n_candidates, by_row, by_column))
-            out[open_rows, open_columns] = self._largest(cells, taps)
+                    corner = lower * (1 + columns.linear) + left
+                    taps.append((values, corner * len(cells), by_row, by_column))
+            out[open_rows, open_columns] = classes[_largest(starts, counts, taps)]
 
-    def _largest(self, cells: Indices, taps: Sequence[Tap]) -> Indices:
-        """The candidate with the largest value at each output voxel, the first of several that are equal."""
-        starts = np.searchsorted(self._cells, cells)
-        counts = self._count[cells]
-        best = _interpolate(starts, taps)
-        winner = self._classes[starts]
-        open_voxels = np.arange(len(cells))
-        for i in range(1, int(counts.max())):
-            open_voxels = open_voxels[counts[open_voxels] > i]
-            candidate = starts[open_voxels] + i
-            value = _interpolate(candidate, taps, open_voxels)
-            better = value > best[open_voxels]
-            winners = open_voxels[better]
-            best[winners], winner[winners] = value[better], self._classes[candidate[better]]
-        return winner
+
+def _largest(starts: Indices, counts: Indices, taps: Sequence[Tap]) -> Indices:
+    """The candidate with the largest value at each output voxel, the first of several that are equal."""
+    best, winner = _interpolate(starts, taps), starts.copy()
+    open_voxels = np.arange(len(starts))
+    for i in range(1, int(counts.max())):
+        open_voxels = open_voxels[counts[open_voxels] > i]
+        candidate = starts[open_voxels] + i
+        value = _interpolate(candidate, taps, open_voxels)
+        better = value > best[open_voxels]
+        winners = open_voxels[better]
+        best[winners], winner[winners] = value[better], candidate[better]
+    return winner
 
 
 def _interpolate(

@@ -82,8 +82,7 @@ def read_state(path: Path) -> _File:
             return content, content["state_dict"], "nnU-Net v1"
         if content and all(isinstance(value, Tensor) for value in content.values()):
             return {}, content, "plain tensors"
-    text = f"a file without weights: {path} holds {describe_content(content)}, and no 'state_dict' or 'network_weights'"
-    raise CheckpointError(text)
+    raise CheckpointError(f"a file without weights: {path} holds {describe_content(content)}; give a checkpoint")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -201,14 +201,12 @@ def cached_weights(name: str) -> Path:
     """
     entry, folder = find_entry(name), entry_folder(name)
     if missing := missing_files(entry, folder):
-        text = f"{name} has not been fetched: no {', '.join(missing)} in {folder}"
-        raise CheckpointError(f"{text}; run `stunet weights fetch {name}`")
+        raise CheckpointError(f"no {', '.join(missing)} in {folder}: run `stunet weights fetch {name}`")
     for file in entry.files:
         path = folder / file.file
         known, got = read_record(path) or file, path.stat().st_size
         if known.bytes not in (None, got):
-            text = f"{path} has {got} bytes instead of {known.bytes}, it has changed since it was fetched"
-            raise CheckpointError(f"{text}: run `stunet weights fetch {name} --force`")
+            raise CheckpointError(f"{path} has {got} bytes, not {known.bytes}: `stunet weights fetch {name} --force`")
     return folder / entry.weights_file.file
 
 
@@ -328,9 +326,9 @@ def alone_with(lock_path: Path, say: Say) -> Iterator[None]:
     lock, folder = FileLock(lock_path), lock_path.parents[1]
     try:
         lock_path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with suppress(Timeout):
             lock.acquire(timeout=0)
-        except Timeout:
+        if not lock.is_locked:
             say(f"Another process works in {folder}: waiting for it")
             lock.acquire()
         yield
@@ -442,8 +440,8 @@ def _from_hub(repository: str, part: Path, say: Say) -> tuple[str, str | None]:
     try:
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     except ImportError:
-        text = "huggingface_hub is not installed: run `pip install 'stunet[hub]'`, or give an address with --url"
-        raise DownloadError(text) from None
+        remedy = "run `pip install 'stunet[hub]'`, or give an address with --url"
+        raise DownloadError(f"huggingface_hub is not installed: {remedy}") from None
     repo_id, _, revision = repository.partition("@")
     try:
         found = get_hf_file_metadata(hf_hub_url(repo_id, part.name, revision=revision or None))
@@ -480,8 +478,7 @@ def verify(entry: WeightsEntry, folder: Path | None = None) -> list[Verified]:
     """
     folder = entry_folder(entry.name) if folder is None else folder
     if missing := missing_files(entry, folder):
-        text = f"{entry.name} is not complete: no {', '.join(missing)} in {folder}"
-        raise CheckpointError(f"{text}; `stunet weights fetch {entry.name}` says how to get them")
+        raise CheckpointError(f"no {', '.join(missing)} in {folder}: run `stunet weights fetch {entry.name}`")
     return [_verify_present(folder / file.file, entry) for file in (*entry.pickles, entry.weights_file)]
 
 
