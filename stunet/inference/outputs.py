@@ -340,9 +340,8 @@ def check_folder(
     again = {case.name for case in own} if changed else set(images)  # the other commands may have other settings
     if staying := sorted(outdated if keep or not known else outdated - again):
         differing = [f"{key}: {_show(settings.get(key))} instead of {_show(known.get(key))}" for key in changed[:3]]
-        what = (
-            f"of other {'settings' if changed else 'images'} ({'; '.join(differing)})" if known else "without a record"
-        )
+        kind = "settings" if changed else "images"
+        what = f"of other {kind} ({'; '.join(differing)})" if known else "without a record"
         said = f"{folder} has {staying[0]}{ending}, a prediction {what} in {MANIFEST_NAME}"
         raise UsageError(f"{said}: choose another -o, give what was given before, or remove the predictions")
     return {"settings": settings, "images": images if changed else {**of, **images}}, outdated

@@ -45,7 +45,7 @@ _TILE_ELEMENTS = 2**18
 
 Labels = npt.NDArray[Any]
 Matrix = npt.NDArray[np.float64]
-Logits = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.intp]
 #: For output voxels: which ends of their cells they take values from, and with what weights.
 AxisTaps = list[tuple[Any, Any]]
@@ -142,10 +142,7 @@ class Predictor:
         return None if self.model.reads_volumes else "its images are no volumes"
 
     def predict(
-        self,
-        image: npt.NDArray[np.float32],
-        properties: Mapping[str, Any],
-        on_window: Callable[[int], None] = lambda n_windows: None,
+        self, image: Floats, properties: Mapping[str, Any], on_window: Callable[[int], None] = lambda n_windows: None
     ) -> Labels:
         """Predict a prepared image ``(C, X, Y, Z)``, perhaps mapped from a file, and return labels on its own grid.
 
@@ -160,11 +157,7 @@ class Predictor:
         return self._predict(image, properties, on_window, _CPU)
 
     def _predict(
-        self,
-        image: npt.NDArray[np.float32],
-        properties: Mapping[str, Any],
-        on_window: Callable[[int], None],
-        results_device: torch.device,
+        self, image: Floats, properties: Mapping[str, Any], on_window: Callable[[int], None], device: torch.device
     ) -> Labels:
         plans, configuration, axis = self.model.plans_manager, self.model.configuration_manager, self.plan.axis
         patch, inner = tuple(configuration.patch_size), image.shape[1:]
@@ -175,7 +168,7 @@ class Predictor:
             patch,
             num_classes=self.model.n_outputs,
             step_size=self.step_size,
-            results_device=results_device,
+            results_device=device,
             axis=axis,
             on_window=on_window,
         )
@@ -294,7 +287,7 @@ def network_spacing(model: Model, spacing: Sequence[float]) -> list[float]:
 
 
 def predict_planes(
-    image: npt.NDArray[np.float32],
+    image: Floats,
     networks: Sequence[Callable[[Tensor], Tensor]],
     patch_size: Sequence[int],
     *,
@@ -487,7 +480,7 @@ class LabelResampler:
     def __init__(self, maps: tuple[AxisMap, AxisMap, AxisMap], dtype: npt.DTypeLike = np.uint8) -> None:
         self._planes, self._rows, self._columns = maps
         self._dtype, self._next_plane = np.dtype(dtype), 0
-        self._kept: list[Logits] = []  # the plane before, where values between two are interpolated
+        self._kept: list[Floats] = []  # the plane before, where values between two are interpolated
 
     def push(self, logits: npt.NDArray[np.float16 | np.float32]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """Take the next plane.
@@ -511,7 +504,7 @@ class LabelResampler:
         yield from zip(wanted, labels, strict=True)
 
     def _label_rows(
-        self, inputs: Sequence[Logits], first: int, last: int, of_outputs: Sequence[AxisTaps], labels: npt.NDArray[Any]
+        self, inputs: Sequence[Floats], first: int, last: int, of_outputs: Sequence[AxisTaps], labels: npt.NDArray[Any]
     ) -> None:
         """Fill the output rows of the cells from row ``first`` to before ``last``."""
         rows, columns = self._rows, self._columns
@@ -562,8 +555,8 @@ class LabelResampler:
 
 def _largest(starts: Indices, counts: Indices, taps: Sequence[Tap]) -> Indices:
     """The candidate with the largest value at each output voxel, the first of several that are equal."""
-    best, winner = _interpolate(starts, taps), starts.copy()
-    open_voxels = np.arange(len(starts))
+    best, open_voxels = _interpolate(starts, taps), np.arange(len(starts))
+    winner: Indices = starts.copy()
     for i in range(1, int(counts.max())):
         open_voxels = open_voxels[counts[open_voxels] > i]
         candidate = starts[open_voxels] + i

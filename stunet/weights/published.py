@@ -192,6 +192,11 @@ def missing_files(entry: WeightsEntry, folder: Path) -> list[str]:
     return [file.file for file in entry.files if not (folder / file.file).is_file()]
 
 
+def _require_files(entry: WeightsEntry, folder: Path) -> None:
+    if missing := missing_files(entry, folder):
+        raise CheckpointError(f"no {', '.join(missing)} in {folder}: run `stunet weights fetch {entry.name}`")
+
+
 def cached_weights(name: str) -> Path:
     """Return the file with weights that ``stunet weights fetch`` has put into the cache; their pickles lie beside it.
 
@@ -200,8 +205,7 @@ def cached_weights(name: str) -> Path:
         UsageError: No weights have this name.
     """
     entry, folder = find_entry(name), entry_folder(name)
-    if missing := missing_files(entry, folder):
-        raise CheckpointError(f"no {', '.join(missing)} in {folder}: run `stunet weights fetch {name}`")
+    _require_files(entry, folder)
     for file in entry.files:
         path = folder / file.file
         known, got = read_record(path) or file, path.stat().st_size
@@ -477,8 +481,7 @@ def verify(entry: WeightsEntry, folder: Path | None = None) -> list[Verified]:
         CheckpointError: A file is missing, has changed since it was fetched, or is not what the registry says.
     """
     folder = entry_folder(entry.name) if folder is None else folder
-    if missing := missing_files(entry, folder):
-        raise CheckpointError(f"no {', '.join(missing)} in {folder}: run `stunet weights fetch {entry.name}`")
+    _require_files(entry, folder)
     return [_verify_present(folder / file.file, entry) for file in (*entry.pickles, entry.weights_file)]
 
 
