@@ -486,7 +486,8 @@ class LabelResampler:
         """Take the next plane.
 
         Args:
-            logits: Of shape ``(K, Y, Z)`` for ``K`` classes, of half precision or numbers that it holds.
+            logits: Of shape ``(K, Y, Z)`` for ``K`` classes, of numbers that half precision holds; if they are float32
+                already, not to be changed before the next plane is given.
 
         Yields:
             Index of an output plane and its labels ``(Y, Z)`` on the output grid, in order.
