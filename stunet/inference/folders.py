@@ -181,10 +181,9 @@ def predict_folder(
         remove_predictions(folder, ending, outdated)
         part = None if n_parts == 1 else part_id
         manifest = Manifest(model, folder, record, device, {case.name for case in waiting}, part)
-        given = os.fspath(images) if isinstance(images, str | os.PathLike) else None
-        listed = given or [list(map(os.fspath, case.files)) for case in found]
+        listed = [list(map(os.fspath, case.files)) for case in found]
         arguments = {  # under the names of nnU-Net's own
-            "list_of_lists_or_source_folder": listed,
+            "list_of_lists_or_source_folder": os.fspath(images) if isinstance(images, str | os.PathLike) else listed,
             "output_folder_or_list_of_truncated_output_files": os.fspath(output),
             "save_probabilities": save_probabilities,
             "overwrite": not continue_prediction,
@@ -257,8 +256,7 @@ def predict_folder(
             move_into_place(folder / f"{own[0].name}{ending}", output)
     if failures:
         lines = "".join(f"\n    {name}: {problem.splitlines()[0]}" for name, problem in sorted(failures.items()))
-        text = f"{len(failures)} of {len(waiting)} failed; mend or remove them, and run this again with --continue"
-        raise CommandError(f"{text} to do no other:{lines}")
+        raise CommandError(f"{len(failures)} of {len(waiting)} failed: mend or remove them, then --continue{lines}")
 
 
 def _describe(error: Exception) -> str:

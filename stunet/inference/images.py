@@ -160,15 +160,12 @@ def _read_header(path: Path) -> Geometry:
             spacing = tuple(float(side) for side in header["pixdim"][1 : 1 + len(size)])
             n_bytes, has_unit = int(header["bitpix"]) // 8, bool(int(header["xyzt_units"]) & 7)  # the bits for lengths
         else:
-            reader: Any = sitk.ImageFileReader()  # type: ignore[no-untyped-call]
-            reader.SetFileName(str(path))
-            reader.ReadImageInformation()
+            reader = read_volume(path, header_only=True).header
             size, spacing, has_unit = reader.GetSize(), reader.GetSpacing(), True
             pixel: Any = sitk.Image([1] * len(size), reader.GetPixelID())  # type: ignore[no-untyped-call]
             n_bytes = sitk.GetArrayFromImage(pixel).dtype.itemsize * reader.GetNumberOfComponents()
     if len(size) not in (2, 3):
-        found = " x ".join(map(str, size))
-        raise DatasetError(f"{path} has {len(size)} axes ({found}) instead of three: write each volume by itself")
+        raise DatasetError(f"{path} has {len(size)} axes ({' x '.join(map(str, size))}), not three: write each alone")
     if not all(math.isfinite(side) and side > 0 for side in spacing):
         raise DatasetError(f"{path} has an impossible spacing of {_mm(spacing)}: correct its header")
     if len(size) == 2:  # nnU-Net makes one thick plane of it
@@ -389,29 +386,19 @@ def resample_image(
     separate, axis = determine_do_sep_z_and_axis(force_separate_z, spacing, new_spacing, **threshold)
     result = np.empty((len(image), *new_shape), image.dtype)
     for source, target in zip(image, result, strict=True):
-        if separate:
-            _by_planes(np.moveaxis(source, axis, 0), np.moveaxis(target, axis, 0), order)
-        else:
-            _by_blocks(source, target, order)
+        if not separate:
+            _resample(source, target, order)
+            continue
+        planes, results = np.moveaxis(source, axis, 0), np.moveaxis(target, axis, 0)
+        nearest = np.floor((np.arange(len(results)) + 0.5) * (len(planes) / len(results))).astype(int)
+        for i, index in enumerate(nearest.clip(max=len(planes) - 1)):
+            _resample(planes[index : index + 1], results[i : i + 1], order)
     return result
 
 
-def _by_planes(source: npt.NDArray[np.float32], target: npt.NDArray[np.float32], order: int) -> None:
-    rows, columns = (_matrix(*n, order) for n in zip(source.shape[1:], target.shape[1:], strict=True))
-    nearest = np.floor((np.arange(len(target)) + 0.5) * (len(source) / len(target))).astype(int)
-    known = -1
-    for i, index in enumerate(nearest.clip(max=len(source) - 1)):
-        if index == known:
-            target[i] = target[i - 1]
-            continue
-        plane, known = source[index], index
-        # The overshoot of splines is cut off at the plane's own range.
-        target[i] = np.clip(rows @ plane.astype(np.float64) @ columns.T, plane.min(), plane.max())
-
-
-def _by_blocks(source: npt.NDArray[np.float32], target: npt.NDArray[np.float32], order: int) -> None:
+def _resample(source: npt.NDArray[np.float32], target: npt.NDArray[np.float32], order: int) -> None:
     planes, rows, columns = (_matrix(*n, order) for n in zip(source.shape, target.shape, strict=True))
-    low, high = source.min(), source.max()
+    low, high = source.min(), source.max()  # where the overshoot of splines is cut off
     at_once = max(1, _BLOCK_ELEMENTS // (source.shape[1] * source.shape[2]))
     for start in range(0, len(target), at_once):
         block = planes[start : start + at_once]
@@ -431,7 +418,5 @@ def _matrix(n_in: int, n_out: int, order: int) -> npt.NDArray[np.float64]:
     """What resampling along one axis makes of each single voxel, ``(n_out, n_in)``."""
     if n_in == n_out:
         return np.eye(n_in)
-    zoom: dict[str, Any] = {"order": order, "mode": "nearest", "grid_mode": True}
-    matrix: npt.NDArray[np.float64] = ndimage.zoom(np.eye(n_in), (n_out / n_in, 1), **zoom)
-    matrix[np.abs(matrix) < _NEGLIGIBLE] = 0
-    return matrix
+    matrix = ndimage.zoom(np.eye(n_in), (n_out / n_in, 1), order=order, mode="nearest", grid_mode=True)
+    return np.where(np.abs(matrix) < _NEGLIGIBLE, 0.0, matrix)

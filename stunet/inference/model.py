@@ -139,11 +139,7 @@ class Model:
             n_in = determine_num_input_channels(plans, configuration, self.dataset_json)
             described: tuple[Any, ...] = (plans, configuration)
             if "plans_manager" not in inspect.signature(trainer.build_network_architecture).parameters:
-                names = (
-                    "class_name",
-                    "init_kwargs",
-                    "init_kwargs_req_import",
-                )  # as trainers before nnU-Net 2.6 want it
+                names = ("class_name", "init_kwargs", "init_kwargs_req_import")  # as before nnU-Net 2.6
                 described = tuple(getattr(configuration, f"network_arch_{name}") for name in names)
             build: Callable[..., nn.Module] = trainer.build_network_architecture
             return build(*described, n_in, self.n_outputs, enable_deep_supervision=False)
@@ -230,8 +226,8 @@ def _check(model: Model) -> None:
     if "channel_names" not in model.dataset_json and "modality" not in model.dataset_json:
         raise KeyError("channel_names")
     check_configuration(model.plans, configuration.configuration, model.n_channels)
-    source = str(model.folder / "plans.json")
-    check_network(configuration.configuration["architecture"], source=source, trust=model.trust)
+    architecture = configuration.configuration["architecture"]
+    check_network(architecture, source=str(model.folder / "plans.json"), trust=model.trust)
     if not re.fullmatch(r"(\.\w+)+", model.file_ending) or model.n_outputs < 1:
         raise ValueError(f"file_ending {model.file_ending[:40]}, {model.n_outputs} outputs")
     if not model.structures or any(not 0 < v < 2**16 for values in model.structures.values() for v in values):
@@ -254,8 +250,7 @@ def published_model(entry: WeightsEntry, say: Callable[[str], None] = lambda tex
     """
     cached = entry_folder(entry.name) / entry.weights_file.file
     folder = entry_folder(entry.name).parents[1] / "models" / entry.name
-    lock = folder.with_name(".locks") / entry.name
-    with alone_with(lock, say):  # of two commands that need them, one waits
+    with alone_with(folder.with_name(".locks") / entry.name, say):  # of two commands that need them, one waits
         if not _is_made_of(folder / MODEL_CARD, cached, entry.weights_file.sha256):
             weights = open_weights([fetch(entry, say=say)])
             say(f"Converting {entry.name} into {folder}")

@@ -91,8 +91,7 @@ def write_case(
         voxels, original = reader.read_images([str(path) for path in case.files])
         if crop is not None:
             voxels = np.stack([channel[crop] for channel in voxels])
-            spacings = original["spacing"], spacing
-            voxels = resample_image(voxels, labels.shape, *spacings, order=1, force_separate_z=False)
+            voxels = resample_image(voxels, labels.shape, original["spacing"], spacing, order=1, force_separate_z=False)
     measured = measure(labels, structures, spacing, voxels if "statistics" in write else ())
     if "statistics" in write:
         (folder / "statistics").mkdir(exist_ok=True)
@@ -258,9 +257,9 @@ def draw_preview(
         seen.update(values.tolist())
         colours = np.array([(*_colour(int(value)), 0.55 * bool(value)) for value in values])
         height, width = (float(side) for i, side in enumerate(spacing) if i != axis)
-        shown: dict[str, Any] = {"aspect": height / width, "origin": "lower"}
-        plot.imshow(grey, cmap="gray", vmin=low, vmax=high, **shown)
-        plot.imshow(colours[where.reshape(plane.shape)], interpolation="nearest", **shown)
+        plot.imshow(grey, cmap="gray", vmin=low, vmax=high, origin="lower")
+        plot.imshow(colours[where.reshape(plane.shape)], interpolation="nearest", origin="lower")
+        plot.set_aspect(height / width)
         plot.set_title(f"{planes[axis]}, plane {index}", fontsize=9)
         plot.set_axis_off()
     found = [(name, values[0]) for name, values in structures.items() if seen & set(values)]
@@ -299,8 +298,8 @@ class Manifest:
         card, place, digests = {}, model.folder.resolve(), record["settings"]
         with suppress(OSError, ValueError):
             card = read_json(model.folder / MODEL_CARD)
-        files = {fold: path.name for fold, path in model.checkpoints.items()}
-        checkpoints = {fold: {"file": name, "sha256": digests[f"fold_{fold}"]} for fold, name in files.items()}
+        files = model.checkpoints.items()
+        checkpoints = {fold: {"file": path.name, "sha256": digests[f"fold_{fold}"]} for fold, path in files}
         described = {"name": place.name, "folder": str(place), "licence": card.get("licence")}
         described |= {"sources": card.get("sources", []), "checkpoints": checkpoints}
         versions = {name: version(name) for name in ("stunet", "nnunetv2", "torch")}
@@ -341,9 +340,8 @@ def check_folder(
     again = {case.name for case in own} if changed else set(images)  # the other commands may have other settings
     if staying := sorted(outdated if keep or not known else outdated - again):
         differing = [f"{key}: {_show(settings.get(key))} instead of {_show(known.get(key))}" for key in changed[:3]]
-        what = (
-            f"of other {'settings' if changed else 'images'} ({'; '.join(differing)})" if known else "without a record"
-        )
+        kind = "settings" if changed else "images"
+        what = f"of other {kind} ({'; '.join(differing)})" if known else "without a record"
         said = f"{folder} has {staying[0]}{ending}, a prediction {what} in {MANIFEST_NAME}"
         raise UsageError(f"{said}: choose another -o, give what was given before, or remove the predictions")
     return {"settings": settings, "images": images if changed else {**of, **images}}, outdated

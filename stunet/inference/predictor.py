@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from itertools import combinations, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,17 +42,16 @@ _CHUNK_ELEMENTS = 2**18
 _CPU = torch.device("cpu")
 #: Elements that a tile of all classes has about where labels are resampled: as many as stay in a core's cache.
 _TILE_ELEMENTS = 2**18
-_MAGNITUDE, _SIGN = np.int16(0x7FFF), np.int16(-0x8000)
 
 Labels = npt.NDArray[Any]
 Matrix = npt.NDArray[np.float64]
-Bits = npt.NDArray[np.int16]
+Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.intp]
-#: For an output plane: which of the input planes it takes values from, and with what weights; None for the whole value.
-PlaneTaps = Sequence[tuple[int, Any]]
+#: For output voxels: which ends of their cells they take values from, and with what weights.
+AxisTaps = list[tuple[Any, Any]]
 #: Values of the candidates at all corners of their cells, where those of the corner begin that each output voxel takes,
 #: and its weights by row and by column.
-Tap = tuple[Matrix, "Indices | int", "Matrix | None", "Matrix | None"]
+Tap = tuple[Matrix, Indices, Matrix, Matrix]
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Predictor:
             model.load_fold(fold).to(self.device)
 
         def predict(fold: str, window: Tensor) -> Tensor:
-            return mirror_and_predict(model.load_fold(fold), axes, window)
+            return mirror_and_predict(model.load_fold(fold), axes, window.to(self.device))
 
         networks: list[Callable[[Tensor], Tensor]] = [partial(predict, fold) for fold in model.checkpoints]
         return [partial(average, networks)] if self.plan.average_folds else networks
@@ -143,10 +142,7 @@ class Predictor:
         return None if self.model.reads_volumes else "its images are no volumes"
 
     def predict(
-        self,
-        image: npt.NDArray[np.float32],
-        properties: Mapping[str, Any],
-        on_window: Callable[[int], None] = lambda n_windows: None,
+        self, image: Floats, properties: Mapping[str, Any], on_window: Callable[[int], None] = lambda n_windows: None
     ) -> Labels:
         """Predict a prepared image ``(C, X, Y, Z)``, perhaps mapped from a file, and return labels on its own grid.
 
@@ -154,26 +150,28 @@ class Predictor:
         axis even the order of its additions is kept; along another one the last bit of a logit may differ.
         ``on_window`` is called after each window with the number of all.
         """
-        run = partial(self._predict, image, properties, on_window)
         if self.results_on_device and self.device.type != "cpu":
             with suppress(torch.OutOfMemoryError):
-                return run(self.device)
+                return self._predict(image, properties, on_window, self.device)
             torch.cuda.empty_cache()
-        return run(_CPU)
+        return self._predict(image, properties, on_window, _CPU)
 
     def _predict(
-        self,
-        image: npt.NDArray[np.float32],
-        properties: Mapping[str, Any],
-        on_window: Callable[[int], None],
-        results_device: torch.device,
+        self, image: Floats, properties: Mapping[str, Any], on_window: Callable[[int], None], device: torch.device
     ) -> Labels:
         plans, configuration, axis = self.model.plans_manager, self.model.configuration_manager, self.plan.axis
         patch, inner = tuple(configuration.patch_size), image.shape[1:]
         padded, (_, *kept) = pad_nd_image(image, patch, "constant", {"constant_values": 0}, return_slicer=True)
-        how: dict[str, Any] = {"num_classes": self.model.n_outputs, "step_size": self.step_size, "axis": axis}
-        how |= {"device": self.device, "results_device": results_device, "on_window": on_window}
-        planes = predict_planes(padded, self.networks, patch, **how)
+        planes = predict_planes(
+            padded,
+            self.networks,
+            patch,
+            num_classes=self.model.n_outputs,
+            step_size=self.step_size,
+            results_device=device,
+            axis=axis,
+            on_window=on_window,
+        )
         spacing = [properties["spacing"][i] for i in plans.transpose_forward]
         options = configuration.configuration["resampling_fn_probabilities_kwargs"]
         options = {key: value for key, value in options.items() if key not in ("is_seg", "order")}
@@ -186,7 +184,7 @@ class Predictor:
         resampler = LabelResampler((maps[axis], maps[rows], maps[columns]), labels.dtype)
         for index, plane in enumerate(planes):
             if kept[axis].start <= index < kept[axis].stop:
-                for position, labelled in resampler.push(plane[:, kept[rows], kept[columns]].cpu().numpy()):
+                for position, labelled in resampler.push(plane[:, kept[rows], kept[columns]].cpu().float().numpy()):
                     inside[position] = labelled
         restored: Labels = labels.transpose(plans.transpose_backward)
         return restored
@@ -289,13 +287,12 @@ def network_spacing(model: Model, spacing: Sequence[float]) -> list[float]:
 
 
 def predict_planes(
-    image: npt.NDArray[np.float32],
+    image: Floats,
     networks: Sequence[Callable[[Tensor], Tensor]],
     patch_size: Sequence[int],
     *,
     num_classes: int,
     step_size: float = 0.5,
-    device: torch.device = _CPU,
     results_device: torch.device = _CPU,
     axis: int = 0,
     on_window: Callable[[int], None] = lambda n_windows: None,
@@ -309,7 +306,6 @@ def predict_planes(
         patch_size: Voxels of a window, ``(X, Y, Z)``; of a 2D network ``(Y, Z)``.
         num_classes: ``K``.
         step_size: Distance between windows as a fraction of the patch.
-        device: Where the networks are.
         results_device: Where their logits are added up.
         axis: The axis of the image along which planes come.
         on_window: Called after each window of each fold with the number of all.
@@ -339,7 +335,7 @@ def predict_planes(
         for network, sums in zip(networks, logits, strict=True):
             for place in places:
                 window = np.moveaxis(image[:, place[0], place[1], place[2]], 1, axis + 1)
-                tensor = torch.from_numpy(np.array(window, dtype=np.float32, order="C"))[None].to(device)
+                tensor = torch.from_numpy(np.array(window, dtype=np.float32, order="C"))[None]
                 prediction = network(tensor[:, :, 0] if flat else tensor)[0].to(results_device)
                 prediction = (prediction[:, None] if flat else prediction).movedim(axis + 1, 1)
                 _add(sums, prediction, gaussian, place)
@@ -484,120 +480,92 @@ class LabelResampler:
     def __init__(self, maps: tuple[AxisMap, AxisMap, AxisMap], dtype: npt.DTypeLike = np.uint8) -> None:
         self._planes, self._rows, self._columns = maps
         self._dtype, self._next_plane = np.dtype(dtype), 0
-        self._previous: Bits | None = None
+        self._kept: list[Floats] = []  # the plane before, where values between two are interpolated
 
-    def push(self, logits: npt.NDArray[np.float16]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    def push(self, logits: npt.NDArray[np.float16 | np.float32]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """Take the next plane.
 
         Args:
-            logits: Of shape ``(K, Y, Z)`` for ``K`` classes; not kept.
+            logits: Of shape ``(K, Y, Z)`` for ``K`` classes, of numbers that half precision holds; if they are float32
+                already, not to be changed before the next plane is given.
 
         Yields:
             Index of an output plane and its labels ``(Y, Z)`` on the output grid, in order.
         """
-        plane = _to_ordered(logits)
-        index, self._next_plane = self._next_plane, self._next_plane + 1
-        if not self._planes.linear:
-            wanted = _span(self._planes.lower, index, index + 1)
-            if wanted:
-                labels = self._layer([plane], [[(0, None)]])[0]
-                yield from ((i, labels) for i in wanted)
+        plane = np.ascontiguousarray(logits, np.float32)  # which processors compare many times faster than halves
+        inputs, self._kept = [*self._kept, plane], [plane] if self._planes.linear else []
+        index, self._next_plane = self._next_plane - self._planes.linear, self._next_plane + 1
+        wanted = _span(self._planes.lower, index, index + 1)  # between two input planes, or on one
+        of_outputs = [_taps(self._planes, i) for i in wanted]
+        labels = np.empty((len(wanted), len(self._rows.lower), len(self._columns.lower)), self._dtype)
+        n_classes, height, width = plane.shape
+        n_rows, at_once = height - self._rows.linear, max(1, _TILE_ELEMENTS // (n_classes * width))
+        for first in range(0, n_rows if wanted else 0, at_once):
+            self._label_rows(inputs, first, min(first + at_once, n_rows), of_outputs, labels)
+        yield from zip(wanted, labels, strict=True)
+
+    def _label_rows(
+        self, inputs: Sequence[Floats], first: int, last: int, of_outputs: Sequence[AxisTaps], labels: npt.NDArray[Any]
+    ) -> None:
+        """Fill the output rows of the cells from row ``first`` to before ``last``."""
+        rows, columns = self._rows, self._columns
+        if not (wanted := _span(rows.lower, first, last)):
             return
-        previous, self._previous = self._previous, plane
-        wanted = _span(self._planes.lower, index - 1, index)
-        if previous is not None and wanted:
-            taps = [_taps(self._planes, i) for i in wanted]
-            yield from zip(wanted, self._layer([previous, plane], taps), strict=True)
-
-    def _layer(self, inputs: Sequence[Bits], of_outputs: Sequence[PlaneTaps]) -> npt.NDArray[Any]:
-        """Labels ``(n, Y, Z)`` of output planes between two input planes, or on one."""
-        n_classes, height, width = inputs[0].shape
-        n_rows = height - self._rows.linear
-        labels = np.empty((len(of_outputs), len(self._rows.lower), len(self._columns.lower)), self._dtype)
-        at_once = max(1, _TILE_ELEMENTS // (n_classes * width))
-        for first in range(0, n_rows, at_once):
-            last = min(first + at_once, n_rows)
-            rows = _span(self._rows.lower, first, last)
-            if rows:
-                tile = _Tile(inputs, first, last, self._rows, self._columns)
-                tile.label(slice(rows.start, rows.stop), of_outputs, labels)
-        return labels
-
-
-class _Tile:
-    """Some rows of cells, and which classes can win in each."""
-
-    def __init__(self, inputs: Sequence[Bits], first: int, last: int, rows: AxisMap, columns: AxisMap) -> None:
-        self._inputs, self._first, self._rows, self._columns = inputs, first, rows, columns
-        smallest, largest = self._extremes(slice(first, last + rows.linear))
-        possible = largest >= smallest.max(axis=0)
-        self._n_columns = possible.shape[2]
-        n_cells = possible.shape[1] * self._n_columns
-        classes, cells = np.divmod(np.flatnonzero(possible), n_cells)
-        #: The only class that is possible, where there is but one.
-        self._winner = np.zeros(n_cells, np.intp)
-        self._winner[cells] = classes
-        self._count = np.bincount(cells, minlength=n_cells)
-        several = self._count[cells] > 1
-        by_cell = np.argsort(cells[several], kind="stable")  # ascending classes in each cell
-        self._classes, self._cells = classes[several][by_cell], cells[several][by_cell]
-
-    def _extremes(self, rows: slice) -> tuple[Bits, Bits]:
-        inputs = [plane[:, rows] for plane in self._inputs]
-        smallest, largest = (
-            inputs[0] if len(inputs) == 1 else function(*inputs) for function in (np.minimum, np.maximum)
-        )
-        if self._rows.linear:
+        parts = [plane[:, first : last + rows.linear] for plane in inputs]
+        smallest, largest = reduce(np.minimum, parts), reduce(np.maximum, parts)
+        if rows.linear:
             smallest = np.minimum(smallest[:, :-1], smallest[:, 1:])
             largest = np.maximum(largest[:, :-1], largest[:, 1:])
-        if self._columns.linear:
+        if columns.linear:
             smallest = np.minimum(smallest[:, :, :-1], smallest[:, :, 1:])
             largest = np.maximum(largest[:, :, :-1], largest[:, :, 1:])
-        return smallest, largest
-
-    def label(self, rows: slice, of_outputs: Sequence[PlaneTaps], labels: npt.NDArray[Any]) -> None:
-        """Fill output rows, which lie between the tile's."""
-        cells = (self._rows.lower[rows, None] - self._first) * self._n_columns + self._columns.lower
-        labels[:, rows] = self._winner[cells]
-        open_rows, open_columns = np.nonzero(self._count[cells] > 1)
+        possible = largest >= smallest.max(axis=0)
+        _, n_rows, n_columns = possible.shape
+        classes, cells = np.divmod(np.flatnonzero(possible), n_rows * n_columns)
+        winner = np.zeros(n_rows * n_columns, np.intp)
+        winner[cells] = classes  # the only class that is possible, where there is but one
+        count = np.bincount(cells, minlength=n_rows * n_columns)
+        here = slice(wanted.start, wanted.stop)
+        cells_here = (rows.lower[here, None] - first) * n_columns + columns.lower
+        labels[:, here] = winner[cells_here]
+        open_rows, open_columns = np.nonzero(count[cells_here] > 1)
         if not len(open_rows):
             return
-        cells = cells[open_rows, open_columns]
-        in_plane = list(product(_taps(self._rows, open_rows + rows.start), _taps(self._columns, open_columns)))
-        planes = [self._corner_values(plane) for plane in self._inputs]
-        n_candidates = len(self._cells)
-        for out, in_depth in zip(labels[:, rows], of_outputs, strict=True):
+        several = count[cells] > 1
+        by_cell = np.argsort(cells[several], kind="stable")  # ascending classes in each cell
+        classes, cells = classes[several][by_cell], cells[several][by_cell]
+        # Logits (corners, candidates) of each candidate at the corners of its cell.
+        _, height, width = inputs[0].shape
+        row, column = np.divmod(cells, n_columns)
+        index = (classes * height + first + row) * width + column
+        steps = [y * width + x for y in range(1 + rows.linear) for x in range(1 + columns.linear)]
+        corners = np.stack([index + step for step in steps])
+        planes = [plane.reshape(-1)[corners].astype(np.float64) for plane in inputs]
+        in_plane = list(product(_taps(rows, open_rows + here.start), _taps(columns, open_columns)))
+        open_cells = cells_here[open_rows, open_columns]
+        starts, counts = np.searchsorted(cells, open_cells), count[open_cells]
+        for out, in_depth in zip(labels[:, here], of_outputs, strict=True):
             taps: list[Tap] = []
             for plane, weight in in_depth:
-                values = (planes[plane] if weight is None else planes[plane] * weight).reshape(-1)
-                for (row, by_row), (column, by_column) in in_plane:
-                    corner = row * (1 + self._columns.linear) + column
-                    taps.append((values, corner * n_candidates, by_row, by_column))
-            out[open_rows, open_columns] = self._largest(cells, taps)
+                values = (planes[plane] * weight).reshape(-1)
+                for (lower, by_row), (left, by_column) in in_plane:
+                    corner = lower * (1 + columns.linear) + left
+                    taps.append((values, corner * len(cells), by_row, by_column))
+            out[open_rows, open_columns] = classes[_largest(starts, counts, taps)]
 
-    def _corner_values(self, plane: Bits) -> npt.NDArray[np.float64]:
-        """Logits ``(corners, candidates)`` of each candidate at the corners of its cell."""
-        _, height, width = plane.shape
-        row, column = np.divmod(self._cells, self._n_columns)
-        index = (self._classes * height + self._first + row) * width + column
-        steps = [y * width + x for y in range(1 + self._rows.linear) for x in range(1 + self._columns.linear)]
-        return _from_ordered(plane.reshape(-1)[np.stack([index + step for step in steps])])
 
-    def _largest(self, cells: Indices, taps: Sequence[Tap]) -> Indices:
-        """The candidate with the largest value at each output voxel, the first of several that are equal."""
-        starts = np.searchsorted(self._cells, cells)
-        counts = self._count[cells]
-        best = _interpolate(starts, taps)
-        winner = self._classes[starts]
-        open_voxels = np.arange(len(cells))
-        for i in range(1, int(counts.max())):
-            open_voxels = open_voxels[counts[open_voxels] > i]
-            candidate = starts[open_voxels] + i
-            value = _interpolate(candidate, taps, open_voxels)
-            better = value > best[open_voxels]
-            winners = open_voxels[better]
-            best[winners], winner[winners] = value[better], self._classes[candidate[better]]
-        return winner
+def _largest(starts: Indices, counts: Indices, taps: Sequence[Tap]) -> Indices:
+    """The candidate with the largest value at each output voxel, the first of several that are equal."""
+    best, open_voxels = _interpolate(starts, taps), np.arange(len(starts))
+    winner: Indices = starts.copy()
+    for i in range(1, int(counts.max())):
+        open_voxels = open_voxels[counts[open_voxels] > i]
+        candidate = starts[open_voxels] + i
+        value = _interpolate(candidate, taps, open_voxels)
+        better = value > best[open_voxels]
+        winners = open_voxels[better]
+        best[winners], winner[winners] = value[better], candidate[better]
+    return winner
 
 
 def _interpolate(
@@ -609,39 +577,18 @@ def _interpolate(
     """
     total = np.zeros(len(candidates))
     for values, offset, by_row, by_column in taps:
-        value = values[candidates + (offset if isinstance(offset, int) else offset[voxels])]
-        for weight in (by_row, by_column):
-            if weight is not None:
-                value *= weight[voxels]
+        value = values[candidates + offset[voxels]]
+        value *= by_row[voxels]
+        value *= by_column[voxels]
         total += value
     return total.astype(np.float16)
 
 
-def _taps(axis: AxisMap, index: Any) -> list[tuple[Any, Any]]:
-    """Which ends of the cell output voxels take values from, and with what weights; None for the whole value."""
+def _taps(axis: AxisMap, index: Any) -> AxisTaps:
     if axis.weight is None or axis.ends is None:
-        return [(0, None)]
+        return [(np.zeros_like(index), np.ones(np.shape(index)))]
     weight = axis.weight[index]
     return [(axis.ends[0][index], 1 - weight), (axis.ends[1][index], weight)]
-
-
-def _to_ordered(logits: npt.NDArray[np.float16]) -> Bits:
-    """Whole numbers in the order of half-precision numbers, which processors compare many times faster.
-
-    Both zeros become 0: in the corners of images, where windows weigh next to nothing, many logits are zero.
-    """
-    bits = np.ascontiguousarray(logits).view(np.int16)
-    sign = bits >> 15
-    ordered: Bits = bits & _MAGNITUDE
-    ordered ^= sign
-    ordered -= sign
-    return ordered
-
-
-def _from_ordered(ordered: Bits) -> npt.NDArray[np.float64]:
-    sign = ordered >> 15
-    bits: Bits = ((ordered ^ sign) - sign) | (sign & _SIGN)
-    return bits.view(np.float16).astype(np.float64)
 
 
 def _span(ascending: Indices, first: int, stop: int) -> range:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from stunet.errors import ArchitectureError, CheckpointError, reading
 from stunet.files import atomic_path, refuse_existing
-from stunet.network import CONV_OPS, N_STAGES, STUNet, STUNetSize, size_of
+from stunet.network import CONV_OPS, N_STAGES, STUNet, STUNetSize, build_stunet, size_of
 from stunet.weights.read import (
     STUNET,
     UNETS,
@@ -82,8 +82,7 @@ def read_state(path: Path) -> _File:
             return content, content["state_dict"], "nnU-Net v1"
         if content and all(isinstance(value, Tensor) for value in content.values()):
             return {}, content, "plain tensors"
-    text = f"a file without weights: {path} holds {describe_content(content)}, and no 'state_dict' or 'network_weights'"
-    raise CheckpointError(text)
+    raise CheckpointError(f"a file without weights: {path} holds {describe_content(content)}; give a checkpoint")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -178,14 +177,8 @@ class Architecture:
     def build_on_meta(self) -> STUNet:
         """Build the network without memory for its weights; all strides are 1, which no shape depends on."""
         with torch.device("meta"):
-            return STUNet(
-                self.input_channels,
-                self.num_classes,
-                features_per_stage=self.size.features,
-                n_blocks_per_stage=self.size.depth,
-                conv_op=CONV_OPS[self.n_axes],
-                strides=[1] * N_STAGES,
-            )
+            strides, conv_op = [1] * N_STAGES, CONV_OPS[self.n_axes]
+            return build_stunet(self.size, self.input_channels, self.num_classes, strides, conv_op=conv_op)
 
 
 def infer_architecture(weights: Mapping[str, Tensor], *, source: str) -> Architecture:

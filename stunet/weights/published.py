@@ -29,7 +29,7 @@ from platformdirs import user_cache_path
 from stunet.environment import did_you_mean
 from stunet.errors import CheckpointError, DownloadError, UsageError
 from stunet.files import file_sha256, move_into_place, write_json
-from stunet.labels.labels import list_vocabularies, load_vocabulary
+from stunet.labels.labels import load_vocabulary
 
 REGISTRY_VARIABLE = "STUNET_REGISTRY"
 """Environment variable that names a further registry; its entries go before ours of the same name."""
@@ -102,8 +102,6 @@ class WeightsEntry(Struct, frozen=True, forbid_unknown_fields=True):
     sources: dict[str, str] | None = None  # where each of these facts is from
 
     def __post_init__(self) -> None:
-        if self.labels is not None and self.labels not in list_vocabularies():
-            raise ValueError(f"labels {self.labels} is none of {', '.join(list_vocabularies())}")
         if self.labels is not None and len(load_vocabulary(self.labels).labels) != self.outputs:
             raise ValueError(f"{self.name} has {self.outputs} outputs, which {self.labels} does not name")
         names = [file.file for file in self.files]
@@ -194,6 +192,11 @@ def missing_files(entry: WeightsEntry, folder: Path) -> list[str]:
     return [file.file for file in entry.files if not (folder / file.file).is_file()]
 
 
+def _require_files(entry: WeightsEntry, folder: Path) -> None:
+    if missing := missing_files(entry, folder):
+        raise CheckpointError(f"no {', '.join(missing)} in {folder}: run `stunet weights fetch {entry.name}`")
+
+
 def cached_weights(name: str) -> Path:
     """Return the file with weights that ``stunet weights fetch`` has put into the cache; their pickles lie beside it.
 
@@ -202,15 +205,12 @@ def cached_weights(name: str) -> Path:
         UsageError: No weights have this name.
     """
     entry, folder = find_entry(name), entry_folder(name)
-    if missing := missing_files(entry, folder):
-        text = f"{name} has not been fetched: no {', '.join(missing)} in {folder}"
-        raise CheckpointError(f"{text}; run `stunet weights fetch {name}`")
+    _require_files(entry, folder)
     for file in entry.files:
         path = folder / file.file
         known, got = read_record(path) or file, path.stat().st_size
         if known.bytes not in (None, got):
-            text = f"{path} has {got} bytes instead of {known.bytes}, it has changed since it was fetched"
-            raise CheckpointError(f"{text}: run `stunet weights fetch {name} --force`")
+            raise CheckpointError(f"{path} has {got} bytes, not {known.bytes}: `stunet weights fetch {name} --force`")
     return folder / entry.weights_file.file
 
 
@@ -293,7 +293,7 @@ def fetch(
     with alone_with(folder / ".partial" / "lock", say):
         for file in (*entry.pickles, entry.weights_file):  # the small ones first: what fails shall fail early
             if (folder / file.file).is_file() and not (sources[file.file] and force):
-                _verify_present(entry, file, folder)
+                _verify_present(folder / file.file, entry)
                 say(f"{file.file} is there already, and fine")
             elif sources[file.file]:
                 _fetch_file(entry, file, sources[file.file], folder, attempts, say)
@@ -330,9 +330,9 @@ def alone_with(lock_path: Path, say: Say) -> Iterator[None]:
     lock, folder = FileLock(lock_path), lock_path.parents[1]
     try:
         lock_path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with suppress(Timeout):
             lock.acquire(timeout=0)
-        except Timeout:
+        if not lock.is_locked:
             say(f"Another process works in {folder}: waiting for it")
             lock.acquire()
         yield
@@ -351,7 +351,7 @@ def _fetch_file(
         _require_room(part, file.bytes)
         url, stated = _download(sources, part, attempts, say)
         say(f"Checking {file.file}")
-        sha256 = _check(part, entry, file, folder, stated, clean_url(url)).sha256
+        sha256 = verify_file(part, entry, stated=stated, shown=clean_url(url)).sha256
         record_path(path).unlink(missing_ok=True)
         move_into_place(part, path)
     except (DownloadError, CheckpointError) as error:
@@ -444,8 +444,8 @@ def _from_hub(repository: str, part: Path, say: Say) -> tuple[str, str | None]:
     try:
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     except ImportError:
-        text = "huggingface_hub is not installed: run `pip install 'stunet[hub]'`, or give an address with --url"
-        raise DownloadError(text) from None
+        remedy = "run `pip install 'stunet[hub]'`, or give an address with --url"
+        raise DownloadError(f"huggingface_hub is not installed: {remedy}") from None
     repo_id, _, revision = repository.partition("@")
     try:
         found = get_hf_file_metadata(hf_hub_url(repo_id, part.name, revision=revision or None))
@@ -481,47 +481,41 @@ def verify(entry: WeightsEntry, folder: Path | None = None) -> list[Verified]:
         CheckpointError: A file is missing, has changed since it was fetched, or is not what the registry says.
     """
     folder = entry_folder(entry.name) if folder is None else folder
-    if missing := missing_files(entry, folder):
-        text = f"{entry.name} is not complete: no {', '.join(missing)} in {folder}"
-        raise CheckpointError(f"{text}; `stunet weights fetch {entry.name}` says how to get them")
-    return [_verify_present(entry, file, folder) for file in (*entry.pickles, entry.weights_file)]
+    _require_files(entry, folder)
+    return [_verify_present(folder / file.file, entry) for file in (*entry.pickles, entry.weights_file)]
 
 
-def _verify_present(entry: WeightsEntry, file: WeightsFile, folder: Path) -> Verified:
-    verified = _check(folder / file.file, entry, file, folder)
-    if read_record(verified.path) is None:
-        write_record(verified.path, name=entry.name, url=None, sha256=verified.sha256)
+def _verify_present(path: Path, entry: WeightsEntry) -> Verified:
+    verified = verify_file(path, entry)
+    if read_record(path) is None:
+        write_record(path, name=entry.name, url=None, sha256=verified.sha256)
     return verified
 
 
-def verify_file(path: Path, entry: WeightsEntry) -> Verified:
-    """Check a file that lies anywhere against one of the entry's files; notes nothing.
+def verify_file(path: Path, entry: WeightsEntry, *, stated: str | None = None, shown: str = "") -> Verified:
+    """Check length and checksum of a file where they are known, and always that it is what it is called; note nothing.
+
+    Args:
+        path: The file, which lies anywhere; under a name of the user's own it should be the weights.
+        entry: What it should be of.
+        stated: The SHA-256 that its server states.
+        shown: What messages call the file, where that is not its path.
 
     Raises:
         CheckpointError: It is not what the registry says.
     """
-    if not path.is_file():
-        raise CheckpointError(f"missing file: {path} is no file; check the path")
-    unnamed = entry.weights_file if path.suffix != ".pkl" else WeightsFile(path.name)  # under a name of the user's own
-    return _check(path, entry, next((f for f in entry.files if f.file == path.name), unnamed), None)
-
-
-def _check(
-    path: Path, entry: WeightsEntry, file: WeightsFile, folder: Path | None, stated: str | None = None, shown: str = ""
-) -> Verified:
-    """Check length and checksum where they are known, and always that a file is what it is called.
-
-    Pickles in the folder are read along with weights; ``shown`` is what messages call the file.
-    """
     from stunet.weights.convert import open_weights  # PyTorch, which listing weights does not need
-    from stunet.weights.read import read_pickle
+    from stunet.weights.read import read_pickle, require_file
+
+    unnamed = entry.weights_file if path.suffix != ".pkl" else WeightsFile(path.name)
+    file = next((file for file in entry.files if file.file == path.name), unnamed)
 
     def other(got: str, expected: str) -> CheckpointError:
         remedy = f"`stunet weights fetch {entry.name} --force` gets it again, from another address with --url or --hf"
         text = f"{shown or path} is not the published {file.file}: {got} instead of {expected}"
         return CheckpointError(f"{text}; {remedy}")
 
-    with path.open("rb") as opened:
+    with require_file(path, "file").open("rb") as opened:
         is_page = opened.read(512).lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head"))
     length, sha256, record = path.stat().st_size, file_sha256(path), read_record(path)
     known = {stated: "Hugging Face"} | {file.sha256: "the registry"}
@@ -540,8 +534,7 @@ def _check(
         if file.is_pickle:
             read_pickle(path)
             return fine
-        pickles = [folder / pickle.file for pickle in entry.pickles] if folder else []
-        found = open_weights([path, *(pickle for pickle in pickles if pickle.is_file())]).architecture
+        found = open_weights([path]).architecture
     except CheckpointError as error:
         raise other(f"a file that cannot be used ({error})", "a whole one") from error
     got = (found.size.name, found.input_channels, found.num_classes)

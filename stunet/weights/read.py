@@ -321,8 +321,7 @@ def load_tensors(file: IO[bytes], buffer: Any, path: Path) -> Any:
         with reading(path, _DAMAGED):
             return _check_extent((_read_legacy if legacy else _read_zip)(file, buffer), _SHARING * len(buffer) + 2**26)
     except Refused as refused:
-        text = f"{path} cannot be read safely, as it {str(refused)[:300]}: do not load files that you do not trust"
-        raise CheckpointError(text) from None
+        raise CheckpointError(f"{path} cannot be read safely, as it {str(refused)[:300]}: do not trust it") from None
 
 
 def _read_zip(file: IO[bytes], buffer: Any) -> Any:
@@ -418,8 +417,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     checkpoint = load_archive(path)
     needed = {"network_weights": dict, "current_epoch": int}
     if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k), t) for k, t in needed.items()):
-        text = f"{path} holds {describe_content(checkpoint)}: not a checkpoint of nnU-Net v2"
-        raise CheckpointError(f"{text} as nnUNetv2_train writes it")
+        raise CheckpointError(f"{path} holds {describe_content(checkpoint)}: give one that nnUNetv2_train wrote")
     return checkpoint
 
 

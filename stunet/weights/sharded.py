@@ -148,8 +148,8 @@ class _Writer(FileSystemWriter):
         super().finish(metadata, results)
         unfinished = self._folder / _UNFINISHED
         (unfinished / _CONTENT).write_bytes(self._content)
-        _write_index(unfinished / _INDEX, metadata)
-        sync_files([unfinished / _CONTENT])
+        (unfinished / _INDEX).write_bytes(_index(metadata))
+        sync_files([unfinished / _CONTENT, unfinished / _INDEX])
         before = _versions(self._folder)
         number = 1 + max([0, *(int(path.name) for path in before)])
         place_files([(unfinished, self._folder / f"{number:04d}")])
@@ -165,8 +165,7 @@ def read_sharded(version: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     content = load_archive(path := version / _CONTENT)
     if not isinstance(content, dict) or not isinstance(content.get("current_epoch"), int):
-        text = f"{path} holds {describe_content(content)}, without 'current_epoch'"
-        raise CheckpointError(f"{text}: continue from another checkpoint of the fold")
+        raise CheckpointError(f"{path} holds {describe_content(content)}: continue from another checkpoint")
     index = _read_index(version / _INDEX).state_dict_metadata
     shapes: dict[str, Tensor] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")  # type: ignore[union-attr]
@@ -220,8 +219,7 @@ class _Reader(FileSystemReader):
         return done
 
 
-def _write_index(path: Path, metadata: Metadata) -> None:
-    """Write the index of a checkpoint of tensors; its content is on disk (fsync) afterwards."""
+def _index(metadata: Metadata) -> bytes:
     index = _Index({})
     for name, entry in metadata.state_dict_metadata.items():
         assert isinstance(entry, dcp.TensorStorageMetadata), name
@@ -231,8 +229,7 @@ def _write_index(path: Path, metadata: Metadata) -> None:
             place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
             shard = list(chunk.offsets), list(chunk.sizes)
             tensor.pieces.append(_Shard(*shard, place.relative_path, place.offset, place.length))
-    path.write_bytes(msgspec.json.encode(index))
-    sync_files([path])
+    return msgspec.json.encode(index)
 
 
 def _read_index(path: Path) -> Metadata:
