@@ -13,12 +13,4 @@ from stunet.planning.plans import (
     write_plans,
 )
 from stunet.planning.preprocessed import PreprocessedDataset, open_preprocessed
-from stunet.planning.rewrite import (
-    check_configuration,
-    fit_strides,
-    is_stunet,
-    plans_size,
-    resolve_configuration,
-    rewrite_configuration,
-    rewrite_plans,
-)
+from stunet.planning.rewrite import fit_strides, is_stunet, plans_size, resolve_configuration, rewrite_plans

@@ -241,6 +241,8 @@ def read_v1_plans(
                 raise ValueError(f"{key} is {str(plans[key])[:40]} instead of {actual}, as the weights have")
         channels = range(input_channels)
         names = [str(_channel(plans["normalization_schemes"], c, "normalization_schemes")) for c in channels]
+        if "CT2" in names:
+            raise ValueError(f"normalization_schemes: CT2, which nnU-Net v2 has not, instead of {', '.join(_SCHEMES)}")
         modalities = plans.get("modalities") or dict(enumerate(names))
         masks = plans.get("use_mask_for_norm") or {}
         forward, backward = (
@@ -253,7 +255,8 @@ def read_v1_plans(
             PRETRAINING,
             **_stage(plans, init),
             channel_names=[str(_channel(modalities, c, "modalities")) for c in channels],
-            normalization_schemes=[_scheme(name) for name in names],
+            # v1 treats every other modality as it does MR.
+            normalization_schemes=[_SCHEMES.get(name, "ZScoreNormalization") for name in names],
             use_mask_for_norm=[bool(_channel(masks, c, "use_mask_for_norm", default=False)) for c in channels],
             intensity_properties=[_statistics(plans, c, name) for c, name in enumerate(names)],
             transpose_forward=forward,
@@ -286,12 +289,6 @@ def _channel(values: Any, channel: int, key: str, *, default: Any = None) -> Any
     if (value := listed.get(channel, default)) is None:
         raise ValueError(f"{key} without a value for channel {channel}")
     return value
-
-
-def _scheme(name: str) -> str:
-    if name == "CT2":
-        raise ValueError(f"normalization_schemes: CT2, which nnU-Net v2 has not, instead of {', '.join(_SCHEMES)}")
-    return _SCHEMES.get(name, "ZScoreNormalization")  # v1 treats every other modality so
 
 
 def _statistics(plans: Mapping[str, Any], channel: int, scheme: str) -> dict[str, float]:
