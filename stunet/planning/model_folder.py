@@ -63,12 +63,11 @@ def describe_model(weights: SourceWeights, labels: Vocabulary | None) -> ModelDe
     if weights.init_args.get("plans") and weights.init_args.get("configuration"):
         return _from_nnunet_v2(weights, labels)
     architecture = weights.architecture
-    n_channels = architecture.input_channels
+    n_channels, n_classes = architecture.input_channels, architecture.num_classes
     if weights.v1_plans:
-        source = ", ".join(path.name for path in weights.pickles)
-        if "plans_per_stage" not in weights.v1_plans:  # the published plans.pkl has none
-            source += " and pre-training preset"
-        n_classes = architecture.num_classes
+        # The published plans.pkl has no stages.
+        preset = "" if "plans_per_stage" in weights.v1_plans else " and pre-training preset"
+        source = ", ".join(path.name for path in weights.pickles) + preset
         preparation = read_v1_plans(
             weights.v1_plans, weights.v1_init, input_channels=n_channels, num_classes=n_classes, source=source
         )

@@ -96,7 +96,12 @@ class Checkpoints:
         if self._trainer.local_rank == 0 and not self._trainer.disable_checkpointing:
             best = find_version((self._folder / _BEST).with_suffix(SHARDED_SUFFIX))
             if best is not None:
-                _write(self._folder / _BEST, _as_nnunets(best))
+                content, shapes = read_sharded(best)
+                tensors = {name: torch.zeros(shape.shape, dtype=shape.dtype) for name, shape in shapes.items()}
+                load_sharded(best, tensors)
+                content["network_weights"] = _part(tensors, _NETWORK)
+                optimizer_state = _optimizer_state(content.pop("optimizer"), _part(tensors, _OPTIMIZER))
+                _write(self._folder / _BEST, {**content, "optimizer_state": _numbered(optimizer_state)})
             for name in (_BEST, _LATEST):
                 remove_sharded((self._folder / name).with_suffix(SHARDED_SUFFIX))
 
@@ -210,14 +215,6 @@ def set_aside(folder: Path, ranks: Ranks) -> None:
                 remove_sharded(previous)
                 os.replace(path, previous)
     barrier()
-
-
-def _as_nnunets(version: Path) -> dict[str, Any]:
-    content, shapes = read_sharded(version)
-    tensors = {name: torch.zeros(shape.shape, dtype=shape.dtype) for name, shape in shapes.items()}
-    load_sharded(version, tensors)
-    optimizer_state = _numbered(_optimizer_state(content.pop("optimizer"), _part(tensors, _OPTIMIZER)))
-    return {"network_weights": _part(tensors, _NETWORK), "optimizer_state": optimizer_state, **content}
 
 
 def _optimizer_state(rest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:

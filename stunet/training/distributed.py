@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.backends import cudnn
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore, TCPStore
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -138,22 +138,18 @@ def process_group(ranks: Ranks, device_type: str, timeout: float) -> Iterator[No
         raise UsageError(f"{got}: check MASTER_ADDR, MASTER_PORT and that rank 0 runs") from error
     store = PrefixStore(f"stunet/{ranks.n_restarts}", host)
     store.set(f"joined/{ranks.rank}", socket.gethostname())
-    _wait_for_all(store, ranks.size, timeout)
+    missing, deadline = list(range(ranks.size)), time.monotonic() + timeout
+    with suppress(dist.DistError):  # rank 0, which holds the store, has given up first
+        while (missing := [r for r in missing if not store.check([f"joined/{r}"])]) and time.monotonic() < deadline:
+            time.sleep(_POLL)
+    if missing:
+        got = f"joined within {timeout:g} s: {ranks.size - len(missing)} of {ranks.size}"
+        raise UsageError(f"{got}; missing: rank {', '.join(map(str, missing))}: see what they print, or --timeout")
     dist.init_process_group(_BACKENDS[device_type], store=store, rank=ranks.rank, world_size=ranks.size, timeout=wait)
     try:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _wait_for_all(store: Store, size: int, timeout: float) -> None:
-    missing, deadline = list(range(size)), time.monotonic() + timeout
-    with suppress(dist.DistError):  # rank 0, which holds the store, has given up first
-        while (missing := [r for r in missing if not store.check([f"joined/{r}"])]) and time.monotonic() < deadline:
-            time.sleep(_POLL)
-    if missing:
-        got = f"joined within {timeout:g} s: {size - len(missing)} of {size}"
-        raise UsageError(f"{got}; missing: rank {', '.join(map(str, missing))}: see what they print, or --timeout")
 
 
 def check_same(ranks: Ranks, dataset: str, configuration: str, plans_name: str, arguments: list[Any]) -> None:
