@@ -1,6 +1,6 @@
 """Plans files: rewriting, presets, and the model folders and preprocessed data that belong to them."""
 
-from stunet.planning.model_folder import ModelDescription, describe_model, write_model_folder
+from stunet.planning.model_folder import describe_model, write_model_folder
 from stunet.planning.plans import (
     apply_preset,
     fine_tuning_configurations,
