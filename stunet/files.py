@@ -49,9 +49,10 @@ def atomic_path(path: AnyPath) -> Iterator[Path]:
 
 
 def move_into_place(temporary: AnyPath, path: AnyPath) -> None:
-    """Rename a finished file on the same file system; its content is on disk before, and its name after."""
+    """Rename a finished file or folder on the same file system; it is on disk before, and its name after."""
     sync_files([temporary])
-    place_files([(temporary, path)])
+    os.replace(temporary, path)
+    sync_files([Path(path).parent])
 
 
 def sync_files(paths: Iterable[AnyPath]) -> None:
@@ -65,14 +66,6 @@ def sync_files(paths: Iterable[AnyPath]) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-
-
-def place_files(files: Iterable[tuple[AnyPath, AnyPath]]) -> None:
-    """Rename files whose contents are on disk, in this order; the names are on disk when it returns."""
-    files = list(files)
-    for temporary, path in files:
-        os.replace(temporary, path)
-    sync_files({Path(path).parent for _, path in files})
 
 
 def file_sha256(path: AnyPath) -> str:
@@ -119,9 +112,9 @@ def atomic_folder(path: AnyPath) -> Iterator[Path]:
     try:
         with naming_file(path):
             yield temporary
-        sync_files([*temporary.rglob("*"), temporary])
+        sync_files(temporary.rglob("*"))
         refuse_existing(path)  # a rename would silently replace an empty folder
-        place_files([(temporary, path)])
+        move_into_place(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -199,18 +199,9 @@ class STUNetDecoder(nn.Module):
         seg_layers: The five heads, coarsest first. nnU-Net leaves them out when it loads pre-trained weights.
     """
 
-    def __init__(
-        self,
-        conv_op: ConvOp,
-        num_classes: int,
-        features: Ints,
-        n_blocks: Ints,
-        strides: Strides,
-        *,
-        deep_supervision: bool,
-    ) -> None:
+    def __init__(self, conv_op: ConvOp, num_classes: int, features: Ints, n_blocks: Ints, strides: Strides) -> None:
         super().__init__()
-        self.deep_supervision = deep_supervision
+        self.deep_supervision = False
         self.supervised_levels = N_STAGES - 1
         levels = list(enumerate(pairwise(features)))[::-1]  # (level, (channels here, channels below))
         # The published network interpolates before this 1x1 convolution. Either order gives the same function, as
@@ -292,7 +283,8 @@ class STUNet(nn.Module):
         sizes = (features_per_stage, n_blocks_per_stage, full)
         self.conv_op, self._total_stride = conv_op, total_stride(full)
         self.encoder = STUNetEncoder(conv_op, input_channels, *sizes)
-        self.decoder = STUNetDecoder(conv_op, num_classes, *sizes, deep_supervision=deep_supervision)
+        self.decoder = STUNetDecoder(conv_op, num_classes, *sizes)
+        self.decoder.deep_supervision = deep_supervision
         for part, stages in (("encoder", self.encoder.stages), ("decoder", self.decoder.stages)):
             for stage in stages:
                 cast(_Stage, stage).checkpointed = activation_checkpointing in ("all", part)

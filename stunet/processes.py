@@ -42,8 +42,7 @@ def run_jobs(
     """
     num_processes = min(num_processes, len(jobs))
     if num_processes <= 1:
-        for job in jobs:
-            yield job, _call(function, job)
+        yield from ((job, _call(function, job)) for job in jobs)
         return
     executor = _spawn(num_processes)
     try:

@@ -28,7 +28,7 @@ def make_trainer(*, continues: bool = False, shards: bool = True, **settings: An
     trainer.initialize()
     if continues:
         trainer.load_checkpoint(str(Path(trainer.output_folder, "checkpoint_latest.pth")))
-    if shards and trainer.sharding.enabled and not trainer.sharding.active:
+    if shards:
         trainer.sharding.shard()
     return trainer
 
@@ -57,7 +57,7 @@ def train_epochs(trainer: BaseSTUNetTrainer, epochs: int, *, save: str | None = 
 
 def state_of(trainer: BaseSTUNetTrainer) -> dict[str, Tensor]:
     """Weights and momentum by name, gathered on rank 0; all processes must ask for it."""
-    weights, optimizer_state = trainer.sharding.states(full=trainer.sharding.active)
+    weights, optimizer_state = trainer.sharding.states(full=trainer.sharding.group is not None)
     momentum = {
         f"momentum {name}": values["momentum_buffer"] for name, values in optimizer_state.get("state", {}).items()
     }

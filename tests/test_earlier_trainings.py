@@ -17,7 +17,7 @@ from made_trainers import make, trained
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from stunet.labels.labels import Vocabulary
-from stunet.planning import describe_model, write_model_folder
+from stunet.planning import write_model_folder
 from stunet.training import BaseSTUNetTrainer
 from stunet.weights.convert import open_weights
 from stunet.weights.read import read_checkpoint
@@ -81,7 +81,6 @@ def test_fine_tuning_starts_from_it(dataset: Path, earlier: Path, monkeypatch: p
 
 def test_it_becomes_a_model_folder(earlier: Path, tmp_path: Path) -> None:
     weights = open_weights([earlier / "model" / "fold_0" / "checkpoint_latest.pth"])
-    description = describe_model(weights, Vocabulary("mine", ("background", "liver", "spleen"), "mine"))
-    write_model_folder(weights, description, tmp_path / "out")
+    write_model_folder(weights, Vocabulary("mine", ("background", "liver", "spleen"), "mine"), tmp_path / "out")
     written = read_checkpoint(tmp_path / "out" / "fold_0" / "checkpoint_final.pth")
     torch.testing.assert_close(written["network_weights"], dict(weights.tensors), rtol=0, atol=0)

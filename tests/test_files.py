@@ -9,15 +9,7 @@ from pathlib import Path
 import pytest
 
 from stunet.errors import UsageError
-from stunet.files import (
-    atomic_folder,
-    atomic_path,
-    place_files,
-    read_json,
-    remove_leftovers,
-    write_json,
-    write_json_files,
-)
+from stunet.files import atomic_folder, atomic_path, read_json, remove_leftovers, write_json, write_json_files
 
 
 def test_content_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -100,21 +92,6 @@ def test_json_keeps_order_and_unicode(tmp_path: Path) -> None:
     content = {"z": 1, "a": ["ä", None]}
     write_json(content, tmp_path / "x.json")
     assert list(json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))) == ["z", "a"]
-
-
-def test_files_take_their_places_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in "ab":
-        (tmp_path / name).write_text(name)
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "y").write_text("old")
-    places = [(tmp_path / "a", tmp_path / "sub" / "x"), (tmp_path / "b", tmp_path / "y")]
-    seen = []
-    replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda old, new: (seen.append(new), replace(old, new)))
-    place_files(places)
-    assert seen == [new for _, new in places]
-    assert [new.read_text() for _, new in places] == ["a", "b"]
-    assert not (tmp_path / "a").exists()
 
 
 def test_json_files_appear_in_order_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

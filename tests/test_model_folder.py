@@ -86,7 +86,7 @@ def test_all_files_of_a_model(source: Path, tmp_path: Path, capsys: pytest.Captu
 def test_another_checkpoint_in_the_folder_is_refused(tmp_path: Path) -> None:
     """One that is whole in itself: the card's checksum says that it is not the one that was converted."""
     source = open_weights([write_v1(tmp_path, tiny_weights(), None)])
-    write_model_folder(source, describe_model(source, LABELS), tmp_path / "out")
+    write_model_folder(source, LABELS, tmp_path / "out")
     path = tmp_path / "out" / "fold_0" / "checkpoint_final.pth"
     content = read_checkpoint(path)
     torch.save({**content, "current_epoch": 8}, tmp_path / "other.pth")
@@ -196,7 +196,7 @@ def test_an_output_that_exists_is_kept(
     assert "an output that exists" in capsys.readouterr().err
     assert {"folder": out.is_dir, "file": out.is_file, "dangling link": out.is_symlink}[kind]()
     with pytest.raises(UsageError, match="an output that exists"):
-        write_model_folder(open_weights([source]), describe_model(open_weights([source]), LABELS), out)
+        write_model_folder(open_weights([source]), LABELS, out)
 
 
 @pytest.mark.parametrize("to", ["nnunet", "published"])

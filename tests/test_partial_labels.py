@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,20 @@ def test_training_refuses_what_it_cannot_learn(annotated: Path, monkeypatch: pyt
     with pytest.raises(LabelError, match="kidney_left, kidney_right"):
         make(plans=narrow_plans(), dataset_json=DATASET).on_train_start()
     make(plans=narrow_plans(allow_unannotated=True), dataset_json=DATASET).on_train_start()
+
+
+def test_an_epoch_without_dice_does_not_end_the_choice_of_the_best(dataset: Path) -> None:
+    trainer = make()
+    none, some = np.zeros(3), np.array([3.0, 0.0, 0.0])
+    for epoch, (hits, expected) in enumerate(zip([none, some, none, some], [np.nan, 0.5, 0.5, 0.5], strict=True)):
+        trainer.current_epoch = epoch
+        counts = {"loss": np.float32(1), "tp_hard": hits, "fp_hard": hits, "fn_hard": hits}
+        with np.errstate(invalid="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # mean of empty slice
+            trainer.on_validation_epoch_end([counts])
+        assert trainer._best_ema is None
+        np.testing.assert_equal(trainer.logger.get_value("ema_fg_dice", step=-1), expected)
+        trainer._best_ema = np.nan  # as nnU-Net takes it from the first epoch
 
 
 def test_mirroring_leaves_the_sides_where_they_are(dataset: Path) -> None:

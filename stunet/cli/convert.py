@@ -14,7 +14,6 @@ from stunet.cli.options import complete_weights
 from stunet.files import refuse_existing, remove_leftovers
 
 if TYPE_CHECKING:
-    from stunet.planning import ModelDescription
     from stunet.weights.convert import SourceWeights
     from stunet.weights.published import WeightsEntry
 
@@ -43,7 +42,7 @@ def convert(
     remove_leftovers(output.parent, glob.escape(output.name), of_the_dead=True)
     entry, paths = find_fetched(weights)
     from stunet.labels.labels import load_vocabulary, read_label_file, vocabulary_for
-    from stunet.planning import describe_model, write_model_folder
+    from stunet.planning import write_model_folder
     from stunet.weights.convert import open_weights, write_published
 
     source = open_weights(paths)
@@ -58,9 +57,8 @@ def convert(
         names = load_vocabulary(entry.labels)
     elif not source.init_args.get("dataset_json"):
         names = vocabulary_for(source.architecture.num_classes)
-    description = describe_model(source, names)
-    card = write_model_folder(source, description, output, licence=licence or (entry.licence if entry else None))
-    _report(source, description, card, output)
+    card = write_model_folder(source, names, output, licence=licence or (entry.licence if entry else None))
+    _report(source, card, output)
 
 
 def find_fetched(weights: list[Path]) -> tuple[WeightsEntry | None, list[Path]]:
@@ -77,10 +75,11 @@ def find_fetched(weights: list[Path]) -> tuple[WeightsEntry | None, list[Path]]:
     return find_entry(named[0]), [path if path.exists() else cached_weights(str(path)) for path in weights]
 
 
-def _report(source: SourceWeights, description: ModelDescription, card: dict[str, Any], output: Path) -> None:
-    from stunet.planning import resolve_configuration
+def _report(source: SourceWeights, card: dict[str, Any], output: Path) -> None:
+    from stunet.planning import load_plans, resolve_configuration
 
-    configuration = resolve_configuration(description.plans, description.configuration)
+    plans = load_plans(output / "plans.json")
+    configuration = resolve_configuration(plans, *plans["configurations"])
     size = human_bytes(card["sources"][0]["bytes"])
     rows = {
         "source": f"{source.path} ({source.kind}, {source.precision}, {size})",

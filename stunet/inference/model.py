@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from stunet.errors import CheckpointError, PlansError, UsageError, reading
 from stunet.files import read_json
 from stunet.labels.labels import Labels, load_vocabulary, vocabulary_for
-from stunet.planning import check_configuration, describe_model, write_model_folder
+from stunet.planning import write_model_folder
+from stunet.planning.rewrite import check_configuration
 from stunet.weights.convert import open_weights
 from stunet.weights.published import WeightsEntry, alone_with, entry_folder, fetch, find_entry, noted_sha256
 from stunet.weights.read import MODEL_CARD, check_network, check_weights, read_checkpoint
@@ -255,9 +256,8 @@ def published_model(entry: WeightsEntry, say: Callable[[str], None] = lambda tex
             weights = open_weights([fetch(entry, say=say)])
             say(f"Converting {entry.name} into {folder}")
             labels = load_vocabulary(entry.labels) if entry.labels else vocabulary_for(entry.outputs)
-            description = describe_model(weights, labels)
             shutil.rmtree(folder, ignore_errors=True)
-            write_model_folder(weights, description, folder, licence=entry.licence)
+            write_model_folder(weights, labels, folder, licence=entry.licence)
     return folder
 
 

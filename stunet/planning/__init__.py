@@ -1,6 +1,6 @@
 """Plans files: rewriting, presets, and the model folders and preprocessed data that belong to them."""
 
-from stunet.planning.model_folder import ModelDescription, describe_model, write_model_folder
+from stunet.planning.model_folder import describe_model, write_model_folder
 from stunet.planning.plans import (
     apply_preset,
     fine_tuning_configurations,
@@ -13,12 +13,4 @@ from stunet.planning.plans import (
     write_plans,
 )
 from stunet.planning.preprocessed import PreprocessedDataset, open_preprocessed
-from stunet.planning.rewrite import (
-    check_configuration,
-    fit_strides,
-    is_stunet,
-    plans_size,
-    resolve_configuration,
-    rewrite_configuration,
-    rewrite_plans,
-)
+from stunet.planning.rewrite import fit_strides, is_stunet, plans_size, resolve_configuration, rewrite_plans

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,36 +39,26 @@ _STATISTICS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class ModelDescription:
-    """What a model folder says beside the weights."""
-
-    plans: dict[str, Any]
-    configuration: str  # the one in the plans that the weights belong to
-    dataset_json: dict[str, Any]
-    mirroring_axes: tuple[int, ...] | None  # that prediction may mirror; None for no mirroring
-    plans_source: str  # where they come from, human-readable
-    label_source: str  # vocabulary or file that the names of the outputs come from
-
-
-def describe_model(weights: SourceWeights, labels: Vocabulary | None) -> ModelDescription:
+def describe_model(weights: SourceWeights, labels: Vocabulary | None) -> tuple[dict[str, Any], str]:
     """Make plans and dataset description for weights: their own where they bring them, else the pre-training preset's.
 
     ``labels`` names the outputs; it must be given where the weights bring no names.
+
+    Returns:
+        ``init_args`` of nnU-Net's checkpoints, and where the plans come from, human-readable.
 
     Raises:
         CheckpointError: Nothing says how to prepare the images.
         PlansError: The plans do not belong to the weights, or cannot be used.
     """
     if weights.init_args.get("plans") and weights.init_args.get("configuration"):
-        return _from_nnunet_v2(weights, labels)
+        return _from_nnunet_v2(weights, labels), "the checkpoint"
     architecture = weights.architecture
-    n_channels = architecture.input_channels
+    n_channels, n_classes = architecture.input_channels, architecture.num_classes
     if weights.v1_plans:
-        source = ", ".join(path.name for path in weights.pickles)
-        if "plans_per_stage" not in weights.v1_plans:  # the published plans.pkl has none
-            source += " and pre-training preset"
-        n_classes = architecture.num_classes
+        # The published plans.pkl has no stages.
+        preset = "" if "plans_per_stage" in weights.v1_plans else " and pre-training preset"
+        source = ", ".join(path.name for path in weights.pickles) + preset
         preparation = read_v1_plans(
             weights.v1_plans, weights.v1_init, input_channels=n_channels, num_classes=n_classes, source=source
         )
@@ -78,18 +68,10 @@ def describe_model(weights: SourceWeights, labels: Vocabulary | None) -> ModelDe
     else:
         source, preparation = "pre-training preset", PRETRAINING
     assert labels is not None
-    return ModelDescription(
-        plans=make_plans(preparation, architecture.size),
-        configuration=CONFIGURATION,
-        dataset_json={
-            "channel_names": {str(c): name for c, name in enumerate(preparation.channel_names)},
-            "labels": labels.as_dataset_labels(),
-            "file_ending": ".nii.gz",
-        },
-        mirroring_axes=None,  # the published results of direct inference are without
-        plans_source=source,
-        label_source=labels.name,
-    )
+    channel_names = {str(c): name for c, name in enumerate(preparation.channel_names)}
+    dataset_json = {"channel_names": channel_names, "labels": labels.as_dataset_labels(), "file_ending": ".nii.gz"}
+    plans = make_plans(preparation, architecture.size)
+    return {"plans": plans, "configuration": CONFIGURATION, "fold": 0, "dataset_json": dataset_json}, source
 
 
 def make_plans(preparation: Preparation, size: STUNetSize) -> dict[str, Any]:
@@ -113,7 +95,7 @@ def make_plans(preparation: Preparation, size: STUNetSize) -> dict[str, Any]:
     return deepcopy(plans)
 
 
-def _from_nnunet_v2(weights: SourceWeights, labels: Vocabulary | None) -> ModelDescription:
+def _from_nnunet_v2(weights: SourceWeights, labels: Vocabulary | None) -> dict[str, Any]:
     plans, name = deepcopy(weights.init_args["plans"]), str(weights.init_args["configuration"])
     source, architecture = str(weights.path), weights.architecture
     dataset_json = deepcopy(weights.init_args.get("dataset_json"))
@@ -139,20 +121,13 @@ def _from_nnunet_v2(weights: SourceWeights, labels: Vocabulary | None) -> ModelD
             theirs = f"{architecture.input_channels} channels and {architecture.num_classes} outputs"
             got = f"{source} describes {channels} channels and {outputs} outputs, and its weights have {theirs}"
             raise PlansError(f"{got}: take it as nnU-Net wrote it")
-    return ModelDescription(
-        plans=plans,
-        configuration=name,
-        dataset_json=dataset_json,
-        mirroring_axes=weights.mirroring_axes,
-        plans_source="the checkpoint",
-        label_source="the checkpoint" if labels is None else labels.name,
-    )
+    return {"plans": plans, "configuration": name, "fold": 0, "dataset_json": dataset_json}
 
 
 def write_model_folder(
-    weights: SourceWeights, description: ModelDescription, folder: str | os.PathLike[str], *, licence: str | None = None
+    weights: SourceWeights, labels: Vocabulary | None, folder: str | os.PathLike[str], *, licence: str | None = None
 ) -> dict[str, Any]:
-    """Write a model folder for ``nnUNetv2_predict_from_modelfolder`` atomically.
+    """Write a model folder for ``nnUNetv2_predict_from_modelfolder`` atomically; labels as in :func:`describe_model`.
 
     Tensors go from the source file to the checkpoint without a copy of all of them in memory, unless their precision
     changes.
@@ -161,12 +136,14 @@ def write_model_folder(
         Content of ``model_card.json``.
 
     Raises:
-        CheckpointError: The folder cannot be written.
+        CheckpointError: The folder cannot be written, or as in :func:`describe_model`.
+        PlansError: As there.
         UsageError: It exists.
     """
     folder = Path(folder)
     refuse_existing(folder)
-    architecture = weights.architecture
+    architecture, (init_args, plans_from) = weights.architecture, describe_model(weights, labels)
+    dataset_json = init_args["dataset_json"]
     card: dict[str, Any] = {
         "sources": [
             {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
@@ -182,16 +159,16 @@ def write_model_folder(
         "parameters": sum(tensor.numel() for tensor in weights.tensors.values()),
         "input_channels": architecture.input_channels,
         "outputs": architecture.num_classes,
-        "plans_from": description.plans_source,
-        "labels_from": description.label_source,
-        "labels": {str(value): name for name, value in description.dataset_json["labels"].items()},
+        "plans_from": plans_from,
+        "labels_from": "the checkpoint" if labels is None else labels.name,
+        "labels": {str(value): name for name, value in dataset_json["labels"].items()},
     }
     try:
         with atomic_folder(folder) as temporary:
-            write_json(description.plans, temporary / "plans.json")
-            write_json(description.dataset_json, temporary / "dataset.json")
+            write_json(init_args["plans"], temporary / "plans.json")
+            write_json(dataset_json, temporary / "dataset.json")
             (temporary / "fold_0").mkdir()
-            torch.save(_checkpoint(weights, description), temporary / _CHECKPOINT)
+            torch.save(_checkpoint(weights, init_args), temporary / _CHECKPOINT)
             card["files"] = {_CHECKPOINT: file_sha256(temporary / _CHECKPOINT)}  # compared whenever it is read
             write_json(card, temporary / MODEL_CARD)
     except (OSError, RuntimeError) as error:
@@ -201,7 +178,7 @@ def write_model_folder(
     return card
 
 
-def _checkpoint(weights: SourceWeights, description: ModelDescription) -> dict[str, Any]:
+def _checkpoint(weights: SourceWeights, init_args: dict[str, Any]) -> dict[str, Any]:
     return {
         "network_weights": weights.tensors,
         "optimizer_state": None,
@@ -209,14 +186,9 @@ def _checkpoint(weights: SourceWeights, description: ModelDescription) -> dict[s
         "logging": {},
         "_best_ema": None,
         "current_epoch": weights.epoch or 0,
-        "init_args": {
-            "plans": description.plans,
-            "configuration": description.configuration,
-            "fold": 0,
-            "dataset_json": description.dataset_json,
-        },
+        "init_args": init_args,
         "trainer_name": "nnUNetTrainer",  # its network comes from the plans, so prediction finds all it needs
-        "inference_allowed_mirroring_axes": description.mirroring_axes,
+        "inference_allowed_mirroring_axes": weights.mirroring_axes,  # none of the published ones, as their results
     }
 
 
@@ -241,6 +213,8 @@ def read_v1_plans(
                 raise ValueError(f"{key} is {str(plans[key])[:40]} instead of {actual}, as the weights have")
         channels = range(input_channels)
         names = [str(_channel(plans["normalization_schemes"], c, "normalization_schemes")) for c in channels]
+        if "CT2" in names:
+            raise ValueError(f"normalization_schemes: CT2, which nnU-Net v2 has not, instead of {', '.join(_SCHEMES)}")
         modalities = plans.get("modalities") or dict(enumerate(names))
         masks = plans.get("use_mask_for_norm") or {}
         forward, backward = (
@@ -253,7 +227,8 @@ def read_v1_plans(
             PRETRAINING,
             **_stage(plans, init),
             channel_names=[str(_channel(modalities, c, "modalities")) for c in channels],
-            normalization_schemes=[_scheme(name) for name in names],
+            # v1 treats every other modality as it does MR.
+            normalization_schemes=[_SCHEMES.get(name, "ZScoreNormalization") for name in names],
             use_mask_for_norm=[bool(_channel(masks, c, "use_mask_for_norm", default=False)) for c in channels],
             intensity_properties=[_statistics(plans, c, name) for c, name in enumerate(names)],
             transpose_forward=forward,
@@ -286,12 +261,6 @@ def _channel(values: Any, channel: int, key: str, *, default: Any = None) -> Any
     if (value := listed.get(channel, default)) is None:
         raise ValueError(f"{key} without a value for channel {channel}")
     return value
-
-
-def _scheme(name: str) -> str:
-    if name == "CT2":
-        raise ValueError(f"normalization_schemes: CT2, which nnU-Net v2 has not, instead of {', '.join(_SCHEMES)}")
-    return _SCHEMES.get(name, "ZScoreNormalization")  # v1 treats every other modality so
 
 
 def _statistics(plans: Mapping[str, Any], channel: int, scheme: str) -> dict[str, float]:

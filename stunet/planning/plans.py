@@ -131,11 +131,11 @@ class Preparation:
     median_shape: list[float]  # of the images at the target spacing, voxels
     median_spacing: list[float]  # of the training images, mm
     strides: list[list[int]]  # of each of six stages
+    normalization_schemes: list[str]  # of each channel, as the next one
+    use_mask_for_norm: list[bool]
     transpose_forward: list[int] = field(default_factory=lambda: [0, 1, 2])
     transpose_backward: list[int] = field(default_factory=lambda: [0, 1, 2])
     channel_names: list[str] = field(default_factory=lambda: ["nonCT"])
-    normalization_schemes: list[str] = field(default_factory=lambda: ["ZScoreNormalization"])
-    use_mask_for_norm: list[bool] = field(default_factory=lambda: [False])
     intensity_properties: list[dict[str, float]] = field(default_factory=lambda: [{}])
 
     def as_configurations(self, plans_name: str) -> dict[str, Any]:
@@ -172,23 +172,8 @@ def load_preset(name: str) -> dict[str, Any]:
     return content
 
 
-def _preparation(
-    preset: Mapping[str, Any], *, shape: list[float], spacing: list[float], n_channels: int
-) -> Preparation:
-    wanted = preset["preparation"]
-    return Preparation(
-        **{name: wanted[name] for name in ("spacing", "patch_size", "batch_size", "batch_dice", "strides")},
-        median_shape=shape,
-        median_spacing=spacing,
-        normalization_schemes=[wanted["normalization_scheme"]] * n_channels,
-        use_mask_for_norm=[wanted["use_mask_for_norm"]] * n_channels,
-    )
-
-
 #: How images were prepared for the published weights (arXiv 2304.06716, section 4.1, and the published plans).
-PRETRAINING = _preparation(
-    load_preset("totalsegmentator"), shape=[228.0, 228.0, 240.0], spacing=[1.5, 1.5, 1.5], n_channels=1
-)
+PRETRAINING = Preparation(**load_preset("totalsegmentator")["preparation"])
 
 
 def apply_preset(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -200,12 +185,17 @@ def apply_preset(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
     Returns:
         Plans whose architecture has strides only; :func:`stunet.planning.rewrite_plans` puts the network there.
     """
-    preset, backward = load_preset(name), plans["transpose_backward"]
+    preset, backward = Preparation(**load_preset(name)["preparation"]), plans["transpose_backward"]
     spacing = [plans["original_median_spacing_after_transp"][axis] for axis in backward]
     shape = [plans["original_median_shape_after_transp"][axis] for axis in backward]
-    target, n_channels = preset["preparation"]["spacing"], len(plans["foreground_intensity_properties_per_channel"])
-    resampled = [float(n * s / t) for n, s, t in zip(shape, spacing, target, strict=True)]
-    preparation = _preparation(preset, shape=resampled, spacing=spacing, n_channels=n_channels)
+    n_channels = len(plans["foreground_intensity_properties_per_channel"])
+    preparation = replace(
+        preset,
+        median_shape=[float(n * s / t) for n, s, t in zip(shape, spacing, preset.spacing, strict=True)],
+        median_spacing=spacing,
+        normalization_schemes=preset.normalization_schemes * n_channels,
+        use_mask_for_norm=preset.use_mask_for_norm * n_channels,
+    )
     return {
         **plans,
         "original_median_spacing_after_transp": spacing,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from stunet.errors import CheckpointError, STUNetError, reading
-from stunet.files import atomic_path, remove_leftovers, write_json
+from stunet.files import atomic_path, write_json
 from stunet.planning import open_preprocessed
 from stunet.ranking import prepare_target, score_candidate
 from stunet.training.distributed import Ranks
@@ -75,14 +75,12 @@ class Checkpoints:
             content = {**progress, "optimizer": {"param_groups": optimizer_state["param_groups"]}}
             self._saving = ShardedSave(path.with_suffix(SHARDED_SUFFIX), tensors, content, sharding.group)
             return
-        if sharding.active:
+        if sharding.group is None:
+            weights, optimizer_state = trainer.plain_network.state_dict(), trainer.optimizer.state_dict()
+        else:
             weights, optimizer_state = sharding.states(full=True)  # of all processes
         if trainer.local_rank == 0:
-            if sharding.active:
-                optimizer_state = _numbered(optimizer_state)
-            else:
-                weights, optimizer_state = trainer.plain_network.state_dict(), trainer.optimizer.state_dict()
-            _write(path, {"network_weights": weights, "optimizer_state": optimizer_state, **progress})
+            _write(path, {"network_weights": weights, "optimizer_state": _numbered(optimizer_state), **progress})
             remove_sharded(path.with_suffix(SHARDED_SUFFIX))  # of an earlier training, or with other settings
 
     def finish(self) -> None:
@@ -93,17 +91,17 @@ class Checkpoints:
             if self._trainer.local_rank == 0:  # the file that it takes the place of
                 saving.folder.with_suffix(".pth").unlink(missing_ok=True)
 
-    def remove_leftovers(self) -> None:
-        """Remove what a killed process has left."""
-        if self._trainer.local_rank == 0:
-            remove_leftovers(self._folder, "checkpoint_*")
-
     def replace_sharded(self) -> None:
         """Leave nnU-Net's files alone in the place of sharded checkpoints, once the final one is written."""
         if self._trainer.local_rank == 0 and not self._trainer.disable_checkpointing:
             best = find_version((self._folder / _BEST).with_suffix(SHARDED_SUFFIX))
             if best is not None:
-                _write(self._folder / _BEST, _as_nnunets(best))
+                content, shapes = read_sharded(best)
+                tensors = {name: torch.zeros(shape.shape, dtype=shape.dtype) for name, shape in shapes.items()}
+                load_sharded(best, tensors)
+                content["network_weights"] = _part(tensors, _NETWORK)
+                optimizer_state = _optimizer_state(content.pop("optimizer"), _part(tensors, _OPTIMIZER))
+                _write(self._folder / _BEST, {**content, "optimizer_state": _numbered(optimizer_state)})
             for name in (_BEST, _LATEST):
                 remove_sharded((self._folder / name).with_suffix(SHARDED_SUFFIX))
 
@@ -132,7 +130,8 @@ class Checkpoints:
         path = self._newest(requested)
         if not trainer.was_initialized:
             trainer.initialize()
-        with reading(path, "a checkpoint that a training cannot continue from"):
+        remedy = "resume with the fine_tune it began with, or copy it again"
+        with reading(path, "a checkpoint that this training cannot continue from", remedy=remedy):
             if path.is_dir():
                 self._load_sharded(path)
             else:
@@ -181,24 +180,17 @@ class Checkpoints:
         trainer = self._trainer
         content, shapes = read_sharded(version)
         check_weights(_part(shapes, _NETWORK), trainer.plain_network.state_dict(), source=version)
-        if trainer.sharding.enabled and not trainer.sharding.active:
-            trainer.sharding.shard()
-        network, optimizer = trainer.plain_network, trainer.optimizer
-        parameters = dict(network.named_parameters())
-        names = {parameter: name for name, parameter in parameters.items()}
-        mine = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
-        theirs = [list(group["params"]) for group in content["optimizer"]["param_groups"]]
-        if mine != theirs:
-            lengths = " instead of ".join(", ".join(str(len(group)) for group in groups) for groups in (theirs, mine))
-            got = f"{version} has groups of {lengths} parameters"
-            raise CheckpointError(f"{got}: resume with the fine_tune it began with")
+        trainer.sharding.shard()
+        network = trainer.plain_network
         momentum = {  # sharded as the parameters are
-            name: torch.zeros_like(parameters[name.rpartition(":")[0]], dtype=shape.dtype, requires_grad=False)
+            name: torch.zeros_like(
+                network.get_parameter(name.rpartition(":")[0]), dtype=shape.dtype, requires_grad=False
+            )
             for name, shape in _part(shapes, _OPTIMIZER).items()
         }
         tensors = {_NETWORK + name: value for name, value in network.state_dict().items()}
         load_sharded(version, tensors | {_OPTIMIZER + name: value for name, value in momentum.items()})
-        optimizer.load_state_dict(_optimizer_state(content["optimizer"], momentum))
+        trainer.optimizer.load_state_dict(_optimizer_state(content["optimizer"], momentum))
         self._load_progress(content)
 
     def _load_progress(self, content: dict[str, Any]) -> None:
@@ -225,14 +217,6 @@ def set_aside(folder: Path, ranks: Ranks) -> None:
     barrier()
 
 
-def _as_nnunets(version: Path) -> dict[str, Any]:
-    content, shapes = read_sharded(version)
-    tensors = {name: torch.zeros(shape.shape, dtype=shape.dtype) for name, shape in shapes.items()}
-    load_sharded(version, tensors)
-    optimizer_state = _numbered(_optimizer_state(content.pop("optimizer"), _part(tensors, _OPTIMIZER)))
-    return {"network_weights": _part(tensors, _NETWORK), "optimizer_state": optimizer_state, **content}
-
-
 def _optimizer_state(rest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Build an optimizer's state by the parameters' names, which any optimizer loads as well as numbers."""
     state: dict[str, dict[str, Tensor]] = {}
@@ -243,7 +227,7 @@ def _optimizer_state(rest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
 
 
 def _numbered(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Number the parameters of an optimizer's state by names, as ``optimizer.state_dict()`` does."""
+    """Number the parameters of an optimizer's state, which may be by names, as ``optimizer.state_dict()`` does."""
     names = [name for group in state["param_groups"] for name in group["params"]]
     numbers = {name: number for number, name in enumerate(names)}
     groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]]

@@ -10,7 +10,7 @@ import socket
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.backends import cudnn
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore, TCPStore
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -138,27 +138,18 @@ def process_group(ranks: Ranks, device_type: str, timeout: float) -> Iterator[No
         raise UsageError(f"{got}: check MASTER_ADDR, MASTER_PORT and that rank 0 runs") from error
     store = PrefixStore(f"stunet/{ranks.n_restarts}", host)
     store.set(f"joined/{ranks.rank}", socket.gethostname())
-    _wait_for_all(store, ranks.size, timeout)
+    missing, deadline = list(range(ranks.size)), time.monotonic() + timeout
+    with suppress(dist.DistError):  # rank 0, which holds the store, has given up first
+        while (missing := [r for r in missing if not store.check([f"joined/{r}"])]) and time.monotonic() < deadline:
+            time.sleep(_POLL)
+    if missing:
+        got = f"joined within {timeout:g} s: {ranks.size - len(missing)} of {ranks.size}"
+        raise UsageError(f"{got}; missing: rank {', '.join(map(str, missing))}: see what they print, or --timeout")
     dist.init_process_group(_BACKENDS[device_type], store=store, rank=ranks.rank, world_size=ranks.size, timeout=wait)
     try:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _wait_for_all(store: Store, size: int, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    missing = list(range(size))
-    while missing:
-        try:
-            missing = [rank for rank in missing if not store.check([f"joined/{rank}"])]
-            gave_up = missing and time.monotonic() > deadline
-        except dist.DistError:  # rank 0, which holds the store, has given up first
-            gave_up = True
-        if gave_up:
-            got = f"joined within {timeout:g} s: {size - len(missing)} of {size}"
-            raise UsageError(f"{got}; missing: rank {', '.join(map(str, missing))}: see what they print, or --timeout")
-        time.sleep(_POLL if missing else 0)
 
 
 def check_same(ranks: Ranks, dataset: str, configuration: str, plans_name: str, arguments: list[Any]) -> None:
@@ -202,9 +193,7 @@ def check_agreement(content: Mapping[str, Any]) -> None:
 
 def check_shared_folder(folder: Path, ranks: Ranks) -> None:
     """Find out whether all processes see the same folder."""
-    token = [f".{uuid4().hex}.shared"]
-    dist.broadcast_object_list(token, src=0)
-    path = folder / token[0]
+    path = folder / _gather(f".{uuid4().hex}.shared")[0]
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -248,13 +237,10 @@ class Sharding:
         """Whether the network will be sharded while it is trained."""
         return self._trainer.parallel == "fsdp" and self._trainer.ranks.size > 1
 
-    @property
-    def active(self) -> bool:
-        """Whether it is now."""
-        return self.group is not None
-
     def shard(self) -> None:
-        """Shard the network and the optimizer's state; all processes at once."""
+        """Shard the network and the optimizer's state, where they are to be and are not yet; all processes at once."""
+        if not self.enabled or self.group is not None:
+            return
         trainer = self._trainer
         network, state = trainer.plain_network, trainer.optimizer.state_dict()
         # Norms return views, and blocks work in place within a stage; upon a stage's output nothing does.
@@ -276,7 +262,7 @@ class Sharding:
 
     def gather(self) -> None:
         """Gather the network again, in each process; the optimizer begins anew."""
-        if not self.active:
+        if self.group is None:
             return
         trainer = self._trainer
         managers, outputs = (trainer.plans_manager, trainer.configuration_manager), trainer.label_manager

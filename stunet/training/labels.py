@@ -92,8 +92,7 @@ class PartialLabels:
     def check_every_leaf_is_annotated(self, cases: Sequence[str]) -> None:
         """Refuse training cases that leave some structure out everywhere: nothing tells it from the background."""
         somewhere = self.mask(cases).any(0)
-        names = {value: name for name, value in self.manifest.structures.items()}
-        nowhere = [names[value] for value in self.manifest.leaves if not somewhere[value]]
+        nowhere = [self.manifest.names[value] for value in self.manifest.leaves if not somewhere[value]]
         if nowhere:
             listed = ", ".join(nowhere[:8]) + (f" and {len(nowhere) - 8} more" if len(nowhere) > 8 else "")
             raise LabelError(f"no training case annotates {listed}: add cases, or --set allow_unannotated=true")

@@ -141,7 +141,10 @@ def parameter_groups(
             for distance, (name, own) in enumerate(parts.items())
         ]
     if strategy == "warmup":
-        ramp = _warmup_epochs(warmup_epochs, num_epochs)
+        most = (num_epochs - 1) // 2
+        ramp = min(max(1, round(_WARMUP_SHARE * num_epochs)), most) if warmup_epochs is None else warmup_epochs
+        if ramp > most:
+            raise SettingsError(f"warmup_epochs={ramp} twice, of {num_epochs} epochs: set it to at most {most}")
         first, later = (partial(_warmup, num_epochs=num_epochs, ramp=ramp, first=first) for first in (True, False))
         decoded = [ParameterGroup("heads", heads, first), ParameterGroup("decoder", decoder, first)]
         return [*decoded, ParameterGroup("encoder", encoder, later)]
@@ -162,15 +165,6 @@ def _warmup(epoch: int, *, num_epochs: int, ramp: int, first: bool) -> float:
     if epoch < 2 * ramp:
         return (epoch - ramp + 1) / ramp
     return _poly(epoch - 2 * ramp, num_epochs=num_epochs - 2 * ramp)
-
-
-def _warmup_epochs(warmup_epochs: int | None, num_epochs: int) -> int:
-    most = (num_epochs - 1) // 2
-    if warmup_epochs is None:
-        return min(max(1, round(_WARMUP_SHARE * num_epochs)), most)
-    if warmup_epochs > most:
-        raise SettingsError(f"warmup_epochs={warmup_epochs} twice, of {num_epochs} epochs: set it to at most {most}")
-    return warmup_epochs
 
 
 def freeze_others(network: nn.Module, groups: Sequence[ParameterGroup]) -> None:

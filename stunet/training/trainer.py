@@ -27,7 +27,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from stunet.errors import PlansError, SettingsError, UsageError
-from stunet.files import write_json
+from stunet.files import remove_leftovers, write_json
 from stunet.labels.labels import Labels
 from stunet.loss import PartialDiceCELoss, WholeBatch
 from stunet.network import STUNet, find_size
@@ -80,6 +80,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
     loss: nn.Module
     is_ddp: bool
     grad_scaler: Any
+    _best_ema: float | None
     oversample_foreground_percent: float
     partial_loss: PartialDiceCELoss | None = None
     _selection: TransferSelection | None = None
@@ -317,15 +318,14 @@ class BaseSTUNetTrainer(nnUNetTrainer):
                 self.partial_labels.check_every_leaf_is_annotated(cases)
             self.print_to_log_file(self.partial_labels.describe(cases))
         super().on_train_start()
-        if self.sharding.enabled and not self.sharding.active:
-            self.sharding.shard()
-        self.checkpoints.remove_leftovers()
-        if self.local_rank == 0 and self.select_for is not None:
-            self._selection = TransferSelection(self)
+        self.sharding.shard()
+        if self.local_rank == 0:
+            remove_leftovers(self.output_folder, "checkpoint_*")  # of a killed process
+            self._selection = None if self.select_for is None else TransferSelection(self)
 
     def plot_network_architecture(self) -> None:
         """Plot the network, unless it is sharded: one process would wait for the others in it."""
-        if not self.sharding.active:
+        if self.sharding.group is None:
             super().plot_network_architecture()
 
     def on_epoch_start(self) -> None:
@@ -365,6 +365,16 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         ignore_label = self.label_manager.ignore_label
         tp, fp, fn = count_voxels(logits, labels, annotated=whole.annotated, ignore_label=ignore_label)
         return {"loss": loss.detach().cpu().numpy(), "tp_hard": tp, "fp_hard": fp, "fn_hard": fn}
+
+    def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
+        """Also keep the average of Dice, which chooses the best checkpoint, over epochs in which no Dice is defined."""
+        super().on_validation_epoch_end(val_outputs)
+        averages = self.logger.get_value("ema_fg_dice", step=None)
+        if np.isnan(averages[-1]):  # no annotated structure occurred in this epoch, or in any before it
+            defined = [average for average in averages if not np.isnan(average)]
+            averages[-1] = defined[-1] if defined else self.logger.get_value("mean_fg_dice", step=-1)
+        if self._best_ema is not None and np.isnan(self._best_ema):
+            self._best_ema = None
 
     def _on_device(self, batch: dict[str, Any]) -> Batch:
         def moved(tensor: Tensor) -> Tensor:
@@ -435,7 +445,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
             self._score(folder / "checkpoint_latest.pth", done)
 
     def _score(self, path: Path, done: int) -> None:
-        if self.sharding.active:  # then that is a folder; all processes gather what one of them scores
+        if self.sharding.group is not None:  # then that is a folder; all processes gather what one of them scores
             path = path.with_name("checkpoint_candidate.pth")
             self.save_checkpoint(str(path), epochs=done)
         if self._selection is not None:

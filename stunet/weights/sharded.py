@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
 from stunet.errors import CheckpointError, reading
-from stunet.files import place_files, sync_files, temporary_path
+from stunet.files import move_into_place, sync_files, temporary_path
 from stunet.weights.read import describe_content, load_archive, load_tensors
 
 SHARDED_SUFFIX = ".dcp"
@@ -152,7 +152,7 @@ class _Writer(FileSystemWriter):
         sync_files([unfinished / _CONTENT, unfinished / _INDEX])
         before = _versions(self._folder)
         number = 1 + max([0, *(int(path.name) for path in before)])
-        place_files([(unfinished, self._folder / f"{number:04d}")])
+        move_into_place(unfinished, self._folder / f"{number:04d}")
         for path in before:  # what cannot go now goes next time
             shutil.rmtree(path, ignore_errors=True)
 

@@ -16,7 +16,7 @@ from prediction_models import write_image
 from weights import tiny_weights, v1_plans, v1_stage, write_v1
 
 from stunet.labels.labels import Vocabulary
-from stunet.planning import describe_model, write_model_folder
+from stunet.planning import write_model_folder
 from stunet.weights.convert import open_weights
 
 NAME = "Dataset003_Target"
@@ -37,7 +37,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
             weights[key.replace("weight", "bias")] = torch.zeros(len(STRUCTURES))
     path = write_v1(shell.root, weights, v1_plans(len(STRUCTURES), plans_per_stage={0: stage}))
     source = open_weights([path])
-    write_model_folder(source, describe_model(source, Vocabulary("test", STRUCTURES, "test")), shell.root / "model")
+    write_model_folder(source, Vocabulary("test", STRUCTURES, "test"), shell.root / "model")
 
     dataset = shell.raw / NAME
     rng = np.random.default_rng(0)
