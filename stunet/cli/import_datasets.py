@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(cls=Group, help="Turn other layouts into nnU-Net raw datasets.", no_args_is_help=True)
 
-_PREPROCESSED = "nnUNet_preprocessed"
 _MOST_OVERLAPS = 8
 
 _Id = Annotated[int, Option("-d", "--dataset-id", help="Id of the new dataset.")]
@@ -67,12 +65,13 @@ def totalsegmentator(
         allow_unannotated: Keep structures that no training case annotates.
         num_processes: Cases at a time; by default up to 8, as cores and images are worth it.
     """
+    from stunet.datasets.imports import dataset_folder
     from stunet.datasets.totalsegmentator import KNOWN_BAD_CASES, choose_structures, import_cases, read_totalsegmentator
 
-    folder = _new_dataset(dataset_id, name)
+    folder = dataset_folder(dataset_id, name)
     found = read_totalsegmentator(source)
-    wanted = {"structures": split_names(*structures or ()), "groups": split_names(*group or ())}
-    told, chosen = choose_structures(found, task=task, version=version, label_order=label_order, **wanted)
+    names, groups = split_names(*structures or ()), split_names(*group or ())
+    told, chosen = choose_structures(found, task, version, label_order, names, groups)
     excluded = set(KNOWN_BAD_CASES.get(told, ())) & set(found.cases)
     if exclude is not None:
         excluded = set(split_names(*exclude)) - {"none"}
@@ -80,12 +79,18 @@ def totalsegmentator(
             raise UsageError(f"an unknown case to exclude, {unknown[0]}: give --exclude cases of {source}, or none")
     print_line(f"{len(found.cases)} cases, {len(chosen)} structures" + (f" of version {told}" if told else ""))
     started = time.monotonic()
-    details = {"task": task if task == "total" else Path(task).name, "version": told}
     with case_bar("Importing", len(set(found.cases) - excluded)) as on_case:
-        how: dict[str, Any] = {"allow_unannotated": allow_unannotated, "num_processes": num_processes}
-        how |= {"link_images": images == "link", "preprocessed": os.environ.get(_PREPROCESSED) or None}
-        cases = list(found.cases.values())
-        report = import_cases(cases, chosen, folder, details=details, excluded=excluded, on_case=on_case, **how)
+        report = import_cases(
+            list(found.cases.values()),
+            chosen,
+            folder,
+            details={"task": task if task == "total" else Path(task).name, "version": told},
+            excluded=excluded,
+            link_images=images == "link",
+            allow_unannotated=allow_unannotated,
+            num_processes=num_processes,
+            on_case=on_case,
+        )
     n_train, n_val, n_test = (list(report.splits.values()).count(split) for split in ("train", "val", "test"))
     print_line(f"Wrote {report.folder}: {n_train} cases to train, {n_val} to validate, {n_test} to test")
     print_line(f"It took {time.monotonic() - started:.1f} s; {report.reused} cases were finished before")
@@ -133,11 +138,12 @@ def union(
         allow_unannotated: Keep structures that no case annotates.
         num_processes: Cases at a time.
     """
+    from stunet.datasets.imports import dataset_folder
     from stunet.datasets.unions import import_union, merge_sources, read_union_source
     from stunet.labels.mappings import dump_mapping, read_mapping
 
     overrides = None if mapping is None else read_mapping(mapping)
-    folder = _new_dataset(dataset_id, name)
+    folder = dataset_folder(dataset_id, name)
     raw = nnunet_folder("nnUNet_raw")
     found = [read_union_source(raw / each) for each in map(find_dataset, sources)]
     merged = merge_sources(found, overrides)
@@ -149,9 +155,15 @@ def union(
         typer.echo(dump_mapping(merged.mapping, merged.superclasses), nl=False)
         return
     with case_bar("Label maps", sum(len(source.cases) for source in found)) as on_case:
-        how: dict[str, Any] = {"allow_unannotated": allow_unannotated, "num_processes": num_processes}
-        how["preprocessed"] = os.environ.get(_PREPROCESSED) or None
-        report = import_union(found, merged, folder, weights=given, on_case=on_case, **how)
+        report = import_union(
+            found,
+            merged,
+            folder,
+            weights=given,
+            allow_unannotated=allow_unannotated,
+            num_processes=num_processes,
+            on_case=on_case,
+        )
     print_line(f"Wrote {report.folder}: {len(report.records)} cases; {report.reused} were finished before")
     own_names = {s.name: [case for case, new in s.cases.items() if new in report.records] for s in found}
     _print_weights(found, own_names, given, console)
@@ -206,14 +218,6 @@ def _print_weights(
         rows.append((source, n, f"{total / n:.4g}" if n else "", f"{total / sum(totals.values()):.1%}"))
     numbers = ("cases", "weight of a case", "share of training")
     print_table(rows, "dataset", *numbers, title="Sources", numbers=numbers, console=console)
-
-
-def _new_dataset(dataset_id: int, name: str) -> Path:
-    """Return the folder of a dataset to be made, or to be continued."""
-    from stunet.datasets.imports import dataset_folder
-
-    others = [Path(v) for v in map(os.environ.get, (_PREPROCESSED, "nnUNet_results")) if v]
-    return dataset_folder(dataset_id, name, raw=nnunet_folder("nnUNet_raw"), others=others)
 
 
 def _print_cases(names: Sequence[str], what: str) -> None:

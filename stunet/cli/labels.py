@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from stunet.cli.console import Group, case_bar, print_failures, print_line, print_table, say
-from stunet.cli.options import Dataset, Json, Processes, preflight
+from stunet.cli.options import Dataset, Json, Processes
 from stunet.environment import find_dataset, nnunet_folder
 
 app = typer.Typer(cls=Group, help="Check and carry annotated_labels.json.", no_args_is_help=True)
@@ -31,15 +31,22 @@ def check(dataset: Dataset, as_json: Json = False, num_processes: Processes = 8)
     from stunet.datasets.raw import case_names, read_raw_dataset
     from stunet.datasets.unions import sources_of_cases
     from stunet.labels.annotations import MANIFEST_NAME, measure_coverage, read_manifest
+    from stunet.labels.labels import Labels
 
-    raw = read_raw_dataset(nnunet_folder("nnUNet_raw") / preflight(dataset, seconds=-1))  # all are read below
+    raw = read_raw_dataset(nnunet_folder("nnUNet_raw") / find_dataset(dataset))
     labels = raw.dataset_json["labels"]
+    Labels(raw.dataset_json, raw.folder / "dataset.json").check()
     manifest = read_manifest(raw.folder / MANIFEST_NAME, labels=labels, cases=case_names(raw))
     files = {case: label for case, (_, label) in sorted(raw.cases.items())}
-    sources, ignore = sources_of_cases(raw.folder, files), labels.get("ignore")
     with case_bar("Counting labels", len(files)) as on_case:
-        of_all: dict[str, Any] = {"ignore": ignore, "source_of": sources, "num_processes": num_processes}
-        coverage = measure_coverage(manifest, files, on_case=on_case, **of_all)
+        coverage = measure_coverage(
+            manifest,
+            files,
+            ignore=labels.get("ignore"),
+            source_of=sources_of_cases(raw.folder, files),
+            num_processes=num_processes,
+            on_case=on_case,
+        )
     if as_json:
         typer.echo(json.dumps({"dataset": raw.folder.name, **coverage}, indent=4))
     else:

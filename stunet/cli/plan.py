@@ -77,7 +77,8 @@ def plan(
     paths = None if source is None else find_fetched([source])[1]
     if strategy is not None and source is None:
         raise UsageError(f"--strategy {strategy} without weights to start from: give them with --from, or leave it out")
-    dataset_name = options.preflight(dataset, plans=plans, writes=nnunet_folder("nnUNet_preprocessed"))
+    dataset_name = options.preflight(dataset, plans)
+    options.check_disk(nnunet_folder("nnUNet_preprocessed"))
     from stunet import planning
     from stunet.weights.convert import open_weights
 

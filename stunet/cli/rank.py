@@ -14,7 +14,7 @@ from rich.text import Text
 from typer import Option
 
 from stunet.cli.console import print_line, print_table, say, stderr, stdout
-from stunet.cli.options import Device, Json, Trust, choose_device, complete_weights, preflight, split_names
+from stunet.cli.options import Device, Json, Trust, check_disk, choose_device, complete_weights, preflight, split_names
 from stunet.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ def rank(
     ranking.csv and ranking.html, and keeps results, so that an interrupted ranking can be resumed. Exit status 1 where
     a candidate could not be scored, 2 where none could.
     """
-    preflight(dataset, plans=plans, configuration=configuration, device=device, writes=output)
+    preflight(dataset, plans, configuration)
+    check_disk(output)
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     from stunet import ranking
