@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, cast
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
@@ -31,9 +33,14 @@ def print_line(line: str, *, style: str | None = None) -> None:
     stdout.print(line, style=style, soft_wrap=True)
 
 
-def say(line: str) -> None:
+def say(line: str, *, style: str | None = None) -> None:
     """Print a line on standard error, as it is."""
-    stderr.print(line, soft_wrap=True)
+    stderr.print(line, style=style, soft_wrap=True)
+
+
+def warn(line: str) -> None:
+    """Print a line on standard error that must not be overlooked."""
+    say(line, style="bold red")
 
 
 def print_error(error: Any) -> None:
@@ -50,12 +57,32 @@ def print_failures(failed: Mapping[str, object]) -> None:
 
 
 @contextmanager
+def progress_bar(text: str, total: float | None = None, *, shown: bool = True) -> Iterator[Callable[..., None]]:
+    """Show a bar where standard error is a terminal; yield what sets its description, total and completed."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(20), MofNCompleteColumn())
+    times = TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns, *times, console=stderr, disable=not (shown and stderr.is_terminal), transient=True) as bars:
+        yield partial(bars.update, bars.add_task(text, total=total))
+
+
+@contextmanager
 def case_bar(text: str, n_cases: int) -> Iterator[Callable[..., None]]:
-    """Show in a terminal how many cases are done; yield what is called after each."""
-    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
-        bar = progress.add_task("", total=n_cases)
-        yield lambda *_: progress.advance(bar)
+    """Show how many cases are done; yield what is called after each."""
+    with progress_bar(text, n_cases) as update:
+        yield lambda *_: update(advance=1)
+
+
+@contextmanager
+def window_bar(*, shown: bool = True) -> Iterator[Callable[[str, int], None]]:
+    """Show how many windows of a case are predicted; yield what is called after each, with case and number of all."""
+    done: Counter[str] = Counter()
+    with progress_bar("reading and preprocessing", shown=shown) as update:
+
+        def on_window(case: str, n_windows: int) -> None:
+            done[case] += 1
+            update(description=case, total=n_windows, completed=done[case])
+
+        yield on_window
 
 
 class _Help:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Option
 
-from stunet.cli.console import case_bar, print_failures, print_line, print_table, say, stderr
+from stunet.cli.console import case_bar, print_failures, print_line, print_table, say, warn, window_bar
 from stunet.cli.options import Device, Json, Trust, choose_device, complete_label_systems, split_names
-from stunet.cli.predict import show_progress
 from stunet.errors import DatasetError, UsageError
 from stunet.files import atomic_path, refuse_existing, write_json
 
@@ -82,18 +81,30 @@ def evaluate(
 
         images = [Case(case, tuple(files)) for case, (files, _) in target.cases.items()]
         trained = load_model(place, folds, trust=trust or [])
-        options: dict[str, Any] = {"device": choose_device(device), "mirroring": not disable_tta}
-        with show_progress(bar=stderr.is_terminal, notes=stderr) as progress:
-            predict_folder(trained, images, given, **options, **progress)
+        with window_bar() as on_window:
+            predict_folder(
+                trained,
+                images,
+                given,
+                device=choose_device(device),
+                mirroring=not disable_tta,
+                say=say,
+                warn=warn,
+                on_window=on_window,
+            )
     with case_bar("Scoring", len(jobs)) as on_case:
         results = score_cases(jobs, num_processes=num_processes, on_case=on_case)
     if results.cases:
         from stunet.reports import draw_scores
 
         folder.mkdir(parents=True, exist_ok=True)
-        failed = {case: str(error) for case, error in results.failed.items()}
-        about: dict[str, Any] = {"model": str(described.path), "dataset": target.folder.name, "tolerance_mm": tolerance}
-        summary = results.summary(**about, left_out=dict(relation.left_out), failed=failed)
+        summary = results.summary(
+            model=str(described.path),
+            dataset=target.folder.name,
+            tolerance_mm=tolerance,
+            left_out=dict(relation.left_out),
+            failed={case: str(error) for case, error in results.failed.items()},
+        )
         write_json(summary, folder / "summary.json")
         results.write_csv(folder / "scores.csv")
         draw_scores(results, folder / "scores.png", title=f"{described.path.name} on {target.folder.name}")

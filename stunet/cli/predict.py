@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from rich.console import Console
 from typer import Option
 
-from stunet.cli.console import say, stderr, stdout
+from stunet.cli.console import print_line, say, warn, window_bar
 from stunet.cli.options import Device, Trust, choose_device, split_names
 from stunet.errors import UsageError
 
@@ -88,7 +85,7 @@ def predict(
         entry = find_entry(str(model))
         licence = entry.licence or "not stated; ask those who published them"
         page = f" ({entry.page})" if entry.page else ""
-        stdout.print(f"Weights {model}, licence: {licence}{page}", soft_wrap=True)
+        print_line(f"Weights {model}, licence: {licence}{page}")
 
     import torch
 
@@ -99,7 +96,7 @@ def predict(
     torch.backends.cudnn.benchmark = True  # windows are all of one size
     extras = {"masks": masks, "statistics": statistics, "preview": preview, "names_in_header": names_in_header}
     trained = load_model(str(model), folds, checkpoint, trust=trust or [], say=say)
-    with show_progress(bar=not disable_progress_bar) as progress:
+    with window_bar(shown=not disable_progress_bar) as on_window:
         predict_folder(
             trained,
             images,
@@ -120,29 +117,7 @@ def predict(
             n_writing=n_writing,
             part_id=part_id,
             n_parts=n_parts,
-            **progress,
+            say=print_line,
+            warn=warn,
+            on_window=on_window,
         )
-
-
-@contextmanager
-def show_progress(*, bar: bool, notes: Console = stdout) -> Iterator[dict[str, Any]]:
-    """Show a prediction: yield where :func:`stunet.inference.predict_folder` says what it does.
-
-    Args:
-        bar: Whether there is a bar on standard error.
-        notes: Another place for the notes, where standard output is for something else.
-    """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    text = TextColumn("{task.description}", markup=False)
-    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, transient=True, disable=not bar) as bars:
-        shown = bars.add_task("reading and preprocessing", total=None)
-
-        def on_window(case: str, n_windows: int) -> None:
-            if bars.tasks[0].description != case:
-                bars.reset(shown, description=case, total=n_windows)
-            bars.advance(shown)
-
-        warn = partial(stderr.print, style="bold red", soft_wrap=True)
-        yield {"say": partial(notes.print, soft_wrap=True), "warn": warn, "on_window": on_window}

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from typer import Option
 
-from stunet.cli.console import print_line, print_table, say, stderr, stdout
+from stunet.cli.console import print_line, print_table, progress_bar, say, stdout
 from stunet.cli.options import Device, Json, Trust, check_disk, choose_device, complete_weights, preflight, split_names
 from stunet.errors import UsageError
 
@@ -53,17 +53,13 @@ def rank(
     """
     preflight(dataset, plans, configuration)
     check_disk(output)
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
     from stunet import ranking
     from stunet.reports.ranking import write_ranking
 
     if bool(checkpoints) == (zoo is not None):
         got = "neither --checkpoints nor --zoo" if zoo is None else "both --checkpoints and --zoo"
         raise UsageError(f"{got} given: name the checkpoints by one of them")
-    columns = (BarColumn(20), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
-    with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
-        bar = progress.add_task("reading cases", total=1.0)
+    with progress_bar("reading cases", 100) as update:  # per cent
         result = ranking.rank(
             zoo or checkpoints or [],
             dataset,
@@ -82,7 +78,7 @@ def rank(
             seed=seed,
             trust=trust or (),
             keep_in=output / "results",
-            on_progress=lambda doing, share: progress.update(bar, completed=share, description=doing),
+            on_progress=lambda doing, share: update(completed=100 * share, description=doing),
             on_candidate=_report,
         )
     output.mkdir(parents=True, exist_ok=True)
