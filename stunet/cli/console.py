@@ -121,18 +121,15 @@ class Command(_Help, TyperCommand):
                 cast(Any, param).help = " ".join(helps[param.name].split())
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat the name of a list option before each further value; take hyphens for underscores."""
+        """Repeat the name of a list option before each further value."""
         has_arguments = any(p.param_type_name == "argument" for p in self.params)
         multiple = [p for p in self.params if getattr(p, "multiple", False) and not has_arguments]
         options: dict[str, Any] = {name: p for p in multiple for name in p.opts}
-        known = {name for p in self.params for name in p.opts}
         expanded: list[str] = []
         current, n_values = "", 0
         for arg in args:
             if arg.startswith("-"):
-                name, has_value, value = arg.partition("=")
-                if name not in known and (underscored := f"--{name[2:].replace('-', '_')}") in known:
-                    name, arg = underscored, f"{underscored}{has_value}{value}"  # --disable-tta for --disable_tta
+                name, has_value, _ = arg.partition("=")
                 current, n_values = (name if name in options else ""), int(bool(has_value))
             elif current:
                 expanded += [current] * bool(n_values)
@@ -154,14 +151,17 @@ def print_table(
     title: str = "",
     caption: str = "",
     numbers: Collection[str] = (),
+    padding: int = 1,
     console: Console = stdout,
 ) -> None:
     """Print a table for 80 columns, without a frame; an empty row draws a line, and no column names, no head.
 
-    Texts are no markup. Columns keep the width of their words, and longer texts are folded: names are not cut.
+    Texts are no markup, but may have a style. Columns keep the width of their words, and longer texts are folded: names
+    are not cut.
     """
-    texts = [[str(cell) for cell in row] for row in rows]
-    table = Table(padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, show_header=bool(columns))
+    lines = [list(row) for row in rows]
+    texts = [[str(cell) for cell in row] for row in lines]
+    table = Table(padding=(0, padding, 0, 0), pad_edge=False, show_edge=False, show_header=bool(columns))
     table.box, table.title_justify, table.caption_justify = SIMPLE_HEAD if columns else None, "left", "left"
     table.title, table.caption = Text(title) if title else None, Text(caption) if caption else None
     for i, column in enumerate(columns or [""] * len(texts[0])):
@@ -170,9 +170,9 @@ def print_table(
         whole = max(map(len, cells)) <= width  # else rich narrows it first, and cuts off what then is too wide
         justify: Literal["left", "right"] = "right" if column in numbers else "left"
         table.add_column(column, justify=justify, overflow="fold", min_width=width, no_wrap=whole)
-    for row in texts:
+    for row in lines:
         if row:
-            table.add_row(*map(Text, row))
+            table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
         else:
             table.add_section()
     console.print(table)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from stunet.evaluation import EvaluationResults, SegmentationModel
     from stunet.labels.mappings import LabelRelation
 
-_Show = Callable[[str], None]
 _MODEL_HELP = "Model folder; with --predictions a dataset.json will do, or nothing."
 _MAP_HELP = "YAML file, or the name of a published label system, such as btcv."
 
@@ -149,7 +148,9 @@ def _check_agreement(model: SegmentationModel, target: RawDataset) -> None:
         raise DatasetError(f"{target.folder} has {ending} files: convert them to {wanted}, as {model.path} has")
 
 
-def _print_relation(relation: LabelRelation, model: SegmentationModel, target: RawDataset, show: _Show) -> None:
+def _print_relation(
+    relation: LabelRelation, model: SegmentationModel, target: RawDataset, show: Callable[[str], None]
+) -> None:
     n = len(relation.comparisons)
     show(f"{n} structures are compared on {len(target.cases)} cases of {target.folder.name}.")
     for c in relation.comparisons:

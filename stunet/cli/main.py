@@ -68,7 +68,11 @@ app = typer.Typer(
     help="STU-Net for nnU-Net v2: plan a network of any size, then train and predict with nnU-Net's own commands.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    # --disable-tta and --disable_tta are one option
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+    },
 )
 _command: Callable[..., object]
 for _command in (plan, info, train, finetune, rank, rank_eval, evaluate, predict, convert, list_names, env, demo):

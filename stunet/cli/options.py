@@ -95,7 +95,7 @@ def choose_device(device: str, n_devices: int = 1) -> DeviceName:
     chosen = next((name for name in available if device in ("auto", name)), None)
     if chosen is None:
         raise UsageError(f"--device {device} is a device that PyTorch does not find: choose {' or '.join(available)}")
-    if chosen == "cuda" and (there := torch.cuda.device_count()) < n_devices:
+    if chosen == "cuda" and n_devices > 1 and (there := torch.cuda.device_count()) < n_devices:
         raise UsageError(f"-num_gpus {n_devices}, but there are {there} CUDA devices: ask for fewer")
     return chosen
 
@@ -114,10 +114,7 @@ def choose_size(name: str | None, depth: str | None, width: int | None) -> STUNe
     if name is not None:
         own = f" --depth {depth}" * (depth is not None) + f" --width {width}" * (width is not None)
         raise UsageError(f"--size {name}{own}: give a published size, or leave --size out for a size of your own")
-    try:
-        blocks = [int(n) for n in (depth or "1").split(",")]
-    except ValueError:
-        blocks = []
+    blocks = [int(n) if n.strip().isdecimal() else 0 for n in (depth or "1").split(",")]
     if len(blocks) == 1:
         blocks *= N_STAGES
     size = STUNetSize("custom", tuple(blocks), find_size("base").width if width is None else width)

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from rich.text import Text
 from typer import Option
 
@@ -114,14 +112,9 @@ def _show(ranking: Ranking, page: Path) -> None:
     widths = [max(map(len, [*head.split("\n"), *map(str, cells)])) for head, cells in columns.items()]
     full = [row.name for row in ranking.rows]
     names = short_names(full, max(12, stdout.width - sum(widths) - len(widths) - 6))
-    table = Table(title=f"Best first by {ranking.metric}", title_justify="left", box=SIMPLE_HEAD, padding=0)
-    table.add_column("", justify="right", min_width=len(str(len(full))))
-    table.add_column("candidate", overflow="fold")
-    for head in columns:
-        table.add_column(head, justify="right", no_wrap=True)
-    for place, (name, *cells) in enumerate(zip(names, *columns.values(), strict=True), start=1):
-        table.add_row(str(place), Text(name), *cells)
-    stdout.print(table)
+    rows = [(n, *row) for n, row in enumerate(zip(names, *columns.values(), strict=True), start=1)]
+    title = f"Best first by {ranking.metric}"
+    print_table(rows, "", "candidate", *columns, title=title, numbers=["", *columns], padding=0)
     for place, (name, whole) in enumerate(zip(names, full, strict=True), start=1):
         if name != whole:
             print_line(f"{place}: {whole}")

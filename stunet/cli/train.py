@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
 import sys
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
@@ -120,15 +120,13 @@ def train(
 
 def _check_trainer(name: str) -> None:
     """Look for the name in the files that nnU-Net would import one after the other, which takes seconds."""
-    spec = importlib.util.find_spec("nnunetv2")
-    stock = [f"{place}/training/nnUNetTrainer" for place in (spec and spec.submodule_search_locations) or []]
     external = (os.environ.get("nnUNet_extTrainer") or str(trainers_folder())).split(os.pathsep)
-    sources = [file for folder in (*stock, *filter(None, external)) for file in Path(folder).rglob("*.py")]
-    source = "\n".join(file.read_text(encoding="utf-8", errors="ignore") for file in sources)
-    known = {*re.findall(r"^class (\w+)\(", source, re.MULTILINE)}
+    folders = [str(files("nnunetv2") / "training/nnUNetTrainer"), *filter(None, external)]
+    sources = [file.read_text("utf-8", errors="ignore") for folder in folders for file in Path(folder).rglob("*.py")]
+    known = {word for source in sources for word in re.findall(r"\w+", source)}
     known |= {*TRAINERS} if str(trainers_folder()) in external else set()
-    if name not in known and not re.search(rf"\b{re.escape(name)}\b", source):
-        places, hint = ", ".join(external), did_you_mean(name, sorted(known))
+    if name not in known:
+        places, hint = ", ".join(external), did_you_mean(name, sorted(word for word in known if "Trainer" in word))
         raise UsageError(f"unknown trainer {name}: -tr names one of nnU-Net's or of {places}. {hint}")
 
 
