@@ -12,11 +12,12 @@ from typer import Argument, Option
 from stunet.cli.console import human_bytes, human_count, print_line, print_table
 from stunet.cli.options import complete_weights
 from stunet.files import refuse_existing, remove_leftovers
+from stunet.labels.labels import load_vocabulary, read_label_file, vocabulary_for
+from stunet.weights.published import WeightsEntry, cached_weights, find_entry
 
 if TYPE_CHECKING:
     from stunet.planning import ModelDescription
     from stunet.weights.convert import SourceWeights
-    from stunet.weights.published import WeightsEntry
 
 
 def convert(
@@ -42,7 +43,6 @@ def convert(
     refuse_existing(output)  # before gigabytes are read for nothing; checked again when it is written
     remove_leftovers(output.parent, glob.escape(output.name), of_the_dead=True)
     entry, paths = find_fetched(weights)
-    from stunet.labels.labels import load_vocabulary, read_label_file, vocabulary_for
     from stunet.planning import describe_model, write_model_folder
     from stunet.weights.convert import open_weights, write_published
 
@@ -72,8 +72,6 @@ def find_fetched(weights: list[Path]) -> tuple[WeightsEntry | None, list[Path]]:
     named = [str(path) for path in weights if not path.exists()]
     if not named:
         return None, weights
-    from stunet.weights.published import cached_weights, find_entry
-
     return find_entry(named[0]), [path if path.exists() else cached_weights(str(path)) for path in weights]
 
 

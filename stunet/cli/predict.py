@@ -11,7 +11,9 @@ from typer import Option
 
 from stunet.cli.console import print_line, say, warn, window_bar
 from stunet.cli.options import Device, Trust, choose_device, split_names
+from stunet.environment import find_dataset, nnunet_folder
 from stunet.errors import UsageError
+from stunet.weights.published import find_entry, load_registry
 
 _model = partial(Option, rich_help_panel="Model")
 _result = partial(Option, rich_help_panel="Result")
@@ -23,8 +25,6 @@ _CONTINUE = ("--continue", "--c", "--continue_prediction")
 
 
 def _complete_model(incomplete: str) -> list[str]:
-    from stunet.weights.published import load_registry
-
     parent, _, start = incomplete.rpartition(os.sep)
     folders = [path for path in Path(parent or ".").glob(f"{start}*") if path.is_dir()]
     return [name for name in load_registry() if name.startswith(incomplete)] + [f"{path}{os.sep}" for path in folders]
@@ -76,12 +76,8 @@ def predict(
             f"{given} given: give -m MODEL, or -d with -tr, -p and -c; `stunet list` shows published models"
         )
     if dataset is not None:
-        from stunet.environment import find_dataset, nnunet_folder
-
         model = str(nnunet_folder("nnUNet_results") / find_dataset(dataset) / f"{trainer}__{plans}__{configuration}")
     elif not Path(str(model)).exists() and os.sep not in str(model):
-        from stunet.weights.published import find_entry
-
         entry = find_entry(str(model))
         licence = entry.licence or "not stated; ask those who published them"
         page = f" ({entry.page})" if entry.page else ""

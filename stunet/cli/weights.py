@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 from rich.columns import Columns
 from rich.filesize import decimal
@@ -17,6 +18,9 @@ from stunet.cli.options import Json, Positive, complete_weights
 from stunet.environment import did_you_mean
 from stunet.errors import LabelError, UsageError, reading
 from stunet.files import file_sha256, read_json
+from stunet.labels.labels import Labels, list_vocabularies, load_vocabulary
+from stunet.labels.mappings import list_label_systems, load_label_system
+from stunet.weights import published
 
 app = typer.Typer(cls=Group, help="List, fetch and verify published STU-Net weights.", no_args_is_help=True)
 
@@ -45,16 +49,12 @@ def list_weights(as_json: Annotated[bool, Option("--json", help="Print JSON, wit
 
 def _weights_rows() -> list[dict[str, Any]]:
     """Describe all published weights, and what of them is in the cache."""
-    import msgspec
-
-    from stunet.weights.published import clean_url, entry_folder, load_registry, missing_files
-
     rows = []
-    for entry in load_registry().values():
-        row, folder, main = msgspec.to_builtins(entry), entry_folder(entry.name), entry.weights_file
+    for entry in published.load_registry().values():
+        row, folder, main = msgspec.to_builtins(entry), published.entry_folder(entry.name), entry.weights_file
         for file in row["files"]:
-            file["url"] = None if file["url"] is None else clean_url(file["url"])  # without a password
-        missing = len(missing_files(entry, folder))
+            file["url"] = None if file["url"] is None else published.clean_url(file["url"])  # without a password
+        missing = len(published.missing_files(entry, folder))
         row["download"] = "automatic" if main.url or main.hub else "by hand"
         row["state"] = "fetched" if not missing else "incomplete" if missing < len(entry.files) else "not fetched"
         rows.append({**row, "folder": str(folder)})
@@ -82,11 +82,9 @@ def fetch_weights(
         force: Download files again that are there already.
         attempts: Connections before it gives up.
     """
-    from stunet.weights.published import fetch, find_entry
-
-    entry = find_entry(name)
+    entry = published.find_entry(name)
     try:
-        path = fetch(entry, folder=to, urls=url or [], hub=hf, force=force, attempts=attempts, say=say)
+        path = published.fetch(entry, folder=to, urls=url or [], hub=hf, force=force, attempts=attempts, say=say)
     except KeyboardInterrupt:
         say("Stopped. Files that have arrived are kept; the same command fetches the others.")
         raise typer.Exit(130) from None
@@ -104,9 +102,7 @@ def verify_weights(what: Annotated[list[str] | None, Argument(autocompletion=com
     Options:
         what: Names; or one file, after the name of what it should be.
     """
-    from stunet.weights.published import describe_file, entry_folder, load_registry, verify, verify_file
-
-    known = load_registry()
+    known = published.load_registry()
     names = [word for word in what or [] if word in known]
     files = [Path(word) for word in what or [] if word not in known]
     if absent := [file for file in files if not file.exists()]:
@@ -114,16 +110,16 @@ def verify_weights(what: Annotated[list[str] | None, Argument(autocompletion=com
     if len(files) > 1 or (files and len(names) > 1):
         raise UsageError(f"{' '.join(what or [])}: give names, or one name and one file (see stunet weights list)")
     if not what:
-        names = [n for n, e in known.items() if any((entry_folder(n) / f.file).exists() for f in e.files)]
+        names = [n for n, e in known.items() if any((published.entry_folder(n) / f.file).exists() for f in e.files)]
         if not names:
             print_line("Nothing has been fetched yet.")
     if files and not names:
-        words, sha256 = describe_file(files[0]), file_sha256(files[0])
+        words, sha256 = published.describe_file(files[0]), file_sha256(files[0])
         same = [entry.name for entry in known.values() for file in entry.files if file.sha256 == sha256]
         print_line(f"fine  {files[0]}  SHA-256 {sha256}")
         print_line(f"      {words}; {'published as ' + ', '.join(same) if same else 'its checksum is in no registry'}")
     for name in names:
-        for verified in [verify_file(files[0], known[name])] if files else verify(known[name]):
+        for verified in [published.verify_file(files[0], known[name])] if files else published.verify(known[name]):
             compared = f"as {verified.compared_with}" if verified.compared_with else "not known before"
             print_line(f"fine  {verified.path}  SHA-256 {verified.sha256} ({compared})")
 
@@ -155,9 +151,6 @@ def list_names(of: Annotated[str | None, Option(metavar="NAME")] = None, as_json
 
 
 def _models_and_systems() -> dict[str, Any]:
-    from stunet.labels.labels import list_vocabularies, load_vocabulary
-    from stunet.labels.mappings import list_label_systems, load_label_system
-
     systems = {name: len(load_label_system(name).entries) for name in list_label_systems()}
     systems |= {name: len(load_vocabulary(name).labels) - 1 for name in list_vocabularies()}
     listed = [{"name": name, "structures": n} for name, n in sorted(systems.items())]
@@ -166,11 +159,7 @@ def _models_and_systems() -> dict[str, Any]:
 
 def _structures(name: str) -> list[dict[str, Any]]:
     """List label values and name of each structure."""
-    from stunet.labels.labels import Labels, list_vocabularies, load_vocabulary
-    from stunet.labels.mappings import list_label_systems, load_label_system
-    from stunet.weights.published import load_registry
-
-    models = load_registry()
+    models = published.load_registry()
     order = models[name].labels if name in models else name
     if (path := Path(name) / "dataset.json").is_file():
         with reading(path, "a dataset description that cannot be read", LabelError):
