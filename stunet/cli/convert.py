@@ -13,7 +13,7 @@ from stunet.cli.console import human_bytes, human_count, print_line, print_table
 from stunet.cli.options import complete_weights
 from stunet.files import refuse_existing, remove_leftovers
 from stunet.labels.labels import load_vocabulary, read_label_file, vocabulary_for
-from stunet.weights.published import WeightsEntry, cached_weights, find_entry
+from stunet.weights.published import cached_weights, find_entry
 
 if TYPE_CHECKING:
     from stunet.planning import ModelDescription
@@ -42,7 +42,9 @@ def convert(
     """
     refuse_existing(output)  # before gigabytes are read for nothing; checked again when it is written
     remove_leftovers(output.parent, glob.escape(output.name), of_the_dead=True)
-    entry, paths = find_fetched(weights)
+    named = [str(path) for path in weights if not path.exists()]
+    entry = find_entry(named[0]) if named else None
+    paths = [cached_weights(path) for path in weights]
     from stunet.planning import describe_model, write_model_folder
     from stunet.weights.convert import open_weights, write_published
 
@@ -61,18 +63,6 @@ def convert(
     description = describe_model(source, names)
     card = write_model_folder(source, description, output, licence=licence or (entry.licence if entry else None))
     _report(source, description, card, output)
-
-
-def find_fetched(weights: list[Path]) -> tuple[WeightsEntry | None, list[Path]]:
-    """Return the registry's entry where one is named and no such file exists, and the paths with its own in its place.
-
-    Raises:
-        UsageError: Neither a file nor published weights.
-    """
-    named = [str(path) for path in weights if not path.exists()]
-    if not named:
-        return None, weights
-    return find_entry(named[0]), [path if path.exists() else cached_weights(str(path)) for path in weights]
 
 
 def _report(source: SourceWeights, description: ModelDescription, card: dict[str, Any], output: Path) -> None:

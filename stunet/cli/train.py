@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
 import sys
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
@@ -121,7 +121,9 @@ def train(
 def _check_trainer(name: str) -> None:
     """Look for the name in the files that nnU-Net would import one after the other, which takes seconds."""
     external = (os.environ.get("nnUNet_extTrainer") or str(trainers_folder())).split(os.pathsep)
-    folders = [str(files("nnunetv2") / "training/nnUNetTrainer"), *filter(None, external)]
+    spec = importlib.util.find_spec("nnunetv2")
+    stock = [f"{place}/training/nnUNetTrainer" for place in (spec and spec.submodule_search_locations) or []]
+    folders = [*stock, *filter(None, external)]
     sources = [file.read_text("utf-8", errors="ignore") for folder in folders for file in Path(folder).rglob("*.py")]
     known = {word for source in sources for word in re.findall(r"\w+", source)}
     known |= {*TRAINERS} if str(trainers_folder()) in external else set()

@@ -194,13 +194,16 @@ def missing_files(entry: WeightsEntry, folder: Path) -> list[str]:
     return [file.file for file in entry.files if not (folder / file.file).is_file()]
 
 
-def cached_weights(name: str) -> Path:
-    """Return the file with weights that ``stunet weights fetch`` has put into the cache; their pickles lie beside it.
+def cached_weights(path: str | os.PathLike[str]) -> Path:
+    """Return a path where there is something, else the weights of this name that ``stunet weights fetch`` has cached.
 
     Raises:
         CheckpointError: They are not in the cache, or a file has another length than when it was fetched.
         UsageError: No weights have this name.
     """
+    if Path(path).exists():
+        return Path(path)
+    name = str(path)
     entry, folder = find_entry(name), entry_folder(name)
     if missing := missing_files(entry, folder):
         text = f"{name} has not been fetched: no {', '.join(missing)} in {folder}"
