@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+from typer import Exit
 from typer.core import TyperCommand, TyperGroup
 
 #: Key of a context's ``meta``: the values of the list option that the command line ends with.
@@ -49,11 +50,14 @@ def print_error(error: Any) -> None:
     say(str(error))
 
 
-def print_failures(failed: Mapping[str, object]) -> None:
-    """Show what failed, by case."""
+def exit_with_failures(failed: Mapping[str, object], consequence: str) -> None:
+    """Where cases have failed, show them and what follows, and leave with exit status 2."""
     for case, error in failed.items():
         say(f"case {case}:")
         print_error(error)
+    if failed:
+        say(f"{len(failed)} cases {consequence}")
+        raise Exit(2)
 
 
 @contextmanager
@@ -160,12 +164,11 @@ def print_table(
     are not cut.
     """
     lines = [list(row) for row in rows]
-    texts = [[str(cell) for cell in row] for row in lines]
     table = Table(padding=(0, padding, 0, 0), pad_edge=False, show_edge=False, show_header=bool(columns))
     table.box, table.title_justify, table.caption_justify = SIMPLE_HEAD if columns else None, "left", "left"
     table.title, table.caption = Text(title) if title else None, Text(caption) if caption else None
-    for i, column in enumerate(columns or [""] * len(texts[0])):
-        cells = [column, *(row[i] for row in texts if row)]
+    for i, column in enumerate(columns or [""] * len(lines[0])):
+        cells = [column, *(str(row[i]) for row in lines if row)]
         width = min(max(map(len, " ".join(cells).split()), default=0), _LONGEST_WORD)
         whole = max(map(len, cells)) <= width  # else rich narrows it first, and cuts off what then is too wide
         justify: Literal["left", "right"] = "right" if column in numbers else "left"

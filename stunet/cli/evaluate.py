@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Option
 
-from stunet.cli.console import case_bar, print_failures, print_line, print_table, say, warn, window_bar
+from stunet.cli.console import case_bar, exit_with_failures, print_line, print_table, say, warn, window_bar
 from stunet.cli.options import Device, Json, Trust, choose_device, split_names
 from stunet.datasets.raw import RawDataset
 from stunet.errors import DatasetError, UsageError
@@ -117,10 +117,7 @@ def evaluate(
             print_line(f"Wrote {folder}: {', '.join(written)}")
         for warning in results.warnings:
             say(f"warning: {warning}")
-    print_failures(results.failed)
-    if results.failed:
-        say(f"{len(results.failed)} cases could not be scored; the results are without them.")
-        raise typer.Exit(2)
+    exit_with_failures(results.failed, "could not be scored; the results are without them.")
 
 
 def _suggest(model: SegmentationModel, target: RawDataset, output: Path | None) -> None:

@@ -104,10 +104,8 @@ def _check_fold(fold: Path, *, continue_training: bool, overwrite: bool) -> None
             f"nothing to continue: no checkpoint in {fold}. Leave --c out to start, or correct --name, -c and -f."
         )
     if checkpoints and not continue_training and not overwrite:
-        raise UsageError(
-            f"an earlier training that would be overwritten: {fold} has {', '.join(checkpoints)}; continue it with "
-            "--c, keep it by giving this one a --name, or replace it with --overwrite"
-        )
+        remedy = "continue it with --c, keep it by giving this one a --name, or replace it with --overwrite"
+        raise UsageError(f"{fold} has an earlier training, {', '.join(checkpoints)}: {remedy}")
 
 
 def _preprocess(plans: Path, configuration: str, num_processes: int) -> None:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from typer import Option
 
-from stunet.cli.console import Group, case_bar, print_failures, print_line, print_table, say, stderr, stdout
+from stunet.cli.console import Group, case_bar, exit_with_failures, print_line, print_table, say, stderr, stdout
 from stunet.cli.options import Processes, split_names
 from stunet.datasets.imports import ImportReport, dataset_folder
 from stunet.datasets.totalsegmentator import KNOWN_BAD_CASES, choose_structures, import_cases, read_totalsegmentator
@@ -222,9 +222,5 @@ def _finish(report: ImportReport, dataset_id: int) -> None:
     for path in report.stale:
         again = f"stunet labels carry -d {report.folder.name}"
         print_line(f"Left alone, as it differs: {path}. Preprocess again, then: {again}")
-    print_failures(report.failed)
-    if report.failed:
-        say(f"{len(report.failed)} cases could not be imported; the dataset is complete without them.")
     print_line(f"Next: stunet labels check -d {dataset_id}")
-    if report.failed:
-        raise typer.Exit(2)
+    exit_with_failures(report.failed, "could not be imported; the dataset is complete without them.")

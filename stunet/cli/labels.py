@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from stunet.cli.console import Group, case_bar, print_failures, print_line, print_table, say
+from stunet.cli.console import Group, case_bar, exit_with_failures, print_line, print_table, say
 from stunet.cli.options import Dataset, Json, Processes
 from stunet.datasets.raw import case_names, read_raw_dataset, sync_to_preprocessed
 from stunet.datasets.unions import sources_of_cases
@@ -57,9 +57,7 @@ def check(dataset: Dataset, as_json: Json = False, num_processes: Processes = 8)
         say(f"warning: {case} has {', '.join(structures)} and does not annotate it")
     for case, values in coverage["unknown_values"].items():
         say(f"warning: {case} has values that dataset.json does not list: {', '.join(map(str, values))}")
-    print_failures(coverage["unreadable"])
-    if coverage["unreadable"]:
-        raise typer.Exit(2)
+    exit_with_failures(coverage["unreadable"], "could not be read.")
     if coverage["never_annotated"] or coverage["occurs_without_annotation"] or coverage["unknown_values"]:
         raise typer.Exit(1)
 

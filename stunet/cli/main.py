@@ -77,12 +77,11 @@ app = typer.Typer(
 _command: Callable[..., object]
 for _command in (plan, info, train, finetune, rank, rank_eval, evaluate, predict, convert, list_names, env, demo):
     app.command(_command.__name__.removesuffix("_names").replace("_", "-"))(_command)
-app.add_typer(weights.app, name="weights")
-app.add_typer(import_datasets.app, name="import")
-app.add_typer(labels.app, name="labels")
-for _group, _name in ((app, ""), (weights.app, "weights "), (import_datasets.app, "import "), (labels.app, "labels ")):
+for _name, _group in {"": app, "weights": weights.app, "import": import_datasets.app, "labels": labels.app}.items():
+    if _name:
+        app.add_typer(_group, name=_name)
     for _info in _group.registered_commands:
-        _typed = re.compile(rf"\bstunet {_name}{_info.name}(?![\w-])")
+        _typed = re.compile(rf"\bstunet {_name} ?{_info.name}(?![\w-])")
         _lines = [f"$ {line.strip()}" for line in (__doc__ or "").splitlines() if _typed.search(line)]
         _info.cls, _info.epilog = Command, "\n\n".join(["Examples:" if _lines[1:] else "Example:", *_lines])
 
