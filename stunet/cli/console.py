@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from typer import Exit
+from typer import Exit, echo
 from typer.core import TyperCommand, TyperGroup
 
 #: Key of a context's ``meta``: the values of the list option that the command line ends with.
@@ -48,6 +49,11 @@ def print_error(error: Any) -> None:
     """Show one of our own errors the way the command line does."""
     stderr.print("error:", style="bold red", end=" ")
     say(str(error))
+
+
+def print_json(content: Any) -> None:
+    """Print JSON on standard output."""
+    echo(json.dumps(content, indent=2))
 
 
 def exit_with_failures(failed: Mapping[str, object], consequence: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Option
 
-from stunet.cli.console import case_bar, exit_with_failures, print_line, print_table, say, warn, window_bar
+from stunet.cli.console import case_bar, exit_with_failures, print_json, print_line, print_table, say, warn, window_bar
 from stunet.cli.options import Device, Json, Trust, choose_device, split_names
 from stunet.datasets.raw import RawDataset
 from stunet.errors import DatasetError, UsageError
@@ -110,7 +109,7 @@ def evaluate(
         draw_scores(results, folder / "scores.png", title=f"{described.path.name} on {target.folder.name}")
         if as_json:
             del summary["metric_per_case"]
-            typer.echo(json.dumps({"output": str(folder), "cases": len(results.cases), **summary}, indent=4))
+            print_json({"output": str(folder), "cases": len(results.cases), **summary})
         else:
             _print_scores(results, tolerance)
             written = [name for name in ("summary.json", "scores.csv", "scores.png") if (folder / name).is_file()]

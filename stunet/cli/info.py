@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
 from typer import Option
 
 from stunet.cli import options
-from stunet.cli.console import human_bytes, human_count, print_line, print_table, stdout
+from stunet.cli.console import human_bytes, human_count, print_json, print_line, print_table, stdout
 from stunet.cli.options import choose_size
 from stunet.errors import ArchitectureError
 from stunet.settings import SETTINGS, ActivationCheckpointing, MomentumDtype
@@ -87,7 +85,7 @@ def info(
             needed = one.estimate.training_bytes
             row["recommendation"] = {"gpu_bytes": gpu_bytes, "fits": one.fits, **given, "training_bytes": needed}
         content = {"settings": {**chosen, "strides": default_strides(patch_size)}, "sizes": rows}
-        typer.echo(json.dumps(content, indent=2))
+        print_json(content)
         return
     _print_table(rows, chosen)
     _warn_of_strides(patch_size)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import typer
 
-from stunet.cli.console import Group, case_bar, exit_with_failures, print_line, print_table, say
+from stunet.cli.console import Group, case_bar, exit_with_failures, print_json, print_line, print_table, say
 from stunet.cli.options import Dataset, Json, Processes
 from stunet.datasets.raw import case_names, read_raw_dataset, sync_to_preprocessed
 from stunet.datasets.unions import sources_of_cases
@@ -47,7 +46,7 @@ def check(dataset: Dataset, as_json: Json = False, num_processes: Processes = 8)
             on_case=on_case,
         )
     if as_json:
-        typer.echo(json.dumps({"dataset": raw.folder.name, **coverage}, indent=4))
+        print_json({"dataset": raw.folder.name, **coverage})
     else:
         _print_coverage(coverage, raw.folder.name)
     for key, what in (("never_annotated", "never annotated"), ("never_present", "never present")):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,7 +10,7 @@ import typer
 from rich.text import Text
 from typer import Option
 
-from stunet.cli.console import print_line, print_table, progress_bar, say, stdout
+from stunet.cli.console import print_json, print_line, print_table, progress_bar, say, stdout
 from stunet.cli.options import Device, Json, Trust, check_disk, choose_device, complete_weights, preflight, split_names
 from stunet.errors import UsageError
 
@@ -164,7 +163,7 @@ def rank_eval(
         say(line.replace(":", " is left out:", 1))
     results = {name: agreement(by_metric[name], truth, n_resamples=resamples, seed=seed) for name in metric or complete}
     if as_json:
-        typer.echo(json.dumps({"metrics": {name: result.as_dict() for name, result in results.items()}}, indent=4))
+        print_json({"metrics": {name: result.as_dict() for name, result in results.items()}})
         return
     first = next(iter(results.values()))
     degenerate = max(estimate.degenerate for result in results.values() for estimate in result.estimates.values())

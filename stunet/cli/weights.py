@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +12,7 @@ from rich.filesize import decimal
 from rich.text import Text
 from typer import Argument, Option
 
-from stunet.cli.console import Group, print_line, print_table, say, stdout
+from stunet.cli.console import Group, print_json, print_line, print_table, say, stdout
 from stunet.cli.options import Json, Positive, complete_weights
 from stunet.environment import did_you_mean
 from stunet.errors import LabelError, UsageError, reading
@@ -30,7 +29,7 @@ def list_weights(as_json: Annotated[bool, Option("--json", help="Print JSON, wit
     """Show the published weights that are known, and which of them are in the cache."""
     rows = _weights_rows()
     if as_json:
-        typer.echo(json.dumps({"weights": rows}, indent=2))
+        print_json({"weights": rows})
         return
     cells, described = [], dict[str, list[str]]()
     for row in rows:
@@ -130,9 +129,15 @@ def list_names(of: Annotated[str | None, Option(metavar="NAME")] = None, as_json
     Options:
         of: Show the structures of a model, a label system, or a model folder.
     """
-    content: dict[str, Any] = _models_and_systems() if of is None else {"name": of, "structures": _structures(of)}
+    if of is not None:
+        content: dict[str, Any] = {"name": of, "structures": _structures(of)}
+    else:
+        sizes = {name: len(load_label_system(name).entries) for name in list_label_systems()}
+        sizes |= {name: len(load_vocabulary(name).labels) - 1 for name in list_vocabularies()}
+        listed = [{"name": name, "structures": n} for name, n in sorted(sizes.items())]
+        content = {"models": _weights_rows(), "label_systems": listed}
     if as_json:
-        typer.echo(json.dumps(content, indent=2))
+        print_json(content)
     elif of is not None:
         lines = [f"{','.join(map(str, row['labels'])):>3} {row['name']}" for row in content["structures"]]
         stdout.print(Text(f"{of}: {len(lines)} structures"))
@@ -148,13 +153,6 @@ def list_names(of: Annotated[str | None, Option(metavar="NAME")] = None, as_json
         print_table(systems, "name", "structures", title="Label systems", numbers=["structures"])
         stdout.print("\nStructures of one: stunet list --of NAME")
         stdout.print("Predict with a model: stunet predict -i CT.nii.gz -o OUT -m NAME")
-
-
-def _models_and_systems() -> dict[str, Any]:
-    systems = {name: len(load_label_system(name).entries) for name in list_label_systems()}
-    systems |= {name: len(load_vocabulary(name).labels) - 1 for name in list_vocabularies()}
-    listed = [{"name": name, "structures": n} for name, n in sorted(systems.items())]
-    return {"models": _weights_rows(), "label_systems": listed}
 
 
 def _structures(name: str) -> list[dict[str, Any]]:
