@@ -120,9 +120,9 @@ def open_preprocessed(dataset: str, plans: str, configuration: str) -> Preproces
         NnUNetPathError: nnU-Net's variables are not set.
     """
     name = find_dataset(dataset)
-    dataset_of_plans = PreprocessedDataset(name, load_plans(find_plans(name, plans)), configuration)
-    dataset_of_plans.check_origin()
-    return dataset_of_plans
+    found = PreprocessedDataset(name, load_plans(find_plans(name, plans)), configuration)
+    found.check_origin()
+    return found
 
 
 def _read_json(path: Path) -> Any:
