@@ -149,16 +149,13 @@ def check_training(dataset: str, plans: str, configuration: str, trainer: str) -
 
     nnU-Net keeps two at a time, with momentum; their size is that of the network in the plans or the trainer's name.
     """
-    import torch
-
-    from stunet.network import build_stunet
     from stunet.planning import is_stunet, open_preprocessed, plans_size
+    from stunet.weights.convert import Architecture
 
     planned = open_preprocessed(dataset, plans, configuration).configuration
     named, _ = TRAINERS.get(trainer, (None, {}))
     size = plans_size(planned) if is_stunet(planned) else SIZES[named or "small"]
-    with torch.device("meta"):
-        network = build_stunet(size, 1, 2, [[1] * len(planned["patch_size"])] * 6)
+    network = Architecture(size, 1, 2, len(planned["patch_size"])).build_on_meta()
     n_parameters = sum(parameter.numel() for parameter in network.parameters())
     check_disk(environment.nnunet_folder("nnUNet_results"), 2 * 2 * 4 * n_parameters)
 
