@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -80,19 +79,6 @@ def case_bar(text: str, n_cases: int) -> Iterator[Callable[..., None]]:
     """Show how many cases are done; yield what is called after each."""
     with progress_bar(text, n_cases) as update:
         yield lambda *_: update(advance=1)
-
-
-@contextmanager
-def window_bar(*, shown: bool = True) -> Iterator[Callable[[str, int], None]]:
-    """Show how many windows of a case are predicted; yield what is called after each, with case and number of all."""
-    done: Counter[str] = Counter()
-    with progress_bar("reading and preprocessing", shown=shown) as update:
-
-        def on_window(case: str, n_windows: int) -> None:
-            done[case] += 1
-            update(description=case, total=n_windows, completed=done[case])
-
-        yield on_window
 
 
 class _Help:

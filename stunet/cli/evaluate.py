@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Option
 
-from stunet.cli.console import case_bar, exit_with_failures, print_json, print_line, print_table, say, warn, window_bar
+from stunet.cli.console import case_bar, exit_with_failures, print_json, print_line, print_table, say, warn
 from stunet.cli.options import Device, Json, Trust, choose_device, split_names
+from stunet.cli.predict import window_bar
 from stunet.datasets.raw import RawDataset
 from stunet.errors import DatasetError, UsageError
 from stunet.files import atomic_path, refuse_existing, write_json

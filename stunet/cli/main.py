@@ -49,7 +49,6 @@ import typer
 import stunet
 from stunet.cli import import_datasets, labels, weights
 from stunet.cli.console import Command, Group, print_error
-from stunet.cli.convert import convert
 from stunet.cli.demo import demo
 from stunet.cli.env import env
 from stunet.cli.evaluate import evaluate
@@ -59,7 +58,7 @@ from stunet.cli.plan import plan
 from stunet.cli.predict import predict
 from stunet.cli.rank import rank, rank_eval
 from stunet.cli.train import train
-from stunet.cli.weights import list_names
+from stunet.cli.weights import convert, list_names
 from stunet.errors import STUNetError
 
 app = typer.Typer(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from typer import Option
 
-from stunet.cli.console import print_line, say, warn, window_bar
+from stunet.cli.console import print_line, progress_bar, say, warn
 from stunet.cli.options import Device, Trust, choose_device, split_names
 from stunet.environment import find_dataset, nnunet_folder
 from stunet.errors import UsageError
@@ -117,3 +120,16 @@ def predict(
             warn=warn,
             on_window=on_window,
         )
+
+
+@contextmanager
+def window_bar(*, shown: bool = True) -> Iterator[Callable[[str, int], None]]:
+    """Show how many windows of a case are predicted; yield what is called after each, with case and number of all."""
+    done: Counter[str] = Counter()
+    with progress_bar("reading and preprocessing", shown=shown) as update:
+
+        def on_window(case: str, n_windows: int) -> None:
+            done[case] += 1
+            update(description=case, total=n_windows, completed=done[case])
+
+        yield on_window
