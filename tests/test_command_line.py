@@ -249,7 +249,8 @@ def test_train_gives_nnunet_the_chosen_device(
     monkeypatch.setattr(nnunetv2.run.run_training, "get_trainer_from_args", stop)
     monkeypatch.setattr(stunet.training.distributed, "_use_device", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("stunet.cli.train.preflight", lambda *_, **__: "Dataset004_Here")
+    monkeypatch.setattr("stunet.cli.train.preflight", lambda *_: "Dataset004_Here")
+    monkeypatch.setattr("stunet.cli.train.check_training", lambda *_: None)
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     assert _typed(monkeypatch, capsys, "train", "4", "3d_fullres", "0", *typed)[0] == 2
     assert [(str(call[-1]), call[-2]) for call in calls] == [(device, goes_on)]

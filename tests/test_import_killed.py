@@ -15,14 +15,19 @@ from stunet.datasets.totalsegmentator import import_cases, read_totalsegmentator
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 
 
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("nnUNet_preprocessed", "")  # restored after the test
+
+
 def run(source: Path, root: Path, excluded: tuple[str, ...] = ()) -> None:
+    os.environ["nnUNet_preprocessed"] = str(root / "preprocessed")
     import_cases(
         list(read_totalsegmentator(source).cases.values()),
         STRUCTURES,
         root / "Dataset101_T",
         details={},
         excluded=excluded,
-        preprocessed=root / "preprocessed",
     )
 
 

@@ -289,14 +289,17 @@ def test_two_imports_at_once(source: Path, folder: Path) -> None:
     assert len(errors) == 3
 
 
-def test_ids_and_names(tmp_path: Path) -> None:
-    assert dataset_folder(7, "A_b", raw=tmp_path) == tmp_path / "Dataset007_A_b"
-    (tmp_path / "Dataset007_Other").mkdir()
+def test_ids_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("nnUNet_raw", "nnUNet_results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    assert dataset_folder(7, "A_b") == tmp_path / "nnUNet_raw" / "Dataset007_A_b"
+    (tmp_path / "nnUNet_results" / "Dataset007_Other").mkdir()
     with pytest.raises(DatasetError, match=r"id that is taken, 7 by \S*Dataset007_Other"):
-        dataset_folder(7, "A", raw=tmp_path / "raw", others=[tmp_path])
+        dataset_folder(7, "A")
     for number, name in ((0, "A"), (1000, "A"), (1, "../A"), (1, "")):
         with pytest.raises(UsageError, match="impossible id or name"):
-            dataset_folder(number, name, raw=tmp_path)
+            dataset_folder(number, name)
 
 
 @pytest.mark.parametrize(

@@ -178,30 +178,30 @@ def test_a_full_disk_and_then_room(raw: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("broken", [False, True])
-def test_killed_at_each_change_and_continued(raw: Path, after: bool, broken: bool) -> None:
+def test_killed_at_each_change_and_continued(
+    raw: Path, after: bool, broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in NAMES:
         (raw / name / "splits_final.json").write_text('[{"train": [], "val": []}]')
     (raw / NAMES[0] / "splits_final.json").write_text('[{"train": ["a0"], "val": ["a1"]}]')
     if broken:
         truncate(raw / NAMES[0] / "labelsTr" / "a2.nii.gz")
-    options: dict[str, Any] = {
-        "preprocessed": raw / "preprocessed",
-        "sources": [read_union_source(raw / name) for name in NAMES],
-    }
-    run(raw, **options)
+    monkeypatch.setenv("nnUNet_preprocessed", str(raw / "preprocessed"))
+    sources = [read_union_source(raw / name) for name in NAMES]
+    run(raw, sources=sources)
     expected = contents(raw / "Dataset700_U") | contents(raw / "preprocessed")
     moment, dataset_seen = 0, False
     while True:
         moment += 1
         shutil.rmtree(raw / "Dataset700_U")
         shutil.rmtree(raw / "preprocessed", ignore_errors=True)
-        if not run_and_kill(lambda: run(raw, **options), moment, after):
+        if not run_and_kill(lambda: run(raw, sources=sources), moment, after):
             break
         if (raw / "Dataset700_U" / "dataset.json").exists():
             dataset_seen = True
             there = {k: v for k, v in contents(raw / "Dataset700_U").items() if not k.startswith(".import")}
             assert there.items() <= expected.items()
-        run(raw, **options)
+        run(raw, sources=sources)
         assert contents(raw / "Dataset700_U") | contents(raw / "preprocessed") == expected, moment
     assert moment > 12
     assert dataset_seen

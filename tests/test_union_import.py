@@ -166,12 +166,15 @@ def test_a_union_of_a_union(raw: Path) -> None:
     assert sources_of_cases(raw / NAMES[0], ["D700_D123_x"]) == {}
 
 
-def test_folds_are_carried_where_all_sources_have_them(raw: Path, tmp_path: Path) -> None:
+def test_folds_are_carried_where_all_sources_have_them(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folds = {NAMES[0]: {"train": ["a2", "a0"], "val": ["a3"]}, NAMES[1]: {"train": ["x"], "val": []}}
     (raw / NAMES[0] / "splits_final.json").write_text(json.dumps([folds[NAMES[0]], {"train": ["a3"], "val": ["a0"]}]))
     assert not run(raw).has_folds
     (raw / NAMES[1] / "splits_final.json").write_text(json.dumps([folds[NAMES[1]]]))
-    assert run(raw, preprocessed=tmp_path / "preprocessed").has_folds
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+    assert run(raw).has_folds
     expected = [{"train": ["D007_a0", "D007_a2", "D123_x"], "val": ["D007_a3"]}]
     for folder in (raw / "Dataset700_U", tmp_path / "preprocessed" / "Dataset700_U"):
         assert json.loads((folder / "splits_final.json").read_text()) == expected

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, cast
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+from typer import Exit, echo
 from typer.core import TyperCommand, TyperGroup
 
 #: Key of a context's ``meta``: the values of the list option that the command line ends with.
@@ -31,9 +34,14 @@ def print_line(line: str, *, style: str | None = None) -> None:
     stdout.print(line, style=style, soft_wrap=True)
 
 
-def say(line: str) -> None:
+def say(line: str, *, style: str | None = None) -> None:
     """Print a line on standard error, as it is."""
-    stderr.print(line, soft_wrap=True)
+    stderr.print(line, style=style, soft_wrap=True)
+
+
+def warn(line: str) -> None:
+    """Print a line on standard error that must not be overlooked."""
+    say(line, style="bold red")
 
 
 def print_error(error: Any) -> None:
@@ -42,20 +50,35 @@ def print_error(error: Any) -> None:
     say(str(error))
 
 
-def print_failures(failed: Mapping[str, object]) -> None:
-    """Show what failed, by case."""
+def print_json(content: Any) -> None:
+    """Print JSON on standard output."""
+    echo(json.dumps(content, indent=2))
+
+
+def exit_with_failures(failed: Mapping[str, object], consequence: str) -> None:
+    """Where cases have failed, show them and what follows, and leave with exit status 2."""
     for case, error in failed.items():
         say(f"case {case}:")
         print_error(error)
+    if failed:
+        say(f"{len(failed)} cases {consequence}")
+        raise Exit(2)
+
+
+@contextmanager
+def progress_bar(text: str, total: float | None = None, *, shown: bool = True) -> Iterator[Callable[..., None]]:
+    """Show a bar where standard error is a terminal; yield what sets its description, total and completed."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(20), MofNCompleteColumn())
+    times = TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns, *times, console=stderr, disable=not (shown and stderr.is_terminal), transient=True) as bars:
+        yield partial(bars.update, bars.add_task(text, total=total))
 
 
 @contextmanager
 def case_bar(text: str, n_cases: int) -> Iterator[Callable[..., None]]:
-    """Show in a terminal how many cases are done; yield what is called after each."""
-    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
-        bar = progress.add_task("", total=n_cases)
-        yield lambda *_: progress.advance(bar)
+    """Show how many cases are done; yield what is called after each."""
+    with progress_bar(text, n_cases) as update:
+        yield lambda *_: update(advance=1)
 
 
 class _Help:
@@ -94,18 +117,15 @@ class Command(_Help, TyperCommand):
                 cast(Any, param).help = " ".join(helps[param.name].split())
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat the name of a list option before each further value; take hyphens for underscores."""
+        """Repeat the name of a list option before each further value."""
         has_arguments = any(p.param_type_name == "argument" for p in self.params)
         multiple = [p for p in self.params if getattr(p, "multiple", False) and not has_arguments]
         options: dict[str, Any] = {name: p for p in multiple for name in p.opts}
-        known = {name for p in self.params for name in p.opts}
         expanded: list[str] = []
         current, n_values = "", 0
         for arg in args:
             if arg.startswith("-"):
-                name, has_value, value = arg.partition("=")
-                if name not in known and (underscored := f"--{name[2:].replace('-', '_')}") in known:
-                    name, arg = underscored, f"{underscored}{has_value}{value}"  # --disable-tta for --disable_tta
+                name, has_value, _ = arg.partition("=")
                 current, n_values = (name if name in options else ""), int(bool(has_value))
             elif current:
                 expanded += [current] * bool(n_values)
@@ -127,25 +147,27 @@ def print_table(
     title: str = "",
     caption: str = "",
     numbers: Collection[str] = (),
+    padding: int = 1,
     console: Console = stdout,
 ) -> None:
     """Print a table for 80 columns, without a frame; an empty row draws a line, and no column names, no head.
 
-    Texts are no markup. Columns keep the width of their words, and longer texts are folded: names are not cut.
+    Texts are no markup, but may have a style. Columns keep the width of their words, and longer texts are folded: names
+    are not cut.
     """
-    texts = [[str(cell) for cell in row] for row in rows]
-    table = Table(padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, show_header=bool(columns))
+    lines = [list(row) for row in rows]
+    table = Table(padding=(0, padding, 0, 0), pad_edge=False, show_edge=False, show_header=bool(columns))
     table.box, table.title_justify, table.caption_justify = SIMPLE_HEAD if columns else None, "left", "left"
     table.title, table.caption = Text(title) if title else None, Text(caption) if caption else None
-    for i, column in enumerate(columns or [""] * len(texts[0])):
-        cells = [column, *(row[i] for row in texts if row)]
+    for i, column in enumerate(columns or [""] * len(lines[0])):
+        cells = [column, *(str(row[i]) for row in lines if row)]
         width = min(max(map(len, " ".join(cells).split()), default=0), _LONGEST_WORD)
         whole = max(map(len, cells)) <= width  # else rich narrows it first, and cuts off what then is too wide
         justify: Literal["left", "right"] = "right" if column in numbers else "left"
         table.add_column(column, justify=justify, overflow="fold", min_width=width, no_wrap=whole)
-    for row in texts:
+    for row in lines:
         if row:
-            table.add_row(*map(Text, row))
+            table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
         else:
             table.add_section()
     console.print(table)

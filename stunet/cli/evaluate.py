@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,18 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Option
 
-from stunet.cli.console import case_bar, print_failures, print_line, print_table, say, stderr
-from stunet.cli.options import Device, Json, Trust, choose_device, complete_label_systems, split_names
-from stunet.cli.predict import show_progress
+from stunet.cli.console import case_bar, exit_with_failures, print_json, print_line, print_table, say, warn
+from stunet.cli.options import Device, Json, Trust, choose_device, split_names
+from stunet.cli.predict import window_bar
+from stunet.datasets.raw import RawDataset
 from stunet.errors import DatasetError, UsageError
 from stunet.files import atomic_path, refuse_existing, write_json
+from stunet.labels.labels import Labels
+from stunet.labels.mappings import LabelRelation, list_label_systems, suggest_label_map
 
 if TYPE_CHECKING:
-    from stunet.datasets.raw import RawDataset
     from stunet.evaluation import EvaluationResults, SegmentationModel
-    from stunet.labels.mappings import LabelRelation
 
-_Show = Callable[[str], None]
 _MODEL_HELP = "Model folder; with --predictions a dataset.json will do, or nothing."
 _MAP_HELP = "YAML file, or the name of a published label system, such as btcv."
 
@@ -30,7 +29,7 @@ def evaluate(
     dataset: Annotated[str, Option("-d", "--dataset", help="Dataset to score on: id, name, or path of a raw dataset.")],
     model: Annotated[Path | None, Option("-m", "--model", help=_MODEL_HELP)] = None,
     output: Annotated[Path | None, Option("-o", "--output", help="Folder; evaluation_DATASET by default.")] = None,
-    label_map: Annotated[str | None, Option(help=_MAP_HELP, autocompletion=complete_label_systems)] = None,
+    label_map: Annotated[str | None, Option(help=_MAP_HELP, autocompletion=list_label_systems)] = None,
     suggest_map: Annotated[bool, Option(help="Print a label map to edit, or write it to -o, and leave.")] = False,
     predictions: Annotated[Path | None, Option(help="Score the segmentations here, and predict nothing.")] = None,
     cases: Annotated[str | None, Option(help="Only these cases, names with commas between.")] = None,
@@ -82,40 +81,46 @@ def evaluate(
 
         images = [Case(case, tuple(files)) for case, (files, _) in target.cases.items()]
         trained = load_model(place, folds, trust=trust or [])
-        options: dict[str, Any] = {"device": choose_device(device), "mirroring": not disable_tta}
-        with show_progress(bar=stderr.is_terminal, notes=stderr) as progress:
-            predict_folder(trained, images, given, **options, **progress)
+        with window_bar() as on_window:
+            predict_folder(
+                trained,
+                images,
+                given,
+                device=choose_device(device),
+                mirroring=not disable_tta,
+                say=say,
+                warn=warn,
+                on_window=on_window,
+            )
     with case_bar("Scoring", len(jobs)) as on_case:
         results = score_cases(jobs, num_processes=num_processes, on_case=on_case)
     if results.cases:
         from stunet.reports import draw_scores
 
         folder.mkdir(parents=True, exist_ok=True)
-        failed = {case: str(error) for case, error in results.failed.items()}
-        about: dict[str, Any] = {"model": str(described.path), "dataset": target.folder.name, "tolerance_mm": tolerance}
-        summary = results.summary(**about, left_out=dict(relation.left_out), failed=failed)
+        summary = results.summary(
+            model=str(described.path),
+            dataset=target.folder.name,
+            tolerance_mm=tolerance,
+            left_out=dict(relation.left_out),
+            failed={case: str(error) for case, error in results.failed.items()},
+        )
         write_json(summary, folder / "summary.json")
         results.write_csv(folder / "scores.csv")
         draw_scores(results, folder / "scores.png", title=f"{described.path.name} on {target.folder.name}")
         if as_json:
             del summary["metric_per_case"]
-            typer.echo(json.dumps({"output": str(folder), "cases": len(results.cases), **summary}, indent=4))
+            print_json({"output": str(folder), "cases": len(results.cases), **summary})
         else:
             _print_scores(results, tolerance)
             written = [name for name in ("summary.json", "scores.csv", "scores.png") if (folder / name).is_file()]
             print_line(f"Wrote {folder}: {', '.join(written)}")
         for warning in results.warnings:
             say(f"warning: {warning}")
-    print_failures(results.failed)
-    if results.failed:
-        say(f"{len(results.failed)} cases could not be scored; the results are without them.")
-        raise typer.Exit(2)
+    exit_with_failures(results.failed, "could not be scored; the results are without them.")
 
 
 def _suggest(model: SegmentationModel, target: RawDataset, output: Path | None) -> None:
-    from stunet.labels.labels import Labels
-    from stunet.labels.mappings import suggest_label_map
-
     names = (list(Labels(of.dataset_json).structures) for of in (model, target))
     text = suggest_label_map(*names)
     if output is None:
@@ -138,7 +143,9 @@ def _check_agreement(model: SegmentationModel, target: RawDataset) -> None:
         raise DatasetError(f"{target.folder} has {ending} files: convert them to {wanted}, as {model.path} has")
 
 
-def _print_relation(relation: LabelRelation, model: SegmentationModel, target: RawDataset, show: _Show) -> None:
+def _print_relation(
+    relation: LabelRelation, model: SegmentationModel, target: RawDataset, show: Callable[[str], None]
+) -> None:
     n = len(relation.comparisons)
     show(f"{n} structures are compared on {len(target.cases)} cases of {target.folder.name}.")
     for c in relation.comparisons:

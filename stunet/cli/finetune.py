@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Context, Option
 
@@ -14,7 +14,7 @@ from stunet.cli import options
 from stunet.cli.console import print_line
 from stunet.cli.env import trainers_folder
 from stunet.cli.plan import plan
-from stunet.environment import nnunet_folder
+from stunet.environment import find_dataset, nnunet_folder
 from stunet.errors import UsageError
 from stunet.files import locked
 from stunet.processes import end_with_children
@@ -59,14 +59,23 @@ def finetune(
         num_processes: Processes for planning and preprocessing.
     """
     parse_settings(settings or [])  # before PyTorch is imported
-    results = nnunet_folder("nnUNet_results")
-    options.preflight(dataset, plans=plans, device=device, n_devices=num_gpus, writes=results, seconds=-1)
-    device = options.choose_device(device)
-    how: dict[str, Any] = {"strategy": strategy, "settings": settings, "trust": trust, "num_processes": num_processes}
-    new: dict[str, Any] = {"name": name, "overwrite": overwrite}
-    path = plan(context, dataset, configurations=[configuration], plans=plans, source=source, **new, **how)
-    plans_name, dataset_name = path.stem, path.parent.name
-    dataset_id = str(int(dataset_name[7:10]))
+    dataset_name, results = find_dataset(dataset), nnunet_folder("nnUNet_results")
+    options.check_disk(results)
+    device = options.choose_device(device, num_gpus)
+    path = plan(
+        context,
+        dataset,
+        configurations=[configuration],
+        plans=plans,
+        settings=settings,
+        source=source,
+        strategy=strategy,
+        name=name,
+        overwrite=overwrite,
+        trust=trust,
+        num_processes=num_processes,
+    )
+    plans_name, dataset_id = path.stem, str(int(dataset_name[7:10]))
     model = results / dataset_name / f"{_TRAINER}__{plans_name}__{configuration}"
     command = ["nnUNetv2_train"] if seed is None else ["stunet", "train", "--seed", str(seed)]
     command += [dataset_id, configuration, fold, "-tr", _TRAINER, "-p", plans_name, "-device", device]
@@ -76,8 +85,7 @@ def finetune(
     with locked(model / f".fold_{fold}.lock", "training of the same fold"):
         _check_fold(model / f"fold_{fold}", continue_training=continue_training, overwrite=overwrite)
         _preprocess(path, configuration, num_processes)
-        trained: dict[str, Any] = {"plans": plans_name, "configuration": configuration, "trainer": _TRAINER}
-        options.preflight(dataset, **trained, writes=results, seconds=-1)
+        options.check_training(dataset, plans_name, configuration, _TRAINER)
         # Before nnU-Net is asked for the trainer; its own parser then reads the command as it was shown.
         os.environ["nnUNet_extTrainer"] = str(trainers_folder())
         print_line(f"\n$ {shlex.join(command)}", style="bold")
@@ -96,10 +104,8 @@ def _check_fold(fold: Path, *, continue_training: bool, overwrite: bool) -> None
             f"nothing to continue: no checkpoint in {fold}. Leave --c out to start, or correct --name, -c and -f."
         )
     if checkpoints and not continue_training and not overwrite:
-        raise UsageError(
-            f"an earlier training that would be overwritten: {fold} has {', '.join(checkpoints)}; continue it with "
-            "--c, keep it by giving this one a --name, or replace it with --overwrite"
-        )
+        remedy = "continue it with --c, keep it by giving this one a --name, or replace it with --overwrite"
+        raise UsageError(f"{fold} has an earlier training, {', '.join(checkpoints)}: {remedy}")
 
 
 def _preprocess(plans: Path, configuration: str, num_processes: int) -> None:

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from typer import Option
 
-from stunet.cli.console import Group, case_bar, print_failures, print_line, print_table, say, stderr, stdout
+from stunet.cli.console import Group, case_bar, exit_with_failures, print_line, print_table, say, stderr, stdout
 from stunet.cli.options import Processes, split_names
+from stunet.datasets.imports import ImportReport, dataset_folder
+from stunet.datasets.totalsegmentator import KNOWN_BAD_CASES, choose_structures, import_cases, read_totalsegmentator
+from stunet.datasets.unions import UnionSource, import_union, merge_sources, read_union_source, sampling_weights
 from stunet.environment import find_dataset, nnunet_folder
 from stunet.errors import UsageError
-
-if TYPE_CHECKING:
-    from stunet.datasets.imports import ImportReport
-    from stunet.datasets.unions import UnionSource
-    from stunet.labels.mappings import LabelUnion
+from stunet.labels.mappings import LabelUnion, dump_mapping, read_mapping
 
 app = typer.Typer(cls=Group, help="Turn other layouts into nnU-Net raw datasets.", no_args_is_help=True)
 
-_PREPROCESSED = "nnUNet_preprocessed"
 _MOST_OVERLAPS = 8
 
 _Id = Annotated[int, Option("-d", "--dataset-id", help="Id of the new dataset.")]
@@ -67,12 +64,10 @@ def totalsegmentator(
         allow_unannotated: Keep structures that no training case annotates.
         num_processes: Cases at a time; by default up to 8, as cores and images are worth it.
     """
-    from stunet.datasets.totalsegmentator import KNOWN_BAD_CASES, choose_structures, import_cases, read_totalsegmentator
-
-    folder = _new_dataset(dataset_id, name)
+    folder = dataset_folder(dataset_id, name)
     found = read_totalsegmentator(source)
-    wanted = {"structures": split_names(*structures or ()), "groups": split_names(*group or ())}
-    told, chosen = choose_structures(found, task=task, version=version, label_order=label_order, **wanted)
+    names, groups = split_names(*structures or ()), split_names(*group or ())
+    told, chosen = choose_structures(found, task, version, label_order, names, groups)
     excluded = set(KNOWN_BAD_CASES.get(told, ())) & set(found.cases)
     if exclude is not None:
         excluded = set(split_names(*exclude)) - {"none"}
@@ -80,12 +75,18 @@ def totalsegmentator(
             raise UsageError(f"an unknown case to exclude, {unknown[0]}: give --exclude cases of {source}, or none")
     print_line(f"{len(found.cases)} cases, {len(chosen)} structures" + (f" of version {told}" if told else ""))
     started = time.monotonic()
-    details = {"task": task if task == "total" else Path(task).name, "version": told}
     with case_bar("Importing", len(set(found.cases) - excluded)) as on_case:
-        how: dict[str, Any] = {"allow_unannotated": allow_unannotated, "num_processes": num_processes}
-        how |= {"link_images": images == "link", "preprocessed": os.environ.get(_PREPROCESSED) or None}
-        cases = list(found.cases.values())
-        report = import_cases(cases, chosen, folder, details=details, excluded=excluded, on_case=on_case, **how)
+        report = import_cases(
+            list(found.cases.values()),
+            chosen,
+            folder,
+            details={"task": task if task == "total" else Path(task).name, "version": told},
+            excluded=excluded,
+            link_images=images == "link",
+            allow_unannotated=allow_unannotated,
+            num_processes=num_processes,
+            on_case=on_case,
+        )
     n_train, n_val, n_test = (list(report.splits.values()).count(split) for split in ("train", "val", "test"))
     print_line(f"Wrote {report.folder}: {n_train} cases to train, {n_val} to validate, {n_test} to test")
     print_line(f"It took {time.monotonic() - started:.1f} s; {report.reused} cases were finished before")
@@ -133,11 +134,8 @@ def union(
         allow_unannotated: Keep structures that no case annotates.
         num_processes: Cases at a time.
     """
-    from stunet.datasets.unions import import_union, merge_sources, read_union_source
-    from stunet.labels.mappings import dump_mapping, read_mapping
-
     overrides = None if mapping is None else read_mapping(mapping)
-    folder = _new_dataset(dataset_id, name)
+    folder = dataset_folder(dataset_id, name)
     raw = nnunet_folder("nnUNet_raw")
     found = [read_union_source(raw / each) for each in map(find_dataset, sources)]
     merged = merge_sources(found, overrides)
@@ -149,9 +147,15 @@ def union(
         typer.echo(dump_mapping(merged.mapping, merged.superclasses), nl=False)
         return
     with case_bar("Label maps", sum(len(source.cases) for source in found)) as on_case:
-        how: dict[str, Any] = {"allow_unannotated": allow_unannotated, "num_processes": num_processes}
-        how["preprocessed"] = os.environ.get(_PREPROCESSED) or None
-        report = import_union(found, merged, folder, weights=given, on_case=on_case, **how)
+        report = import_union(
+            found,
+            merged,
+            folder,
+            weights=given,
+            allow_unannotated=allow_unannotated,
+            num_processes=num_processes,
+            on_case=on_case,
+        )
     print_line(f"Wrote {report.folder}: {len(report.records)} cases; {report.reused} were finished before")
     own_names = {s.name: [case for case, new in s.cases.items() if new in report.records] for s in found}
     _print_weights(found, own_names, given, console)
@@ -197,8 +201,6 @@ def _print_labels(merged: LabelUnion, console: Console) -> None:
 def _print_weights(
     sources: Sequence[UnionSource], cases: Mapping[str, Sequence[str]], given: Mapping[str, float], console: Console
 ) -> None:
-    from stunet.datasets.unions import sampling_weights
-
     totals = {s.name: sum(sampling_weights(s, cases[s.name], given).values()) for s in sources}
     rows = []
     for source, total in totals.items():
@@ -206,14 +208,6 @@ def _print_weights(
         rows.append((source, n, f"{total / n:.4g}" if n else "", f"{total / sum(totals.values()):.1%}"))
     numbers = ("cases", "weight of a case", "share of training")
     print_table(rows, "dataset", *numbers, title="Sources", numbers=numbers, console=console)
-
-
-def _new_dataset(dataset_id: int, name: str) -> Path:
-    """Return the folder of a dataset to be made, or to be continued."""
-    from stunet.datasets.imports import dataset_folder
-
-    others = [Path(v) for v in map(os.environ.get, (_PREPROCESSED, "nnUNet_results")) if v]
-    return dataset_folder(dataset_id, name, raw=nnunet_folder("nnUNet_raw"), others=others)
 
 
 def _print_cases(names: Sequence[str], what: str) -> None:
@@ -228,9 +222,5 @@ def _finish(report: ImportReport, dataset_id: int) -> None:
     for path in report.stale:
         again = f"stunet labels carry -d {report.folder.name}"
         print_line(f"Left alone, as it differs: {path}. Preprocess again, then: {again}")
-    print_failures(report.failed)
-    if report.failed:
-        say(f"{len(report.failed)} cases could not be imported; the dataset is complete without them.")
     print_line(f"Next: stunet labels check -d {dataset_id}")
-    if report.failed:
-        raise typer.Exit(2)
+    exit_with_failures(report.failed, "could not be imported; the dataset is complete without them.")

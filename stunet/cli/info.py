@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
 from typer import Option
 
 from stunet.cli import options
-from stunet.cli.console import human_bytes, human_count, print_line, print_table, stdout
+from stunet.cli.console import human_bytes, human_count, print_json, print_line, print_table, stdout
 from stunet.cli.options import choose_size
 from stunet.errors import ArchitectureError
 from stunet.settings import SETTINGS, ActivationCheckpointing, MomentumDtype
@@ -87,7 +85,7 @@ def info(
             needed = one.estimate.training_bytes
             row["recommendation"] = {"gpu_bytes": gpu_bytes, "fits": one.fits, **given, "training_bytes": needed}
         content = {"settings": {**chosen, "strides": default_strides(patch_size)}, "sizes": rows}
-        typer.echo(json.dumps(content, indent=2))
+        print_json(content)
         return
     _print_table(rows, chosen)
     _warn_of_strides(patch_size)
@@ -96,10 +94,7 @@ def info(
 
 
 def _parse_patch(text: str) -> list[int]:
-    try:
-        patch_size = [int(n) for n in text.replace("x", ",").split(",")]
-    except ValueError:
-        patch_size = []
+    patch_size = [int(n) if n.strip().isdecimal() else 0 for n in text.replace("x", ",").split(",")]
     if len(patch_size) not in (2, 3) or min(patch_size) < 1:
         raise ArchitectureError(f"impossible patch {text}: give 2 or 3 positive whole numbers, such as 128,128,128")
     return patch_size
@@ -108,10 +103,9 @@ def _parse_patch(text: str) -> list[int]:
 def _print_table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
     patch = " x ".join(map(str, settings["patch_size"]))
     title = f"patch {patch}, batch {settings['batch_size']}, {settings['num_classes']} outputs, {settings['precision']}"
-    for name in ("activation_checkpointing", "momentum_dtype", "gradient_accumulation", "fused_optimizer"):
-        title += f", {name} {settings[name]}" * (settings[name] != SETTINGS[name].default)
-    title += f", ranks {settings['ranks']}" * (settings["ranks"] != 1)
-    title += f", parallel {settings['parallel']}" * (settings["parallel"] != "none")
+    tuned = ("activation_checkpointing", "momentum_dtype", "gradient_accumulation", "fused_optimizer")
+    defaults = {name: SETTINGS[name].default for name in tuned} | {"ranks": 1, "parallel": "none"}
+    title += "".join(f", {name} {settings[name]}" for name, value in defaults.items() if settings[name] != value)
     trainer = {"stunet": "STUNetTrainer", "nnunet": "nnUNetTrainer"}[settings["loss"]]
     where = "" if settings["ranks"] == 1 else " in one process"
     caption = (

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import typer
 
-from stunet.cli.console import Group, case_bar, print_failures, print_line, print_table, say
-from stunet.cli.options import Dataset, Json, Processes, preflight
+from stunet.cli.console import Group, case_bar, exit_with_failures, print_json, print_line, print_table, say
+from stunet.cli.options import Dataset, Json, Processes
+from stunet.datasets.raw import case_names, read_raw_dataset, sync_to_preprocessed
+from stunet.datasets.unions import sources_of_cases
 from stunet.environment import find_dataset, nnunet_folder
+from stunet.labels.annotations import MANIFEST_NAME, measure_coverage, read_manifest
+from stunet.labels.labels import Labels
 
 app = typer.Typer(cls=Group, help="Check and carry annotated_labels.json.", no_args_is_help=True)
 
@@ -28,20 +31,22 @@ def check(dataset: Dataset, as_json: Json = False, num_processes: Processes = 8)
         as_json: Print JSON, with what each case has.
         num_processes: Cases at a time.
     """
-    from stunet.datasets.raw import case_names, read_raw_dataset
-    from stunet.datasets.unions import sources_of_cases
-    from stunet.labels.annotations import MANIFEST_NAME, measure_coverage, read_manifest
-
-    raw = read_raw_dataset(nnunet_folder("nnUNet_raw") / preflight(dataset, seconds=-1))  # all are read below
+    raw = read_raw_dataset(nnunet_folder("nnUNet_raw") / find_dataset(dataset))
     labels = raw.dataset_json["labels"]
+    Labels(raw.dataset_json, raw.folder / "dataset.json").check()
     manifest = read_manifest(raw.folder / MANIFEST_NAME, labels=labels, cases=case_names(raw))
     files = {case: label for case, (_, label) in sorted(raw.cases.items())}
-    sources, ignore = sources_of_cases(raw.folder, files), labels.get("ignore")
     with case_bar("Counting labels", len(files)) as on_case:
-        of_all: dict[str, Any] = {"ignore": ignore, "source_of": sources, "num_processes": num_processes}
-        coverage = measure_coverage(manifest, files, on_case=on_case, **of_all)
+        coverage = measure_coverage(
+            manifest,
+            files,
+            ignore=labels.get("ignore"),
+            source_of=sources_of_cases(raw.folder, files),
+            num_processes=num_processes,
+            on_case=on_case,
+        )
     if as_json:
-        typer.echo(json.dumps({"dataset": raw.folder.name, **coverage}, indent=4))
+        print_json({"dataset": raw.folder.name, **coverage})
     else:
         _print_coverage(coverage, raw.folder.name)
     for key, what in (("never_annotated", "never annotated"), ("never_present", "never present")):
@@ -51,9 +56,7 @@ def check(dataset: Dataset, as_json: Json = False, num_processes: Processes = 8)
         say(f"warning: {case} has {', '.join(structures)} and does not annotate it")
     for case, values in coverage["unknown_values"].items():
         say(f"warning: {case} has values that dataset.json does not list: {', '.join(map(str, values))}")
-    print_failures(coverage["unreadable"])
-    if coverage["unreadable"]:
-        raise typer.Exit(2)
+    exit_with_failures(coverage["unreadable"], "could not be read.")
     if coverage["never_annotated"] or coverage["occurs_without_annotation"] or coverage["unknown_values"]:
         raise typer.Exit(1)
 
@@ -87,8 +90,6 @@ def carry(dataset: Dataset) -> None:
     Training reads them there. Importing and training do this by themselves while nothing differs; where the raw files
     have changed since, check that the preprocessed data is of after the change.
     """
-    from stunet.datasets.raw import sync_to_preprocessed
-
     name = find_dataset(dataset)
     folder = nnunet_folder("nnUNet_preprocessed") / name
     sync_to_preprocessed(nnunet_folder("nnUNet_raw") / name, folder, overwrite=True)

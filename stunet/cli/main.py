@@ -49,7 +49,6 @@ import typer
 import stunet
 from stunet.cli import import_datasets, labels, weights
 from stunet.cli.console import Command, Group, print_error
-from stunet.cli.convert import convert
 from stunet.cli.demo import demo
 from stunet.cli.env import env
 from stunet.cli.evaluate import evaluate
@@ -59,7 +58,7 @@ from stunet.cli.plan import plan
 from stunet.cli.predict import predict
 from stunet.cli.rank import rank, rank_eval
 from stunet.cli.train import train
-from stunet.cli.weights import list_names
+from stunet.cli.weights import convert, list_names
 from stunet.errors import STUNetError
 
 app = typer.Typer(
@@ -68,17 +67,20 @@ app = typer.Typer(
     help="STU-Net for nnU-Net v2: plan a network of any size, then train and predict with nnU-Net's own commands.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    # --disable-tta and --disable_tta are one option
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+    },
 )
 _command: Callable[..., object]
 for _command in (plan, info, train, finetune, rank, rank_eval, evaluate, predict, convert, list_names, env, demo):
     app.command(_command.__name__.removesuffix("_names").replace("_", "-"))(_command)
-app.add_typer(weights.app, name="weights")
-app.add_typer(import_datasets.app, name="import")
-app.add_typer(labels.app, name="labels")
-for _group, _name in ((app, ""), (weights.app, "weights "), (import_datasets.app, "import "), (labels.app, "labels ")):
+for _name, _group in {"": app, "weights": weights.app, "import": import_datasets.app, "labels": labels.app}.items():
+    if _name:
+        app.add_typer(_group, name=_name)
     for _info in _group.registered_commands:
-        _typed = re.compile(rf"\bstunet {_name}{_info.name}(?![\w-])")
+        _typed = re.compile(rf"\bstunet {_name} ?{_info.name}(?![\w-])")
         _lines = [f"$ {line.strip()}" for line in (__doc__ or "").splitlines() if _typed.search(line)]
         _info.cls, _info.epilog = Command, "\n\n".join(["Examples:" if _lines[1:] else "Example:", *_lines])
 

@@ -5,10 +5,8 @@ Imports no PyTorch, whose import takes seconds, so that a mistyped value is repo
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
-import re
 import shutil
 import time
 from importlib.resources import files
@@ -19,11 +17,13 @@ from typer import Context, Option
 
 from stunet import environment
 from stunet.cli.console import LIST_VALUES, human_bytes
-from stunet.cli.env import trainers_folder
 from stunet.errors import DatasetError, LabelError, UsageError, reading
 from stunet.files import read_json
+from stunet.labels.labels import Labels
 from stunet.settings import SETTINGS, Strategy
 from stunet.sizes import N_STAGES, SIZES, TRAINERS, STUNetSize, find_size, size_of
+from stunet.volumes import count_labels
+from stunet.weights.published import load_registry
 
 
 def complete_presets() -> list[str]:
@@ -34,16 +34,7 @@ def complete_presets() -> list[str]:
 
 def complete_weights() -> list[tuple[str, str]]:
     """List the published weights, each with its title."""
-    from stunet.weights.published import load_registry
-
     return [(entry.name, entry.title or "") for entry in load_registry().values()]
-
-
-def complete_label_systems() -> list[str]:
-    """List the published label systems."""
-    from stunet.labels.mappings import list_label_systems
-
-    return list_label_systems()
 
 
 def _complete_settings(ctx: Context, incomplete: str) -> list[tuple[str, str]]:
@@ -85,20 +76,22 @@ def split_names(*texts: str) -> list[str]:
     return [name.strip() for text in texts for name in text.split(",") if name.strip()]
 
 
-def choose_device(device: str) -> DeviceName:
+def choose_device(device: str, n_devices: int = 1) -> DeviceName:
     """Return the device to compute on; ``auto`` takes the first of CUDA, MPS and CPU that there is.
 
     Raises:
-        UsageError: A device that PyTorch does not find.
+        UsageError: A device that PyTorch does not find, or fewer CUDA devices than wanted.
     """
     import torch
 
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     available: list[DeviceName] = [name for name in ("cuda", "mps", "cpu") if found[name]]
-    for name in available:
-        if device in ("auto", name):
-            return name
-    raise UsageError(f"--device {device} is a device that PyTorch does not find: choose {' or '.join(available)}")
+    chosen = next((name for name in available if device in ("auto", name)), None)
+    if chosen is None:
+        raise UsageError(f"--device {device} is a device that PyTorch does not find: choose {' or '.join(available)}")
+    if chosen == "cuda" and n_devices > 1 and (there := torch.cuda.device_count()) < n_devices:
+        raise UsageError(f"-num_gpus {n_devices}, but there are {there} CUDA devices: ask for fewer")
+    return chosen
 
 
 def choose_size(name: str | None, depth: str | None, width: int | None) -> STUNetSize:
@@ -115,10 +108,7 @@ def choose_size(name: str | None, depth: str | None, width: int | None) -> STUNe
     if name is not None:
         own = f" --depth {depth}" * (depth is not None) + f" --width {width}" * (width is not None)
         raise UsageError(f"--size {name}{own}: give a published size, or leave --size out for a size of your own")
-    try:
-        blocks = [int(n) for n in (depth or "1").split(",")]
-    except ValueError:
-        blocks = []
+    blocks = [int(n) if n.strip().isdecimal() else 0 for n in (depth or "1").split(",")]
     if len(blocks) == 1:
         blocks *= N_STAGES
     size = STUNetSize("custom", tuple(blocks), find_size("base").width if width is None else width)
@@ -128,20 +118,10 @@ def choose_size(name: str | None, depth: str | None, width: int | None) -> STUNe
 # What is checked before work starts ----------------------------------------------------------------------------------
 
 
-def preflight(
-    dataset: str,
-    *,
-    plans: str | None = None,
-    configuration: str | None = None,
-    trainer: str | None = None,
-    device: str | None = None,
-    n_devices: int = 1,
-    writes: Path | None = None,
-    seconds: float = 5.0,
-) -> str:
-    """Check all that would stop a command later, and the cheap things first: PyTorch is imported for the last ones.
+def preflight(dataset: str, plans: str, configuration: str | None = None) -> str:
+    """Check of a dataset's files what would stop a command later; without PyTorch, and the cheap things first.
 
-    Plans must be there where a configuration, which must be preprocessed with them, is given. For ``seconds``, label
+    Plans must be there where a configuration, which must be preprocessed with them, is given. For 5 seconds, label
     maps are searched for values that ``dataset.json`` does not declare: the same ones every time where not all fit in;
     ``stunet labels check`` looks at all of them.
 
@@ -149,50 +129,35 @@ def preflight(
         The dataset's full name.
     """
     name = environment.find_dataset(dataset)
-    path = None if plans is None else environment.find_plans(name, plans)
-    if path is not None and configuration is not None:
+    path = environment.find_plans(name, plans)
+    if configuration is not None:
         environment.require_plans(path)
-    if trainer is not None:
-        _check_trainer(trainer)
     # What is trained on, before what it was made from.
     variables = ("nnUNet_raw", "nnUNet_preprocessed")[:: -1 if configuration else 1]
     places = [Path(os.environ.get(variable) or os.devnull) / name / "dataset.json" for variable in variables]
-    for described in filter(Path.is_file, places):
+    if described := next(filter(Path.is_file, places), None):
         with reading(described, "a description that cannot be read", DatasetError, "write it again"):
             content = read_json(described)
-        if path is not None and path.is_file():
+        if path.is_file():
             _check_plans(path, content, name, configuration)
-        _check_label_maps(described.parent, content, seconds)
-        break
-    disk = 10**7
-    if plans is not None and configuration is not None:
-        from stunet.planning import open_preprocessed
-
-        found = open_preprocessed(dataset, plans, configuration)
-        found.check_origin()
-        disk = _checkpoint_bytes(found.configuration, trainer) if trainer else disk
-    if device is not None and choose_device(device) == "cuda" and n_devices > 1:
-        import torch
-
-        if (there := torch.cuda.device_count()) < n_devices:
-            raise UsageError(f"-num_gpus {n_devices}, but there are {there} CUDA devices: ask for fewer")
-    if writes is not None:
-        _check_disk(writes, disk)
+        _check_label_maps(described.parent, content)
     return name
 
 
-def _check_trainer(name: str) -> None:
-    """Look for the name in the files that nnU-Net would import one after the other, which takes seconds."""
-    spec = importlib.util.find_spec("nnunetv2")
-    stock = [f"{place}/training/nnUNetTrainer" for place in (spec and spec.submodule_search_locations) or []]
-    external = (os.environ.get("nnUNet_extTrainer") or str(trainers_folder())).split(os.pathsep)
-    sources = [file for folder in (*stock, *filter(None, external)) for file in Path(folder).rglob("*.py")]
-    source = "\n".join(file.read_text(encoding="utf-8", errors="ignore") for file in sources)
-    known = {*re.findall(r"^class (\w+)\(", source, re.MULTILINE)}
-    known |= {*TRAINERS} if str(trainers_folder()) in external else set()
-    if name not in known and not re.search(rf"\b{re.escape(name)}\b", source):
-        places, hint = ", ".join(external), environment.did_you_mean(name, sorted(known))
-        raise UsageError(f"unknown trainer {name}: -tr names one of nnU-Net's or of {places}. {hint}")
+def check_training(dataset: str, plans: str, configuration: str, trainer: str) -> None:
+    """Check that the preprocessed data are of these plans, and that there is room for the checkpoints.
+
+    nnU-Net keeps two at a time, with momentum; their size is that of the network in the plans or the trainer's name.
+    """
+    from stunet.planning import is_stunet, open_preprocessed, plans_size
+    from stunet.weights.convert import Architecture
+
+    planned = open_preprocessed(dataset, plans, configuration).configuration
+    named, _ = TRAINERS.get(trainer, (None, {}))
+    size = plans_size(planned) if is_stunet(planned) else SIZES[named or "small"]
+    network = Architecture(size, 1, 2, len(planned["patch_size"])).build_on_meta()
+    n_parameters = sum(parameter.numel() for parameter in network.parameters())
+    check_disk(environment.nnunet_folder("nnUNet_results"), 2 * 2 * 4 * n_parameters)
 
 
 def _check_plans(path: Path, content: dict[str, Any], name: str, configuration: str | None) -> None:
@@ -212,10 +177,7 @@ def _check_plans(path: Path, content: dict[str, Any], name: str, configuration: 
         )
 
 
-def _check_label_maps(folder: Path, content: dict[str, Any], seconds: float) -> None:
-    from stunet.labels.labels import Labels
-    from stunet.volumes import count_labels
-
+def _check_label_maps(folder: Path, content: dict[str, Any]) -> None:
     declared = Labels(content, folder / "dataset.json").check()
     if int(os.environ.get("RANK") or 0) > 0:  # the first process of a training looks for all
         return
@@ -223,12 +185,10 @@ def _check_label_maps(folder: Path, content: dict[str, Any], seconds: float) -> 
     maps = sorted((copies if copies.is_dir() else folder / "labelsTr").glob(f"*{content.get('file_ending', '')}"))
     if isinstance(listed, dict) and not copies.is_dir():
         maps = [folder / str(case.get("label")) for _, case in sorted(listed.items()) if isinstance(case, dict)]
-    stop = time.monotonic() + seconds
-    for file in random.Random(0).sample(maps, len(maps)):
+    stop = time.monotonic() + 5
+    for file in filter(Path.is_file, random.Random(0).sample(maps, len(maps))):  # reading the dataset says what is not
         if time.monotonic() > stop:
             return
-        if not file.is_file():
-            continue  # reading the dataset says so
         if undeclared := sorted(set(count_labels(file)) - set(declared)):
             raise LabelError(
                 f"dataset.json does not declare {', '.join(map(str, undeclared[:8]))} in {file}, only 0 to "
@@ -236,21 +196,8 @@ def _check_label_maps(folder: Path, content: dict[str, Any], seconds: float) -> 
             )
 
 
-def _checkpoint_bytes(configuration: dict[str, Any], trainer: str) -> int:
-    """Two checkpoints with momentum, which nnU-Net keeps at a time; of the size in the plans or the trainer's name."""
-    import torch
-
-    from stunet.network import build_stunet
-    from stunet.planning import is_stunet, plans_size
-
-    named, _ = TRAINERS.get(trainer, (None, {}))
-    size = plans_size(configuration) if is_stunet(configuration) else SIZES[named or "small"]
-    with torch.device("meta"):
-        network = build_stunet(size, 1, 2, [[1] * len(configuration["patch_size"])] * 6)
-    return 2 * 2 * 4 * sum(parameter.numel() for parameter in network.parameters())
-
-
-def _check_disk(folder: Path, needed: int) -> None:
+def check_disk(folder: Path, needed: int = 10**7) -> None:
+    """Check that files of so many bytes can be written there."""
     there = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
     if not os.access(there, os.W_OK):
         raise UsageError(f"{there} cannot be written: choose another folder, or change its permissions")

@@ -10,12 +10,12 @@ from typer import Context, Option
 
 from stunet.cli import options
 from stunet.cli.console import print_line, print_table, stdout
-from stunet.cli.convert import find_fetched
 from stunet.environment import find_plans, nnunet_folder
 from stunet.errors import DatasetError, PlansError, UsageError, reading
 from stunet.files import read_json
 from stunet.settings import SETTINGS, SETTINGS_KEY, parse_settings
 from stunet.sizes import SIZES
+from stunet.weights.published import cached_weights
 
 
 def _print_settings(wanted: bool) -> None:
@@ -74,14 +74,15 @@ def plan(
         raise UsageError(f"--preset {preset} is none that prepares images: choose one of {', '.join(presets)}")
     asked = options.choose_size(size, depth, width)
     given = parse_settings(settings or [])
-    paths = None if source is None else find_fetched([source])[1]
+    path_of_weights = None if source is None else cached_weights(source)
     if strategy is not None and source is None:
         raise UsageError(f"--strategy {strategy} without weights to start from: give them with --from, or leave it out")
-    dataset_name = options.preflight(dataset, plans=plans, writes=nnunet_folder("nnUNet_preprocessed"))
+    dataset_name = options.preflight(dataset, plans)
+    options.check_disk(nnunet_folder("nnUNet_preprocessed"))
     from stunet import planning
     from stunet.weights.convert import open_weights
 
-    weights = None if paths is None else open_weights(paths, trust=trust or [])
+    weights = None if path_of_weights is None else open_weights([path_of_weights], trust=trust or [])
     if weights is not None and (size, depth, width) != (None, None, None) and asked != weights.architecture.size:
         theirs = f"{weights.architecture.size.name} of {weights.path}"
         raise UsageError(f"a size that is not that of the weights: {asked.name} for {theirs}; leave it out")

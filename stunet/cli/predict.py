@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from rich.console import Console
 from typer import Option
 
-from stunet.cli.console import say, stderr, stdout
+from stunet.cli.console import print_line, progress_bar, say, warn
 from stunet.cli.options import Device, Trust, choose_device, split_names
+from stunet.environment import find_dataset, nnunet_folder
 from stunet.errors import UsageError
+from stunet.weights.published import find_entry, load_registry
 
 _model = partial(Option, rich_help_panel="Model")
 _result = partial(Option, rich_help_panel="Result")
@@ -26,8 +28,6 @@ _CONTINUE = ("--continue", "--c", "--continue_prediction")
 
 
 def _complete_model(incomplete: str) -> list[str]:
-    from stunet.weights.published import load_registry
-
     parent, _, start = incomplete.rpartition(os.sep)
     folders = [path for path in Path(parent or ".").glob(f"{start}*") if path.is_dir()]
     return [name for name in load_registry() if name.startswith(incomplete)] + [f"{path}{os.sep}" for path in folders]
@@ -79,16 +79,12 @@ def predict(
             f"{given} given: give -m MODEL, or -d with -tr, -p and -c; `stunet list` shows published models"
         )
     if dataset is not None:
-        from stunet.environment import find_dataset, nnunet_folder
-
         model = str(nnunet_folder("nnUNet_results") / find_dataset(dataset) / f"{trainer}__{plans}__{configuration}")
     elif not Path(str(model)).exists() and os.sep not in str(model):
-        from stunet.weights.published import find_entry
-
         entry = find_entry(str(model))
         licence = entry.licence or "not stated; ask those who published them"
         page = f" ({entry.page})" if entry.page else ""
-        stdout.print(f"Weights {model}, licence: {licence}{page}", soft_wrap=True)
+        print_line(f"Weights {model}, licence: {licence}{page}")
 
     import torch
 
@@ -99,7 +95,7 @@ def predict(
     torch.backends.cudnn.benchmark = True  # windows are all of one size
     extras = {"masks": masks, "statistics": statistics, "preview": preview, "names_in_header": names_in_header}
     trained = load_model(str(model), folds, checkpoint, trust=trust or [], say=say)
-    with show_progress(bar=not disable_progress_bar) as progress:
+    with window_bar(shown=not disable_progress_bar) as on_window:
         predict_folder(
             trained,
             images,
@@ -120,29 +116,20 @@ def predict(
             n_writing=n_writing,
             part_id=part_id,
             n_parts=n_parts,
-            **progress,
+            say=print_line,
+            warn=warn,
+            on_window=on_window,
         )
 
 
 @contextmanager
-def show_progress(*, bar: bool, notes: Console = stdout) -> Iterator[dict[str, Any]]:
-    """Show a prediction: yield where :func:`stunet.inference.predict_folder` says what it does.
-
-    Args:
-        bar: Whether there is a bar on standard error.
-        notes: Another place for the notes, where standard output is for something else.
-    """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    text = TextColumn("{task.description}", markup=False)
-    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, transient=True, disable=not bar) as bars:
-        shown = bars.add_task("reading and preprocessing", total=None)
+def window_bar(*, shown: bool = True) -> Iterator[Callable[[str, int], None]]:
+    """Show how many windows of a case are predicted; yield what is called after each, with case and number of all."""
+    done: Counter[str] = Counter()
+    with progress_bar("reading and preprocessing", shown=shown) as update:
 
         def on_window(case: str, n_windows: int) -> None:
-            if bars.tasks[0].description != case:
-                bars.reset(shown, description=case, total=n_windows)
-            bars.advance(shown)
+            done[case] += 1
+            update(description=case, total=n_windows, completed=done[case])
 
-        warn = partial(stderr.print, style="bold red", soft_wrap=True)
-        yield {"say": partial(notes.print, soft_wrap=True), "warn": warn, "on_window": on_window}
+        yield on_window

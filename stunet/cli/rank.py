@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from rich.text import Text
 from typer import Option
 
-from stunet.cli.console import print_line, print_table, say, stderr, stdout
-from stunet.cli.options import Device, Json, Trust, choose_device, complete_weights, preflight, split_names
+from stunet.cli.console import print_json, print_line, print_table, progress_bar, say, stdout
+from stunet.cli.options import Device, Json, Trust, check_disk, choose_device, complete_weights, preflight, split_names
 from stunet.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,18 +48,15 @@ def rank(
     ranking.csv and ranking.html, and keeps results, so that an interrupted ranking can be resumed. Exit status 1 where
     a candidate could not be scored, 2 where none could.
     """
-    preflight(dataset, plans=plans, configuration=configuration, device=device, writes=output)
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
+    preflight(dataset, plans, configuration)
+    check_disk(output)
     from stunet import ranking
     from stunet.reports.ranking import write_ranking
 
     if bool(checkpoints) == (zoo is not None):
         got = "neither --checkpoints nor --zoo" if zoo is None else "both --checkpoints and --zoo"
         raise UsageError(f"{got} given: name the checkpoints by one of them")
-    columns = (BarColumn(20), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
-    with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
-        bar = progress.add_task("reading cases", total=1.0)
+    with progress_bar("reading cases", 100) as update:  # per cent
         result = ranking.rank(
             zoo or checkpoints or [],
             dataset,
@@ -81,7 +75,7 @@ def rank(
             seed=seed,
             trust=trust or (),
             keep_in=output / "results",
-            on_progress=lambda doing, share: progress.update(bar, completed=share, description=doing),
+            on_progress=lambda doing, share: update(completed=100 * share, description=doing),
             on_candidate=_report,
         )
     output.mkdir(parents=True, exist_ok=True)
@@ -117,14 +111,9 @@ def _show(ranking: Ranking, page: Path) -> None:
     widths = [max(map(len, [*head.split("\n"), *map(str, cells)])) for head, cells in columns.items()]
     full = [row.name for row in ranking.rows]
     names = short_names(full, max(12, stdout.width - sum(widths) - len(widths) - 6))
-    table = Table(title=f"Best first by {ranking.metric}", title_justify="left", box=SIMPLE_HEAD, padding=0)
-    table.add_column("", justify="right", min_width=len(str(len(full))))
-    table.add_column("candidate", overflow="fold")
-    for head in columns:
-        table.add_column(head, justify="right", no_wrap=True)
-    for place, (name, *cells) in enumerate(zip(names, *columns.values(), strict=True), start=1):
-        table.add_row(str(place), Text(name), *cells)
-    stdout.print(table)
+    rows = [(n, *row) for n, row in enumerate(zip(names, *columns.values(), strict=True), start=1)]
+    title = f"Best first by {ranking.metric}"
+    print_table(rows, "", "candidate", *columns, title=title, numbers=["", *columns], padding=0)
     for place, (name, whole) in enumerate(zip(names, full, strict=True), start=1):
         if name != whole:
             print_line(f"{place}: {whole}")
@@ -174,7 +163,7 @@ def rank_eval(
         say(line.replace(":", " is left out:", 1))
     results = {name: agreement(by_metric[name], truth, n_resamples=resamples, seed=seed) for name in metric or complete}
     if as_json:
-        typer.echo(json.dumps({"metrics": {name: result.as_dict() for name, result in results.items()}}, indent=4))
+        print_json({"metrics": {name: result.as_dict() for name, result in results.items()}})
         return
     first = next(iter(results.values()))
     degenerate = max(estimate.degenerate for result in results.values() for estimate in result.estimates.values())

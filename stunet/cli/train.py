@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Argument, Option
 
 from stunet.cli.console import print_line
 from stunet.cli.env import trainers_folder
-from stunet.cli.options import Continue, Device, FoldName, choose_device, preflight
-from stunet.environment import find_dataset, find_plans, nnunet_folder
+from stunet.cli.options import Continue, Device, FoldName, check_training, choose_device, preflight
+from stunet.environment import did_you_mean, find_dataset, find_plans
 from stunet.errors import UsageError
+from stunet.sizes import TRAINERS
 
 #: Stands for an epoch before the first, when the network is initialised.
 _BEFORE_TRAINING = 2**31
@@ -53,9 +56,10 @@ def train(
     if continue_training and (pretrained_weights or only_validation):
         other = "-pretrained_weights" if pretrained_weights else "--val"
         raise UsageError(f"--c and {other} are both given, but only one can be done: leave one out")
-    asked: dict[str, Any] = {"plans": plans, "configuration": configuration, "trainer": trainer}
-    preflight(dataset, **asked, device=device, n_devices=num_gpus, writes=nnunet_folder("nnUNet_results"))
-    device = choose_device(device)
+    _check_trainer(trainer)
+    preflight(dataset, plans, configuration)
+    check_training(dataset, plans, configuration, trainer)
+    device = choose_device(device, num_gpus)
     os.environ.setdefault("nnUNet_extTrainer", str(trainers_folder()))  # before nnU-Net is asked for the trainer
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
@@ -112,6 +116,20 @@ def train(
         if validate_best:
             made.load_checkpoint(str(folder / "checkpoint_best.pth"))
         made.perform_actual_validation(npz)
+
+
+def _check_trainer(name: str) -> None:
+    """Look for the name in the files that nnU-Net would import one after the other, which takes seconds."""
+    external = (os.environ.get("nnUNet_extTrainer") or str(trainers_folder())).split(os.pathsep)
+    spec = importlib.util.find_spec("nnunetv2")
+    stock = [f"{place}/training/nnUNetTrainer" for place in (spec and spec.submodule_search_locations) or []]
+    folders = [*stock, *filter(None, external)]
+    sources = [file.read_text("utf-8", errors="ignore") for folder in folders for file in Path(folder).rglob("*.py")]
+    known = {word for source in sources for word in re.findall(r"\w+", source)}
+    known |= {*TRAINERS} if str(trainers_folder()) in external else set()
+    if name not in known:
+        places, hint = ", ".join(external), did_you_mean(name, sorted(word for word in known if "Trainer" in word))
+        raise UsageError(f"unknown trainer {name}: -tr names one of nnU-Net's or of {places}. {hint}")
 
 
 def _start_processes(number: int) -> None:

@@ -1,22 +1,30 @@
-"""``stunet weights`` and ``stunet list``: published weights listed, fetched and verified, and label systems."""
+"""``stunet weights``, ``list`` and ``convert``: weights listed, fetched, verified and turned into model folders."""
 
 from __future__ import annotations
 
-import json
+import glob
+import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import msgspec
 import typer
 from rich.columns import Columns
 from rich.filesize import decimal
 from rich.text import Text
 from typer import Argument, Option
 
-from stunet.cli.console import Group, print_line, print_table, say, stdout
+from stunet.cli.console import Group, human_bytes, human_count, print_json, print_line, print_table, say, stdout
 from stunet.cli.options import Json, Positive, complete_weights
 from stunet.environment import did_you_mean
 from stunet.errors import LabelError, UsageError, reading
-from stunet.files import file_sha256, read_json
+from stunet.files import file_sha256, read_json, refuse_existing, remove_leftovers
+from stunet.labels.labels import Labels, list_vocabularies, load_vocabulary, read_label_file, vocabulary_for
+from stunet.labels.mappings import list_label_systems, load_label_system
+from stunet.weights import published
+
+if TYPE_CHECKING:
+    from stunet.weights.convert import SourceWeights
 
 app = typer.Typer(cls=Group, help="List, fetch and verify published STU-Net weights.", no_args_is_help=True)
 
@@ -26,7 +34,7 @@ def list_weights(as_json: Annotated[bool, Option("--json", help="Print JSON, wit
     """Show the published weights that are known, and which of them are in the cache."""
     rows = _weights_rows()
     if as_json:
-        typer.echo(json.dumps({"weights": rows}, indent=2))
+        print_json({"weights": rows})
         return
     cells, described = [], dict[str, list[str]]()
     for row in rows:
@@ -45,16 +53,12 @@ def list_weights(as_json: Annotated[bool, Option("--json", help="Print JSON, wit
 
 def _weights_rows() -> list[dict[str, Any]]:
     """Describe all published weights, and what of them is in the cache."""
-    import msgspec
-
-    from stunet.weights.published import clean_url, entry_folder, load_registry, missing_files
-
     rows = []
-    for entry in load_registry().values():
-        row, folder, main = msgspec.to_builtins(entry), entry_folder(entry.name), entry.weights_file
+    for entry in published.load_registry().values():
+        row, folder, main = msgspec.to_builtins(entry), published.entry_folder(entry.name), entry.weights_file
         for file in row["files"]:
-            file["url"] = None if file["url"] is None else clean_url(file["url"])  # without a password
-        missing = len(missing_files(entry, folder))
+            file["url"] = None if file["url"] is None else published.clean_url(file["url"])  # without a password
+        missing = len(published.missing_files(entry, folder))
         row["download"] = "automatic" if main.url or main.hub else "by hand"
         row["state"] = "fetched" if not missing else "incomplete" if missing < len(entry.files) else "not fetched"
         rows.append({**row, "folder": str(folder)})
@@ -82,11 +86,9 @@ def fetch_weights(
         force: Download files again that are there already.
         attempts: Connections before it gives up.
     """
-    from stunet.weights.published import fetch, find_entry
-
-    entry = find_entry(name)
+    entry = published.find_entry(name)
     try:
-        path = fetch(entry, folder=to, urls=url or [], hub=hf, force=force, attempts=attempts, say=say)
+        path = published.fetch(entry, folder=to, urls=url or [], hub=hf, force=force, attempts=attempts, say=say)
     except KeyboardInterrupt:
         say("Stopped. Files that have arrived are kept; the same command fetches the others.")
         raise typer.Exit(130) from None
@@ -104,9 +106,7 @@ def verify_weights(what: Annotated[list[str] | None, Argument(autocompletion=com
     Options:
         what: Names; or one file, after the name of what it should be.
     """
-    from stunet.weights.published import describe_file, entry_folder, load_registry, verify, verify_file
-
-    known = load_registry()
+    known = published.load_registry()
     names = [word for word in what or [] if word in known]
     files = [Path(word) for word in what or [] if word not in known]
     if absent := [file for file in files if not file.exists()]:
@@ -114,16 +114,16 @@ def verify_weights(what: Annotated[list[str] | None, Argument(autocompletion=com
     if len(files) > 1 or (files and len(names) > 1):
         raise UsageError(f"{' '.join(what or [])}: give names, or one name and one file (see stunet weights list)")
     if not what:
-        names = [n for n, e in known.items() if any((entry_folder(n) / f.file).exists() for f in e.files)]
+        names = [n for n, e in known.items() if any((published.entry_folder(n) / f.file).exists() for f in e.files)]
         if not names:
             print_line("Nothing has been fetched yet.")
     if files and not names:
-        words, sha256 = describe_file(files[0]), file_sha256(files[0])
+        words, sha256 = published.describe_file(files[0]), file_sha256(files[0])
         same = [entry.name for entry in known.values() for file in entry.files if file.sha256 == sha256]
         print_line(f"fine  {files[0]}  SHA-256 {sha256}")
         print_line(f"      {words}; {'published as ' + ', '.join(same) if same else 'its checksum is in no registry'}")
     for name in names:
-        for verified in [verify_file(files[0], known[name])] if files else verify(known[name]):
+        for verified in [published.verify_file(files[0], known[name])] if files else published.verify(known[name]):
             compared = f"as {verified.compared_with}" if verified.compared_with else "not known before"
             print_line(f"fine  {verified.path}  SHA-256 {verified.sha256} ({compared})")
 
@@ -134,9 +134,15 @@ def list_names(of: Annotated[str | None, Option(metavar="NAME")] = None, as_json
     Options:
         of: Show the structures of a model, a label system, or a model folder.
     """
-    content: dict[str, Any] = _models_and_systems() if of is None else {"name": of, "structures": _structures(of)}
+    if of is not None:
+        content: dict[str, Any] = {"name": of, "structures": _structures(of)}
+    else:
+        sizes = {name: len(load_label_system(name).entries) for name in list_label_systems()}
+        sizes |= {name: len(load_vocabulary(name).labels) - 1 for name in list_vocabularies()}
+        listed = [{"name": name, "structures": n} for name, n in sorted(sizes.items())]
+        content = {"models": _weights_rows(), "label_systems": listed}
     if as_json:
-        typer.echo(json.dumps(content, indent=2))
+        print_json(content)
     elif of is not None:
         lines = [f"{','.join(map(str, row['labels'])):>3} {row['name']}" for row in content["structures"]]
         stdout.print(Text(f"{of}: {len(lines)} structures"))
@@ -154,23 +160,9 @@ def list_names(of: Annotated[str | None, Option(metavar="NAME")] = None, as_json
         stdout.print("Predict with a model: stunet predict -i CT.nii.gz -o OUT -m NAME")
 
 
-def _models_and_systems() -> dict[str, Any]:
-    from stunet.labels.labels import list_vocabularies, load_vocabulary
-    from stunet.labels.mappings import list_label_systems, load_label_system
-
-    systems = {name: len(load_label_system(name).entries) for name in list_label_systems()}
-    systems |= {name: len(load_vocabulary(name).labels) - 1 for name in list_vocabularies()}
-    listed = [{"name": name, "structures": n} for name, n in sorted(systems.items())]
-    return {"models": _weights_rows(), "label_systems": listed}
-
-
 def _structures(name: str) -> list[dict[str, Any]]:
     """List label values and name of each structure."""
-    from stunet.labels.labels import Labels, list_vocabularies, load_vocabulary
-    from stunet.labels.mappings import list_label_systems, load_label_system
-    from stunet.weights.published import load_registry
-
-    models = load_registry()
+    models = published.load_registry()
     order = models[name].labels if name in models else name
     if (path := Path(name) / "dataset.json").is_file():
         with reading(path, "a dataset description that cannot be read", LabelError):
@@ -187,3 +179,73 @@ def _structures(name: str) -> list[dict[str, Any]]:
         hint = did_you_mean(name, [*models, *list_vocabularies(), *list_label_systems()])
         raise UsageError(f"unknown model or label system {name}. {hint}`stunet list` shows those that there are.")
     return [{"labels": list(entry.target), "name": entry.name} for entry in load_label_system(name).entries]
+
+
+def convert(
+    weights: Annotated[list[Path], Argument(autocompletion=complete_weights)],
+    output: Annotated[Path, Option("-o", "--output")],
+    labels: Path | None = None,
+    to: Literal["nnunet", "published"] = "nnunet",
+    licence: str | None = None,
+) -> None:
+    """Turn published STU-Net weights into a model folder that nnUNetv2_predict_from_modelfolder runs.
+
+    Size, channels and outputs are read off the tensors, preparation of images off the .pkl files. No code in any file
+    is run.
+
+    Options:
+        weights: A .model (with its .pkl files, in any order), .pth or .safetensors file, a model folder, or the name of
+            weights that `stunet weights fetch` has fetched.
+        output: The new model folder; a file with --to published.
+        labels: JSON with the names of the outputs; known for the published weights.
+        to: A model folder of nnU-Net, or a .model file as published.
+        licence: Licence of the weights, for the model card.
+    """
+    refuse_existing(output)  # before gigabytes are read for nothing; checked again when it is written
+    remove_leftovers(output.parent, glob.escape(output.name), of_the_dead=True)
+    named = [str(path) for path in weights if not path.exists()]
+    entry = published.find_entry(named[0]) if named else None
+    paths = [published.cached_weights(path) for path in weights]
+    from stunet.planning import write_model_folder
+    from stunet.weights.convert import open_weights, write_published
+
+    source = open_weights(paths)
+    if to == "published":
+        write_published(source, output)
+        print_line(f"Wrote {output}: {len(source.tensors)} tensors by the published names")
+        return
+    names: Any = None
+    if labels is not None:
+        names = read_label_file(labels, source.architecture.num_classes)
+    elif entry is not None and entry.labels is not None:
+        names = load_vocabulary(entry.labels)
+    elif not source.init_args.get("dataset_json"):
+        names = vocabulary_for(source.architecture.num_classes)
+    card = write_model_folder(source, names, output, licence=licence or (entry.licence if entry else None))
+    _report(source, card, output)
+
+
+def _report(source: SourceWeights, card: dict[str, Any], output: Path) -> None:
+    from stunet.planning import load_plans, resolve_configuration
+
+    plans = load_plans(output / "plans.json")
+    configuration = resolve_configuration(plans, *plans["configurations"])
+    size = human_bytes(card["sources"][0]["bytes"])
+    rows = {
+        "source": f"{source.path} ({source.kind}, {source.precision}, {size})",
+        "SHA-256": card["sources"][0]["sha256"],
+        "network": f"STU-Net {card['size']}, {human_count(card['parameters'])} parameters",
+        "inputs, outputs": f"{card['input_channels']}, {card['outputs']}",
+        "labels": f"{', '.join(list(card['labels'].values())[:4])} … from {card['labels_from']}",
+        "plans": f"from {card['plans_from']}",
+        "spacing": " x ".join(f"{n:g}" for n in configuration["spacing"]) + " mm",
+        "patch": " x ".join(map(str, configuration["patch_size"])),
+        "normalization": ", ".join(configuration["normalization_schemes"]),
+        "licence": card["licence"] or "not known; ask where the weights come from",
+    }
+    print_table(rows.items())
+    print_line(f"Wrote {output}: all {len(source.tensors)} parameters are accounted for")
+    if card["plans_from"].endswith("pre-training preset"):
+        print_line("No .model.pkl was given: spacing, patch and strides are those of the published weights.")
+    print_line("Next, with images named CASE_0000.nii.gz in IMAGES:")
+    print_line(f"  nnUNetv2_predict_from_modelfolder -i IMAGES -o PREDICTIONS -m {shlex.quote(str(output))} -f 0")

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from stunet.datasets.raw import SPLITS_NAME, sync_to_preprocessed
+from stunet.environment import nnunet_folder
 from stunet.errors import DatasetError, STUNetError, UsageError
 from stunet.files import atomic_path, fingerprint, locked, naming_file, remove_leftovers, write_json_files
 from stunet.labels.annotations import MANIFEST_NAME, group_cases, order_manifest
@@ -26,6 +27,7 @@ ENDING = ".nii.gz"
 """File ending of images and label maps made of masks."""
 
 _JOURNAL, _LOCK = ".import.jsonl", ".import.lock"
+_PREPROCESSED = "nnUNet_preprocessed"
 
 Record = dict[str, Any]
 """What is known of an imported case: ``source`` and ``output``, fingerprints, and what the kind of import adds."""
@@ -89,14 +91,12 @@ def case_files(folder: Path, case: str, split: str = "train", ending: str = ENDI
     return folder / f"images{part}" / f"{case}_0000{ending}", folder / f"labels{part}" / f"{case}{ending}"
 
 
-def dataset_folder(dataset_id: int, name: str, *, raw: Path, others: Collection[Path] = ()) -> Path:
-    """Return the folder of a new raw dataset, which need not exist yet.
+def dataset_folder(dataset_id: int, name: str) -> Path:
+    """Return the folder of a new raw dataset in ``nnUNet_raw``, which need not exist yet.
 
     Args:
-        dataset_id: From 1 to 999.
+        dataset_id: From 1 to 999, free in all of nnU-Net's folders.
         name: What follows ``Dataset101_``.
-        raw: The folder that ``nnUNet_raw`` names.
-        others: nnU-Net's other folders, where the id must be free too.
 
     Raises:
         UsageError: An id or name that nnU-Net cannot take.
@@ -106,6 +106,8 @@ def dataset_folder(dataset_id: int, name: str, *, raw: Path, others: Collection[
         rule = "give an id from 1 to 999 with -d, and letters, digits, hyphens and underscores with --name"
         raise UsageError(f"impossible id or name {dataset_id}, {name!r}: {rule}")
     full_name = f"Dataset{dataset_id:03d}_{name}"
+    others = [Path(v) for v in map(os.environ.get, (_PREPROCESSED, "nnUNet_results")) if v]
+    raw = nnunet_folder("nnUNet_raw")
     taken = [d for root in (raw, *others) for d in sorted(root.glob(f"Dataset{dataset_id:03d}_*"))]
     if taken := [d for d in taken if d.name != full_name]:
         raise DatasetError(f"a dataset id that is taken, {dataset_id} by {taken[0]}: choose another one with -d")
@@ -124,7 +126,6 @@ def run_import(
     outputs_of: Callable[[str, Record], Sequence[Path]],
     remedy: str,
     allow_unannotated: bool,
-    preprocessed: str | os.PathLike[str] | None,
     num_processes: int,
     on_case: Callable[[str, bool], None],
 ) -> ImportReport:
@@ -132,7 +133,8 @@ def run_import(
 
     ``dataset.json`` is removed at the start, since cases may change, and written last, since it makes the folder a
     dataset. A journal of finished cases, from which an interrupted import resumes, disappears at the end; the lock file
-    stays. Cases that cannot be read are reported, and tried again by the next run.
+    stays. Cases that cannot be read are reported, and tried again by the next run. Manifest and folds go into
+    ``nnUNet_preprocessed``, too, where that is set.
 
     Args:
         folder: The dataset's folder in ``nnUNet_raw``.
@@ -147,7 +149,6 @@ def run_import(
             all that is left of it. None where it may not.
         remedy: What to do about a structure that no training case annotates.
         allow_unannotated: Whether such structures may stay.
-        preprocessed: nnU-Net's ``nnUNet_preprocessed``, where manifest and folds are needed too.
         num_processes: Cases at a time.
         on_case: Called as a case is done, with its name and whether an earlier run had finished it.
 
@@ -212,7 +213,7 @@ def run_import(
         files: dict[Path, Any] = {folder / MANIFEST_NAME: manifest}
         files |= {folder / SPLITS_NAME: [fold]} if report.has_folds else {}
         write_json_files({**files, folder / REPORT_NAME: {**settings, **found}, folder / "dataset.json": dataset_json})
-        if preprocessed is not None:
+        if preprocessed := os.environ.get(_PREPROCESSED):
             for name in (MANIFEST_NAME, SPLITS_NAME):
                 remove_leftovers(Path(preprocessed) / folder.name, name)
             report.stale = sync_to_preprocessed(folder, Path(preprocessed) / folder.name)

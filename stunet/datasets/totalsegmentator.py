@@ -111,7 +111,6 @@ def _read_splits(path: Path) -> dict[str, str]:
 
 def choose_structures(
     source: TotalSegmentatorSource,
-    *,
     task: str = "total",
     version: Version = "auto",
     label_order: LabelOrder | None = None,
@@ -289,7 +288,6 @@ def import_cases(
     excluded: Collection[str] = (),
     link_images: bool = False,
     allow_unannotated: bool = False,
-    preprocessed: str | os.PathLike[str] | None = None,
     num_processes: int | None = 1,
     on_case: Callable[[str, bool], None] = lambda case, reused: None,
 ) -> ImportReport:
@@ -308,7 +306,6 @@ def import_cases(
         excluded: Names of cases to leave out.
         link_images: Hard links (symbolic ones to other file systems) in place of copies of the images.
         allow_unannotated: Whether structures may stay that no training case annotates.
-        preprocessed: nnU-Net's ``nnUNet_preprocessed``.
         num_processes: Cases at a time; None for as many as cores and images are worth.
         on_case: Called as a case is done.
     """
@@ -351,7 +348,6 @@ def import_cases(
         outputs_of=lambda name, record: () if name in excluded else case_files(folder, name, record["split"]),
         remedy="choose --structures or --group, see --exclude",
         allow_unannotated=allow_unannotated,
-        preprocessed=preprocessed,
         num_processes=num_processes,
         on_case=on_case,
     )

@@ -238,7 +238,6 @@ def import_union(
     *,
     weights: Mapping[str, float] | None = None,
     allow_unannotated: bool = False,
-    preprocessed: str | os.PathLike[str] | None = None,
     num_processes: int = 1,
     on_case: Callable[[str, bool], None] = lambda case, reused: None,
 ) -> ImportReport:
@@ -255,7 +254,6 @@ def import_union(
             :func:`stunet.datasets.imports.run_import`.
         weights: Mean sampling weight of a case by source; see ``sampling_weights``.
         allow_unannotated: Whether structures may stay that no case annotates.
-        preprocessed: nnU-Net's ``nnUNet_preprocessed``.
         num_processes: Cases at a time.
         on_case: Called as a case is done.
 
@@ -319,7 +317,6 @@ def import_union(
         outputs_of=lambda name, record: chosen[name].outputs if name in chosen else (),
         remedy='drop it in a mapping file ("background", --mapping)',
         allow_unannotated=allow_unannotated,
-        preprocessed=preprocessed,
         num_processes=num_processes,
         on_case=on_case,
     )

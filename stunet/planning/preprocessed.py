@@ -115,12 +115,14 @@ def open_preprocessed(dataset: str, plans: str, configuration: str) -> Preproces
     """Find the preprocessed cases of a dataset.
 
     Raises:
-        DatasetError: Unknown, or not preprocessed; names the command that does it.
+        DatasetError: Unknown, or not preprocessed with these plans; names the command that does it.
         PlansError: No such plans or configuration.
         NnUNetPathError: nnU-Net's variables are not set.
     """
     name = find_dataset(dataset)
-    return PreprocessedDataset(name, load_plans(find_plans(name, plans)), configuration)
+    found = PreprocessedDataset(name, load_plans(find_plans(name, plans)), configuration)
+    found.check_origin()
+    return found
 
 
 def _read_json(path: Path) -> Any:

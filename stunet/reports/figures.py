@@ -74,20 +74,14 @@ def side_by_side(
         for axis, (title, overlay) in zip(row, [("image", None), *maps.items()], strict=True):
             axis.imshow(image[plane].astype(np.float64), cmap="gray", vmin=low, vmax=high, aspect=aspect)
             if overlay is not None:
-                axis.imshow(_colour(overlay[plane], colours), aspect=aspect, interpolation="nearest")
+                shown = np.ma.masked_where(~np.isin(overlay[plane], list(colours)), (overlay[plane] - 1) % 10)
+                axis.imshow(shown, cmap="tab10", vmin=-0.5, vmax=9.5, alpha=0.6, aspect=aspect, interpolation="nearest")
             axis.set_title(f"{name}: {title}{f', {plane_name}' if plane_name else ''}", fontsize=9)
             axis.set_axis_off()
     handles = [Patch(color=colours[value], label=name) for name, value in labels.items() if value > 0]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False)
     with atomic_path(Path(path)) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
-
-
-def _colour(labels: Array, colours: Mapping[int, tuple[float, ...]]) -> npt.NDArray[np.float64]:
-    rgba = np.zeros((*labels.shape, 4))
-    for value, colour in colours.items():
-        rgba[labels == value] = (*colour[:3], 0.6)
-    return rgba
 
 
 @drawing()

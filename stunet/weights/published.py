@@ -197,13 +197,16 @@ def _require_files(entry: WeightsEntry, folder: Path) -> None:
         raise CheckpointError(f"no {', '.join(missing)} in {folder}: run `stunet weights fetch {entry.name}`")
 
 
-def cached_weights(name: str) -> Path:
-    """Return the file with weights that ``stunet weights fetch`` has put into the cache; their pickles lie beside it.
+def cached_weights(path: str | os.PathLike[str]) -> Path:
+    """Return a path where there is something, else the weights of this name that ``stunet weights fetch`` has cached.
 
     Raises:
         CheckpointError: They are not in the cache, or a file has another length than when it was fetched.
         UsageError: No weights have this name.
     """
+    if Path(path).exists():
+        return Path(path)
+    name = str(path)
     entry, folder = find_entry(name), entry_folder(name)
     _require_files(entry, folder)
     for file in entry.files:
