@@ -1,7 +1,5 @@
 """nnU-Net's folders, datasets and plans, found without nnU-Net, whose import takes seconds."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import re

@@ -4,8 +4,6 @@ Each says in one sentence what was got, what was expected and what to do about i
 without a traceback, and exits with status 2.
 """
 
-from __future__ import annotations
-
 import csv
 import struct
 from collections.abc import Iterator

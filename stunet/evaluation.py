@@ -34,16 +34,9 @@ from stunet.datasets.raw import RawDataset, read_raw_dataset, read_test_dataset,
 from stunet.environment import find_dataset, nnunet_folder
 from stunet.errors import DatasetError, STUNetError, UsageError, reading
 from stunet.files import atomic_path, read_json
+from stunet.labels import mappings
 from stunet.labels.annotations import MANIFEST_NAME, read_manifest
 from stunet.labels.labels import Labels, canonical_name
-from stunet.labels.mappings import (
-    Comparison,
-    LabelRelation,
-    load_label_system,
-    observed_values,
-    read_label_map,
-    relate_labels,
-)
 from stunet.processes import run_jobs
 from stunet.volumes import LABEL_ENDINGS, Volume, check_listed, check_same_grid, read_labels
 
@@ -79,7 +72,7 @@ class EvaluationCase:
     name: str
     reference: Path  # its label map
     prediction: Path
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[mappings.Comparison, ...]
     observed: tuple[tuple[int, ...] | None, ...]  # values of each in this label map; None where it is not annotated
     target_labels: Values  # of the dataset's structures
     source_labels: Values  # of the model's
@@ -177,7 +170,7 @@ def choose_cases(
 
 def compare_labels(
     model: SegmentationModel, target: RawDataset, label_map: str | None, predictions: Path, *, tolerance: float
-) -> tuple[LabelRelation, list[EvaluationCase]]:
+) -> tuple[mappings.LabelRelation, list[EvaluationCase]]:
     """Relate the model's labels to the dataset's, and return how, and what is to be scored.
 
     Raises:
@@ -189,16 +182,18 @@ def compare_labels(
     mapping = None
     if label_map is not None:
         is_file = Path(label_map).is_file() or label_map.endswith((".yaml", ".yml")) or os.sep in label_map
-        mapping = (read_label_map if is_file else load_label_system)(label_map)
+        mapping = (mappings.read_label_map if is_file else mappings.load_label_system)(label_map)
     labels, path = target.dataset_json["labels"], target.folder / MANIFEST_NAME
-    relation = relate_labels(model.dataset_json["labels"], labels, mapping)
+    relation = mappings.relate_labels(model.dataset_json["labels"], labels, mapping)
     annotated = read_manifest(path, labels=labels) if path.is_file() else None
     own, others = Labels(target.dataset_json), Labels(model.dataset_json)
     comparisons, of_all = relation.comparisons, (own.structures, others.structures, own.ignore, tolerance)
     jobs = []
     for name, (_, reference) in target.cases.items():
         prediction = predictions.resolve() / f"{name}{target.dataset_json['file_ending']}"
-        observed = [c.target_values if annotated is None else observed_values(c, annotated, name) for c in comparisons]
+        observed = [
+            c.target_values if annotated is None else mappings.observed_values(c, annotated, name) for c in comparisons
+        ]
         jobs.append(EvaluationCase(name, reference, prediction, comparisons, tuple(observed), *of_all))
     return relation, jobs
 
@@ -389,7 +384,7 @@ def _swapped_dice(case: EvaluationCase, overlap: npt.NDArray[np.int64]) -> tuple
 class StructureSummary:
     """Scores of one structure over all cases."""
 
-    comparison: Comparison
+    comparison: mappings.Comparison
     mean: Mapping[str, float | None]  # of each metric over the cases that have it; None where none has
     counts: Mapping[str, int]  # of cases by status
 

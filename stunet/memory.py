@@ -4,8 +4,6 @@ The network runs a training step and a forward pass on PyTorch's meta device, wh
 tensor is counted as long as it lives.
 """
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Spreading work over processes that must not outlive the one that started them."""
 
-from __future__ import annotations
-
 import ctypes
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """The published sizes of STU-Net, and custom ones. Imports no PyTorch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

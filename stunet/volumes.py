@@ -1,7 +1,5 @@
 """Images, masks and label maps on disk, NIfTI by nibabel and other formats by SimpleITK; and their grids."""
 
-from __future__ import annotations
-
 import errno
 import gzip
 import math

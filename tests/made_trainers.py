@@ -11,7 +11,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from plans import DATASET_JSON, make_plans
 from stunet.network import STUNetSize
-from stunet.planning import rewrite_plans
+from stunet.planning.plans import rewrite_plans
 from stunet.training import BaseSTUNetTrainer
 
 NARROW = STUNetSize("narrow", (1,) * 6, 2)

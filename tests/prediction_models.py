@@ -15,7 +15,7 @@ import torch
 
 from plans import configuration
 from stunet.network import STUNetSize
-from stunet.planning.rewrite import rewrite_configuration
+from stunet.planning.plans import rewrite_configuration
 
 NARROW = STUNetSize("d111111w4", (1,) * 6, 4)
 

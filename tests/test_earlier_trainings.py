@@ -17,7 +17,7 @@ from made_trainers import make, trained
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from stunet.labels.labels import Vocabulary
-from stunet.planning import write_model_folder
+from stunet.planning.model_folder import write_model_folder
 from stunet.training import BaseSTUNetTrainer
 from stunet.weights.convert import open_weights
 from stunet.weights.read import read_checkpoint

@@ -27,7 +27,7 @@ from stunet.evaluation import (
 )
 from stunet.labels.labels import Labels
 from stunet.labels.mappings import Comparison, relate_labels
-from stunet.reports import read_dice
+from stunet.reports.figures import read_dice
 from stunet.volumes import read_labels
 
 

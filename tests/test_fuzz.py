@@ -31,7 +31,7 @@ from stunet.errors import CheckpointError, STUNetError
 from stunet.evaluation import read_description
 from stunet.inference import load_model
 from stunet.labels.labels import Vocabulary
-from stunet.planning import describe_model
+from stunet.planning.model_folder import describe_model
 from stunet.ranking.ranking import read_zoo
 from stunet.weights.convert import SourceWeights, open_any_weights, open_weights
 from stunet.weights.read import read_checkpoint, read_pickle

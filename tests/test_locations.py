@@ -8,7 +8,7 @@ import pytest
 from plans import make_plans
 from stunet.environment import find_dataset, find_plans, nnunet_folder
 from stunet.errors import DatasetError, NnUNetPathError, PlansError
-from stunet.planning import load_plans, plan_with_nnunet, write_plans
+from stunet.planning.plans import load_plans, plan_with_nnunet, write_plans
 
 Folders = dict[str, Path]
 

@@ -18,7 +18,8 @@ from plans import DATASET_JSON, make_plans
 from stunet.cli.main import main
 from stunet.errors import CheckpointError, PlansError, UsageError
 from stunet.labels.labels import Vocabulary
-from stunet.planning import describe_model, resolve_configuration, write_model_folder
+from stunet.planning.model_folder import describe_model, write_model_folder
+from stunet.planning.plans import resolve_configuration
 from stunet.weights.convert import open_weights
 from stunet.weights.read import read_checkpoint
 

@@ -11,7 +11,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 from plans import DATASET_JSON, make_plans
 from stunet.errors import DatasetError, PlansError, UsageError
-from stunet.planning import open_preprocessed
+from stunet.planning.preprocessed import open_preprocessed
 
 CASES = [f"case_{i}" for i in range(6)]
 

@@ -12,8 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from plans import make_plans
 from stunet.cli.options import complete_presets
 from stunet.network import SIZES, find_size
-from stunet.planning import apply_preset, load_preset, plans_size, rewrite_plans
-from stunet.planning.plans import PRETRAINING
+from stunet.planning.plans import PRETRAINING, apply_preset, load_preset, plans_size, rewrite_plans
 
 
 def test_the_preset_is_what_the_published_plans_say() -> None:

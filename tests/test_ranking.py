@@ -24,8 +24,7 @@ from plans import DATASET_JSON, make_plans
 from stunet.cli.main import main
 from stunet.errors import TransferabilityError, UsageError
 from stunet.network import build_stunet
-from stunet.planning import PreprocessedDataset
-from stunet.planning.preprocessed import PreprocessedCase
+from stunet.planning.preprocessed import PreprocessedCase, PreprocessedDataset
 from stunet.ranking import CandidateScores, Ranking, build_candidate, ccfv, extract_case, logme, prepare_target, rank
 from stunet.ranking.rivals import mean_over_scales
 

@@ -16,8 +16,7 @@ from jinja2 import UndefinedError
 from stunet.ranking import CandidateScores, Ranking
 from stunet.ranking.points import CasePoints
 from stunet.ranking.ranking import Target
-from stunet.reports.figures import write_page
-from stunet.reports.ranking import short_names, write_ranking
+from stunet.reports.figures import short_names, write_page, write_ranking
 
 
 def _candidate(name: str, score: float | None, *, sha: str = "0" * 64) -> CandidateScores:

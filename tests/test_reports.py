@@ -20,7 +20,7 @@ from stunet.datasets.raw import plane_names, read_image
 from stunet.evaluation import CaseOrientation, CaseScores, EvaluationCase, collect_results, volume_scores
 from stunet.inference.outputs import draw_preview
 from stunet.labels.mappings import Comparison
-from stunet.reports import draw_scores, read_dice, side_by_side
+from stunet.reports.figures import draw_scores, read_dice, side_by_side
 
 
 def test_dice_by_hand(tmp_path: Path) -> None:

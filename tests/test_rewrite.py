@@ -14,8 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from plans import make_plans
 from stunet.errors import PlansError, SettingsError
 from stunet.network import STUNet, STUNetSize, find_size
-from stunet.planning import fit_strides, is_stunet, plans_size, rewrite_plans
-from stunet.planning.rewrite import rewrite_configuration
+from stunet.planning.plans import fit_strides, is_stunet, plans_size, rewrite_configuration, rewrite_plans
 
 SIZE = STUNetSize("mine", (1, 1, 2, 1, 1, 1), 2)
 

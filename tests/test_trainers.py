@@ -23,7 +23,7 @@ from stunet.errors import CheckpointError, PlansError, SettingsError
 from stunet.files import write_json
 from stunet.labels.annotations import order_manifest
 from stunet.network import STUNet, STUNetSize
-from stunet.planning import plans_size, rewrite_plans
+from stunet.planning.plans import plans_size, rewrite_plans
 from stunet.weights.read import read_checkpoint
 
 SIZES = ("small", "base", "large", "huge")

@@ -11,9 +11,8 @@ import pytest
 from weights import STRIDES, TINY, v1_plans, v1_stage
 
 from stunet.errors import PlansError
-from stunet.planning import resolve_configuration
 from stunet.planning.model_folder import make_plans, read_v1_plans
-from stunet.planning.plans import PRETRAINING, Preparation
+from stunet.planning.plans import PRETRAINING, Preparation, resolve_configuration
 from stunet.weights.read import read_pickle
 
 STATISTICS = {

@@ -1,7 +1,5 @@
 """What the commands share: terminal output, and list options in nnU-Net's style."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

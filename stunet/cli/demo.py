@@ -19,17 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from typer import Option
 
-from stunet.cli.console import print_line, stdout
+from stunet.cli.console import print_line, print_table, stdout
 from stunet.cli.options import Device, Positive, Size, choose_device, choose_size
 from stunet.errors import CommandError, UsageError
 from stunet.files import read_json, write_json
 
 if TYPE_CHECKING:
     from stunet.datasets.raw import RawDataset
-    from stunet.reports import StructureDice
+    from stunet.reports.figures import StructureDice
 
 _SOURCE, _TARGET = "Dataset001_Venous", "Dataset002_Arterial"
 _PRETRAINED, _FINE_TUNED, _SCRATCH = "pretrained", "finetuned", "scratch"  # plans, and so models
@@ -90,8 +89,7 @@ def demo(
 
 def _demonstrate_phantoms(workspace: Workspace, epochs: int) -> None:
     """Pre-train on partly annotated cases, pick a checkpoint, fine-tune it beside scratch, predict; ``report.html``."""
-    from stunet.reports import conclude, draw_story, mean_dice
-    from stunet.reports.figures import inline_png, write_page
+    from stunet.reports.figures import conclude, draw_story, inline_png, mean_dice, write_page
 
     started = time.monotonic()
     ends: list[int] = []  # of the chapters, in the list of commands
@@ -230,24 +228,24 @@ def _demonstrate_own_data(workspace: Workspace, raw: RawDataset, epochs: int) ->
 
 def _print_dice(columns: Mapping[str, Sequence[StructureDice]]) -> None:
     """Show Dice by structure, of models beside each other; of one model alone, its lowest and highest too."""
-    from stunet.reports import mean_dice
+    from stunet.reports.figures import mean_dice
 
     alone = len(columns) == 1
     spread = ("lowest", "highest", "cases") if alone else ()
-    table = Table("structure", *columns, *spread, title="Unseen cases", title_justify="left")
+    table: list[list[object]] = []
     for rows in zip(*columns.values(), strict=True):
-        cells = [f"{rows[0].lowest:.3f}", f"{rows[0].highest:.3f}", str(rows[0].n_cases)] if alone else []
-        table.add_row(rows[0].name, *[f"{row.mean:.3f}" for row in rows], *cells)
-    table.add_section()
-    table.add_row("mean", *[f"{mean_dice(rows):.3f}" for rows in columns.values()], *("" for _ in spread))
-    stdout.print("", table, sep="\n")
+        cells = [f"{rows[0].lowest:.3f}", f"{rows[0].highest:.3f}", rows[0].n_cases] if alone else []
+        table.append([rows[0].name, *(f"{row.mean:.3f}" for row in rows), *cells])
+    table += [], ["mean", *(f"{mean_dice(rows):.3f}" for rows in columns.values()), *("" for _ in spread)]
+    numbers = [*columns, *spread]
+    print_table(table, "structure", *numbers, title="\nUnseen cases", numbers=numbers)
 
 
 def _draw_cases(workspace: Workspace, dataset: str, predictions: Mapping[str, Path]) -> Path:
     """Draw three test cases with truth and predictions side by side."""
     from stunet.datasets.raw import plane_names, read_image
     from stunet.labels.labels import Labels
-    from stunet.reports import side_by_side
+    from stunet.reports.figures import side_by_side
 
     raw = workspace.raw(dataset)
     description = read_json(raw / "dataset.json")
@@ -337,7 +335,7 @@ class Workspace:
 
     def predict(self, dataset: str, folders: Mapping[str, Path], trainer: str) -> dict[str, list[StructureDice]]:
         """Predict a dataset's test cases into folders by the plans of the model, and return the Dice of each."""
-        from stunet.reports import read_dice
+        from stunet.reports.figures import read_dice
 
         raw = self.raw(dataset)
         options = f"-d {int(dataset[7:10])} -c {self.configuration} -f 0 -tr {trainer} -device {self.device}"
@@ -361,7 +359,7 @@ class Workspace:
         Where nnU-Net's patch would take too long on a CPU, a smaller one is taken.
         """
         from stunet.network import total_stride
-        from stunet.planning import fit_strides, load_plans, resolve_configuration
+        from stunet.planning.plans import fit_strides, load_plans, resolve_configuration
 
         plans = load_plans(self.preprocessed(dataset) / "nnUNetPlans.json")
         configuration = resolve_configuration(plans, self.configuration)

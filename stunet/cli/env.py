@@ -1,7 +1,5 @@
 """``stunet env``: the shell line that lets nnU-Net find the trainers."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from importlib.resources import files

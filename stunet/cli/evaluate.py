@@ -95,7 +95,7 @@ def evaluate(
     with case_bar("Scoring", len(jobs)) as on_case:
         results = score_cases(jobs, num_processes=num_processes, on_case=on_case)
     if results.cases:
-        from stunet.reports import draw_scores
+        from stunet.reports.figures import draw_scores
 
         folder.mkdir(parents=True, exist_ok=True)
         summary = results.summary(

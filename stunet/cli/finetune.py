@@ -1,7 +1,5 @@
 """``stunet finetune``: plans, data and training from pre-trained weights, in one command."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys
@@ -111,7 +109,7 @@ def _check_fold(fold: Path, *, continue_training: bool, overwrite: bool) -> None
 def _preprocess(plans: Path, configuration: str, num_processes: int) -> None:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess
 
-    from stunet.planning import load_plans, missing_preprocessed_cases
+    from stunet.planning.plans import load_plans, missing_preprocessed_cases
 
     dataset_id = int(plans.parent.name[7:10])
     if missing_preprocessed_cases(plans.parent.name, load_plans(plans), configuration):

@@ -1,7 +1,5 @@
 """``stunet import``: TotalSegmentator's layout, or several nnU-Net raw datasets, as one nnU-Net raw dataset."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``stunet labels``: which structures the cases of a dataset annotate."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import typer

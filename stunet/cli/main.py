@@ -35,8 +35,6 @@ Their help ends with these examples::
     stunet labels carry -d 4
 """
 
-from __future__ import annotations
-
 import errno
 import io
 import re

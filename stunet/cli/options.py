@@ -3,8 +3,6 @@
 Imports no PyTorch, whose import takes seconds, so that a mistyped value is reported at once.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import shutil
@@ -149,7 +147,8 @@ def check_training(dataset: str, plans: str, configuration: str, trainer: str) -
 
     nnU-Net keeps two at a time, with momentum; their size is that of the network in the plans or the trainer's name.
     """
-    from stunet.planning import is_stunet, open_preprocessed, plans_size
+    from stunet.planning.plans import is_stunet, plans_size
+    from stunet.planning.preprocessed import open_preprocessed
     from stunet.weights.convert import Architecture
 
     planned = open_preprocessed(dataset, plans, configuration).configuration

@@ -1,7 +1,5 @@
 """``stunet plan``: plans files with a STU-Net."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,7 +77,7 @@ def plan(
         raise UsageError(f"--strategy {strategy} without weights to start from: give them with --from, or leave it out")
     dataset_name = options.preflight(dataset, plans)
     options.check_disk(nnunet_folder("nnUNet_preprocessed"))
-    from stunet import planning
+    from stunet.planning import plans as planning
     from stunet.weights.convert import open_weights
 
     weights = None if path_of_weights is None else open_weights([path_of_weights], trust=trust or [])
@@ -126,7 +124,7 @@ def plan(
 
 def _print_configurations(plans: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Show all configurations and their settings, and return those with a STU-Net."""
-    from stunet.planning import is_stunet, plans_size, resolve_configuration
+    from stunet.planning.plans import is_stunet, plans_size, resolve_configuration
 
     rows: list[tuple[object, ...]] = []
     trainable: dict[str, dict[str, Any]] = {}
@@ -154,7 +152,7 @@ def _print_configurations(plans: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _print_next(path: Path, trainable: dict[str, dict[str, Any]], *, pretraining: bool) -> None:
-    from stunet.planning import plans_size
+    from stunet.planning.plans import plans_size
 
     name = "3d_fullres" if "3d_fullres" in trainable else next(iter(trainable))
     size, trainer = plans_size(trainable[name]).name, "STUNetTrainer"

@@ -1,7 +1,5 @@
 """``stunet predict``: nnU-Net's predictions, for many structures and in bounded memory."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator

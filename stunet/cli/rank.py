@@ -51,7 +51,7 @@ def rank(
     preflight(dataset, plans, configuration)
     check_disk(output)
     from stunet import ranking
-    from stunet.reports.ranking import write_ranking
+    from stunet.reports.figures import write_ranking
 
     if bool(checkpoints) == (zoo is not None):
         got = "neither --checkpoints nor --zoo" if zoo is None else "both --checkpoints and --zoo"
@@ -94,7 +94,7 @@ def _report(result: CandidateScores) -> None:
 
 
 def _show(ranking: Ranking, page: Path) -> None:
-    from stunet.reports.ranking import short_names
+    from stunet.reports.figures import short_names
 
     columns: dict[str, list[Text]] = {}
     for metric in ranking.metrics:

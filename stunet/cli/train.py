@@ -1,7 +1,5 @@
 """``stunet train``: nnU-Net's training on any number of machines."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re
@@ -64,7 +62,7 @@ def train(
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
-    from stunet.planning import load_plans, resolve_configuration
+    from stunet.planning.plans import load_plans, resolve_configuration
     from stunet.processes import end_with_children
     from stunet.training import BaseSTUNetTrainer, distributed
     from stunet.training.checkpoints import set_aside

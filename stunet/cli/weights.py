@@ -206,7 +206,7 @@ def convert(
     named = [str(path) for path in weights if not path.exists()]
     entry = published.find_entry(named[0]) if named else None
     paths = [published.cached_weights(path) for path in weights]
-    from stunet.planning import write_model_folder
+    from stunet.planning.model_folder import write_model_folder
     from stunet.weights.convert import open_weights, write_published
 
     source = open_weights(paths)
@@ -226,7 +226,7 @@ def convert(
 
 
 def _report(source: SourceWeights, card: dict[str, Any], output: Path) -> None:
-    from stunet.planning import load_plans, resolve_configuration
+    from stunet.planning.plans import load_plans, resolve_configuration
 
     plans = load_plans(output / "plans.json")
     configuration = resolve_configuration(plans, *plans["configurations"])

@@ -1,7 +1,5 @@
 """What every import does: write cases atomically, resume what was interrupted, and describe the dataset at last."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

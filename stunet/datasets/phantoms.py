@@ -1,7 +1,5 @@
 """Generated abdomens that look a little like CT: data for demonstrations and tests that needs no download."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from pathlib import Path

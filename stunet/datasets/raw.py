@@ -3,8 +3,6 @@
 Parts of nnU-Net are imported where they are needed: that takes longer than importing some cases does.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

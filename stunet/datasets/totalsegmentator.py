@@ -1,7 +1,5 @@
 """TotalSegmentator's layout as a raw dataset: which cases, structures and split a download has, and masks merged."""
 
-from __future__ import annotations
-
 import csv
 import os
 import shutil
@@ -17,8 +15,7 @@ import numpy.typing as npt
 from stunet.datasets.imports import ENDING, ImportCase, ImportReport, Record, case_files, run_import
 from stunet.environment import did_you_mean
 from stunet.errors import DatasetError, LabelError, reading
-from stunet.files import atomic_path, fingerprint, temporary_path
-from stunet.forms import Names, decode, read_document
+from stunet.files import Names, atomic_path, decode, fingerprint, read_document, temporary_path
 from stunet.labels.labels import BACKGROUND, IGNORE, check_names, list_vocabularies, load_vocabulary
 from stunet.processes import worthwhile_processes
 from stunet.volumes import Volume, check_finite, check_same_grid, read_volume, write_labels

@@ -1,7 +1,5 @@
 """A union of datasets as an nnU-Net raw dataset: images stay where they are, label maps are written anew."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from stunet import volumes
 from stunet.datasets.imports import REPORT_NAME, ImportCase, ImportReport, Record, case_files, run_import
 from stunet.datasets.raw import SPLITS_NAME, RawDataset, case_names, read_raw_dataset
 from stunet.errors import DatasetError, LabelError, reading
@@ -19,15 +18,6 @@ from stunet.files import fingerprint
 from stunet.labels.annotations import MANIFEST_NAME, AnnotationManifest, read_manifest
 from stunet.labels.labels import Labels, check_names
 from stunet.labels.mappings import LabelUnion, UnionMapping, merge_labels
-from stunet.volumes import (
-    LABEL_ENDINGS,
-    NIFTI_ENDINGS,
-    check_listed,
-    check_shape,
-    read_labels,
-    read_volume,
-    write_labels,
-)
 
 _FORMAT = 1
 _SPACING_TOLERANCE = 1e-5  # of the spacing, as nnU-Net's integrity check has it
@@ -151,8 +141,8 @@ def check_sources(sources: Sequence[UnionSource]) -> None:
     ending = str(described[0]["file_ending"]).casefold()
     one_reader = "nnU-Net reads all files of a dataset with one reader; convert one of them"
     check_same("file endings", [str(content["file_ending"]) for content in described], one_reader)
-    if ending not in LABEL_ENDINGS:
-        known = ", ".join(LABEL_ENDINGS)
+    if ending not in volumes.LABEL_ENDINGS:
+        known = ", ".join(volumes.LABEL_ENDINGS)
         raise DatasetError(f"{names[0]}: label maps cannot be written as {ending}: convert them to one of {known}")
     channels = [
         [str(name) for _, name in sorted((int(key), name) for key, name in d["channel_names"].items())]
@@ -161,9 +151,9 @@ def check_sources(sources: Sequence[UnionSource]) -> None:
     check_same("channels", list(map(", ".join, channels)), "leave one out, or make its channels those of the other")
     readers = [str(content.get("overwrite_image_reader_writer")) for content in described]
     check_same("image readers", readers, "make overwrite_image_reader_writer the same")
-    if ending in NIFTI_ENDINGS:
+    if ending in volumes.NIFTI_ENDINGS:
         firsts = (next(iter(source.dataset.cases.values()))[0][0] for source in sources)
-        units = [str(read_volume(image, header_only=True).header.get_xyzt_units()[0]) for image in firsts]
+        units = [str(volumes.read_volume(image, header_only=True).header.get_xyzt_units()[0]) for image in firsts]
         names_of_units = {"unknown": "mm", "meter": "m", "micron": "µm"}  # all programs take mm where nothing is said
         shown = [names_of_units.get(unit, unit) for unit in units]
         check_same("units of spacing", shown, "convert one of them, spacing and position included")
@@ -215,19 +205,19 @@ class LabelCase(ImportCase):
 
     def write(self) -> Record:
         """Write the label map with other values."""
-        labels = read_labels(self.label)
+        labels = volumes.read_labels(self.label)
         for path in self.images:
             # What nnU-Net's integrity check insists on. Of position and direction it only warns.
-            image = read_volume(path, header_only=True)
-            check_shape(labels, image)
+            image = volumes.read_volume(path, header_only=True)
+            volumes.check_shape(labels, image)
             mine, others = labels.spacing, image.spacing
             if not np.allclose(mine, others, rtol=_SPACING_TOLERANCE, atol=0):
                 both = f"{mine.tolist()}, than its image {path}, {others.tolist()}"
                 raise DatasetError(f"{self.label} has another spacing, {both}: resample it, or leave the case out")
-        check_listed(labels, self.lookup)
+        volumes.check_listed(labels, self.lookup)
         table = np.zeros(2**16, np.uint8 if self.highest <= 255 else np.uint16)
         table[list(self.lookup)] = list(self.lookup.values())
-        write_labels(table[labels.voxels], labels, self.outputs[0])
+        volumes.write_labels(table[labels.voxels], labels, self.outputs[0])
         return {}
 
 

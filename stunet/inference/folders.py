@@ -3,8 +3,6 @@
 While the network works on one case, the next is prepared and the last is written, in processes of their own.
 """
 
-from __future__ import annotations
-
 import errno
 import math
 import os
@@ -21,20 +19,9 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 
 from stunet.errors import CommandError, DatasetError, STUNetError, UsageError
 from stunet.files import move_into_place, remove_leftovers, scratch_folder, temporary_path, write_json_files
+from stunet.inference import outputs
 from stunet.inference.images import Case, CaseArray, Geometry, find_cases, prepare, read_geometry
 from stunet.inference.model import Model
-from stunet.inference.outputs import (
-    EXTRAS,
-    MANIFEST_NAME,
-    Manifest,
-    check_folder,
-    collect_statistics,
-    find_structures,
-    measure,
-    model_settings,
-    remove_predictions,
-    write_case,
-)
 from stunet.inference.predictor import MemoryPlan, Predictor, choose_structures, network_spacing
 from stunet.memory import peak_forward_bytes
 from stunet.processes import in_order
@@ -114,7 +101,7 @@ def predict_folder(
     output = Path(output)
     found = find_cases(images, model, series) if isinstance(images, str | os.PathLike) else list(images)
     is_file = output.name.endswith(NIFTI_ENDINGS) and not output.is_dir()
-    beside = output.with_name(f"{output.name.removesuffix(ending)}.{MANIFEST_NAME}")
+    beside = output.with_name(f"{output.name.removesuffix(ending)}.{outputs.MANIFEST_NAME}")
     first_stage = model.configuration_manager.previous_stage_name
     inputs = {file.resolve() for case in found for file in case.files}
     needs_folder = {*write} - {"names_in_header"} or save_probabilities or continue_prediction or n_parts > 1
@@ -139,8 +126,12 @@ def predict_folder(
     folder = temporary_path(output.parent / "scratch") / "output" if is_file else output
     before = None if previous_stage is None else str(previous_stage.resolve())
     settings = {"structures": list(kept), "mirroring": mirroring, "step_size": step_size, "lowres": lowres}
-    settings |= {"previous_stage": before, **{extra: extra in write for extra in EXTRAS}, **model_settings(model)}
-    record, outdated = check_folder(folder, ending, settings, found, own, keep=continue_prediction)
+    settings |= {
+        "previous_stage": before,
+        **{extra: extra in write for extra in outputs.EXTRAS},
+        **outputs.model_settings(model),
+    }
+    record, outdated = outputs.check_folder(folder, ending, settings, found, own, keep=continue_prediction)
     endings = (ending, ".npz") if save_probabilities else (ending,)
     done = [case for case in own if all((folder / f"{case.name}{each}").is_file() for each in endings)]
     done = done if continue_prediction else []
@@ -178,9 +169,9 @@ def predict_folder(
         for place in (folder, folder / "statistics", folder / "previews"):
             remove_leftovers(place, "*", of_the_dead=True)
         scratch = stack.enter_context(scratch_folder(folder))  # after them: it is of this process, too
-        remove_predictions(folder, ending, outdated)
+        outputs.remove_predictions(folder, ending, outdated)
         part = None if n_parts == 1 else part_id
-        manifest = Manifest(model, folder, record, device, {case.name for case in waiting}, part)
+        manifest = outputs.Manifest(model, folder, record, device, {case.name for case in waiting}, part)
         listed = [list(map(os.fspath, case.files)) for case in found]
         arguments = {  # under the names of nnU-Net's own
             "list_of_lists_or_source_folder": os.fspath(images) if isinstance(images, str | os.PathLike) else listed,
@@ -203,8 +194,8 @@ def predict_folder(
             if case.name not in manifest.content["cases"]:  # written by a part, or a killed one
                 with suppress(Exception):
                     labels, properties = reader.read_seg(str(folder / f"{case.name}{ending}"))
-                    measured = measure(labels[0].astype(np.uint16), kept, properties["spacing"])
-                    manifest.add(case, find_structures(measured))
+                    measured = outputs.measure(labels[0].astype(np.uint16), kept, properties["spacing"])
+                    manifest.add(case, outputs.find_structures(measured))
 
         def feed() -> Iterator[Case]:
             for case in ready:
@@ -237,7 +228,9 @@ def predict_folder(
                     yield CaseArray(prepared.case, path, properties)
 
         labelled = stack.enter_context(closing(label_cases()))  # before the scratch folder goes
-        step = partial(write_case, model=model, folder=folder, structures=kept, write=frozenset(write), lowres=lowres)
+        step = partial(
+            outputs.write_case, model=model, folder=folder, structures=kept, write=frozenset(write), lowres=lowres
+        )
         for job, result in in_order(step, labelled, num_processes=predictor.plan.n_writing):
             shutil.rmtree(job.path.parent, ignore_errors=True)
             if isinstance(result, Exception):
@@ -250,9 +243,9 @@ def predict_folder(
             say(f"Predicted {job.case.name}: {len(in_case)} structure{'s' * (len(in_case) != 1)} found")
         manifest.close(failures)
         if "statistics" in write and (folder / "statistics").is_dir():
-            collect_statistics(folder / "statistics", folder / "statistics.csv")
+            outputs.collect_statistics(folder / "statistics", folder / "statistics.csv")
         if is_file and not failures:
-            move_into_place(folder / MANIFEST_NAME, beside)
+            move_into_place(folder / outputs.MANIFEST_NAME, beside)
             move_into_place(folder / f"{own[0].name}{ending}", output)
     if failures:
         lines = "".join(f"\n    {name}: {problem.splitlines()[0]}" for name, problem in sorted(failures.items()))

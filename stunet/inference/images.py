@@ -1,7 +1,5 @@
 """Cases of an input: what their headers say, DICOM series as volumes, and their images on the network's grid."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -1,7 +1,5 @@
 """Trained models: what a folder or checkpoint describes, and its network, without running code out of either."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import re
@@ -22,8 +20,8 @@ from torch import Tensor, nn
 from stunet.errors import CheckpointError, PlansError, UsageError, reading
 from stunet.files import read_json
 from stunet.labels.labels import Labels, load_vocabulary, vocabulary_for
-from stunet.planning import write_model_folder
-from stunet.planning.rewrite import check_configuration
+from stunet.planning.model_folder import write_model_folder
+from stunet.planning.plans import check_configuration
 from stunet.weights.convert import open_weights
 from stunet.weights.published import WeightsEntry, alone_with, entry_folder, fetch, find_entry, noted_sha256
 from stunet.weights.read import MODEL_CARD, check_network, check_weights, read_checkpoint

@@ -3,8 +3,6 @@
 Each file is written atomically, and the label map of a case last: where it stands, its other files do.
 """
 
-from __future__ import annotations
-
 import colorsys
 import csv
 import errno

@@ -1,7 +1,5 @@
 """Prediction of one image in bounded memory: logits plane by plane, and labels of them as they come."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,15 +22,7 @@ from nnunetv2.preprocessing.resampling.default_resampling import determine_do_se
 from torch import Tensor, nn
 
 from stunet.errors import CheckpointError, LabelError, UsageError
-from stunet.inference.images import (
-    Case,
-    as_nifti,
-    find_cases,
-    is_default_resampling,
-    preprocess,
-    read_geometry,
-    read_images,
-)
+from stunet.inference import images
 from stunet.inference.model import Model, load_model
 from stunet.inference.outputs import restrict
 from stunet.labels.labels import match_names
@@ -110,7 +100,7 @@ class Predictor:
         return predictor
 
     def predict_with_nnunet(
-        self, case: Case, stem: str, *, save_probabilities: bool, previous_stage: str | None
+        self, case: images.Case, stem: str, *, save_probabilities: bool, previous_stage: str | None
     ) -> tuple[Labels, dict[str, Any]]:
         """Predict the files of a case with :attr:`stock`, which writes files that begin with ``stem``."""
         files: Any = [list(map(str, case.files))]
@@ -135,7 +125,7 @@ class Predictor:
             return "it was trained on regions that overlap"
         if self.model.configuration_manager.previous_stage_name is not None:
             return "it is the second stage of a cascade"
-        if not is_default_resampling(configuration, "probabilities"):
+        if not images.is_default_resampling(configuration, "probabilities"):
             return f"its plans resample probabilities with {configuration['resampling_fn_probabilities']}"
         if options.get("order", 3) != 1 or options.get("order_z", 0) not in (0, 1):
             return f"its plans resample probabilities with order {options.get('order', 3)}, not 1"
@@ -231,7 +221,7 @@ def predict(
         if predictor.why_stock:
             labels = predictor.stock.predict_single_npy_array(voxels.astype(np.float32), properties)
         else:
-            labels = predictor.predict(*preprocess(model, [(voxels, properties)]))
+            labels = predictor.predict(*images.preprocess(model, [(voxels, properties)]))
         return labels if kept == model.structures else restrict(labels, kept)
 
     if isinstance(image, np.ndarray):
@@ -240,7 +230,7 @@ def predict(
         return label(image.reshape(-1, *image.shape[-3:]), {"spacing": [float(side) for side in spacing]})
     with TemporaryDirectory() as folder:
         if isinstance(image, str | os.PathLike):
-            case, *others = find_cases(image, model)
+            case, *others = images.find_cases(image, model)
             if others:
                 raise UsageError(f"{os.fspath(image)} has {len(others) + 1} images: give one, or use predict_folder")
         else:
@@ -249,11 +239,11 @@ def predict(
                 files.append(Path(folder) / f"{channel}.nii" if isinstance(given, sitk.Image) else Path(given))
                 if isinstance(given, sitk.Image):
                     sitk.WriteImage(given, str(files[-1]))
-            case = Case("image", tuple(files))
+            case = images.Case("image", tuple(files))
         if model.reads_volumes:
-            read_geometry(case, model.n_channels)
-        case = as_nifti(case, model.file_ending, Path(folder))
-        voxels, properties = read_images(case, model)
+            images.read_geometry(case, model.n_channels)
+        case = images.as_nifti(case, model.file_ending, Path(folder))
+        voxels, properties = images.read_images(case, model)
         written = str(Path(folder) / f"labels{model.file_ending}")
         model.plans_manager.image_reader_writer_class().write_seg(label(voxels, properties), written, properties)
         return sitk.ReadImage(written)

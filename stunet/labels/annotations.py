@@ -1,7 +1,5 @@
 """Annotation manifests: which structures each case of a dataset annotates, and whether its label maps agree."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -17,7 +15,7 @@ import numpy.typing as npt
 
 from stunet.environment import did_you_mean
 from stunet.errors import LabelError, STUNetError, reading
-from stunet.forms import Name, Names, decode, read_document
+from stunet.files import Name, Names, decode, read_document
 from stunet.labels.labels import Labels
 from stunet.processes import run_jobs
 from stunet.volumes import count_labels

@@ -1,7 +1,5 @@
 """What label values stand for: ``labels`` of a ``dataset.json``, orders of outputs, and spellings of one structure."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -18,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stunet.errors import FormError, LabelError, STUNetError, reading
-from stunet.forms import Name, decode, read_document
+from stunet.files import Name, decode, read_document
 
 BACKGROUND, IGNORE = "background", "ignore"
 

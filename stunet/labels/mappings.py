@@ -5,8 +5,6 @@ the labels of another dataset (``stunet evaluate``). A mapping is found by name,
 published systems of this package, which say it by label value.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import os
@@ -22,24 +20,13 @@ import yaml
 
 from stunet.environment import did_you_mean
 from stunet.errors import LabelError, reading
-from stunet.forms import Name, Names, decode, read_document
+from stunet.files import Name, Names, decode, read_document
+from stunet.labels import labels as naming
 from stunet.labels.annotations import AnnotationManifest
-from stunet.labels.labels import (
-    BACKGROUND,
-    IGNORE,
-    PARTS,
-    Labels,
-    canonical_name,
-    canonical_parts,
-    check_names,
-    list_vocabularies,
-    load_vocabulary,
-    match_names,
-    unambiguous,
-)
 
 # Labels of a union ----------------------------------------------------------------------------------------------------
 
+_NO_STRUCTURES = {naming.BACKGROUND, naming.IGNORE}
 _UNION_HEADER = """\
 # Which structure of the union each label of a source is: edit, and give it back with --mapping.
 # Labels that are left out keep the name that they get without this file. "background" drops a label, as if its voxels
@@ -100,8 +87,8 @@ class LabelUnion:
     @cached_property
     def labels(self) -> dict[str, int]:
         """Label values in the form of nnU-Net's ``dataset.json``."""
-        last = [IGNORE] if self.has_ignore else []
-        return {name: value for value, name in enumerate([BACKGROUND, *self.leaves, *self.superclasses, *last])}
+        last = [naming.IGNORE] if self.has_ignore else []
+        return {name: value for value, name in enumerate([naming.BACKGROUND, *self.leaves, *self.superclasses, *last])}
 
     @cached_property
     def doubtful(self) -> list[tuple[str, str]]:
@@ -110,7 +97,7 @@ class LabelUnion:
         Two labels of one source are not doubtful: it tells them apart.
         """
         together = [set(labels.values()) for labels in self.mapping.values()]
-        words = {name: set(canonical_name(name).split("_")) for name in (*self.leaves, *self.superclasses)}
+        words = {name: set(naming.canonical_name(name).split("_")) for name in (*self.leaves, *self.superclasses)}
         leaves = {name: {*self.superclasses.get(name, (name,))} for name in words}
         return [
             (one, other)
@@ -155,12 +142,12 @@ def merge_labels(
     overriding = _bind_overrides(sources, overrides)
     mapping = _name_all(sources, overriding)
     structures = list(dict.fromkeys(name for labels in mapping.values() for name in labels.values()))
-    has_ignore = has_ignore or IGNORE in structures
-    structures = [name for name in structures if name not in (BACKGROUND, IGNORE)]
+    has_ignore = has_ignore or naming.IGNORE in structures
+    structures = [name for name in structures if name not in _NO_STRUCTURES]
     if not structures:
         raise LabelError("a union whose labels are all background: keep at least one structure in the mapping")
-    check_names(structures, "the union")
-    given, called = overrides.superclasses, unambiguous(structures)
+    naming.check_names(structures, "the union")
+    given, called = overrides.superclasses, naming.unambiguous(structures)
     if given is not None:
         _check_superclasses(given, structures, overrides.path)
     known = _translate(declared or {}, mapping) if given is None else given
@@ -168,7 +155,7 @@ def merge_labels(
     def parts_of(name: str) -> Iterable[str]:
         if name in known or given is not None:
             return known.get(name, ())
-        return [called.get(part, part) for part in canonical_parts(canonical_name(name))]
+        return [called.get(part, part) for part in naming.canonical_parts(naming.canonical_name(name))]
 
     superclasses = _flatten(structures, parts_of, mapping)
     leaves = tuple(name for name in structures if name not in superclasses)
@@ -194,18 +181,18 @@ def _bind_overrides(sources: Mapping[str, Sequence[str]], overrides: UnionMappin
 def _name_all(
     sources: Mapping[str, Sequence[str]], overriding: Mapping[str, Mapping[str, str]]
 ) -> dict[str, dict[str, str]]:
-    vocabularies = (load_vocabulary(f"totalsegmentator_{version}") for version in ("v1", "v2"))
-    known = {canonical_name(name): name for vocabulary in vocabularies for name in vocabulary.labels[1:]}
+    vocabularies = (naming.load_vocabulary(f"totalsegmentator_{version}") for version in ("v1", "v2"))
+    known = {naming.canonical_name(name): name for vocabulary in vocabularies for name in vocabulary.labels[1:]}
     keys: dict[str, dict[str, str]] = {}
     for source, labels in sources.items():
-        told = {name: canonical for canonical, name in unambiguous(labels).items()}
+        told = {name: canonical for canonical, name in naming.unambiguous(labels).items()}
         # A label that spelling cannot tell from another of its source matches equal names alone.
         keys[source] = {label: told.get(label, f"={label}") for label in labels}
     automatic = {key for keyed in keys.values() for key in keyed.values()}
     names: dict[str, str] = {}
     for keyed in keys.values():
         for label, key in keyed.items():
-            whole = key in PARTS or {f"{key}_left", f"{key}_right"} <= automatic | set(PARTS)
+            whole = key in naming.PARTS or {f"{key}_left", f"{key}_right"} <= automatic | set(naming.PARTS)
             names.setdefault(key, known.get(key) or (key if whole else label))
     return {
         source: {label: overriding.get(source, {}).get(label, names[key]) for label, key in keyed.items()}
@@ -221,9 +208,9 @@ def _translate(
         for label, members in superclasses.items():
             name = mapping[source][label]
             parts = tuple(sorted({mapping[source][member] for member in members}))
-            if name in (BACKGROUND, IGNORE) or parts == (name,):
+            if name in _NO_STRUCTURES or parts == (name,):
                 continue
-            if translated.setdefault(name, parts) != parts or name in parts or {BACKGROUND, IGNORE} & set(parts):
+            if translated.setdefault(name, parts) != parts or name in parts or _NO_STRUCTURES & set(parts):
                 both = f"{', '.join(parts)} in {source}, {', '.join(translated[name])} before"
                 raise LabelError(f"superclass {name} of unclear meaning ({both}): {_REMEDY}")
     return translated
@@ -392,7 +379,7 @@ def read_label_map(path: str | os.PathLike[str]) -> LabelMap:
 
 def suggest_label_map(source: Sequence[str], target: Sequence[str]) -> str:
     """Propose a name mapping as YAML: matches by name, structures by their parts, and what is left to decide."""
-    matches = match_names(source, target)
+    matches = naming.match_names(source, target)
     entries: dict[str, Any] = dict(matches)
     entries |= {name: list(_parts(name, source)) or None for name, match in matches.items() if match is None}
     for whole in source:  # and the other way round: the dataset divides what the model does not
@@ -411,15 +398,15 @@ def suggest_label_map(source: Sequence[str], target: Sequence[str]) -> str:
 
 def _parts(whole: str, names: Sequence[str]) -> tuple[str, ...]:
     """The names that together make up a structure; none where one is lacking."""
-    by_canonical = {canonical_name(name): name for name in names}
+    by_canonical = {naming.canonical_name(name): name for name in names}
 
     def find(canonical: str, *, itself: bool) -> tuple[str, ...]:
         if itself and canonical in by_canonical:
             return (by_canonical[canonical],)
-        found = [find(part, itself=True) for part in canonical_parts(canonical)]
+        found = [find(part, itself=True) for part in naming.canonical_parts(canonical)]
         return tuple(name for names in found for name in names) if found and all(found) else ()
 
-    return find(canonical_name(whole), itself=False)
+    return find(naming.canonical_name(whole), itself=False)
 
 
 def relate_labels(
@@ -439,7 +426,7 @@ def relate_labels(
     >>> [(c.name, c.source) for c in relation.comparisons], relation.left_out
     ([('Liver', ('liver',))], {'tumour': 'the model has nothing of this name'})
     """
-    source, target = (Labels({"labels": labels}).structures for labels in (source_labels, target_labels))
+    source, target = (naming.Labels({"labels": labels}).structures for labels in (source_labels, target_labels))
     label_map = label_map or LabelMap((), is_system=False, origin="dataset.json")
     origin, is_system = label_map.origin, label_map.is_system
     chosen: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
@@ -455,7 +442,7 @@ def relate_labels(
         chosen.append((entry.name, names, found))
         if is_system and not _names_agree(entry, names):
             doubtful.append((", ".join(names), entry.name))
-    matches = {} if is_system else match_names(list(source), rest)
+    matches = {} if is_system else naming.match_names(list(source), rest)
     chosen += [(name, (name,), (match,)) for name, match in matches.items() if match is not None]
     reason = f"no part of {origin}" if is_system else "the model has nothing of this name"
     left_out |= {name: reason for name in rest if matches.get(name) is None}
@@ -471,7 +458,7 @@ _Bound = tuple[tuple[str, ...], tuple[str, ...], str]  # of the dataset, of the 
 
 def _bind_entry(entry: MapEntry, source: _Values, target: _Values, path: str) -> _Bound:
     def resolve(name: str, known: _Values) -> str:
-        match = match_names(list(known), [name])[name]
+        match = naming.match_names(list(known), [name])[name]
         if match is None:
             got = f"{path}: {entry.name} has the unknown structure {name!r}: {did_you_mean(name, known)}"
             remedy = "Left sides name structures of the dataset, right sides those of the model"
@@ -484,11 +471,11 @@ def _bind_entry(entry: MapEntry, source: _Values, target: _Values, path: str) ->
 
 def _bind_system_entry(entry: MapEntry, source: _Values, target: _Values, system: str) -> _Bound:
     names = tuple(name for name, values in target.items() if set(values) <= set(entry.target))
-    if names and not _names_agree(entry, names) and _known_names() & set(map(canonical_name, names)):
+    if names and not _names_agree(entry, names) and _known_names() & set(map(naming.canonical_name, names)):
         label = ", ".join(map(str, _values_of(names, target)))
         got = f"label {label} is {', '.join(names)} in dataset.json, not {entry.name}, as {system} has it"
         raise LabelError(f"{got}: leave --label-map out, or write one (--suggest-map -o map.yaml proposes it)")
-    matches = match_names(list(source), entry.source)
+    matches = naming.match_names(list(source), entry.source)
     lacking = [name for name, match in matches.items() if match is None]
     found = () if lacking else tuple(filter(None, matches.values()))
     return names, found, f"the model has no {', '.join(lacking)}" if names else "the dataset does not have it"
@@ -499,14 +486,14 @@ def _values_of(names: Iterable[str], values: _Values) -> tuple[int, ...]:
 
 
 def _names_agree(entry: MapEntry, names: Iterable[str]) -> bool:
-    meant = {canonical_name(entry.name), *(canonical_name(name) for name in entry.source)}
-    return bool(meant & set(map(canonical_name, names)))
+    meant = {naming.canonical_name(entry.name), *(naming.canonical_name(name) for name in entry.source)}
+    return bool(meant & set(map(naming.canonical_name, names)))
 
 
 @lru_cache
 def _known_names() -> frozenset[str]:
-    names = (name for vocabulary in list_vocabularies() for name in load_vocabulary(vocabulary).labels[1:])
-    return frozenset(map(canonical_name, names))
+    vocabularies = map(naming.load_vocabulary, naming.list_vocabularies())
+    return frozenset(naming.canonical_name(name) for each in vocabularies for name in each.labels[1:])
 
 
 def _check(comparisons: Sequence[Comparison], source: _Values, target: _Values, origin: str) -> None:

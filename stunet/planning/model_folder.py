@@ -1,7 +1,5 @@
 """Model folders that nnU-Net v2 predicts with, made from weights that it did not train."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -19,14 +17,7 @@ from stunet.errors import CheckpointError, PlansError, reading
 from stunet.files import atomic_folder, file_sha256, refuse_existing, write_json
 from stunet.labels.labels import Vocabulary
 from stunet.network import STUNetSize
-from stunet.planning.plans import CONFIGURATION, PRETRAINING, Preparation
-from stunet.planning.rewrite import (
-    check_configuration,
-    check_plans,
-    fit_strides,
-    resolve_configuration,
-    rewrite_configuration,
-)
+from stunet.planning import plans as planning
 from stunet.weights.convert import SourceWeights
 from stunet.weights.read import MODEL_CARD
 
@@ -66,15 +57,15 @@ def describe_model(weights: SourceWeights, labels: Vocabulary | None) -> tuple[d
         got = f"{weights.path}: missing plans for a {architecture.n_axes}D network of {n_channels} channels"
         raise CheckpointError(f"{got}: give its pickle too, for example {weights.path.name}.pkl")
     else:
-        source, preparation = "pre-training preset", PRETRAINING
+        source, preparation = "pre-training preset", planning.PRETRAINING
     assert labels is not None
     channel_names = {str(c): name for c, name in enumerate(preparation.channel_names)}
     dataset_json = {"channel_names": channel_names, "labels": labels.as_dataset_labels(), "file_ending": ".nii.gz"}
     plans = make_plans(preparation, architecture.size)
-    return {"plans": plans, "configuration": CONFIGURATION, "fold": 0, "dataset_json": dataset_json}, source
+    return {"plans": plans, "configuration": planning.CONFIGURATION, "fold": 0, "dataset_json": dataset_json}, source
 
 
-def make_plans(preparation: Preparation, size: STUNetSize) -> dict[str, Any]:
+def make_plans(preparation: planning.Preparation, size: STUNetSize) -> dict[str, Any]:
     """Make plans of nnU-Net v2 with one configuration, ``3d_fullres``."""
     name = f"STUNetPlans_{size.name}"
     statistics = {str(c): properties for c, properties in enumerate(preparation.intensity_properties)}
@@ -91,7 +82,8 @@ def make_plans(preparation: Preparation, size: STUNetSize) -> dict[str, Any]:
         "label_manager": "LabelManager",
         "foreground_intensity_properties_per_channel": statistics,
     }
-    plans["configurations"] = {CONFIGURATION: rewrite_configuration(plans, CONFIGURATION, size=size)}
+    name = planning.CONFIGURATION
+    plans["configurations"] = {name: planning.rewrite_configuration(plans, name, size=size)}
     return deepcopy(plans)
 
 
@@ -106,14 +98,14 @@ def _from_nnunet_v2(weights: SourceWeights, labels: Vocabulary | None) -> dict[s
         dataset_json.pop("regions_class_order", None)
     problem = "a checkpoint whose plans or dataset description nnU-Net cannot use"
     with reading(source, problem, PlansError, "take the one that nnUNetv2_train wrote"):
-        check_plans(plans, source=source)
+        planning.check_plans(plans, source=source)
         plans.pop("continue_training", None)  # nnU-Net passes it through the plans while it trains
         # Of foreign plans only what the weights need: others may name networks that are not installed, or worse.
-        configuration = resolve_configuration(plans, name)
+        configuration = planning.resolve_configuration(plans, name)
         configuration.pop("inherits_from", None)
-        check_configuration(plans, configuration, len(dataset_json["channel_names"]))
+        planning.check_configuration(plans, configuration, len(dataset_json["channel_names"]))
         plans["configurations"] = {name: configuration}
-        plans["configurations"][name] = rewrite_configuration(plans, name, size=architecture.size)
+        plans["configurations"][name] = planning.rewrite_configuration(plans, name, size=architecture.size)
         manager = PlansManager(plans)
         channels = determine_num_input_channels(manager, manager.get_configuration(name), dataset_json)
         outputs = manager.get_label_manager(dataset_json).num_segmentation_heads
@@ -194,7 +186,7 @@ def _checkpoint(weights: SourceWeights, init_args: dict[str, Any]) -> dict[str, 
 
 def read_v1_plans(
     plans: Mapping[str, Any], init: Sequence[Any], *, input_channels: int, num_classes: int, source: str
-) -> Preparation:
+) -> planning.Preparation:
     """Read what plans of nnU-Net v1 say about preparation.
 
     Where they name no stage, which holds for the published ``plans.pkl``, spacing, patch and strides are those of
@@ -224,7 +216,7 @@ def read_v1_plans(
         if sorted(forward) != [0, 1, 2] or [forward[axis] for axis in backward] != [0, 1, 2]:
             raise ValueError(f"transposes {forward} and {backward} instead of an order and its inverse")
         return replace(
-            PRETRAINING,
+            planning.PRETRAINING,
             **_stage(plans, init),
             channel_names=[str(_channel(modalities, c, "modalities")) for c in channels],
             # v1 treats every other modality as it does MR.
@@ -238,7 +230,7 @@ def read_v1_plans(
 
 def _stage(plans: Mapping[str, Any], init: Sequence[Any]) -> dict[str, Any]:
     stages = plans.get("plans_per_stage")
-    dice = init[4] if len(init) > 4 and isinstance(init[4], bool) else PRETRAINING.batch_dice
+    dice = init[4] if len(init) > 4 and isinstance(init[4], bool) else planning.PRETRAINING.batch_dice
     if not stages:
         return {"batch_dice": dice}
     stage = stages[init[5] if len(init) > 5 and isinstance(init[5], int) and init[5] in stages else max(stages)]
@@ -252,7 +244,7 @@ def _stage(plans: Mapping[str, Any], init: Sequence[Any]) -> dict[str, Any]:
         "batch_dice": dice,
         "median_shape": _numbers(stage.get("median_patient_size_in_voxels", patch), float, "median size"),
         "median_spacing": _numbers(stage.get("original_spacing", spacing), float, "original_spacing"),
-        "strides": fit_strides([[1, 1, 1], *pools]),
+        "strides": planning.fit_strides([[1, 1, 1], *pools]),
     }
 
 

@@ -1,7 +1,5 @@
 """Preprocessed cases of a dataset, read with nnU-Net's own code."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +17,7 @@ from stunet.environment import find_dataset, find_plans, nnunet_folder, preproce
 from stunet.errors import DatasetError, UsageError, reading
 from stunet.labels.annotations import MANIFEST_NAME, AnnotationManifest, read_manifest
 from stunet.labels.labels import Labels
-from stunet.planning.plans import load_plans
-from stunet.planning.rewrite import resolve_configuration
+from stunet.planning.plans import load_plans, resolve_configuration
 
 
 @dataclass(frozen=True, eq=False)

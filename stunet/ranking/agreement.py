@@ -1,7 +1,5 @@
 """How well scores predict the order of fine-tuned Dice: weighted Kendall tau, correlations, regret; with intervals."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

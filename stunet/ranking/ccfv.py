@@ -9,8 +9,6 @@ are rank widths. Random halves of the same case and class show the noise, since 
 after it is taken into account was measured for several ways of doing so; see docs/transferability.md.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,6 @@
 Feature maps are read as they are: nothing is upsampled, and only the windows that hold points are run.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Which pre-trained checkpoint to fine-tune on a dataset: the target, the candidates, their scores, the order."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json
@@ -25,10 +23,10 @@ from torch import Tensor, nn
 
 from stunet.environment import did_you_mean
 from stunet.errors import CheckpointError, STUNetError, TransferabilityError, UsageError, reading
-from stunet.files import atomic_path, file_sha256, write_json
-from stunet.forms import Name, decode, read_document
+from stunet.files import Name, atomic_path, decode, file_sha256, read_document, write_json
 from stunet.network import build_stunet
-from stunet.planning import PreprocessedDataset, fit_strides, open_preprocessed
+from stunet.planning.plans import fit_strides
+from stunet.planning.preprocessed import PreprocessedDataset, open_preprocessed
 from stunet.ranking.agreement import RANKING_FORMAT
 from stunet.ranking.ccfv import Debias, Normalise, bootstrap_scores, ccfv
 from stunet.ranking.points import CasePoints, SourceHead, draw_points, extract_case

@@ -1,7 +1,5 @@
 """Rivals of CC-FV, computed from the same features: LogME, TransRate, LEEP, GBC, and zero-shot Dice."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
@@ -23,7 +26,11 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from stunet.evaluation import METRICS, EvaluationResults
-from stunet.files import atomic_path
+from stunet.files import atomic_path, write_json
+from stunet.labels.labels import Labels
+
+if TYPE_CHECKING:
+    from stunet.ranking import CandidateScores, Ranking
 
 Array = npt.NDArray[Any]
 
@@ -162,3 +169,163 @@ def inline_png(path: str | os.PathLike[str], alternative: str) -> Markup:
     """Return a picture as ``<img>`` that holds its data."""
     data = base64.b64encode(Path(path).read_bytes()).decode("ascii")
     return Markup('<img alt="{}" src="data:image/png;base64,{}">').format(alternative, data)
+
+
+#: Differences of mean Dice below this are called none.
+_CLEAR = 0.05
+#: A structure with a lower mean Dice was not learned.
+_LEARNED = 0.1
+
+
+@dataclass(frozen=True)
+class StructureDice:
+    """Mean, lowest and highest Dice of a structure over the ``n_cases`` that have a score; NaN where none has."""
+
+    name: str
+    mean: float
+    lowest: float
+    highest: float
+    n_cases: int
+
+
+def read_dice(summary: str | os.PathLike[str], labels: Mapping[str, Any]) -> list[StructureDice]:
+    """Read the Dice of each structure.
+
+    Args:
+        summary: nnU-Net's ``summary.json``.
+        labels: ``labels`` of ``dataset.json``: a value, or a list of values for a region, by name.
+
+    Returns:
+        One row for each structure, in the order of the labels, without background and ignore label.
+    """
+    cases = json.loads(Path(summary).read_text(encoding="utf-8"))["metric_per_case"]
+    rows = []
+    described = Labels({"labels": labels})
+    for name in described.structures:
+        values = described.values[name]
+        keys = [str(values), str(values[0])]  # a region of one value counts as a region only where others have several
+        found = [case["metrics"][key]["Dice"] for case in cases for key in keys if key in case["metrics"]]
+        scores = [score for score in found if score is not None and not math.isnan(score)]
+        mean = sum(scores) / len(scores) if scores else math.nan
+        lowest, highest = min(scores, default=math.nan), max(scores, default=math.nan)
+        rows.append(StructureDice(name, mean, lowest, highest, len(scores)))
+    return rows
+
+
+def mean_dice(rows: Sequence[StructureDice]) -> float:
+    """Return the mean over the structures that have a score, NaN where none has."""
+    means = [row.mean for row in rows if not math.isnan(row.mean)]
+    return sum(means) / len(means) if means else math.nan
+
+
+def conclude(dice: Mapping[str, Sequence[StructureDice]], *, n_cases: int, iterations: int) -> str:
+    """Say what the scores ``from scratch`` and ``fine-tuned`` on unseen cases say, whichever way they fall."""
+    scratch, tuned = mean_dice(dice["from scratch"]), mean_dice(dice["fine-tuned"])
+    gain = tuned - scratch
+    verdict = "Pre-training helped" if gain >= _CLEAR else "Pre-training made no clear difference here"
+    if gain <= -_CLEAR:
+        verdict = "Pre-training did harm here"
+    lost = [f"{row.name} ({name})" for name, rows in dice.items() for row in rows if not row.mean >= _LEARNED]
+    return (
+        f"{verdict}: with {n_cases} labelled cases and {iterations} iterations, the fine-tuned network reaches a mean "
+        f"Dice of {tuned:.2f} on unseen cases, and the same network trained from scratch {scratch:.2f}"
+        + (f"; not learned: {', '.join(lost)}." if lost else ".")
+    )
+
+
+def draw_story(
+    ranking: Mapping[str, Any], pretraining: Sequence[float], curves: Mapping[str, Sequence[float]]
+) -> list[dict[str, Any]]:
+    """Draw Dice by epoch of the pre-training, scores, and Dice by epoch of each model on the target, with captions."""
+    candidates, styles = ranking["candidates"], [{"color": "#0b6e8f"}, {"color": "#b7791f"}]
+    names, logme = [c["name"] for c in candidates], [c["scores"]["logme"] for c in candidates]
+    before = draw_curves({"pre-training": pretraining}, "epoch of pre-training", "mean Dice", styles, start=1)
+    after = draw_curves(curves, "epoch on the target", "mean Dice", styles, start=1)
+    for figure in (before, after):
+        figure.axes[0].set_ylim(0, 1)
+    figures = {
+        "Mean Dice on validation patches during pre-training.": before,
+        # Without intervals: those in ranking.json are of CC-FV.
+        "Scores of the checkpoints.": score_bars(names, logme, [None] * len(names), "LogME, higher is better"),
+        "Mean Dice on validation patches of the target, with the same budget.": after,
+    }
+    return [{"svg": inline_svg(figure), "caption": caption} for caption, figure in figures.items()]
+
+
+_BEST, _OTHERS = "#0b6e8f", "#9fb3c1"
+
+
+def write_ranking(ranking: Ranking, folder: str | os.PathLike[str]) -> list[Path]:
+    """Write ``ranking.json``, ``ranking.csv`` and ``ranking.html``, each atomically, and return their paths."""
+    paths = [Path(folder) / f"ranking.{ending}" for ending in ("json", "csv", "html")]
+    write_json(ranking.as_dict(), paths[0])
+    ranking.to_csv(paths[1])
+    scored = [row for row in ranking.rows if row.ccfv]
+    write_page(
+        "ranking.html",
+        paths[2],
+        title=f"Which checkpoint for {ranking.about['dataset']}?",
+        ranking=ranking,
+        names=short_names([row.name for row in ranking.rows], 32),
+        scored=scored,
+        figures=_figures(ranking, scored) or [],
+        mean_consistency=_mean_consistency,
+    )
+    return paths
+
+
+def _mean_consistency(row: CandidateScores, label: str) -> float:
+    values: list[float] = [scale[label] for scale in row.ccfv["class_consistency"]]
+    return sum(values) / len(values)
+
+
+@drawing()
+def _figures(ranking: Ranking, scored: Sequence[CandidateScores]) -> list[dict[str, Any]]:
+    metric, figures = ranking.metric, []
+    if shown := [(row, score) for row in ranking.rows if (score := row.scores.get(metric)) is not None]:
+        intervals = [row.interval if metric == "ccfv" else None for row, _ in shown]
+        bars = score_bars([row.name for row, _ in shown], [score for _, score in shown], intervals, metric)
+        caption = "The score of each candidate, with its interval if it has one."
+        figures.append({"svg": inline_svg(bars), "caption": caption})
+    if scored:
+        names = short_names([row.name for row in scored])
+        curves = {name: row.ccfv["per_scale"] for name, row in zip(names, scored, strict=True)}
+        styles: list[dict[str, Any]] = [
+            {"color": _BEST, "linewidth": 2.5, "zorder": 3},
+            *[{"linewidth": 1.2, "alpha": 0.8}] * len(curves),
+        ]
+        lines = draw_curves(curves, "scale of the decoder, 0 is the finest", "log(variety / consistency)", styles)
+        figures.append({"svg": inline_svg(lines), "caption": "CC-FV at each scale; the score is their mean."})
+    return figures
+
+
+def score_bars(
+    names: Sequence[str], scores: Sequence[float], intervals: Sequence[tuple[float, float] | None], label: str
+) -> Figure:
+    """Draw a dot for the score of each checkpoint, best on top, with the lower and upper end of its interval."""
+    figure = Figure(figsize=(8, 0.9 + 0.36 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    # CC-FV is a logarithm: 0 means nothing, so dots and not bars from 0 on.
+    for place, (score, interval) in enumerate(zip(scores, intervals, strict=True)):
+        colour = _BEST if place == 0 else _OTHERS
+        if interval is not None:
+            axes.plot(interval, (place, place), color=colour, linewidth=5, alpha=0.45, solid_capstyle="round")
+        axes.plot(score, place, "o", color=colour, markersize=8)
+    axes.set_yticks(list(range(len(names))), short_names(names))
+    axes.set(ylim=(len(names) - 0.5, -0.5), xlabel=label)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    return figure
+
+
+def short_names(names: Sequence[str], most: int = 40) -> list[str]:
+    """Shorten names to ``most`` characters that still differ: ends of long ones, else beginnings with a number.
+
+    >>> short_names(["a", "models/liver/checkpoint_final", "models/heart/checkpoint_final"], 12)
+    ['a', '…liver/final', '…heart/final']
+    """
+    short = [name if len(name) <= most else name.replace("checkpoint_", "") for name in names]
+    short = [name if len(name) <= most else f"…{name[1 - most :]}" for name in short]
+    if len(set(short)) == len(short):
+        return short
+    return [f"{n} {name}"[: most - 1] + "…" if len(name) > most else name for n, name in enumerate(names, start=1)]

@@ -17,7 +17,7 @@ from torch import distributed as dist
 
 from stunet.errors import CheckpointError, STUNetError, reading
 from stunet.files import atomic_path, write_json
-from stunet.planning import open_preprocessed
+from stunet.planning.preprocessed import open_preprocessed
 from stunet.ranking import prepare_target, score_candidate
 from stunet.training.distributed import Ranks
 from stunet.training.optimizer import set_kernel

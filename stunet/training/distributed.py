@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from stunet.environment import find_dataset, find_plans, nnunet_folder
 from stunet.errors import UsageError
 from stunet.network import shard
-from stunet.planning import load_plans, resolve_configuration
+from stunet.planning.plans import load_plans, resolve_configuration
 
 if TYPE_CHECKING:
     from stunet.training.trainer import BaseSTUNetTrainer

@@ -1,7 +1,5 @@
 """The optimizer: SGD with momentum in half the memory, and which parameters a strategy trains, and how fast."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -31,7 +31,7 @@ from stunet.files import remove_leftovers, write_json
 from stunet.labels.labels import Labels
 from stunet.loss import PartialDiceCELoss, WholeBatch
 from stunet.network import STUNet, find_size
-from stunet.planning.rewrite import check_plans, is_stunet, plans_size, resolve_configuration, rewrite_configuration
+from stunet.planning.plans import check_plans, is_stunet, plans_size, resolve_configuration, rewrite_configuration
 from stunet.settings import SETTINGS, SETTINGS_KEY
 from stunet.training.checkpoints import Checkpoints, TransferSelection
 from stunet.training.distributed import Ranks, Sharding, seed_everything, share_of_batch

@@ -4,8 +4,6 @@ STU-Nets come as nnU-Net v1's ``.model`` with its pickles, as checkpoints of the
 safetensors; the others as checkpoints of nnU-Net v2, whose plans say what network they belong to.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import pydoc
@@ -23,18 +21,7 @@ from torch import Tensor, nn
 from stunet.errors import ArchitectureError, CheckpointError, reading
 from stunet.files import atomic_path, refuse_existing
 from stunet.network import CONV_OPS, N_STAGES, STUNet, STUNetSize, build_stunet, size_of
-from stunet.weights.read import (
-    STUNET,
-    UNETS,
-    UNUSABLE,
-    check_network,
-    describe_content,
-    describe_mismatch,
-    described_network,
-    load_archive,
-    read_pickle,
-    require_file,
-)
+from stunet.weights import read
 
 _PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)+")
 
@@ -64,7 +51,7 @@ def locate_checkpoint(path: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: Nothing there, or a folder without a checkpoint or with several.
     """
-    return require_file(sort_paths([Path(path)])[0])
+    return read.require_file(sort_paths([Path(path)])[0])
 
 
 _File = tuple[Mapping[str, Any], Mapping[Any, Any], str]
@@ -73,8 +60,8 @@ _File = tuple[Mapping[str, Any], Mapping[Any, Any], str]
 def read_state(path: Path) -> _File:
     """Return all that a file holds, the weights in it as they are, and what wrote it."""
     if path.suffix == ".safetensors":
-        return {}, _read_safetensors(require_file(path)), "safetensors"
-    content = load_archive(path)
+        return {}, _read_safetensors(read.require_file(path)), "safetensors"
+    content = read.load_archive(path)
     if isinstance(content, dict):
         if isinstance(content.get("network_weights"), dict):
             return content, content["network_weights"], "nnU-Net v2"
@@ -82,7 +69,7 @@ def read_state(path: Path) -> _File:
             return content, content["state_dict"], "nnU-Net v1"
         if content and all(isinstance(value, Tensor) for value in content.values()):
             return {}, content, "plain tensors"
-    raise CheckpointError(f"a file without weights: {path} holds {describe_content(content)}; give a checkpoint")
+    raise CheckpointError(f"a file without weights: {path} holds {read.describe_content(content)}; give a checkpoint")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -208,7 +195,7 @@ def infer_architecture(weights: Mapping[str, Tensor], *, source: str) -> Archite
         expected = architecture.build_on_meta().state_dict()
     except ArchitectureError as error:
         raise _other_network(source, str(error)) from error
-    if mismatch := describe_mismatch(weights, expected):
+    if mismatch := read.describe_mismatch(weights, expected):
         raise _other_network(source, f"closest to STU-Net {size.name}, but {mismatch}")
     return architecture
 
@@ -270,8 +257,8 @@ def open_weights(paths: Sequence[str | os.PathLike[str]], *, trust: Sequence[str
 def _stunet_weights(path: Path, file: _File, pickles: list[Path], trust: Sequence[str] | None) -> SourceWeights:
     content, state, kind = file
     init_args = _init_args(content)
-    if trust is not None and (described := described_network(init_args, path)) is not None:
-        check_network(described, source=str(path), trust=trust)
+    if trust is not None and (described := read.described_network(init_args, path)) is not None:
+        read.check_network(described, source=str(path), trust=trust)
     if kind == "nnU-Net v1" or path.suffix == ".model":
         beside = [p for p in (path.with_name(f"{path.name}.pkl"), path.with_name("plans.pkl")) if p.is_file()]
         pickles = pickles + [p for p in beside if p.resolve() not in {given.resolve() for given in pickles}]
@@ -307,7 +294,7 @@ def _read_v1(pickles: Sequence[Path]) -> tuple[dict[str, Any], tuple[Any, ...]]:
     plans: dict[str, Any] = {}
     init: tuple[Any, ...] = ()
     for path in pickles:
-        content = read_pickle(path)
+        content = read.read_pickle(path)
         inner = content.get("plans", content) if isinstance(content, dict) else None
         if not isinstance(inner, dict) or not {"normalization_schemes", "plans_per_stage"} & set(inner):
             raise CheckpointError(f"{path} is a pickle without plans: give the .model.pkl or plans.pkl of the weights")
@@ -373,7 +360,7 @@ class UNetArchitecture:
         from dynamic_network_architectures.architectures import unet
 
         # The name is one of two, or of a class that the user trusts.
-        network_class: Any = getattr(unet, self.name) if self.name in UNETS.values() else pydoc.locate(self.name)
+        network_class: Any = getattr(unet, self.name) if self.name in read.UNETS.values() else pydoc.locate(self.name)
         outer = {"input_channels": input_channels, "num_classes": num_classes, "deep_supervision": False}
         network: nn.Module = network_class(**outer, **self.arguments)
         return network
@@ -422,19 +409,19 @@ def _unet_architecture(
     heads = {int(match[1]): state[key] for key in state if (match := _HEAD.fullmatch(key))}
     if stem is None or stem.ndim not in (4, 5) or not heads or heads[max(heads)].ndim != stem.ndim:
         raise ValueError("weights without the stem or the heads of nnU-Net's networks")
-    described = described_network(init_args, path)
+    described = read.described_network(init_args, path)
     if described is None:
-        raise ValueError(f"{UNUSABLE}: no configuration with an architecture")
-    name, arguments = check_network(described, source=str(path), trust=trust)
-    if name == STUNET:
+        raise ValueError(f"{read.UNUSABLE}: no configuration with an architecture")
+    name, arguments = read.check_network(described, source=str(path), trust=trust)
+    if name == read.STUNET:
         raise ValueError("weights of another network than the STU-Net in the plans")
     channels, outputs = stem.shape[1], heads[max(heads)].shape[0]
-    architecture = UNetArchitecture(UNETS.get(name, name), arguments, channels, outputs, stem.ndim - 2)
+    architecture = UNetArchitecture(read.UNETS.get(name, name), arguments, channels, outputs, stem.ndim - 2)
     try:
         with torch.device("meta"):
             expected = architecture.build(channels, outputs).state_dict()
     except Exception as error:  # whatever constructors raise at arguments that only a foreign file can have
-        raise ValueError(f"{UNUSABLE}: {type(error).__name__}: {str(error)[:200]}") from error
-    if mismatch := describe_mismatch(state, expected):
-        raise CheckpointError(f"{path}: {UNUSABLE}: of a {name} that they describe, {mismatch}")
+        raise ValueError(f"{read.UNUSABLE}: {type(error).__name__}: {str(error)[:200]}") from error
+    if mismatch := read.describe_mismatch(state, expected):
+        raise CheckpointError(f"{path}: {read.UNUSABLE}: of a {name} that they describe, {mismatch}")
     return architecture

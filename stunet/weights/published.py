@@ -4,8 +4,6 @@
 appears under its name only after it has been checked: checksum, length, and that it opens safely as that network.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

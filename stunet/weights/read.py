@@ -8,8 +8,6 @@ it allocates what a file claims to hold, knows no numpy, and compares no checksu
 constructors, every instruction is charged to a budget, and tensors are views of the bytes of the file.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import mmap

@@ -13,8 +13,6 @@
 The shards are written and read by ``torch.distributed.checkpoint``, by any number of processes.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import os

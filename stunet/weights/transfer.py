@@ -1,7 +1,5 @@
 """Weights of one STU-Net into another that has other channels or other structures."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

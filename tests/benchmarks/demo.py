@@ -24,7 +24,7 @@ from typing import Any
 from processes import run
 
 from stunet.datasets.phantoms import phantom_labels
-from stunet.reports import mean_dice, read_dice
+from stunet.reports.figures import mean_dice, read_dice
 
 _place, _places = local(), count()
 

@@ -44,7 +44,7 @@ from preprocessed_cases import structures, write_preprocessed
 
 from plans import configuration, make_plans
 from stunet.cli.env import trainers_folder
-from stunet.planning import rewrite_plans
+from stunet.planning.plans import rewrite_plans
 from stunet.training.labels import LocalLabelTransform
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from integration.commands import Shell, edit_json
 from matplotlib.image import imread
 
 from stunet.datasets.phantoms import write_phantom_dataset
-from stunet.reports import StructureDice, conclude
+from stunet.reports.figures import StructureDice, conclude
 
 LABELS = {"background": 0, "soft organs": [1, 2, 3], "kidneys": [3], "spine": [4], "aorta": [5]}
 

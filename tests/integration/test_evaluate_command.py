@@ -16,7 +16,7 @@ from prediction_models import write_image
 from weights import tiny_weights, v1_plans, v1_stage, write_v1
 
 from stunet.labels.labels import Vocabulary
-from stunet.planning import write_model_folder
+from stunet.planning.model_folder import write_model_folder
 from stunet.weights.convert import open_weights
 
 NAME = "Dataset003_Target"

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.image import imread
 from test_ranking_report import make_ranking
 
-from stunet.reports.ranking import write_ranking
+from stunet.reports.figures import write_ranking
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
