@@ -183,7 +183,7 @@ def apply_preset(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
     own: all sizes of network share it, and nothing that is preprocessed already is touched.
 
     Returns:
-        Plans whose architecture has strides only; :func:`stunet.planning.rewrite_plans` puts the network there.
+        Plans whose architecture has strides only; :func:`rewrite_plans` puts the network there.
     """
     preset, backward = Preparation(**load_preset(name)["preparation"]), plans["transpose_backward"]
     spacing = [plans["original_median_spacing_after_transp"][axis] for axis in backward]

@@ -204,7 +204,7 @@ def build_candidate(
         path: As for :func:`stunet.weights.convert.open_any_weights`.
         input_channels: Channels of the target's images.
         patch_size: Voxels of the target's patch; two axes in a 2D configuration.
-        strides: Stride of each of STU-Net's six stages for each axis, see :func:`stunet.planning.fit_strides`.
+        strides: Stride of each of STU-Net's six stages for each axis, see :func:`stunet.planning.plans.fit_strides`.
         trust: Classes that the plans of checkpoints may name.
 
     Raises:

@@ -15,7 +15,7 @@ from pathlib import Path
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from stunet.cli.env import trainers_folder
 from stunet.labels.labels import list_vocabularies
-from stunet.planning import load_preset
+from stunet.planning.plans import load_preset
 from stunet.weights.published import load_registry
 import os
 os.environ["nnUNet_extTrainer"] = str(trainers_folder())
