@@ -16,7 +16,7 @@ Mirroring = Literal["all", "no-left-right", "none"]
 """Axes that augmentation may mirror, and with it prediction."""
 
 Strategy = Literal["full", "warmup", "layerwise", "frozen-encoder", "head-only"]
-"""How a network is fine-tuned; :func:`stunet.training.parameter_groups` says what each one does."""
+"""How a network is fine-tuned; :func:`stunet.training.optimizer.parameter_groups` says what each one does."""
 
 MomentumDtype = Literal["fp32", "bf16"]
 """Precision of the optimizer's momentum between steps."""
