@@ -87,7 +87,7 @@ def transfer_weights(
     """Fill a network with the weights of another one, in place.
 
     All parameters between stem and heads are copied as they are. Rows of the heads are copied at all decoder levels for
-    structures that both networks have, whatever their spelling (:func:`stunet.labels.labels.match_names`). A row of a softmax
+    structures that both networks have, whatever their spelling (``match_names``). A row of a softmax
     says nothing but in comparison with the others, so a network of regions, with a sigmoid each, gets the difference to
     the background's row: the log-odds of structure against background. What is not filled keeps the network's own
     initialisation. Nothing random is drawn, so equal networks stay equal on all ranks.
