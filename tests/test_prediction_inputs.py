@@ -253,7 +253,7 @@ def test_a_prediction_passes_through_few_files(model: Path, tmp_path: Path) -> N
         assert type_command("-i", tmp_path / "ct.nii.gz", "-o", tmp_path / "labels.nii.gz", "-m", model) == 0
     finally:
         sys.setprofile(None)
-    assert len(entered) <= 19, sorted(map(str, entered))
+    assert len(entered) <= 18, sorted(map(str, entered))
 
 
 READERS = ("SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient")
