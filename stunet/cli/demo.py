@@ -155,7 +155,9 @@ def _pretrain(workspace: Workspace, epochs: int) -> None:
     workspace.preprocess(_SOURCE, _TARGET)
     # At the higher rate of the other trainings, some seeds learn the smaller structures late.
     more = {**_SMALL_STRUCTURES, "initial_lr": 0.015, "keep_every": -(-epochs // 3)}
-    workspace.plan(_SOURCE, _PRETRAINED, workspace.settings(_SOURCE, epochs, **more))
+    settings = workspace.settings(_SOURCE, epochs, **more)
+    of_target = workspace.settings(_TARGET, min(epochs, _EPOCHS_ON_TARGET), **_SMALL_STRUCTURES)
+    workspace.run(workspace.planning(_SOURCE, _PRETRAINED, settings), workspace.planning(_TARGET, _SCRATCH, of_target))
     workspace.run(workspace.training(_SOURCE, _PRETRAINED, _PRETRAINER), epochs=epochs)
 
 
@@ -183,7 +185,6 @@ def _train_on_target(workspace: Workspace, winner: Path, epochs: int) -> None:
     settings = workspace.settings(_TARGET, epochs, **_SMALL_STRUCTURES)
     workspace.define("SETTINGS", settings)
     options = f"-c {workspace.configuration} -f 0 --from {winner} --name {_FINE_TUNED} -device {workspace.device}"
-    workspace.plan(_TARGET, _SCRATCH, settings)
     fine_tuning = f"stunet finetune -d 2 {options} --seed {workspace.seed} --set {settings}"
     trainings = (fine_tuning, workspace.training(_TARGET, _SCRATCH, _TRAINER))
     # At once where each takes one core; large networks want all of them, or all of a GPU's memory.
@@ -218,7 +219,7 @@ def _demonstrate_own_data(workspace: Workspace, raw: RawDataset, epochs: int) ->
     stdout.print(f"Holding out {', '.join(cases)} to test on.")
     workspace.print_exports()
     workspace.preprocess(dataset)
-    workspace.plan(dataset, plans, workspace.settings(dataset, epochs))
+    workspace.run(workspace.planning(dataset, plans, workspace.settings(dataset, epochs)))
     workspace.run(workspace.training(dataset, plans, _PRETRAINER), epochs=epochs)
     predictions = workspace.root / "predictions"
     _print_dice({"mean Dice": workspace.predict(dataset, {plans: predictions}, _PRETRAINER)[plans]})
@@ -323,10 +324,10 @@ class Workspace:
         numbers = " ".join(str(int(dataset[7:10])) for dataset in datasets)
         self.run(f"nnUNetv2_plan_and_preprocess -d {numbers} -c {self.configuration} -npfp 1 -np 1")
 
-    def plan(self, dataset: str, name: str, settings: str) -> None:
-        """Write plans with the network and the settings."""
+    def planning(self, dataset: str, name: str, settings: str) -> str:
+        """Return the command that writes plans with the network and the settings."""
         options = f"-d {int(dataset[7:10])} -c {self.configuration} {self.network} --name {name}"
-        self.run(f"stunet plan {options} --set {settings}")
+        return f"stunet plan {options} --set {settings}"
 
     def training(self, dataset: str, plans: str, trainer: str) -> str:
         """Return the command that trains on fold 0, with all random numbers from the seed."""
@@ -367,7 +368,7 @@ class Workspace:
         settings = {
             "num_epochs": epochs,
             "num_iterations_per_epoch": _ITERATIONS_PER_EPOCH,
-            "num_val_iterations_per_epoch": 4,
+            "num_val_iterations_per_epoch": 2,
             "oversample_foreground_percent": 0.5,
             # Higher than the default, as there are so few iterations; Dice over the batch, where more structures are.
             "initial_lr": 0.03,

@@ -29,7 +29,7 @@ def test_demo_tells_the_story(tmp_path: Path) -> None:
     printed = _demo(tmp_path, "--epochs", "2")
     steps = [
         "stunet import totalsegmentator", "stunet labels check", "nnUNetv2_plan_and_preprocess", "stunet plan",
-        "stunet train 1", "stunet rank", "stunet plan", "stunet finetune",
+        "stunet plan", "stunet train 1", "stunet rank", "stunet finetune",
         "stunet train 2", "nnUNetv2_predict", "nnUNetv2_predict", "nnUNetv2_evaluate_folder",
     ]  # fmt: skip
     position = 0
