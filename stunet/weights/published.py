@@ -161,7 +161,7 @@ def find_entry(name: str) -> WeightsEntry:
     known = load_registry()
     if name not in known:
         close = did_you_mean(name, known)
-        raise UsageError(f"unknown weights {name}: {close}`stunet list` shows those known, {', '.join(known)}")
+        raise UsageError(f"unknown weights {name}, and no such file: {close}`stunet list` shows {', '.join(known)}")
     return known[name]
 
 
