@@ -176,9 +176,7 @@ def _check_plans(path: Path, content: dict[str, Any], name: str, configuration: 
     names = content.get("channel_names") or content.get("modality") or {}
     if names and len(names) != n_planned:
         got = f"{len(names)} in dataset.json ({', '.join(map(str, names.values()))})"
-        raise DatasetError(
-            f"another number of channels: {got}, but {n_planned} in {path}: plan and preprocess the dataset again"
-        )
+        raise DatasetError(f"channels differ: {got}, but {n_planned} in {path}: plan and preprocess the dataset again")
 
 
 def _check_label_maps(folder: Path, content: dict[str, Any]) -> None:
