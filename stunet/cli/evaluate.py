@@ -10,16 +10,15 @@ import typer
 from typer import Option
 
 from stunet.cli.console import case_bar, exit_with_failures, print_json, print_line, print_table, say, warn
-from stunet.cli.options import Device, Json, Trust, choose_device, split_names
+from stunet.cli.options import Device, Json, Trust, choose_device, complete_label_systems, split_names
 from stunet.cli.predict import window_bar
-from stunet.datasets.raw import RawDataset
 from stunet.errors import DatasetError, UsageError
 from stunet.files import atomic_path, refuse_existing, write_json
-from stunet.labels.labels import Labels
-from stunet.labels.mappings import LabelRelation, list_label_systems, suggest_label_map
 
 if TYPE_CHECKING:
+    from stunet.datasets.raw import RawDataset
     from stunet.evaluation import EvaluationResults, SegmentationModel
+    from stunet.labels.mappings import LabelRelation
 
 _MODEL_HELP = "Model folder; with --predictions a dataset.json will do, or nothing."
 _MAP_HELP = "YAML file, or the name of a published label system, such as btcv."
@@ -29,7 +28,7 @@ def evaluate(
     dataset: Annotated[str, Option("-d", "--dataset", help="Dataset to score on: id, name, or path of a raw dataset.")],
     model: Annotated[Path | None, Option("-m", "--model", help=_MODEL_HELP)] = None,
     output: Annotated[Path | None, Option("-o", "--output", help="Folder; evaluation_DATASET by default.")] = None,
-    label_map: Annotated[str | None, Option(help=_MAP_HELP, autocompletion=list_label_systems)] = None,
+    label_map: Annotated[str | None, Option(help=_MAP_HELP, autocompletion=complete_label_systems)] = None,
     suggest_map: Annotated[bool, Option(help="Print a label map to edit, or write it to -o, and leave.")] = False,
     predictions: Annotated[Path | None, Option(help="Score the segmentations here, and predict nothing.")] = None,
     cases: Annotated[str | None, Option(help="Only these cases, names with commas between.")] = None,
@@ -121,6 +120,9 @@ def evaluate(
 
 
 def _suggest(model: SegmentationModel, target: RawDataset, output: Path | None) -> None:
+    from stunet.labels.labels import Labels
+    from stunet.labels.mappings import suggest_label_map
+
     names = (list(Labels(of.dataset_json).structures) for of in (model, target))
     text = suggest_label_map(*names)
     if output is None:

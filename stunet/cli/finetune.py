@@ -98,9 +98,7 @@ def finetune(
 def _check_fold(fold: Path, *, continue_training: bool, overwrite: bool) -> None:
     checkpoints = sorted(path.name for path in fold.glob("checkpoint_*"))
     if continue_training and not checkpoints:
-        raise UsageError(
-            f"nothing to continue: no checkpoint in {fold}. Leave --c out to start, or correct --name, -c and -f."
-        )
+        raise UsageError(f"nothing to continue: no checkpoint in {fold}. Leave --c out, or correct --name, -c and -f.")
     if checkpoints and not continue_training and not overwrite:
         remedy = "continue it with --c, keep it by giving this one a --name, or replace it with --overwrite"
         raise UsageError(f"{fold} has an earlier training, {', '.join(checkpoints)}: {remedy}")

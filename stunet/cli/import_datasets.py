@@ -1,9 +1,11 @@
 """``stunet import``: TotalSegmentator's layout, or several nnU-Net raw datasets, as one nnU-Net raw dataset."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -11,12 +13,13 @@ from typer import Option
 
 from stunet.cli.console import Group, case_bar, exit_with_failures, print_line, print_table, say, stderr, stdout
 from stunet.cli.options import Processes, split_names
-from stunet.datasets.imports import ImportReport, dataset_folder
-from stunet.datasets.totalsegmentator import KNOWN_BAD_CASES, choose_structures, import_cases, read_totalsegmentator
-from stunet.datasets.unions import UnionSource, import_union, merge_sources, read_union_source, sampling_weights
 from stunet.environment import find_dataset, nnunet_folder
 from stunet.errors import UsageError
-from stunet.labels.mappings import LabelUnion, dump_mapping, read_mapping
+
+if TYPE_CHECKING:
+    from stunet.datasets.imports import ImportReport
+    from stunet.datasets.unions import UnionSource
+    from stunet.labels.mappings import LabelUnion
 
 app = typer.Typer(cls=Group, help="Turn other layouts into nnU-Net raw datasets.", no_args_is_help=True)
 
@@ -62,6 +65,9 @@ def totalsegmentator(
         allow_unannotated: Keep structures that no training case annotates.
         num_processes: Cases at a time; by default up to 8, as cores and images are worth it.
     """
+    from stunet.datasets.imports import dataset_folder
+    from stunet.datasets.totalsegmentator import KNOWN_BAD_CASES, choose_structures, import_cases, read_totalsegmentator
+
     folder = dataset_folder(dataset_id, name)
     found = read_totalsegmentator(source)
     names, groups = split_names(*structures or ()), split_names(*group or ())
@@ -132,6 +138,10 @@ def union(
         allow_unannotated: Keep structures that no case annotates.
         num_processes: Cases at a time.
     """
+    from stunet.datasets.imports import dataset_folder
+    from stunet.datasets.unions import import_union, merge_sources, read_union_source
+    from stunet.labels.mappings import dump_mapping, read_mapping
+
     overrides = None if mapping is None else read_mapping(mapping)
     folder = dataset_folder(dataset_id, name)
     raw = nnunet_folder("nnUNet_raw")
@@ -199,6 +209,8 @@ def _print_labels(merged: LabelUnion, console: Console) -> None:
 def _print_weights(
     sources: Sequence[UnionSource], cases: Mapping[str, Sequence[str]], given: Mapping[str, float], console: Console
 ) -> None:
+    from stunet.datasets.unions import sampling_weights
+
     totals = {s.name: sum(sampling_weights(s, cases[s.name], given).values()) for s in sources}
     rows = []
     for source, total in totals.items():

@@ -6,11 +6,7 @@ import typer
 
 from stunet.cli.console import Group, case_bar, exit_with_failures, print_json, print_line, print_table, say
 from stunet.cli.options import Dataset, Json, Processes
-from stunet.datasets.raw import case_names, read_raw_dataset, sync_to_preprocessed
-from stunet.datasets.unions import sources_of_cases
 from stunet.environment import find_dataset, nnunet_folder
-from stunet.labels.annotations import MANIFEST_NAME, measure_coverage, read_manifest
-from stunet.labels.labels import Labels
 
 app = typer.Typer(cls=Group, help="Check and carry annotated_labels.json.", no_args_is_help=True)
 
@@ -29,6 +25,11 @@ def check(dataset: Dataset, as_json: Json = False, num_processes: Processes = 8)
         as_json: Print JSON, with what each case has.
         num_processes: Cases at a time.
     """
+    from stunet.datasets.raw import case_names, read_raw_dataset
+    from stunet.datasets.unions import sources_of_cases
+    from stunet.labels.annotations import MANIFEST_NAME, measure_coverage, read_manifest
+    from stunet.labels.labels import Labels
+
     raw = read_raw_dataset(nnunet_folder("nnUNet_raw") / find_dataset(dataset))
     labels = raw.dataset_json["labels"]
     Labels(raw.dataset_json, raw.folder / "dataset.json").check()
@@ -88,6 +89,8 @@ def carry(dataset: Dataset) -> None:
     Training reads them there. Importing and training do this by themselves while nothing differs; where the raw files
     have changed since, check that the preprocessed data is of after the change.
     """
+    from stunet.datasets.raw import sync_to_preprocessed
+
     name = find_dataset(dataset)
     folder = nnunet_folder("nnUNet_preprocessed") / name
     sync_to_preprocessed(nnunet_folder("nnUNet_raw") / name, folder, overwrite=True)

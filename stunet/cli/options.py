@@ -17,10 +17,8 @@ from stunet import environment
 from stunet.cli.console import LIST_VALUES, human_bytes
 from stunet.errors import DatasetError, LabelError, UsageError, reading
 from stunet.files import read_json
-from stunet.labels.labels import Labels
 from stunet.settings import SETTINGS, Strategy
 from stunet.sizes import N_STAGES, SIZES, TRAINERS, STUNetSize, find_size, size_of
-from stunet.volumes import count_labels
 from stunet.weights.published import load_registry
 
 
@@ -33,6 +31,13 @@ def complete_presets() -> list[str]:
 def complete_weights() -> list[tuple[str, str]]:
     """List the published weights, each with its title."""
     return [(entry.name, entry.title or "") for entry in load_registry().values()]
+
+
+def complete_label_systems() -> list[str]:
+    """List the label systems of datasets."""
+    from stunet.labels.mappings import list_label_systems
+
+    return list_label_systems()
 
 
 def _complete_settings(ctx: Context, incomplete: str) -> list[tuple[str, str]]:
@@ -171,12 +176,13 @@ def _check_plans(path: Path, content: dict[str, Any], name: str, configuration: 
     names = content.get("channel_names") or content.get("modality") or {}
     if names and len(names) != n_planned:
         got = f"{len(names)} in dataset.json ({', '.join(map(str, names.values()))})"
-        raise DatasetError(
-            f"another number of channels: {got}, but {n_planned} in {path}: plan and preprocess the dataset again"
-        )
+        raise DatasetError(f"channels differ: {got}, but {n_planned} in {path}: plan and preprocess the dataset again")
 
 
 def _check_label_maps(folder: Path, content: dict[str, Any]) -> None:
+    from stunet.labels.labels import Labels
+    from stunet.volumes import count_labels
+
     declared = Labels(content, folder / "dataset.json").check()
     if int(os.environ.get("RANK") or 0) > 0:  # the first process of a training looks for all
         return

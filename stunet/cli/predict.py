@@ -73,9 +73,7 @@ def predict(
         raise UsageError(f"the input {images} is missing: correct -i")
     if (model is None) == (dataset is None):
         given = "neither -m nor -d is" if model is None else f"-m {model} and -d {dataset} are both"
-        raise UsageError(
-            f"{given} given: give -m MODEL, or -d with -tr, -p and -c; `stunet list` shows published models"
-        )
+        raise UsageError(f"{given} given: give -m MODEL, or -d with -tr, -p and -c; see `stunet list` for models")
     if dataset is not None:
         model = str(nnunet_folder("nnUNet_results") / find_dataset(dataset) / f"{trainer}__{plans}__{configuration}")
     elif not Path(str(model)).exists() and os.sep not in str(model):

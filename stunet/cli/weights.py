@@ -19,8 +19,6 @@ from stunet.cli.options import Json, Positive, complete_weights
 from stunet.environment import did_you_mean
 from stunet.errors import LabelError, UsageError, reading
 from stunet.files import file_sha256, read_json, refuse_existing, remove_leftovers
-from stunet.labels.labels import Labels, list_vocabularies, load_vocabulary, read_label_file, vocabulary_for
-from stunet.labels.mappings import list_label_systems, load_label_system
 from stunet.weights import published
 
 if TYPE_CHECKING:
@@ -134,6 +132,9 @@ def list_names(of: Annotated[str | None, Option(metavar="NAME")] = None, as_json
     Options:
         of: Show the structures of a model, a label system, or a model folder.
     """
+    from stunet.labels.labels import list_vocabularies, load_vocabulary
+    from stunet.labels.mappings import list_label_systems, load_label_system
+
     if of is not None:
         content: dict[str, Any] = {"name": of, "structures": _structures(of)}
     else:
@@ -162,6 +163,9 @@ def list_names(of: Annotated[str | None, Option(metavar="NAME")] = None, as_json
 
 def _structures(name: str) -> list[dict[str, Any]]:
     """List label values and name of each structure."""
+    from stunet.labels.labels import Labels, list_vocabularies, load_vocabulary
+    from stunet.labels.mappings import list_label_systems, load_label_system
+
     models = published.load_registry()
     order = models[name].labels if name in models else name
     if (path := Path(name) / "dataset.json").is_file():
@@ -206,6 +210,7 @@ def convert(
     named = [str(path) for path in weights if not path.exists()]
     entry = published.find_entry(named[0]) if named else None
     paths = [published.cached_weights(path) for path in weights]
+    from stunet.labels.labels import load_vocabulary, read_label_file, vocabulary_for
     from stunet.planning.model_folder import write_model_folder
     from stunet.weights.convert import open_weights, write_published
 

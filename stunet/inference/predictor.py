@@ -93,10 +93,8 @@ class Predictor:
         """nnU-Net's own predictor, for models that cannot be predicted plane by plane."""
         model, weights = self.model, [self.model.weights(fold) for fold in self.model.checkpoints]
         predictor = nnUNetPredictor(self.step_size, True, self.mirroring, self.results_on_device, self.device)
-        described = model.build_network(), model.plans_manager, model.configuration_manager, weights
-        predictor.manual_initialization(
-            *described, model.dataset_json, model.trainer_name, model.mirroring_axes or None
-        )
+        given = model.build_network(), model.plans_manager, model.configuration_manager, weights
+        predictor.manual_initialization(*given, model.dataset_json, model.trainer_name, model.mirroring_axes or None)
         return predictor
 
     def predict_with_nnunet(

@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from stunet.errors import FormError, LabelError, STUNetError, reading
 from stunet.files import Name, decode, read_document
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 BACKGROUND, IGNORE = "background", "ignore"
 
@@ -137,10 +138,12 @@ class Labels:
             return {name: values[0] for name, values in self.values.items() if name != IGNORE}
         return dict(zip(self.structures, self._class_order, strict=True))
 
-    def as_predicted(self, truth: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def as_predicted(self, truth: "npt.NDArray[Any]") -> "npt.NDArray[Any]":
         """Merge the values of a label map, which may be finer, as nnU-Net writes regions: later ones over earlier."""
         if self._class_order is None:
             return truth
+        import numpy as np
+
         merged = np.zeros_like(truth)
         for name, value in self.predicted.items():
             merged[np.isin(truth, self.values[name])] = value

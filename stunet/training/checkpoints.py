@@ -183,10 +183,8 @@ class Checkpoints:
         trainer.sharding.shard()
         network = trainer.plain_network
         momentum = {  # sharded as the parameters are
-            name: torch.zeros_like(
-                network.get_parameter(name.rpartition(":")[0]), dtype=shape.dtype, requires_grad=False
-            )
-            for name, shape in _part(shapes, _OPTIMIZER).items()
+            key: torch.zeros_like(network.get_parameter(key.rpartition(":")[0]), dtype=shape.dtype, requires_grad=False)
+            for key, shape in _part(shapes, _OPTIMIZER).items()
         }
         tensors = {_NETWORK + name: value for name, value in network.state_dict().items()}
         load_sharded(version, tensors | {_OPTIMIZER + name: value for name, value in momentum.items()})
