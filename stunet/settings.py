@@ -102,12 +102,12 @@ SETTINGS: dict[str, Setting] = {
     "keep_every": Setting(None, *_COUNT, "epochs between two checkpoints that are kept, as checkpoint_epoch_0100.pth"),
     "final_validation": Setting(True, *_BOOL, "predict all validation cases at the end; false leaves that to --val"),
     "mirroring": Setting("all", *_one_of(Mirroring), "axes to mirror; no-left-right where structures come in sides"),
-    "nearest_labels": Setting(False, *_BOOL, "augment labels by nearest neighbour: faster with many structures"),
+    "nearest_labels": Setting(False, *_BOOL, "augmentation takes the nearest label: faster with many structures"),
     "allow_unannotated": Setting(False, *_BOOL, "train although no case annotates some structure"),
     "pretrained_weights": Setting(None, *_PATH, "weights to start from; --from sets it"),
     "fine_tune": Setting("full", *_one_of(Strategy), "which parameters are trained, and how fast"),
     "warmup_epochs": Setting(None, *_COUNT, "epochs of each of the two ramps of fine_tune=warmup"),
-    "layer_decay": Setting(0.85, *_DECAY, "with fine_tune=layerwise, a stage's learning rate by that of the next one"),
+    "layer_decay": Setting(0.85, *_DECAY, "fine_tune=layerwise: factor of the rate per stage away from the output"),
     "stem": Setting("repeat-scaled", *_one_of(StemPolicy), "how weights are adapted to other input channels"),
     "head": Setting("by-name", *_one_of(HeadPolicy), "whether heads of pretrained_weights are used"),
     "select_for": Setting(None, *_DATASET, "dataset for which periodic checkpoints are scored; the best one is kept"),
@@ -116,7 +116,7 @@ SETTINGS: dict[str, Setting] = {
     "fused_optimizer": Setting(False, *_BOOL, "the optimizer's step in one kernel: less memory"),
     "parallel": Setting("ddp", *_one_of(Parallel), "with several processes: replicate (ddp) or shard (fsdp)"),
     "activation_checkpointing": Setting(
-        "none", *_one_of(ActivationCheckpointing), "blocks that compute activations again: less memory", "architecture"
+        "none", *_one_of(ActivationCheckpointing), "blocks that are recomputed: less memory, more time", "architecture"
     ),
     "batch_size": Setting(None, *_COUNT, "patches in a batch", "configuration"),
     "batch_dice": Setting(None, *_BOOL, "Dice over the whole batch instead of each patch", "configuration"),

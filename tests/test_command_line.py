@@ -175,6 +175,7 @@ def test_usage_errors_come_before_pytorch_is_imported(tmp_path: Path) -> None:
     script = """
         import contextlib, io, json, sys
         from stunet.cli.main import main
+        assert not {"numpy", "nibabel", "torch", "nnunetv2"} & set(sys.modules)
         for line in json.load(sys.stdin):
             sys.argv, err = ["stunet", *line.split()], io.StringIO()
             with contextlib.redirect_stderr(err), contextlib.suppress(SystemExit):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +253,25 @@ def test_several_processes_share_parameters_only_where_it_must_be() -> None:
     assert not nothing.fits
     assert nothing.settings["parallel"] == "fsdp"
     assert nothing.estimate.training_bytes <= fsdp
+
+
+def test_nothing_random_is_drawn_on_the_meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would load PyTorch's compiler, for seconds, in each command that counts parameters."""
+    drawn: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.nn.init, "kaiming_normal_", lambda tensor, **_: drawn.append(tensor))
+    with torch.device("meta"):
+        build_stunet(TINY, 1, 2, [1] * 6)
+    assert not drawn
+    build_stunet(TINY, 1, 2, [1] * 6)
+    assert drawn
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_readme_has_these_estimates(name: str) -> None:
+    row = re.search(rf"^\| {name} \|.*$", Path(__file__).parents[1].joinpath("README.md").read_text(), re.MULTILINE)
+    assert row is not None
+    told = [float(number) * 2**30 for number in re.findall(r"([\d.]+) GB", row[0])]
+    usual = {"patch_size": (128,) * 3, "batch_size": 2, "num_classes": 105, "precision": "amp"}
+    of_each = [estimate(SIZES[name], **{**usual, **more}) for more in ({}, {"loss": "nnunet"}, {"num_classes": 3})]  # type: ignore[arg-type]
+    expected = [e.training_bytes for e in of_each] + [of_each[0].inference_bytes]
+    assert told == pytest.approx(expected, rel=0.02, abs=0.06 * 2**30)
