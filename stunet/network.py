@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -217,13 +217,24 @@ class STUNetDecoder(nn.Module):
 
     def forward(self, features: list[Tensor]) -> Tensor | list[Tensor]:
         """Encoder features, finest first, to logits ``(B, num_classes, X, Y[, Z])``; a list with deep supervision."""
-        *skips, x = features
         logits: list[Tensor] = []
-        for upsampling, stage, seg_layer in zip(self.upsamplings, self.stages, self.seg_layers, strict=True):
-            x = stage(upsampling(x), skips.pop())
-            if not skips or (self.deep_supervision and len(skips) < self.supervised_levels):
+        for i, (x, seg_layer) in enumerate(zip(self.levels(features), self.seg_layers, strict=True), 1):
+            n_finer = len(self.stages) - i
+            if n_finer == 0 or (self.deep_supervision and n_finer < self.supervised_levels):
                 logits.append(_pointwise(seg_layer, x))
         return logits[::-1] if self.deep_supervision else logits[0]
+
+    def levels(self, features: list[Tensor]) -> Iterator[Tensor]:
+        """Encoder features, finest first, to those of the five levels, coarsest first."""
+        *skips, x = features
+        for upsampling, stage in zip(self.upsamplings, self.stages, strict=True):
+            x = stage(upsampling(x), skips.pop())
+            yield x
+
+    def finest(self, features: list[Tensor]) -> Tensor:
+        """Encoder features, finest first, to those of the finest level, ``(B, C, X, Y[, Z])``."""
+        *_, x = self.levels(features)
+        return x
 
 
 class STUNet(nn.Module):

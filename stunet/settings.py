@@ -27,6 +27,12 @@ Parallel = Literal["ddp", "fsdp"]
 ActivationCheckpointing = Literal["none", "encoder", "all"]
 """Where activations are computed again in the backward pass instead of being kept."""
 
+PretextName = Literal[
+    "rotation", "relative-location", "jigsaw", "rubik", "rubik-plus", "autoencoder", "genesis", "mae",
+    "volume-fusion", "simclr", "byol", "pcrl", "anatomy",
+]  # fmt: skip
+"""A self-supervised task, see :mod:`stunet.pretexts`."""
+
 StemPolicy = Literal["repeat-scaled", "first", "zero-new", "random"]
 """How the stem is adapted to other input channels; see :func:`stunet.weights.transfer.adapt_stem`."""
 
@@ -111,6 +117,31 @@ SETTINGS: dict[str, Setting] = {
     "stem": Setting("repeat-scaled", *_one_of(StemPolicy), "how weights are adapted to other input channels"),
     "head": Setting("by-name", *_one_of(HeadPolicy), "whether heads of pretrained_weights are used"),
     "select_for": Setting(None, *_DATASET, "dataset for which periodic checkpoints are scored; the best one is kept"),
+    "pretext": Setting(None, *_one_of(PretextName), "self-supervised task, alone in STUNetTrainer_pretext"),
+    "pretext_weight": Setting(0.1, *_POSITIVE, "weight of pretext beside labels, in the other trainers"),
+    "pretext_skips": Setting(True, *_BOOL, "autoencoder, genesis, mae: whether the decoder gets skip connections"),
+    "mask_ratio": Setting(None, *_FRACTION, "mae, rubik-plus: share that is masked"),
+    "mask_block": Setting(16, *_COUNT, "mae: voxels of a masked block along each axis"),
+    "grid": Setting(2, *_COUNT, "jigsaw, rubik, rubik-plus: blocks along each axis"),
+    "permutations": Setting(100, *_COUNT, "jigsaw, rubik, rubik-plus: permutations to tell apart"),
+    "pairs": Setting(4, *_COUNT, "relative-location: pairs of blocks of a patch"),
+    "block_share": Setting(0.8, *_DECAY, "relative-location: side of a block relative to its cell"),
+    "nonlinear": Setting(0.9, *_FRACTION, "genesis, pcrl: share of cases whose intensities are changed"),
+    "shuffling": Setting(0.5, *_FRACTION, "genesis, pcrl: share of cases whose voxels are shuffled locally"),
+    "painting": Setting(0.9, *_FRACTION, "genesis, pcrl: share of cases that are painted over"),
+    "outer_painting": Setting(0.8, *_FRACTION, "genesis, pcrl: share of these of which all but some boxes is painted"),
+    "fusion_levels": Setting(4, *_COUNT, "volume-fusion: weights of the second image to tell apart, beside none"),
+    "fewest_boxes": Setting(10, *_COUNT, "volume-fusion: boxes in which images are mixed"),
+    "most_boxes": Setting(39, *_COUNT, "volume-fusion: likewise"),
+    "smallest_box": Setting(8, *_COUNT, "volume-fusion: voxels of a box along each axis"),
+    "largest_box": Setting(0.625, *_DECAY, "volume-fusion: largest box relative to the patch"),
+    "crop_size": Setting(64, *_COUNT, "simclr, byol, pcrl: voxels of a crop along each axis"),
+    "crop_overlap": Setting(0.5, *_FRACTION, "simclr, byol, pcrl: share of a crop that the other one has, too"),
+    "embedding": Setting(128, *_COUNT, "simclr, byol, pcrl, anatomy: numbers in an embedding"),
+    "temperature": Setting(None, *_POSITIVE, "simclr, pcrl, anatomy: divides similarities"),
+    "ema_momentum": Setting(0.996, *_FRACTION, "byol, anatomy: momentum of the moving average"),
+    "anatomy_levels": Setting(2, *_COUNT, "anatomy: levels of parts"),
+    "pruned_above": Setting(0.8, *_FRACTION, "anatomy: similarity above which parts are no negatives"),
     "gradient_accumulation": Setting(1, *_COUNT, "micro-batches of a batch: less memory, the same step"),
     "momentum_dtype": Setting("fp32", *_one_of(MomentumDtype), "precision of the momentum; bf16 halves its memory"),
     "fused_optimizer": Setting(False, *_BOOL, "the optimizer's step in one kernel: less memory"),

@@ -50,6 +50,7 @@ SIZES: dict[str, STUNetSize] = {
 _TRAINED_AS: dict[str, dict[str, Any]] = {
     "": {},
     "_ft": {"initial_lr": 1e-3},
+    "_pretext": {},
     "_pretrain": {"num_epochs": 4000, "nearest_labels": True},
     "_ep1k": {"num_epochs": 1000},
     "_ep2k": {"num_epochs": 2000},

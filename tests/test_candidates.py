@@ -14,7 +14,7 @@ from weights import TINY, tiny_weights, write_v1
 
 from stunet.errors import ArchitectureError, CheckpointError, UsageError
 from stunet.network import STUNetSize, build_stunet
-from stunet.ranking.points import draw_points, extract_case, read_decoder
+from stunet.ranking.points import draw_points, extract_case, read_stages
 from stunet.ranking.ranking import Candidate, build_candidate, name_checkpoints, read_zoo
 from stunet.weights.transfer import adapt_stem
 
@@ -39,7 +39,7 @@ def write_stunet(path: Path, *, labels: dict[str, Any] | None = None, channels: 
 
 def features(network: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     with torch.no_grad():
-        return tuple(read_decoder(network, x, torch.Tensor.clone))
+        return tuple(read_stages(network, x, torch.Tensor.clone, "decoder"))
 
 
 @pytest.mark.parametrize("size", [TINY, OTHER])

@@ -31,6 +31,7 @@ GOOD: list[Any] = [
     {"version": 1, "cases": {}},
     {"version": 1.0, "cases": {"a": ["liver"]}, "groups": {}},
     {"version": 1, "cases": {}, "default": ["liver"]},
+    {"version": 1, "cases": {"a": []}, "default": []},
 ]
 
 BAD_FORM: list[tuple[Any, str]] = [
@@ -44,7 +45,6 @@ BAD_FORM: list[tuple[Any, str]] = [
     ({"version": 1, "cases": {"b": ["liver"], "a": 3}}, r"cases\['a'\]: .*got int"),
     ({"version": 1, "cases": {"a": None}}, r"cases\['a'\]: .*got null"),
     ({"version": 1, "cases": {"a": ""}}, r"cases\['a'\]: .*length >= 1"),
-    ({"version": 1, "cases": {"a": []}}, r"cases\['a'\]: .*length >= 1"),
     ({"version": 1, "cases": {"a": ["liver", "liver"]}}, r"cases\['a'\] has 'liver' twice"),
     ({"version": 1, "cases": {"a": ["liver", 3]}}, r"cases\['a'\]\[1\]: .*got int"),
     ({"version": 1, "cases": {"a": [""]}}, r"cases\['a'\]\[0\]: .*length >= 1"),

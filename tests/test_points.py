@@ -28,8 +28,8 @@ from stunet.ranking.points import (
     cut_window,
     draw_points,
     extract_case,
-    read_decoder,
     read_points,
+    read_stages,
 )
 from stunet.ranking.ranking import finest_head
 
@@ -174,7 +174,7 @@ def test_the_decoder_of_nnunets_networks_finest_first(name: str) -> None:
     network.decoder.deep_supervision = False  # nnU-Net's decoder then runs the finest head alone
     x = torch.randn(2, 1, *UNET_PATCH)
     with torch.no_grad():
-        fine, coarse = read_decoder(network, x, Tensor.clone)
+        fine, coarse = read_stages(network, x, Tensor.clone, "decoder")
         assert (tuple(fine.shape), tuple(coarse.shape)) == ((2, 4, 8, 16, 12), (2, 8, 8, 8, 6))
         # By hand: the decoder's formula.
         skips = network.encoder(x)
@@ -186,7 +186,7 @@ def test_the_decoder_of_nnunets_networks_finest_first(name: str) -> None:
 def test_the_decoder_of_stunet_finest_first() -> None:
     network = build_stunet(TINY, 1, 3, STRIDES).eval()
     with torch.no_grad():
-        maps = read_decoder(network, torch.randn(1, 1, 32, 32, 32), Tensor.clone)
+        maps = read_stages(network, torch.randn(1, 1, 32, 32, 32), Tensor.clone, "decoder")
     assert [m.shape[1] for m in maps] == [2, 4, 8, 16, 32]
     assert [m.shape[4] for m in maps] == [32, 16, 8, 4, 2]
 
@@ -208,7 +208,7 @@ def test_outputs_are_read_before_a_later_layer_changes_them() -> None:
     network, x = Stages(nn.Conv2d(1, 2, 1), n_run=1), torch.randn(1, 1, 4, 4)
     with torch.no_grad():
         expected = network.decoder.stages[0](x)
-        (read,) = read_decoder(network, x, Tensor.clone)
+        (read,) = read_stages(network, x, Tensor.clone, "decoder")
     assert torch.equal(read, expected)
 
 
@@ -220,7 +220,7 @@ class Failing(nn.Module):
 def test_hooks_are_gone_when_the_network_fails() -> None:
     network = Stages(nn.Conv2d(1, 2, 1), Failing(), n_run=2)
     with pytest.raises(RuntimeError, match="no"), torch.no_grad():
-        read_decoder(network, torch.randn(1, 1, 4, 4), Tensor.clone)
+        read_stages(network, torch.randn(1, 1, 4, 4), Tensor.clone, "decoder")
     assert n_hooks(network) == 0
 
 
@@ -231,7 +231,7 @@ def test_decoders_that_are_none() -> None:
         (Stages(nn.Conv2d(1, 2, 1), nn.Conv2d(1, 2, 1), n_run=1), "1 of the 2"),
     ):
         with pytest.raises(FeatureError, match=got), torch.no_grad():
-            read_decoder(network, x, Tensor.clone)
+            read_stages(network, x, Tensor.clone, "decoder")
 
 
 class Pooling(nn.Module):

@@ -172,6 +172,40 @@ def union(
     _finish(report, dataset_id)
 
 
+@app.command("images")
+def images(
+    source: Path,
+    dataset_id: _Id,
+    name: str = "Images",
+    pattern: str = "*",
+    channel_names: list[str] | None = None,
+    num_processes: Processes = 8,
+) -> None:
+    """Import images without labels, to pre-train on: a folder, a BIDS tree, or a text file with a path in each line.
+
+    Formats are .nii.gz, .nii, .mha and .nrrd; several channels by suffix, as NAME_0000.nii.gz and NAME_0001.nii.gz.
+    Images stay where they are, so keep them. The only label is body, where an image is brighter than Otsu's threshold:
+    nnU-Net plans by it. Cases that cannot be read are listed at the end; the dataset is complete without them, and the
+    exit status is 2.
+
+    Options:
+        source: The folder, searched with its subfolders, or the list.
+        name: Name of the new dataset, after the id.
+        pattern: Which file names count, for example '*_T1w.nii.gz'.
+        channel_names: By which nnU-Net normalizes; CT by default where values are Hounsfield units.
+        num_processes: Cases at a time.
+    """
+    from stunet.datasets.images import find_images, import_images
+
+    folder = dataset_folder(dataset_id, name)
+    cases = find_images(source, pattern=pattern)
+    with case_bar("Images", len(cases)) as on_case:
+        names = tuple(split_names(*channel_names or ()))
+        report = import_images(cases, folder, channel_names=names, num_processes=num_processes, on_case=on_case)
+    print_line(f"Wrote {report.folder}: {len(report.records)} cases; {report.reused} were finished before")
+    _finish(report, dataset_id)
+
+
 def _parse_weights(weights: Sequence[str], sources: Sequence[UnionSource]) -> dict[str, float]:
     names = {alias: s.name for s in sources for alias in (s.name, str(s.id), f"{s.id:03d}")}
     parsed: dict[str, float] = {}

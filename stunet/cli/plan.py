@@ -11,7 +11,7 @@ from stunet.cli.console import print_line, print_table, stdout
 from stunet.environment import find_plans, nnunet_folder
 from stunet.errors import DatasetError, PlansError, UsageError, reading
 from stunet.files import read_json
-from stunet.settings import SETTINGS, SETTINGS_KEY, parse_settings
+from stunet.settings import SETTINGS, SETTINGS_KEY, PretextName, parse_settings
 from stunet.sizes import SIZES
 from stunet.weights.published import cached_weights
 
@@ -33,6 +33,17 @@ def _print_settings(wanted: bool) -> None:
     raise typer.Exit
 
 
+def _print_pretexts(wanted: bool) -> None:
+    if not wanted:
+        return
+    from stunet.pretexts import PRETEXTS
+
+    rows = [(name, task.family, ", ".join(task.trains), task.source) for name, task in PRETEXTS.items()]
+    print_table(rows, "pretext", "family", "trains", "source")
+    stdout.print("Their settings, which --list-settings shows, are typed as --set mask_ratio=0.6.")
+    raise typer.Exit
+
+
 def plan(
     context: Context,
     dataset: options.Dataset,
@@ -45,11 +56,13 @@ def plan(
     source: Annotated[Path | None, Option("--from", autocompletion=options.complete_weights)] = None,
     strategy: options.StrategyOption = None,
     preset: Annotated[str | None, Option(autocompletion=options.complete_presets)] = None,
+    pretext: Annotated[PretextName | None, Option()] = None,
     name: str | None = None,
     overwrite: bool = False,
     trust: options.Trust = None,
     num_processes: options.Processes = 8,
     list_settings: Annotated[bool, Option(callback=_print_settings, is_eager=True)] = False,
+    list_pretexts: Annotated[bool, Option(callback=_print_pretexts, is_eager=True)] = False,
 ) -> Path:
     """Write plans with a STU-Net beside nnU-Net's, which they are made from; preprocessed data is used again.
 
@@ -62,16 +75,18 @@ def plan(
         width: Channels of the first stage, for example 24.
         source: Weights to start from, file or fetched name; they decide the size.
         preset: A pre-training preset in place of nnU-Net's planning: totalsegmentator.
+        pretext: Task to pre-train by without labels, see --list-pretexts.
         name: Name of the new plans; STUNetPlans_SIZE by default, with --from …_SIZE_ft.
         overwrite: Replace plans that differ.
         num_processes: Processes for nnU-Net's fingerprint.
         list_settings: Show the settings that --set takes and leave.
+        list_pretexts: Show the tasks that --pretext takes and leave.
     """
     # What needs no PyTorch is checked before it is imported.
     if preset is not None and preset not in (presets := options.complete_presets()):
         raise UsageError(f"--preset {preset} is none that prepares images: choose one of {', '.join(presets)}")
     asked = options.choose_size(size, depth, width)
-    given = parse_settings(settings or [])
+    given = parse_settings(settings or []) | ({"pretext": pretext} if pretext else {})
     path_of_weights = None if source is None else cached_weights(source)
     if strategy is not None and source is None:
         raise UsageError(f"--strategy {strategy} without weights to start from: give them with --from, or leave it out")
@@ -91,7 +106,14 @@ def plan(
     if weights is not None:
         chosen |= planning.fine_tuning_settings(weights, strategy or given.get("fine_tune", "full"))
         given |= {"fine_tune": strategy} if strategy else {}
-    parts = ["STUNetPlans", network.name, preset, "ft" if weights else None, strategy if strategy != "full" else None]
+    parts = [
+        "STUNetPlans",
+        network.name,
+        preset,
+        pretext,
+        "ft" if weights else None,
+        strategy if strategy != "full" else None,
+    ]
     path = find_plans(dataset_name, name or "_".join(part for part in parts if part))
     nnunets = find_plans(dataset_name, plans)
     if path == nnunets:
@@ -156,13 +178,16 @@ def _print_next(path: Path, trainable: dict[str, dict[str, Any]], *, pretraining
 
     name = "3d_fullres" if "3d_fullres" in trainable else next(iter(trainable))
     size, trainer = plans_size(trainable[name]).name, "STUNetTrainer"
-    if pretraining:
+    if trainable[name].get(SETTINGS_KEY, {}).get("pretext"):
+        trainer = "STUNetTrainer_pretext"
+    elif pretraining:
         trainer = f"STUNetTrainer_{size}_pretrain" if size in SIZES else "STUNetTrainer_pretrain"
     dataset_id, plans_name = int(path.parent.name[7:10]), path.stem
     print_line("Next:")
     if not (path.parent / trainable[name]["data_identifier"]).is_dir():
         print_line(f"  nnUNetv2_preprocess -d {dataset_id} -plans_name {plans_name} -c {name}")
-    train = f"nnUNetv2_train {dataset_id} {name} 0 -p {plans_name}"
+    fold = "all" if trainer.endswith("_pretext") else "0"
+    train = f"nnUNetv2_train {dataset_id} {name} {fold} -p {plans_name}"
     print_line(f'  eval "$(stunet env)"; {train} -tr {trainer}')
     if not trainable[name].get(SETTINGS_KEY):  # which nnU-Net's own trainer does not read
         print_line(f"or, with nnU-Net's own trainer:\n  {train}")

@@ -31,9 +31,9 @@ class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
     """The form of ``annotated_labels.json``; ``schemas/`` has it as JSON schema for programs of others."""
 
     version: Annotated[float, msgspec.Meta(ge=_VERSION, le=_VERSION)]
-    cases: dict[Name, Name | Names]
+    cases: dict[Name, Name | list[Name]]  # nothing annotated is not background
     groups: dict[Name, Names] = {}
-    default: Name | Names | msgspec.UnsetType = msgspec.UNSET
+    default: Name | list[Name] | msgspec.UnsetType = msgspec.UNSET
     weights: dict[Name, Annotated[float, msgspec.Meta(gt=0, le=sys.float_info.max)]] = {}
     superclasses: dict[Name, Annotated[list[Name], msgspec.Meta(min_length=2)]] = {}
 

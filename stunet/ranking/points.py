@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from torch.nn.functional import grid_sample, linear
 from stunet.errors import DatasetError, FeatureError, TransferabilityError
 
 Integers = npt.NDArray[np.int64]
+Part = Literal["encoder", "decoder"]
 
 _STEP = 0.5  # between windows, in windows, as in nnU-Net's prediction
 
@@ -154,8 +155,8 @@ def cut_window(image: Any, start: Sequence[int], patch_size: Sequence[int]) -> T
     return padded
 
 
-def read_decoder(network: nn.Module, x: Tensor, read: Callable[[Any], Tensor]) -> list[Tensor]:
-    """Run a network once, and return what ``read`` makes of the output of each decoder stage, finest first.
+def read_stages(network: nn.Module, x: Tensor, read: Callable[[Any], Tensor], part: Part) -> list[Tensor]:
+    """Run a network once, and return what ``read`` makes of the output of each stage of a part of it, finest first.
 
     Of STU-Net and of nnU-Net's networks. The stages, not the heads: nnU-Net's decoders compute the coarse heads in
     training alone.
@@ -165,11 +166,12 @@ def read_decoder(network: nn.Module, x: Tensor, read: Callable[[Any], Tensor]) -
         x: ``(B, C, X, Y[, Z])``.
         read: Takes an output ``(B, C_d, ...)`` as soon as it is there: later layers may change it in place, and what is
             not kept need not stay in memory.
+        part: ``decoder`` or ``encoder``.
 
     Raises:
         FeatureError: The network has no such stages, or one does not run.
     """
-    stages = getattr(getattr(network, "decoder", None), "stages", ())
+    stages = getattr(getattr(network, part, None), "stages", ())
     outputs: dict[int, Tensor] = {}
 
     def keep(index: int, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -182,9 +184,9 @@ def read_decoder(network: nn.Module, x: Tensor, read: Callable[[Any], Tensor]) -
         for handle in handles:
             handle.remove()
     if not outputs or len(outputs) < len(stages):
-        got = f"{len(outputs)} of the {len(stages)} stages in decoder.stages of a {type(network).__name__} run"
-        raise FeatureError(f"{got}: leave this checkpoint out, all stages of a decoder are compared")
-    return [outputs[index] for index in reversed(range(len(stages)))]
+        got = f"{len(outputs)} of the {len(stages)} stages in {part}.stages of a {type(network).__name__} run"
+        raise FeatureError(f"{got}: leave this checkpoint out, all stages are compared")
+    return [outputs[index] for index in (range(len(stages))[:: -1 if part == "decoder" else 1])]
 
 
 def read_points(feature_map: Tensor, points: Integers, patch_size: Sequence[int]) -> Tensor:
@@ -246,6 +248,7 @@ def extract_case(
     device: str | torch.device = "cpu",
     batch_size: int = 1,
     head: SourceHead | None = None,
+    part: Part = "decoder",
     on_window: Callable[[float], Any] = lambda share: None,
 ) -> CaseFeatures:
     """Read a network's features of one case.
@@ -260,7 +263,8 @@ def extract_case(
         patch_size: Voxels of a window; two axes in a 2D configuration.
         device: Where the network runs.
         batch_size: Windows at once.
-        head: The checkpoint's own head, for the probabilities.
+        head: The checkpoint's own head, for the probabilities; of features of the decoder.
+        part: Whose stages are read.
         on_window: Called with the share of the windows that are done.
 
     Raises:
@@ -277,7 +281,7 @@ def extract_case(
             batch = windows[first : first + batch_size]
             index = torch.from_numpy(np.concatenate([window.points for window in batch]))
             x = torch.stack([cut_window(image, window.start, patch_size) for window in batch]).to(device)
-            values = read_decoder(network, x, partial(_read_windows, batch, patch_size))
+            values = read_stages(network, x, partial(_read_windows, batch, patch_size), part)
             scales = scales or [torch.empty(len(everywhere), rows.shape[1]) for rows in values]
             for scale, rows in zip(scales, values, strict=True):
                 scale[index] = rows.cpu()
@@ -296,7 +300,7 @@ def _read_windows(windows: Sequence[Window], patch_size: Sequence[int], output: 
     """Read the points of a batch of windows from a stage's output ``(B, C, ...)``: ``(k, C)``, window by window."""
     if not isinstance(output, Tensor) or output.ndim != len(patch_size) + 2 or len(output) != len(windows):
         got = f"{type(output).__name__} {list(getattr(output, 'shape', []))}"
-        raise FeatureError(f"a decoder stage gives a {got}, no map of {len(windows)} windows: leave it out")
+        raise FeatureError(f"a stage gives a {got}, no map of {len(windows)} windows: leave it out")
     # Coordinates in half precision would miss the points.
     with torch.autocast(output.device.type, enabled=False):
         maps = zip(output, windows, strict=True)

@@ -29,9 +29,9 @@ from stunet.planning.plans import fit_strides
 from stunet.planning.preprocessed import PreprocessedDataset, open_preprocessed
 from stunet.ranking.agreement import RANKING_FORMAT
 from stunet.ranking.ccfv import Debias, Normalise, bootstrap_scores, ccfv
-from stunet.ranking.points import CasePoints, SourceHead, draw_points, extract_case
+from stunet.ranking.points import CasePoints, Part, SourceHead, draw_points, extract_case
 from stunet.ranking.rivals import RIVALS, PointPredictions, zero_shot_at_points
-from stunet.weights.convert import UNetWeights, locate_checkpoint, open_any_weights
+from stunet.weights.convert import UNetWeights, locate_checkpoint, open_any_weights, trained_parts
 from stunet.weights.published import cached_weights, load_registry
 from stunet.weights.transfer import adapt_stem, source_outputs
 
@@ -43,7 +43,7 @@ _CONFIDENCE = 0.95
 #: Below it a mean over cases, or over pairs of them, hangs on single cases.
 _FEW_CASES = 5
 #: Grows with every change of what is computed, or of how results are kept.
-_KEPT_FORMAT = 3
+_KEPT_FORMAT = 4
 _HEADS = "decoder.seg_layers."
 
 
@@ -239,7 +239,7 @@ def build_candidate(
     exclusive = origin is None or origin.exclusive  # nnU-Net's own way, where nothing speaks against it
     return Candidate(
         network=network,
-        head=finest_head(weights.tensors) if exclusive else None,
+        head=finest_head(weights.tensors) if exclusive and weights.pretext is None else None,
         patch_size=tuple(fitted.tolist()),
         description={
             "path": str(weights.path),
@@ -253,6 +253,7 @@ def build_candidate(
             "outputs": None if origin is None else origin.names,
             "exclusive": exclusive,
             "epoch": weights.epoch,
+            "pretext": weights.pretext,
         },
     )
 
@@ -299,6 +300,7 @@ def score_candidate(
     path: str | os.PathLike[str],
     target: Target,
     *,
+    part: Part = "decoder",
     metrics: Sequence[str] = ("ccfv",),
     normalise: Normalise = "both",
     debias: Debias = "null",
@@ -311,7 +313,8 @@ def score_candidate(
 ) -> CandidateScores:
     """Load a checkpoint, read its features of the target's cases, and score them.
 
-    The arguments are those of :func:`rank`. ``on_progress`` is called with what is being done, and the share of the
+    The features are those of the stages of a ``part`` of the network. The other arguments are those of :func:`rank`.
+    ``on_progress`` is called with what is being done, and the share of the
     target's cases that has been read.
 
     Raises:
@@ -325,8 +328,9 @@ def score_candidate(
     channels, strides = dataset.input_channels, fit_strides(configuration["architecture"]["arch_kwargs"]["strides"])
     patch_size = configuration["patch_size"]
     candidate = build_candidate(path, input_channels=channels, patch_size=patch_size, strides=strides, trust=trust)
-    head, cases, predictions = candidate.head, [], []
+    head, cases, predictions = candidate.head if part == "decoder" else None, [], []
     read = partial(extract_case, patch_size=candidate.patch_size, device=device, batch_size=batch_size, head=head)
+    read = partial(read, part=part)
     for done, points in enumerate(target.points):
 
         def report(share: float, done: int = done, case: str = points.case) -> None:
@@ -357,7 +361,7 @@ def score_candidate(
             draws = bootstrap_scores(details, n_resamples=n_resamples, seed=seed).tolist()
             result.draws = tuple(value if np.isfinite(value) else None for value in draws)
         elif metric in ("leep", "zero-shot") and head is None:
-            result.notes[metric] = "its outputs are regions, or it has no head"
+            result.notes[metric] = "its outputs are regions, or no labels have trained it"
         elif metric == "zero-shot":
             result.zero_shot = zero_shot_at_points(predictions, dataset.structures, candidate.description["outputs"])
             if known := [dice for dice in result.zero_shot.values() if dice is not None]:
@@ -616,9 +620,12 @@ def rank(
     read, total = 0.2, 0.2 + len(named)  # reading the cases takes little of the time that a checkpoint takes
     prepare = partial(prepare_target, dataset, cases, per_class=per_class, n_whole=n_whole, seed=seed)
     target = prepare(on_progress=lambda share: on_progress("reading cases", read * share / total))
+    # Where the decoder of some candidate is random, encoders alone can be compared.
+    part: Part = "decoder" if all("decoder" in trained_parts(path) for path in named.values()) else "encoder"
     what = [_KEPT_FORMAT, target.digest, sorted(metrics), normalise, debias, n_resamples, seed, per_class, n_whole]
-    what += [dataset.ignore_label, dataset.structures, dataset.input_channels, dataset.configuration]
-    score = partial(score_candidate, target=target, metrics=metrics, normalise=normalise, debias=debias, seed=seed)
+    what += [part, dataset.ignore_label, dataset.structures, dataset.input_channels, dataset.configuration]
+    score = partial(score_candidate, target=target, part=part, metrics=metrics, normalise=normalise, debias=debias)
+    score = partial(score, seed=seed)
     score = partial(score, device=device, batch_size=batch_size, n_resamples=n_resamples, trust=trust)
     results = []
     for done, (name, path) in enumerate(named.items()):
@@ -647,7 +654,7 @@ def rank(
         on_candidate(result)
     settings = {"fold": fold, "cases": len(cases), "points of each structure": per_class}
     settings |= {"points of the whole volume": n_whole, "normalize": normalise, "debias": debias}
-    settings |= {"resamples": n_resamples, "seed": seed, "device": str(device)}
+    settings |= {"resamples": n_resamples, "seed": seed, "device": str(device), "features": f"stages of the {part}"}
     scored = [(result.scores.get(metrics[0]), result) for result in results if not result.error]
     scored.sort(key=lambda pair: (pair[0] is None, -(pair[0] or 0.0)))
     return Ranking(

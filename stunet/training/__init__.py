@@ -1,3 +1,4 @@
 """One trainer and its collaborators: partial labels, checkpoints, sharding, the optimizer."""
 
+from stunet.training.pretext import PretextTrainer
 from stunet.training.trainer import BaseSTUNetTrainer

@@ -65,6 +65,7 @@ class Checkpoints:
             # Prediction finds this class in nnU-Net itself; the network is in the plans.
             "trainer_name": nnUNetTrainer.__name__,
             "inference_allowed_mirroring_axes": trainer.inference_allowed_mirroring_axes,
+            **trainer.pretext_state(),
         }
         if sharding.group is not None and path.name in (_LATEST, _BEST):
             self.finish()
@@ -171,6 +172,7 @@ class Checkpoints:
         network = trainer.plain_network
         check_weights(checkpoint["network_weights"], network.state_dict(), source=path)
         network.load_state_dict(checkpoint["network_weights"])
+        trainer.load_pretext_state(checkpoint)
         trainer.optimizer.load_state_dict(checkpoint["optimizer_state"])
         if trainer.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             trainer.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])

@@ -18,6 +18,7 @@ from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch._dynamo import OptimizedModule
@@ -26,17 +27,25 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from stunet.errors import PlansError, SettingsError, UsageError
+from stunet.errors import CheckpointError, PlansError, SettingsError, UsageError
 from stunet.files import remove_leftovers, write_json
 from stunet.labels.labels import Labels
 from stunet.loss import PartialDiceCELoss, WholeBatch
 from stunet.network import STUNet, find_size
 from stunet.planning.plans import check_plans, is_stunet, plans_size, resolve_configuration, rewrite_configuration
+from stunet.pretexts import PretextNetwork, Step, WithLabels, find_pretext
 from stunet.settings import SETTINGS, SETTINGS_KEY
 from stunet.training.checkpoints import Checkpoints, TransferSelection
 from stunet.training.distributed import Ranks, Sharding, seed_everything, share_of_batch
 from stunet.training.labels import LocalLabelTransform, PartialLabels, count_voxels, mask_summary
-from stunet.training.optimizer import BF16MomentumSGD, GroupSchedule, freeze_others, parameter_groups, set_kernel
+from stunet.training.optimizer import (
+    BF16MomentumSGD,
+    GroupSchedule,
+    ParameterGroup,
+    freeze_others,
+    parameter_groups,
+    set_kernel,
+)
 from stunet.weights.convert import open_weights
 from stunet.weights.read import check_weights, read_checkpoint
 from stunet.weights.transfer import transfer_weights
@@ -76,6 +85,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
     size: ClassVar[str | None] = None
     default_settings: ClassVar[Mapping[str, Any]] = {}
     seed: int | None = None
+    with_labels = True
     network: nn.Module
     loss: nn.Module
     is_ddp: bool
@@ -136,6 +146,25 @@ class BaseSTUNetTrainer(nnUNetTrainer):
 
     # The network and what trains it
 
+    def build_network_architecture(  # nnU-Net's is static, and is called on the trainer
+        self,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Build the STU-Net of the plans, with the heads of the self-supervised task that they may have beside it."""
+        options = (num_input_channels, num_output_channels, enable_deep_supervision)
+        built: nn.Module = nnUNetTrainer.build_network_architecture(plans_manager, configuration_manager, *options)
+        network = cast("STUNet", built)
+        if self.pretext is None:
+            return network
+        kind, given = find_pretext(self.pretext), configuration_manager.configuration[SETTINGS_KEY]
+        settings = {name: given[name] for name in kind.defaults if name in given}
+        task = kind(network, configuration_manager.patch_size, settings)
+        return PretextNetwork(network, task, with_labels=self.with_labels)
+
     def initialize(self) -> None:
         """Build network, optimizer and loss as nnU-Net does, but wrap the network for this process's own device.
 
@@ -166,10 +195,16 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         self.network = DistributedDataParallel(network, device_ids=devices)
 
     @property
-    def plain_network(self) -> STUNet:
-        """The network without the wrappers of PyTorch's that it may have."""
+    def whole_network(self) -> STUNet | PretextNetwork:
+        """The network without the wrappers of PyTorch's that it may have, with the heads of a self-supervised task."""
         network = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
         return cast("STUNet", network._orig_mod if isinstance(network, OptimizedModule) else network)
+
+    @property
+    def plain_network(self) -> STUNet:
+        """The STU-Net alone."""
+        whole = self.whole_network
+        return whole.network if isinstance(whole, PretextNetwork) else whole
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Let the network give the logits of all levels or not, whatever it is wrapped in."""
@@ -195,6 +230,11 @@ class BaseSTUNetTrainer(nnUNetTrainer):
             network, epochs = self.plain_network, {"num_epochs": self.num_epochs, "warmup_epochs": self.warmup_epochs}
             groups = parameter_groups(network, self.fine_tune, **epochs, layer_decay=self.layer_decay)
             freeze_others(network, groups)
+            if isinstance(whole := self.whole_network, PretextNetwork):
+                whole.freeze()
+                known = {id(parameter) for parameter in network.parameters()}
+                heads = tuple(p for p in whole.parameters() if id(p) not in known and p.requires_grad)
+                groups.append(ParameterGroup("pretext", heads, groups[0].factor))
             sgd = BF16MomentumSGD if self.momentum_dtype == "bf16" else torch.optim.SGD
             named = [{"params": list(group.parameters), "name": group.name} for group in groups]
             optimizer = sgd(named, self.initial_lr, weight_decay=self.weight_decay, momentum=0.99, nesterov=True)
@@ -267,6 +307,27 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         """Resume from a checkpoint; see :meth:`Checkpoints.load`."""
         self.checkpoints.load(Path(filename_or_checkpoint))
 
+    def pretext_state(self) -> dict[str, Any]:
+        """Return what checkpoints keep of a self-supervised task: its name, settings, what it trains, and its heads."""
+        whole = self.whole_network
+        if not isinstance(whole, PretextNetwork):
+            return {}
+        described = {"name": self.pretext, "settings": dict(whole.pretext.settings)}
+        trains = ["encoder", "decoder"] if self.with_labels else list(whole.pretext.trains)
+        return {"pretext": {**described, "trains": trains, "labels": self.with_labels, "weights": whole.heads()}}
+
+    def load_pretext_state(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load the heads of the task, which must be the same one."""
+        theirs, whole = checkpoint.get("pretext") or {}, self.whole_network
+        mine = dict(whole.pretext.settings) if isinstance(whole, PretextNetwork) else None
+        if (theirs.get("name"), theirs.get("settings")) != (self.pretext, mine):
+            raise CheckpointError(
+                f"the checkpoint is of pretext={theirs.get('name')}, {theirs.get('settings')}, the plans are of "
+                f"{self.pretext}, {mine}: continue with the plans it began with"
+            )
+        if isinstance(whole, PretextNetwork):
+            whole.load_heads(theirs["weights"])
+
     # Data
 
     def get_dataloaders(self) -> tuple[Any, Any]:
@@ -333,6 +394,8 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         super().on_epoch_start()
         if self.seed is not None:
             seed_everything(self.seed, self.ranks.rank, self.current_epoch)
+        if isinstance(whole := self.whole_network, PretextNetwork):
+            whole.pretext.progress = self.current_epoch / self.num_epochs
 
     def on_train_epoch_start(self) -> None:
         """Also log the learning rate of each group where there are several."""
@@ -393,7 +456,12 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         return torch.autocast("cuda", dtype=dtype, enabled=enabled)
 
     def loss_of(self, output: Any, batch: Batch) -> Tensor:
-        """Return the loss of a network's output, given what the cases annotate."""
+        """Return the loss of a network's output, given what the cases annotate; of a task, its share of the batch."""
+        if isinstance(output, Step):
+            return output.loss * (len(batch.data) / int(self.batch_size))
+        if isinstance(output, WithLabels):
+            share = self.loss_of(output.step, batch)
+            return self.loss_of(output.logits, batch) + float(self.pretext_weight) * share
         known = nullcontext() if self.partial_loss is None else self.partial_loss.annotated_in(batch.annotated)
         with known:
             return cast("Tensor", self.loss(output, batch.target))
@@ -408,7 +476,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         smallest = int(self.configuration_manager.batch_size) // self.ranks.size
         if n > smallest:
             raise SettingsError(f"gradient_accumulation={n} for {smallest} samples a process: set at most {smallest}")
-        if n > 1 and self.partial_loss is None:
+        if n > 1 and self.partial_loss is None and self.pretext is None:
             raise SettingsError(f"gradient_accumulation={n} with regions: set activation_checkpointing=all instead")
 
     def _backward(self, batch: Batch, scaler: GradScaler) -> Tensor:

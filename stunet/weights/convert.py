@@ -10,6 +10,7 @@ import pydoc
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stunet.errors import ArchitectureError, CheckpointError, reading
+from stunet.errors import ArchitectureError, CheckpointError, STUNetError, reading
 from stunet.files import atomic_path, refuse_existing
 from stunet.network import CONV_OPS, N_STAGES, STUNet, STUNetSize, build_stunet, size_of
 from stunet.weights import read
@@ -204,6 +205,9 @@ def _other_network(source: object, problem: str) -> CheckpointError:
     return CheckpointError(f"{source} has weights of another network than STU-Net or nnU-Net's own: {problem}")
 
 
+_PARTS = ("encoder", "decoder")
+
+
 @dataclass(frozen=True)
 class SourceWeights:
     """Weights of a STU-Net and all that their files say about them.
@@ -220,6 +224,8 @@ class SourceWeights:
         init_args: What nnU-Net v2 keeps in its checkpoints: ``plans``, ``configuration``, ``dataset_json``.
         mirroring_axes: The axes that nnU-Net v2 may mirror in prediction.
         epoch: Epochs that the weights were trained for, where the file says it.
+        pretext: Self-supervised task that they were trained by; None where labels trained them.
+        trained: Parts of the network that were trained: ``encoder`` and ``decoder``.
     """
 
     path: Path
@@ -233,6 +239,8 @@ class SourceWeights:
     init_args: dict[str, Any] = field(default_factory=dict)
     mirroring_axes: tuple[int, ...] | None = None
     epoch: int | None = None
+    pretext: str | None = None
+    trained: tuple[str, ...] = _PARTS
 
 
 def open_weights(paths: Sequence[str | os.PathLike[str]], *, trust: Sequence[str] | None = None) -> SourceWeights:
@@ -282,7 +290,19 @@ def _stunet_weights(path: Path, file: _File, pickles: list[Path], trust: Sequenc
         precision = " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in stripped.values()}))
         pickled = v1_plans, v1_init, tuple(pickles)
         epoch = epoch if isinstance(epoch, int) else None
-        return SourceWeights(path, kind, tensors, architecture, precision, *pickled, init_args, axes, epoch)
+        pretext = content.get("pretext") or {}
+        pretext = {"name": None, "trains": _PARTS} if pretext.get("labels", True) else pretext
+        if not pretext["trains"] or not set(pretext["trains"]) <= set(_PARTS):
+            raise ValueError(f"pretext that trains {str(pretext['trains'])[:60]}")
+        by = (pretext["name"], tuple(pretext["trains"]))
+        return SourceWeights(path, kind, tensors, architecture, precision, *pickled, init_args, axes, epoch, *by)
+
+
+def trained_parts(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Return which of ``encoder`` and ``decoder`` a checkpoint has trained; both where it cannot be read."""
+    with suppress(STUNetError, KeyError, TypeError, AttributeError):
+        return tuple(read_state(sort_paths([Path(path)])[0])[0]["pretext"]["trains"])
+    return _PARTS
 
 
 def _init_args(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -375,6 +395,8 @@ class UNetWeights:
     architecture: UNetArchitecture  # the network that they belong to
     init_args: dict[str, Any] = field(default_factory=dict)  # plans, configuration, dataset_json
     epoch: int | None = None  # epochs that the weights were trained for
+    pretext: str | None = None  # as of SourceWeights
+    trained: tuple[str, ...] = _PARTS  # likewise
 
 
 def open_any_weights(path: str | os.PathLike[str], trust: Sequence[str] = ()) -> SourceWeights | UNetWeights:

@@ -459,6 +459,8 @@ def describe_mismatch(weights: Mapping[str, Tensor], expected: Mapping[str, Tens
 
 # Networks that plans may name
 
+#: What the plans of models that were trained without labels name.
+PRETEXT_ONLY = "stunet.pretexts.PretextOnly"
 STUNET = "stunet.network.STUNet"
 #: The other networks, by the names that nnU-Net's plans give them.
 UNETS = {
@@ -497,6 +499,8 @@ def check_network(architecture: Any, *, source: str, trust: Sequence[str] = ()) 
     with reading(source, UNUSABLE):
         name, arguments = architecture["network_class_name"], dict(architecture["arch_kwargs"])
         imported = list(architecture.get("_kw_requires_import", ()))
+        if name == PRETEXT_ONLY:
+            raise CheckpointError(f"no labels have trained {source}, so it predicts none: fine-tune it first")
         if name not in (STUNET, *UNETS, *trust):
             text = f"{source} asks for code which is not trusted, the network {str(name)[:100]}"
             raise CheckpointError(f"{text}: only if you know this class and trust the model, --trust {str(name)[:100]}")

@@ -66,6 +66,8 @@ def _some(names: tuple[str, ...] | list[str]) -> str:
 def source_outputs(weights: SourceWeights | UNetWeights) -> Outputs | None:
     """Return what the outputs of weights stand for: their ``dataset.json``, or the published order; None if unknown."""
     num_classes = weights.architecture.num_classes
+    if weights.pretext is not None:  # nothing has trained its heads
+        return None
     labels = (weights.init_args.get("dataset_json") or {}).get("labels")
     if isinstance(labels, dict) and labels:
         outputs = Labels({"labels": labels}).outputs
@@ -124,7 +126,7 @@ def transfer_weights(
     filled: dict[str, str] = {}
     with torch.no_grad():
         for key, parameter in target.items():
-            tensor = weights.tensors.get(key)
+            tensor = weights.tensors.get(key) if key.startswith(weights.trained) else None
             filled[key] = "fresh"
             if tensor is None or (stem == "random" and key.startswith(_STEM)):
                 continue
