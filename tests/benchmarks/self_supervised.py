@@ -1,0 +1,157 @@
+"""What pre-training without labels is worth on real data when few cases are labelled, for each task. By hand.
+
+Pre-trains a narrow STU-Net on one part of a dataset without looking at its labels, then trains on 4 and on 8 labelled
+cases of another part, all with the same budget: from the weights of each task; from those of a training with all labels
+of the first part; from scratch; and from scratch for as many iterations as pre-training and fine-tuning take together.
+Scored by nnU-Net's final validation on cases that no training saw. Three seeds, each with labelled cases of its own.
+Every step is a command that a user types. Prints a table to standard error and one JSON line. With --work, what is
+finished is not done again after an interruption.
+
+    python tests/benchmarks/self_supervised.py --data ../shared/data/Dataset035_BrainT1 --work FOLDER --jobs 2
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+import time
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from experiment import Experiment, make_parser, spread
+
+DATA = "Dataset035_BrainT1"
+SOURCE, TARGET = "Dataset106_Source", "Dataset107_Target"
+PRETEXTS = ("mae", "mae:pretext_skips=false", "genesis", "volume-fusion", "rotation", "relative-location", "simclr")
+N_SEEDS = 3
+
+
+def main() -> None:
+    parser = make_parser(__doc__, DATA)
+    parser.add_argument("--pretexts", nargs="+", default=list(PRETEXTS), help="a task, or TASK:SETTING=VALUE")
+    parser.add_argument("--few", type=int, nargs="+", default=[4, 8], help="labelled cases")
+    parser.add_argument("--scored", type=int, default=10, help="cases that all are scored on")
+    parser.add_argument("--pretrain-epochs", type=int, default=40, help="epochs of 20 iterations")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of 10 iterations on the labelled cases")
+    parser.add_argument("--patch", default="32,32,32")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--together", nargs="*", default=[], metavar="A/B", help="pairs of cases of one person")
+    Benchmark.print_result(parser)
+
+
+class Benchmark(Experiment):
+    def measure(self) -> dict[str, Any]:
+        started = time.monotonic()
+        self.prepare()
+        sources = dict(zip(("supervised", *self.args.pretexts), self.all_of(self.pretrainings()), strict=True))
+        arms: dict[str, Path | None] = {"scratch": None, "scratch, longer": None, **sources}
+        cells = [(arm, n, seed) for arm in arms for n in self.args.few for seed in range(N_SEEDS)]
+        trained = self.all_of([partial(self.train, arm, arms[arm], n, seed) for arm, n, seed in cells])
+        dice = {cell: final_dice(fold) for cell, fold in zip(cells, trained, strict=True)}
+        table = {str(n): {arm: [dice[arm, n, seed] for seed in range(N_SEEDS)] for arm in arms} for n in self.args.few}
+        for n, rows in table.items():
+            for arm, scores in rows.items():
+                gains = [a - b for a, b in zip(scores, rows["scratch, longer"], strict=True)]
+                one, gain = spread(scores), spread(gains)
+                line = f"{n:>3} cases  {arm:<28}{one['mean']:>8.3f} +- {one['sd']:.3f}"
+                print(f"{line}{gain['mean']:>+9.3f} +- {gain['sd']:.3f} over longer", file=sys.stderr)
+        source, few, scored = self.split()
+        return {
+            "benchmark": "self_supervised",
+            "data": self.args.data.name,
+            "cases": {"pretraining": len(source), "labelled": self.args.few, "scored": len(scored)},
+            "width": self.args.width,
+            "patch": self.args.patch,
+            "batch_size": self.args.batch_size,
+            "iterations": {"pretraining": self.args.pretrain_epochs * 20, "training": self.args.epochs * 10},
+            "dice": table,
+            "seconds": round(time.monotonic() - started),
+            "versions": {name: version(name) for name in ("stunet", "nnunetv2", "torch")},
+        }
+
+    def split(self) -> tuple[list[str], list[list[str]], list[str]]:
+        """Cases to pre-train on, the labelled ones of each seed, and those that all are scored on."""
+        names = sorted(p.name.removesuffix(".nii.gz") for p in (self.args.data / "labelsTr").glob("*.nii.gz"))
+        first = {name: a for a, b in (pair.split("/") for pair in self.args.together) for name in names if b in name}
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(next((n for n in names if first.get(name, "-") in n), name), []).append(name)
+        listed = list(groups.values())
+        random.Random(0).shuffle(listed)
+        ordered = [name for group in listed for name in group]
+        scored, rest = ordered[: self.args.scored], ordered[self.args.scored :]
+        pool = rest[: max(12, max(self.args.few))]
+        few = [random.Random(seed).sample(pool, max(self.args.few)) for seed in range(N_SEEDS)]
+        return rest[len(pool) :], few, scored
+
+    def prepare(self) -> None:
+        if (self.root / "prepared").exists():
+            return
+        source, few, scored = self.split()
+        for dataset, names in ((SOURCE, source), (TARGET, sorted({*scored, *(name for row in few for name in row)}))):
+            folder = self.raw / dataset
+            for part, suffix in (("imagesTr", "_0000"), ("labelsTr", "")):
+                (folder / part).mkdir(parents=True, exist_ok=True)
+                for name in names:
+                    file = f"{name}{suffix}.nii.gz"
+                    shutil.copyfile(self.args.data / part / file, folder / part / file)
+            description = json.loads((self.args.data / "dataset.json").read_text())
+            (folder / "dataset.json").write_text(json.dumps({**description, "numTraining": len(names)}))
+        self.run("nnUNetv2_plan_and_preprocess -d 106 107 -c 3d_fullres -npfp 2 -np 2")
+        # Fold 3 i + j: the i-th number of labelled cases, the j-th seed.
+        folds = [{"train": row[:n], "val": scored} for n in self.args.few for row in few]
+        (self.preprocessed / TARGET / "splits_final.json").write_text(json.dumps(folds))
+        held = max(2, len(source) // 8)
+        split = [{"train": source[held:], "val": source[:held]}]
+        (self.preprocessed / SOURCE / "splits_final.json").write_text(json.dumps(split))
+        (self.root / "prepared").touch()
+
+    def settings(self, epochs: int, iterations: int) -> str:
+        steps = f"num_epochs={epochs} num_iterations_per_epoch={iterations} num_val_iterations_per_epoch=4"
+        return f"--set {steps} batch_size={self.args.batch_size} patch_size={self.args.patch}"
+
+    def pretrainings(self) -> list[partial[Path]]:
+        return [partial(self.pretrain, None), *(partial(self.pretrain, pretext) for pretext in self.args.pretexts)]
+
+    def pretrain(self, pretext: str | None) -> Path:
+        name = "P_" + (pretext or "supervised").replace(":", "_").replace("=", "_")
+        trainer = "STUNetTrainer" if pretext is None else "STUNetTrainer_pretext"
+        final = self.results / SOURCE / f"{trainer}__{name}__3d_fullres" / "fold_0" / "checkpoint_final.pth"
+        if not final.is_file():
+            plan = f"stunet plan -d 106 --depth 1 --width {self.args.width} -c 3d_fullres --name {name} --overwrite"
+            task, _, more = (pretext or "").partition(":")
+            plan += f" --pretext {task}" if task else ""
+            line = f"{plan} {self.settings(self.args.pretrain_epochs, 20)} {more} final_validation=false"
+            self.run(f"{line} && nnUNetv2_train 106 3d_fullres 0 -p {name} -tr {trainer} -device cpu")
+        return final
+
+    def train(self, arm: str, source: Path | None, n: int, seed: int) -> Path:
+        fold = N_SEEDS * self.args.few.index(n) + seed
+        name = "P_" + "".join(c if c.isalnum() else "_" for c in arm)
+        folder = self.results / TARGET / f"STUNetTrainer__{name}__3d_fullres" / f"fold_{fold}"
+        if (folder / "validation" / "summary.json").is_file():
+            return folder
+        if source is not None:
+            # At the rate of a training from scratch: so few iterations at a tenth of it would not leave the start.
+            settings = f"{self.settings(self.args.epochs, 10)} initial_lr=0.01 head=fresh"
+            line = f"stunet finetune -d 107 -f {fold} --from {source} --name {name} -device cpu --seed {seed}"
+            self.run(f"{line} --overwrite {settings}")
+            return folder
+        epochs = self.args.epochs + (self.args.pretrain_epochs * 2 if arm.endswith("longer") else 0)
+        plan = f"stunet plan -d 107 --depth 1 --width {self.args.width} -c 3d_fullres --name {name} --overwrite"
+        train = f"stunet train 107 3d_fullres {fold} -p {name} -tr STUNetTrainer -device cpu --seed {seed}"
+        self.run(f"{plan} {self.settings(epochs, 10)} && {train}")
+        return folder
+
+
+def final_dice(fold: Path) -> float:
+    summary = json.loads((fold / "validation" / "summary.json").read_text())
+    return round(summary["foreground_mean"]["Dice"], 4)
+
+
+if __name__ == "__main__":
+    main()
