@@ -59,7 +59,7 @@ class Benchmark(Experiment):
                 one, gain = spread(scores), spread(gains)
                 line = f"{n:>3} cases  {arm:<28}{one['mean']:>8.3f} +- {one['sd']:.3f}"
                 print(f"{line}{gain['mean']:>+9.3f} +- {gain['sd']:.3f} over longer", file=sys.stderr)
-        source, few, scored = self.split()
+        source, _few, scored = self.split()
         return {
             "benchmark": "self_supervised",
             "data": self.args.data.name,
