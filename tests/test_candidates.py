@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import UNET_PATCH, UNET_STRIDES, unet, write_unet
+from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+from networks import UNET_PATCH, UNET_STRIDES, unet, unet_architecture, write_unet
 from torch import nn
 from weights import TINY, tiny_weights, write_v1
 
@@ -16,6 +17,7 @@ from stunet.errors import ArchitectureError, CheckpointError, UsageError
 from stunet.network import STUNetSize, build_stunet
 from stunet.ranking.points import draw_points, extract_case, read_stages
 from stunet.ranking.ranking import Candidate, build_candidate, name_checkpoints, read_zoo
+from stunet.weights.convert import open_any_weights, trained_parts
 from stunet.weights.transfer import adapt_stem
 
 PATCH = (32, 32, 32)
@@ -229,3 +231,70 @@ def test_bad_zoo_files(tmp_path: Path, content: str, problem: str) -> None:
 def test_checkpoints_that_are_not_there_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"gone\.pth"):
         name_checkpoints([tmp_path / "gone.pth"])
+
+
+def write_nnssl(path: Path, weights: dict[str, torch.Tensor], name: str, prefix: str = "", **described: Any) -> Path:
+    """A checkpoint as nnssl's users share it, with the plan of its adaptation."""
+    plan = {
+        "architecture_plans": {"arch_class_name": name, "arch_kwargs": None, **described},
+        "pretrain_plan": {"configurations": {"onemmiso": {"patch_size": [160, 160, 160]}}},
+        "pretrain_num_input_channels": 1,
+        "recommended_downstream_patchsize": [160, 160, 160],
+        "key_to_encoder": f"{prefix}encoder.stages",
+        "key_to_stem": f"{prefix}encoder.stem",
+        "keys_to_in_proj": [f"{prefix}encoder.stem.convs.0.conv"],
+        "key_to_lpe": None,
+    }
+    state = {f"{prefix}{key}": tensor for key, tensor in weights.items()}
+    torch.save({"network_weights": state, "nnssl_adaptation_plan": plan, "trainer_name": "BaseMAETrainer"}, path)
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["", "net."])
+@pytest.mark.parametrize("decoder", [True, False])
+@pytest.mark.parametrize("name", ["PlainConvUNet", "ResidualEncoderUNet"])
+def test_the_encoder_of_an_nnssl_checkpoint_is_read(tmp_path: Path, name: str, decoder: bool, prefix: str) -> None:
+    network, described = unet(name), unet_architecture(name)
+    weights = {key: tensor for key, tensor in network.state_dict().items() if decoder or key.startswith("encoder.")}
+    arguments = {
+        "arch_kwargs": described["arch_kwargs"],
+        "arch_kwargs_requiring_import": described["_kw_requires_import"],
+    }
+    path = write_nnssl(tmp_path / "x.pth", weights, name, prefix, **arguments)
+    candidate = build_candidate(path, input_channels=1, patch_size=UNET_PATCH, strides=OTHER_STRIDES)
+    x = torch.randn(1, 1, *UNET_PATCH)
+    with torch.no_grad():
+        expected = network.encoder(x)
+        found = read_stages(candidate.network, x, torch.Tensor.clone, "encoder")
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert candidate.head is None
+    assert candidate.description["pretext"] == "BaseMAETrainer"
+    assert trained_parts(path) == ("encoder",)
+
+
+@pytest.mark.parametrize("name", ["ResEncL", "NoSkipResEncL"])
+def test_nnssls_large_network_has_its_published_shape(tmp_path: Path, name: str) -> None:
+    network = ResidualEncoderUNet(
+        1, 6, [32, 64, 128, 256, 320, 320], nn.Conv3d, 3, [1, 2, 2, 2, 2, 2], [1, 3, 4, 6, 6, 6], 1, [1] * 5,
+        conv_bias=True, norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU,
+    )  # fmt: skip
+    weights = {key: tensor.half() for key, tensor in network.state_dict().items() if key.startswith("encoder.")}
+    assert len(weights) == 448, "as in the published checkpoint"
+    opened = open_any_weights(write_nnssl(tmp_path / "x.pth", weights, name))
+    assert opened.trained == ("encoder",)
+    key = "encoder.stages.5.blocks.5.conv2.conv.weight"
+    assert torch.equal(opened.tensors[key], weights[key].float())
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [("PrimusM", {}, ["PrimusM", "U-Net"]), ("ResEncL", {"encoder.stages.0.x": torch.ones(1)}, ["stem"])],
+)
+def test_what_else_nnssl_trains_is_refused(
+    tmp_path: Path, name: str, given: dict[str, torch.Tensor], words: list[str]
+) -> None:
+    path = write_nnssl(tmp_path / "x.pth", given, name)
+    with pytest.raises(CheckpointError) as refusal:
+        build(path)
+    assert all(word in str(refusal.value) for word in words)

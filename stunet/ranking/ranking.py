@@ -225,7 +225,7 @@ def build_candidate(
     network = network.to_empty(device="cpu").eval()
     with torch.no_grad():
         for key, parameter in network.state_dict(keep_vars=True).items():
-            if key.startswith(_HEADS):
+            if key.startswith(_HEADS) or key not in weights.tensors:  # or of a decoder that is not read
                 parameter.zero_()
             elif weights.tensors[key].shape != parameter.shape:  # the stem
                 parameter.copy_(adapt_stem(weights.tensors[key], parameter, "repeat-scaled"))

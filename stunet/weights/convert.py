@@ -288,20 +288,24 @@ def _stunet_weights(path: Path, file: _File, pickles: list[Path], trust: Sequenc
         kind = "old nnU-Net v2 port" if kind == "nnU-Net v2" and published else kind
         tensors = {key: finite_float32(name, stripped[name]) for key, name in names.items()}
         precision = " and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in stripped.values()}))
-        pickled = v1_plans, v1_init, tuple(pickles)
-        epoch = epoch if isinstance(epoch, int) else None
         pretext = content.get("pretext") or {}
         pretext = {"name": None, "trains": _PARTS} if pretext.get("labels", True) else pretext
         if not pretext["trains"] or not set(pretext["trains"]) <= set(_PARTS):
             raise ValueError(f"pretext that trains {str(pretext['trains'])[:60]}")
-        by = (pretext["name"], tuple(pretext["trains"]))
-        return SourceWeights(path, kind, tensors, architecture, precision, *pickled, init_args, axes, epoch, *by)
+        return SourceWeights(
+            path, kind, tensors, architecture, precision, v1_plans, v1_init, tuple(pickles), init_args,
+            mirroring_axes=axes,
+            epoch=epoch if isinstance(epoch, int) else None,
+            pretext=pretext["name"],
+            trained=tuple(pretext["trains"]),
+        )  # fmt: skip
 
 
 def trained_parts(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """Return which of ``encoder`` and ``decoder`` a checkpoint has trained; both where it cannot be read."""
     with suppress(STUNetError, KeyError, TypeError, AttributeError):
-        return tuple(read_state(sort_paths([Path(path)])[0])[0]["pretext"]["trains"])
+        content = read_state(sort_paths([Path(path)])[0])[0]
+        return ("encoder",) if _NNSSL in content else tuple(content["pretext"]["trains"])
     return _PARTS
 
 
@@ -363,6 +367,22 @@ def write_published(weights: SourceWeights, path: str | os.PathLike[str]) -> Non
 _STEMS = ("encoder.stem.convs.0.conv.weight", "encoder.stages.0.0.convs.0.conv.weight")
 _HEAD = re.compile(r"decoder\.seg_layers\.(\d+)\.weight")
 _MARK = "decoder.transpconvs.0.weight"
+_NNSSL = "nnssl_adaptation_plan"
+#: What nnssl calls ResEncL (arXiv 2412.17041); NoSkipResEncL has the same encoder.
+_RES_ENC_L: dict[str, Any] = {
+    "n_stages": 6,
+    "features_per_stage": [32, 64, 128, 256, 320, 320],
+    "conv_op": "torch.nn.Conv3d",
+    "kernel_sizes": 3,
+    "strides": [1, 2, 2, 2, 2, 2],
+    "n_blocks_per_stage": [1, 3, 4, 6, 6, 6],
+    "n_conv_per_stage_decoder": [1, 1, 1, 1, 1],
+    "conv_bias": True,
+    "norm_op": "torch.nn.InstanceNorm3d",
+    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+    "nonlin": "torch.nn.LeakyReLU",
+    "nonlin_kwargs": {"inplace": True},
+}
 
 
 @dataclass(frozen=True)
@@ -403,7 +423,7 @@ def open_any_weights(path: str | os.PathLike[str], trust: Sequence[str] = ()) ->
     """Read the weights of a STU-Net, or of one of nnU-Net's own networks, without running code out of the file.
 
     Args:
-        path: A file as for :func:`open_weights`, a checkpoint of nnU-Net v2 with a ``PlainConvUNet`` or a
+        path: A file as for :func:`open_weights`, a checkpoint of nnU-Net v2 or of nnssl with a ``PlainConvUNet`` or a
             ``ResidualEncoderUNet``, or a model folder with one fold.
         trust: Further classes that the plans may name, see :func:`stunet.weights.read.check_network`.
 
@@ -413,6 +433,9 @@ def open_any_weights(path: str | os.PathLike[str], trust: Sequence[str] = ()) ->
     """
     path, _ = sort_paths([Path(path)])
     content, state, kind = read_state(path)
+    if _NNSSL in content:
+        with reading(path, "a checkpoint of nnssl that cannot be used"):
+            return _nnssl_weights(path, content, strip_prefixes(state, path, names=4), trust)
     if not any(isinstance(key, str) and key.endswith(_MARK) for key in state):
         return _stunet_weights(path, (content, state, kind), [], trust)
     with reading(path, "a checkpoint that cannot be used"):
@@ -447,3 +470,33 @@ def _unet_architecture(
     if mismatch := read.describe_mismatch(state, expected):
         raise CheckpointError(f"{path}: {read.UNUSABLE}: of a {name} that they describe, {mismatch}")
     return architecture
+
+
+def _nnssl_weights(
+    path: Path, content: Mapping[str, Any], state: Mapping[str, Tensor], trust: Sequence[str]
+) -> UNetWeights:
+    """The encoder of a network that nnssl pre-trained: its adaptation plan hands over nothing else."""
+    plan = content[_NNSSL]
+    described = plan["architecture_plans"]
+    name, arguments = described["arch_class_name"], described.get("arch_kwargs")
+    if name in ("ResEncL", "NoSkipResEncL"):
+        name, arguments = "ResidualEncoderUNet", _RES_ENC_L
+    elif name not in (*read.UNETS, *trust):
+        raise ValueError(f"a {str(name)[:60]}, which is no U-Net with stages")
+    imported = described.get("arch_kwargs_requiring_import") or ()
+    network = {"network_class_name": name, "arch_kwargs": arguments, "_kw_requires_import": imported}
+    name, checked = read.check_network(network, source=str(path), trust=trust)
+    prefix = f"{plan['key_to_encoder'].removesuffix('.stages')}."
+    encoder = {f"encoder.{key.removeprefix(prefix)}": state[key] for key in state if key.startswith(prefix)}
+    stem = next((encoder[key] for key in _STEMS if key in encoder), None)
+    if stem is None or stem.ndim not in (4, 5):
+        raise ValueError(f"weights without the stem of nnU-Net's networks under {prefix}")
+    architecture = UNetArchitecture(read.UNETS.get(name, name), checked, stem.shape[1], 1, stem.ndim - 2)
+    with torch.device("meta"):
+        expected = architecture.build(stem.shape[1], 1).state_dict()
+    if mismatch := read.describe_mismatch(encoder, {k: t for k, t in expected.items() if k.startswith("encoder.")}):
+        raise ValueError(f"of a {name}, {mismatch}")
+    tensors = {key: finite_float32(key, tensor) for key, tensor in encoder.items()}
+    tensors |= {f"decoder.{key}": tensor for key, tensor in tensors.items() if f"decoder.{key}" in expected}
+    by = str(content.get("trainer_name") or "nnssl")
+    return UNetWeights(path, tensors, architecture, pretext=by, trained=("encoder",))

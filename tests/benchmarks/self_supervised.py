@@ -4,8 +4,9 @@ Pre-trains a narrow STU-Net on one part of a dataset without looking at its labe
 cases of another part, all with the same budget: from the weights of each task; from those of a training with all labels
 of the first part; from scratch; and from scratch for as many iterations as pre-training and fine-tuning take together.
 Scored by nnU-Net's final validation on cases that no training saw. Three seeds, each with labelled cases of its own.
-Every step is a command that a user types. Prints a table to standard error and one JSON line. With --work, what is
-finished is not done again after an interruption.
+Every step is a command that a user types. Prints a table to standard error and one JSON line, with each task's measures
+on validation cases at its end too. With --work, what is finished is not done again after an interruption; with
+--pretrain-only that is all.
 
     python tests/benchmarks/self_supervised.py --data ../shared/data/Dataset035_BrainT1 --work FOLDER --jobs 2
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import sys
 import time
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--scored", type=int, default=10, help="cases that all are scored on")
     parser.add_argument("--pretrain-epochs", type=int, default=40, help="epochs of 20 iterations")
     parser.add_argument("--epochs", type=int, default=10, help="epochs of 10 iterations on the labelled cases")
+    parser.add_argument("--pretrain-only", action="store_true")
     parser.add_argument("--patch", default="32,32,32")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--together", nargs="*", default=[], metavar="A/B", help="pairs of cases of one person")
@@ -48,6 +51,10 @@ class Benchmark(Experiment):
         started = time.monotonic()
         self.prepare()
         sources = dict(zip(("supervised", *self.args.pretexts), self.all_of(self.pretrainings()), strict=True))
+        measures = {arm: read_measures(path.parent) for arm, path in sources.items() if arm != "supervised"}
+        print(json.dumps(measures, indent=1), file=sys.stderr)
+        if self.args.pretrain_only:
+            return {"benchmark": "self_supervised", "data": self.args.data.name, "measures": measures}
         arms: dict[str, Path | None] = {"scratch": None, "scratch, longer": None, **sources}
         cells = [(arm, n, seed) for arm in arms for n in self.args.few for seed in range(N_SEEDS)]
         trained = self.all_of([partial(self.train, arm, arms[arm], n, seed) for arm, n, seed in cells])
@@ -68,6 +75,7 @@ class Benchmark(Experiment):
             "patch": self.args.patch,
             "batch_size": self.args.batch_size,
             "iterations": {"pretraining": self.args.pretrain_epochs * 20, "training": self.args.epochs * 10},
+            "measures": measures,
             "dice": table,
             "seconds": round(time.monotonic() - started),
             "versions": {name: version(name) for name in ("stunet", "nnunetv2", "torch")},
@@ -151,6 +159,17 @@ class Benchmark(Experiment):
 def final_dice(fold: Path) -> float:
     summary = json.loads((fold / "validation" / "summary.json").read_text())
     return round(summary["foreground_mean"]["Dice"], 4)
+
+
+def read_measures(fold: Path) -> dict[str, float]:
+    """The means over the last five epochs of what the training has logged of validation cases."""
+    logged: dict[str, list[float]] = {}
+    for line in sorted(fold.glob("training_log_*.txt"))[-1].read_text().splitlines():
+        pairs = re.findall(r"\b([a-z][a-z ]*) (-?\d[\d.e-]*)(?:,|$)", line.strip().partition(": ")[2].strip())
+        if pairs and "rate" not in pairs[0][0] and "best" not in line:
+            for name, value in pairs:
+                logged.setdefault(name, []).append(float(value))
+    return {name: round(sum(values[-5:]) / len(values[-5:]), 4) for name, values in logged.items()}
 
 
 if __name__ == "__main__":
