@@ -131,5 +131,5 @@ class RubikPlus(Rubik):
 
     def masked(self, images: Tensor) -> Tensor:
         """Set a share of the voxels to 0, the same in all channels."""
-        kept = torch.rand(len(images), 1, *images.shape[2:]) >= self.settings["mask_ratio"]
-        return images * kept.to(images.device)
+        dropped = torch.rand(len(images), 1, *images.shape[2:]) < self.settings["mask_ratio"]
+        return images.masked_fill(dropped.to(images.device), 0.0)
