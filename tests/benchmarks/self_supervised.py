@@ -38,8 +38,9 @@ def main() -> None:
     parser.add_argument("--few", type=int, nargs="+", default=[4, 8], help="labelled cases")
     parser.add_argument("--scored", type=int, default=10, help="cases that all are scored on")
     parser.add_argument("--pretrain-epochs", type=int, default=40, help="epochs of 20 iterations")
-    parser.add_argument("--epochs", type=int, default=10, help="epochs of 10 iterations on the labelled cases")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of 20 iterations on the labelled cases")
     parser.add_argument("--pretrain-only", action="store_true")
+    parser.add_argument("--configuration", default="3d_fullres")
     parser.add_argument("--patch", default="32,32,32")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--together", nargs="*", default=[], metavar="A/B", help="pairs of cases of one person")
@@ -49,6 +50,7 @@ def main() -> None:
 class Benchmark(Experiment):
     def measure(self) -> dict[str, Any]:
         started = time.monotonic()
+        self.configuration = self.args.configuration
         self.prepare()
         sources = dict(zip(("supervised", *self.args.pretexts), self.all_of(self.pretrainings()), strict=True))
         measures = {arm: read_measures(path.parent) for arm, path in sources.items() if arm != "supervised"}
@@ -74,7 +76,7 @@ class Benchmark(Experiment):
             "width": self.args.width,
             "patch": self.args.patch,
             "batch_size": self.args.batch_size,
-            "iterations": {"pretraining": self.args.pretrain_epochs * 20, "training": self.args.epochs * 10},
+            "iterations": {"pretraining": self.args.pretrain_epochs * 20, "training": self.args.epochs * 20},
             "measures": measures,
             "dice": table,
             "seconds": round(time.monotonic() - started),
@@ -109,7 +111,7 @@ class Benchmark(Experiment):
                     shutil.copyfile(self.args.data / part / file, folder / part / file)
             description = json.loads((self.args.data / "dataset.json").read_text())
             (folder / "dataset.json").write_text(json.dumps({**description, "numTraining": len(names)}))
-        self.run("nnUNetv2_plan_and_preprocess -d 106 107 -c 3d_fullres -npfp 2 -np 2")
+        self.run(f"nnUNetv2_plan_and_preprocess -d 106 107 -c {self.configuration} -npfp 2 -np 2")
         # Fold 3 i + j: the i-th number of labelled cases, the j-th seed.
         folds = [{"train": row[:n], "val": scored} for n in self.args.few for row in few]
         (self.preprocessed / TARGET / "splits_final.json").write_text(json.dumps(folds))
@@ -118,8 +120,12 @@ class Benchmark(Experiment):
         (self.preprocessed / SOURCE / "splits_final.json").write_text(json.dumps(split))
         (self.root / "prepared").touch()
 
-    def settings(self, epochs: int, iterations: int) -> str:
-        steps = f"num_epochs={epochs} num_iterations_per_epoch={iterations} num_val_iterations_per_epoch=4"
+    def plan(self, dataset: int, name: str) -> str:
+        size = f"--depth 1 --width {self.args.width}"
+        return f"stunet plan -d {dataset} {size} -c {self.configuration} --name {name} --overwrite"
+
+    def settings(self, epochs: int, n_validation: int = 1) -> str:
+        steps = f"num_epochs={epochs} num_iterations_per_epoch=20 num_val_iterations_per_epoch={n_validation}"
         return f"--set {steps} batch_size={self.args.batch_size} patch_size={self.args.patch}"
 
     def pretrainings(self) -> list[partial[Path]]:
@@ -128,31 +134,30 @@ class Benchmark(Experiment):
     def pretrain(self, pretext: str | None) -> Path:
         name = "P_" + (pretext or "supervised").replace(":", "_").replace("=", "_")
         trainer = "STUNetTrainer" if pretext is None else "STUNetTrainer_pretext"
-        final = self.results / SOURCE / f"{trainer}__{name}__3d_fullres" / "fold_0" / "checkpoint_final.pth"
+        final = self.results / SOURCE / f"{trainer}__{name}__{self.configuration}" / "fold_0" / "checkpoint_final.pth"
         if not final.is_file():
-            plan = f"stunet plan -d 106 --depth 1 --width {self.args.width} -c 3d_fullres --name {name} --overwrite"
+            plan = self.plan(106, name)
             task, _, more = (pretext or "").partition(":")
             plan += f" --pretext {task}" if task else ""
-            line = f"{plan} {self.settings(self.args.pretrain_epochs, 20)} {more} final_validation=false"
-            self.run(f"{line} && nnUNetv2_train 106 3d_fullres 0 -p {name} -tr {trainer} -device cpu")
+            line = f"{plan} {self.settings(self.args.pretrain_epochs, 4)} {more} final_validation=false"
+            self.run(f"{line} && nnUNetv2_train 106 {self.configuration} 0 -p {name} -tr {trainer} -device cpu")
         return final
 
     def train(self, arm: str, source: Path | None, n: int, seed: int) -> Path:
         fold = N_SEEDS * self.args.few.index(n) + seed
         name = "P_" + "".join(c if c.isalnum() else "_" for c in arm)
-        folder = self.results / TARGET / f"STUNetTrainer__{name}__3d_fullres" / f"fold_{fold}"
+        folder = self.results / TARGET / f"STUNetTrainer__{name}__{self.configuration}" / f"fold_{fold}"
         if (folder / "validation" / "summary.json").is_file():
             return folder
         if source is not None:
             # At the rate of a training from scratch: so few iterations at a tenth of it would not leave the start.
-            settings = f"{self.settings(self.args.epochs, 10)} initial_lr=0.01 head=fresh"
-            line = f"stunet finetune -d 107 -f {fold} --from {source} --name {name} -device cpu --seed {seed}"
-            self.run(f"{line} --overwrite {settings}")
+            settings = f"{self.settings(self.args.epochs)} initial_lr=0.01 head=fresh"
+            line = f"stunet finetune -d 107 -c {self.configuration} -f {fold} --from {source} --name {name}"
+            self.run(f"{line} -device cpu --seed {seed} --overwrite {settings}")
             return folder
-        epochs = self.args.epochs + (self.args.pretrain_epochs * 2 if arm.endswith("longer") else 0)
-        plan = f"stunet plan -d 107 --depth 1 --width {self.args.width} -c 3d_fullres --name {name} --overwrite"
-        train = f"stunet train 107 3d_fullres {fold} -p {name} -tr STUNetTrainer -device cpu --seed {seed}"
-        self.run(f"{plan} {self.settings(epochs, 10)} && {train}")
+        epochs = self.args.epochs + (self.args.pretrain_epochs if arm.endswith("longer") else 0)
+        train = f"stunet train 107 {self.configuration} {fold} -p {name} -tr STUNetTrainer -device cpu --seed {seed}"
+        self.run(f"{self.plan(107, name)} {self.settings(epochs)} && {train}")
         return folder
 
 
