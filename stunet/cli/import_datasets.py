@@ -104,7 +104,7 @@ def totalsegmentator(
         print_table(rows, "structure", "lost to", "voxels", title="Overlaps", numbers=["voxels"])
         n_voxels = sum(report.overlaps.values())
         print_line(f"{n_voxels} voxels in {len(report.overlaps)} pairs; all of them in import_report.json")
-    _finish(report, dataset_id)
+    _finish(report, f"stunet labels check -d {dataset_id}")
 
 
 @app.command("union")
@@ -169,7 +169,7 @@ def union(
     _print_weights(found, own_names, given, console)
     own = "Not every source has a splits_final.json in nnUNet_raw: nnU-Net makes five folds of its own."
     print_line("The first folds of the sources' splits_final.json are the only fold." if report.has_folds else own)
-    _finish(report, dataset_id)
+    _finish(report, f"stunet labels check -d {dataset_id}")
 
 
 @app.command("images")
@@ -196,6 +196,7 @@ def images(
         num_processes: Cases at a time.
     """
     from stunet.datasets.images import find_images, import_images
+    from stunet.datasets.imports import dataset_folder
 
     folder = dataset_folder(dataset_id, name)
     cases = find_images(source, pattern=pattern)
@@ -203,7 +204,7 @@ def images(
         names = tuple(split_names(*channel_names or ()))
         report = import_images(cases, folder, channel_names=names, num_processes=num_processes, on_case=on_case)
     print_line(f"Wrote {report.folder}: {len(report.records)} cases; {report.reused} were finished before")
-    _finish(report, dataset_id)
+    _finish(report, f"nnUNetv2_plan_and_preprocess -d {dataset_id}")
 
 
 def _parse_weights(weights: Sequence[str], sources: Sequence[UnionSource]) -> dict[str, float]:
@@ -260,11 +261,11 @@ def _print_cases(names: Sequence[str], what: str) -> None:
         print_line(f"{len(names)} {'case' if len(names) == 1 else 'cases'} {what}: {shown}")
 
 
-def _finish(report: ImportReport, dataset_id: int) -> None:
+def _finish(report: ImportReport, following: str) -> None:
     _print_cases(report.left_out, "left out, as they annotate none of these structures")
     _print_cases(report.kept, "kept from an earlier run, as the source does not have them whole any more")
     for path in report.stale:
         again = f"stunet labels carry -d {report.folder.name}"
         print_line(f"Left alone, as it differs: {path}. Preprocess again, then: {again}")
-    print_line(f"Next: stunet labels check -d {dataset_id}")
+    print_line(f"Next: {following}")
     exit_with_failures(report.failed, "could not be imported; the dataset is complete without them.")
