@@ -141,7 +141,7 @@ WRONG = [
     ("finetune -d 1 --from x --strategy zzz", "'zzz' is not one of"),
     ("finetune -d 1 --from x --set epochs=3", "num_epochs"),
     ("finetune -d 9 --from x", "Dataset001_Here"),
-    ("train 1 3d_fullres 7", "'7' is not one of"),
+    ("train 1 3d_fullres x", "'x' is neither the number of a fold nor all"),
     ("train 1 3d_fullres 0 --c --val", "--val"),
     ("plan -d 1 --size giant", "small, base, large, huge"),
     ("plan -d 1 --set num_epochs=0", "num_epochs"),

@@ -26,7 +26,7 @@ def finetune(
     dataset: options.Dataset,
     source: Annotated[Path, Option("--from", autocompletion=options.complete_weights)],
     configuration: Annotated[str, Option("-c", "--configuration")] = "3d_fullres",
-    fold: Annotated[options.FoldName, Option("-f", "--fold")] = "0",
+    fold: Annotated[str, Option("-f", "--fold", **options.FOLD)] = "0",
     strategy: options.StrategyOption = None,
     plans: options.Plans = "nnUNetPlans",
     settings: options.Settings = None,

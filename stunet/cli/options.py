@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from typer import Context, Option
+from typer import BadParameter, Context, Option
 
 from stunet import environment
 from stunet.cli.console import LIST_VALUES, human_bytes
@@ -52,8 +52,16 @@ def _complete_settings(ctx: Context, incomplete: str) -> list[tuple[str, str]]:
     return [(f"{known}=", SETTINGS[known].help) for known in names]
 
 
+def _read_fold(text: str) -> str:
+    if text != "all" and not text.isdecimal():
+        raise BadParameter(f"{text!r} is neither the number of a fold nor all")
+    return text
+
+
 # The docstrings of the commands say what each option does.
-FoldName = Literal["0", "1", "2", "3", "4", "all"]
+FOLD: dict[str, Any] = {
+    "parser": _read_fold, "metavar": "FOLD", "autocompletion": lambda: ["0", "1", "2", "3", "4", "all"]
+}  # fmt: skip
 DeviceName = Literal["auto", "cuda", "mps", "cpu"]
 Positive = Annotated[int, Option(min=1)]
 Processes = Annotated[int, Option("-np", "--np", min=1)]

@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from stunet.cli.console import print_line
 from stunet.cli.env import trainers_folder
-from stunet.cli.options import Continue, Device, FoldName, check_training, choose_device, preflight
+from stunet.cli.options import FOLD, Continue, Device, check_training, choose_device, preflight
 from stunet.environment import did_you_mean, find_dataset, find_plans
 from stunet.errors import UsageError
 from stunet.sizes import TRAINERS
@@ -26,7 +26,7 @@ _SEED_HELP = "Of all random numbers; on the CPU two trainings with one seed are 
 def train(
     dataset: Annotated[str, Argument(help="Dataset id or name.")],
     configuration: Annotated[str, Argument(help="For example 3d_fullres.")],
-    fold: Annotated[FoldName, Argument(help="Fold of the cross-validation, or all cases.")],
+    fold: Annotated[str, Argument(help="Fold of the cross-validation, or all cases.", **FOLD)],
     trainer: Annotated[str, Option("-tr", help="Trainer.")] = "STUNetTrainer",
     plans: Annotated[str, Option("-p", help="Plans.")] = "nnUNetPlans",
     pretrained_weights: Annotated[Path | None, Option("-pretrained_weights", help=_WEIGHTS_HELP)] = None,

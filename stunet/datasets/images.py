@@ -70,7 +70,10 @@ def find_images(source: str | os.PathLike[str], *, pattern: str = "*") -> dict[s
         name = case.name if stems.count(case.name) == 1 else "_".join(case.relative_to(root).parts)
         if sorted(found) != [*range(len(found))]:
             raise DatasetError(f"{case}: channels {sorted(found)} instead of 0, 1, …: add what is missing")
-        cases[re.sub(r"[^A-Za-z0-9_.-]", "_", name)] = tuple(found[channel].absolute() for channel in sorted(found))
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", name)
+        if name in cases:
+            raise DatasetError(f"two cases that would be called {name}, one of them {case}: rename one")
+        cases[name] = tuple(found[channel].absolute() for channel in sorted(found))
     check_names(cases, source, DatasetError)
     numbers = {len(paths): name for name, paths in cases.items()}
     if len(numbers) > 1:

@@ -145,7 +145,7 @@ class Benchmark(Experiment):
 
     def train(self, arm: str, source: Path | None, n: int, seed: int) -> Path:
         fold = N_SEEDS * self.args.few.index(n) + seed
-        name = "P_" + "".join(c if c.isalnum() else "_" for c in arm)
+        name = "P_" + re.sub("[^a-z]+", "_", arm)
         folder = self.results / TARGET / f"STUNetTrainer__{name}__{self.configuration}" / f"fold_{fold}"
         if (folder / "validation" / "summary.json").is_file():
             return folder
