@@ -32,13 +32,14 @@ class Anatomy(Pretext):
         "ema_momentum": 0.996,
     }
     hidden = 2048
+    min_batch = 2
 
     def __init__(self, network: STUNet, patch_size: Sequence[int], settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(network, patch_size, settings)
         n_axes, size = len(self.patch_size), self.settings["embedding"]
         self.grid = (2,) * n_axes
         divided_by(self.patch_size, (2 ** self.settings["anatomy_levels"],) * n_axes, "anatomy")
-        self.projector = projector(self.features[-1], self.hidden, size)
+        self.projector = projector(self.features[-1], self.hidden, size, centred=True)
         self.composer = projector(2**n_axes * size, self.hidden, size)
         self.target = nn.ModuleDict(
             {"encoder": copy.deepcopy(self.encoder), "projector": copy.deepcopy(self.projector)}

@@ -22,6 +22,7 @@ class _TwoViews(Pretext):
     family = "contrastive"
     shared_defaults: ClassVar[Mapping[str, Any]] = {"crop_size": 64, "crop_overlap": 0.5, "embedding": 128}
     hidden: ClassVar[int] = 2048
+    centred: ClassVar[bool] = True
     min_batch = 2
 
     def __init__(self, network: STUNet, patch_size: Sequence[int], settings: Mapping[str, Any] | None = None) -> None:
@@ -33,7 +34,7 @@ class _TwoViews(Pretext):
                 f"crops of {[*self.crop]} in a patch {[*patch_size]} leave one voxel at the coarsest stage: "
                 "enlarge patch_size or crop_size"
             )
-        self.projector = projector(self.features[-1], self.hidden, self.settings["embedding"])
+        self.projector = projector(self.features[-1], self.hidden, self.settings["embedding"], centred=self.centred)
 
     def views(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return two views of each case, ``(B, C, *crop)`` each."""
@@ -132,7 +133,7 @@ class BYOL(_TwoViews):
 
     source = "arXiv 2006.07733; settings of arXiv 2209.12157"
     defaults: ClassVar[Mapping[str, Any]] = {**_TwoViews.shared_defaults, "ema_momentum": 0.996}
-    min_batch = 1
+    centred = False
 
     def __init__(self, network: STUNet, patch_size: Sequence[int], settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(network, patch_size, settings)

@@ -154,11 +154,15 @@ def classified(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits, target), (logits.detach().argmax(1) == target).float().mean()
 
 
-def projector(channels: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Return two linear layers. Layers are normalized by case, as batches of volumes are too small for batch norm."""
-    return nn.Sequential(
-        nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs)
-    )
+def projector(channels: int, hidden: int, outputs: int, *, centred: bool = False) -> nn.Sequential:
+    """Return two linear layers with batch norm between, and after them where the embedding is to be centred.
+
+    Batch norm takes away what all cases have in common. At first that is nearly everything, as the means of
+    instance-normalized features hardly differ between cases: without it, contrast collapses.
+    """
+    layers = [nn.Linear(channels, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+    last = [nn.Linear(hidden, outputs, bias=not centred), *[nn.BatchNorm1d(outputs, affine=False)] * centred]
+    return nn.Sequential(*layers, *last)
 
 
 def split_blocks(images: Tensor, grid: Sequence[int]) -> Tensor:
