@@ -43,8 +43,11 @@ class PCRL(SimCLR):
         restored = self.head(self.decoder.finest(features))
         z = F.normalize(self.projector(features[-1].flatten(2).mean(2)), dim=1)
         contrast, accuracy = nt_xent(z, self.settings["temperature"])
-        restoration = F.mse_loss(restored, truth)
-        error = (restoration.detach() / truth.var(correction=0).clamp_min(1e-12)).sqrt()
+        restoration = F.mse_loss(restored, truth) / truth.var(correction=0).clamp_min(1e-6)
         self.chance = {"error": 1.0, "accuracy": 1 / (len(z) - 1)}
         picture = {"input": distorted[0, 0], "output": restored[0, 0].detach(), "truth": truth[0, 0]}
-        return Step(restoration + contrast, {"error": error, "accuracy": accuracy, **spread(z.detach())}, picture)
+        return Step(
+            restoration + contrast,
+            {"error": restoration.detach().sqrt(), "accuracy": accuracy, **spread(z.detach())},
+            picture,
+        )

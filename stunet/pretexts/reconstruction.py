@@ -15,7 +15,9 @@ from stunet.pretexts.pretext import Part, Pretext, Step, cut, random_choice, to_
 
 
 class Autoencoder(Pretext):
-    """Reconstruct the patch; the mean square error counts on all voxels.
+    """Reconstruct the patch; the mean square error of all voxels counts relative to the variance of the truth.
+
+    So one learning rate is right for images in [0, 1] and for z-scores.
 
     With ``pretext_skips=false`` the decoder gets zeros in place of the skip connections, so that all has to pass
     through the coarsest features. It is no part of the network then, but a head: fine-tuning takes the encoder alone.
@@ -40,10 +42,10 @@ class Autoencoder(Pretext):
         corrupted, counts = self.corrupt(truth)
         output = self.reconstruct(corrupted)
         counted = counts.expand_as(truth)
-        loss = F.mse_loss(output[counted], truth[counted])
-        error = (loss.detach() / truth[counted].var(correction=0).clamp_min(1e-12)).sqrt()
+        variance = truth[counted].var(correction=0).clamp_min(1e-6)
+        loss = F.mse_loss(output[counted], truth[counted]) / variance
         picture = {"input": corrupted[0, 0], "output": output[0, 0].detach(), "truth": truth[0, 0]}
-        return Step(loss, {"error": error}, picture)
+        return Step(loss, {"error": loss.detach().sqrt()}, picture)
 
     def truth(self, images: Tensor) -> Tensor:
         """Return what is to be reconstructed."""
