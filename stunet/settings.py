@@ -117,7 +117,7 @@ SETTINGS: dict[str, Setting] = {
     "stem": Setting("repeat-scaled", *_one_of(StemPolicy), "how weights are adapted to other input channels"),
     "head": Setting("by-name", *_one_of(HeadPolicy), "whether heads of pretrained_weights are used"),
     "select_for": Setting(None, *_DATASET, "dataset for which periodic checkpoints are scored; the best one is kept"),
-    "pretext": Setting(None, *_one_of(PretextName), "self-supervised task, alone in STUNetTrainer_pretext"),
+    "pretext": Setting(None, *_one_of(PretextName), "self-supervised task, beside labels or alone"),
     "pretext_weight": Setting(0.1, *_POSITIVE, "weight of pretext beside labels, in the other trainers"),
     "pretext_skips": Setting(True, *_BOOL, "autoencoder, genesis, mae: whether the decoder gets skip connections"),
     "mask_ratio": Setting(None, *_FRACTION, "mae, rubik-plus: share that is masked"),

@@ -4,6 +4,7 @@ Their help ends with these examples::
 
     stunet plan -d 4 --size base --set num_epochs=500 patch_size=96,160,160
     stunet plan -d 4 --from small_ep4k --strategy warmup
+    stunet plan -d 900 --size base --pretext mae
     stunet info --size small base --patch 96,160,160 --gpu 24GB
     stunet train 4 3d_fullres 0 -p STUNetPlans_base
     stunet finetune -d 4 --from small_ep4k
@@ -29,6 +30,7 @@ Their help ends with these examples::
     stunet weights verify small_ep4k small_ep4k.model
     stunet import totalsegmentator Totalsegmentator_v2 -d 101
     stunet import totalsegmentator Totalsegmentator_v2 -d 102 --group ribs
+    stunet import images FOLDER -d 900
     stunet import union -d 110 --from 101 4 --dry-run > mapping.yaml
     stunet import union -d 110 --from 101 4 --mapping mapping.yaml
     stunet labels check -d 4
