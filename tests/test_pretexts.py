@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -288,6 +289,16 @@ def test_what_cannot_be_is_refused(name: str, patch: tuple[int, ...], expected: 
     net = network()
     with pytest.raises(SettingsError, match=expected):
         find_pretext(name)(net, patch)
+
+
+def test_the_task_of_the_documentation_works() -> None:
+    text = Path(__file__).parents[1].joinpath("docs", "pretexts.md").read_text(encoding="utf-8")
+    code = text.rpartition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(code, names)  # noqa: S102 - our own
+    task: Pretext = names["Mirrored"](network(), PATCH)
+    assert set(task(images()).measures) == set(task.chance)
+    assert learned(task, 80)["accuracy"] > 0.9
 
 
 def learned(task: Pretext, steps: int, lr: float = 1e-3) -> dict[str, float]:

@@ -183,6 +183,7 @@ class Candidate:
     # the smallest patch that it takes and that is no smaller than the target's: a STU-Net takes the target's own, one
     # of nnU-Net's networks has the strides that it was trained with
     patch_size: tuple[int, ...]
+    part: Part  # whose features are read: the decoder's, unless it was not trained
     description: dict[str, Any]  # for JSON
 
 
@@ -241,6 +242,7 @@ def build_candidate(
         network=network,
         head=finest_head(weights.tensors) if exclusive and weights.pretext is None else None,
         patch_size=tuple(fitted.tolist()),
+        part="decoder" if "decoder" in weights.trained else "encoder",
         description={
             "path": str(weights.path),
             "network": name,
@@ -300,7 +302,7 @@ def score_candidate(
     path: str | os.PathLike[str],
     target: Target,
     *,
-    part: Part = "decoder",
+    part: Part | None = None,
     metrics: Sequence[str] = ("ccfv",),
     normalise: Normalise = "both",
     debias: Debias = "null",
@@ -313,9 +315,9 @@ def score_candidate(
 ) -> CandidateScores:
     """Load a checkpoint, read its features of the target's cases, and score them.
 
-    The features are those of the stages of a ``part`` of the network. The other arguments are those of :func:`rank`.
-    ``on_progress`` is called with what is being done, and the share of the
-    target's cases that has been read.
+    The features are those of the stages of a ``part`` of the network: by default of the decoder, unless it was not
+    trained. The other arguments are those of :func:`rank`. ``on_progress`` is called with what is being done, and the
+    share of the target's cases that has been read.
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or does not fit the target.
@@ -328,6 +330,7 @@ def score_candidate(
     channels, strides = dataset.input_channels, fit_strides(configuration["architecture"]["arch_kwargs"]["strides"])
     patch_size = configuration["patch_size"]
     candidate = build_candidate(path, input_channels=channels, patch_size=patch_size, strides=strides, trust=trust)
+    part = part or candidate.part
     head, cases, predictions = candidate.head if part == "decoder" else None, [], []
     read = partial(extract_case, patch_size=candidate.patch_size, device=device, batch_size=batch_size, head=head)
     read = partial(read, part=part)

@@ -70,15 +70,6 @@ class PretextTrainer(BaseSTUNetTrainer):
         """The self-supervised task."""
         return cast("PretextNetwork", self.whole_network).pretext
 
-    def initialize(self) -> None:
-        """Also refuse batches that are too small for the task."""
-        super().initialize()
-        smallest = int(self.configuration_manager.batch_size) // self.ranks.size // self.gradient_accumulation
-        if smallest < find_pretext(self.pretext).min_batch:
-            raise SettingsError(
-                f"pretext={self.pretext} compares cases, and got {smallest} at a time: raise batch_size"
-            )
-
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Do nothing: no task has outputs at several levels."""
 

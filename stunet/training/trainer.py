@@ -171,13 +171,28 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         nnU-Net, which is told of one process until here, would wrap it for the GPU of the rank's number, which only one
         machine has. Heads that the loss weighs 0 are left out.
         """
+        self._check_pretext()
         super().initialize()
+        if self.pretext is not None and super()._do_i_compile():
+            for part in (self.plain_network.encoder, *self.plain_network.decoder.stages):
+                part.compile()
         if dist.is_initialized():
             self._share_network()
         if self.enable_deep_supervision:
             weights = cast("DeepSupervisionWrapper", self.loss).weight_factors
             self.plain_network.decoder.supervised_levels = sum(weight != 0 for weight in weights)
         self._initial_stem = self._stem_weight().detach().clone()
+
+    def _check_pretext(self) -> None:
+        if self.pretext is None:
+            return
+        if self.sharding.enabled:
+            raise SettingsError(f"parallel=fsdp with pretext={self.pretext}, whose heads stay whole: set parallel=ddp")
+        least, n = find_pretext(self.pretext).min_batch, self.ranks.size * self.gradient_accumulation
+        if (smallest := int(self.configuration_manager.batch_size) // n) < least:
+            raise SettingsError(
+                f"pretext={self.pretext} compares cases, and got {smallest} at a time: raise batch_size to {least * n}"
+            )
 
     def _share_network(self) -> None:
         self.is_ddp = True
@@ -190,8 +205,10 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         # DistributedDataParallel waits for the gradient of each parameter that has them switched on.
         for parameter in self._unused_parameters():
             parameter.requires_grad_(False)
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)  # type: ignore[no-untyped-call]
-        devices = [self.device.index] if self.device.type == "cuda" else None
+        network, devices = self.network, None
+        if self.device.type == "cuda":  # alone has such norms
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+            devices = [self.device.index]
         self.network = DistributedDataParallel(network, device_ids=devices)
 
     @property
@@ -211,7 +228,8 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         self.plain_network.decoder.deep_supervision = enabled
 
     def _do_i_compile(self) -> bool:
-        return not self.sharding.enabled and bool(super()._do_i_compile())
+        # A task draws in Python, anew in each step, so beside one the parts of the network are compiled.
+        return not self.sharding.enabled and self.pretext is None and bool(super()._do_i_compile())
 
     def _set_batch_size_and_oversample(self) -> None:
         whole = int(self.configuration_manager.batch_size)

@@ -170,7 +170,7 @@ def read_measures(fold: Path) -> dict[str, float]:
     """The means over the last five epochs of what the training has logged of validation cases."""
     logged: dict[str, list[float]] = {}
     for line in sorted(fold.glob("training_log_*.txt"))[-1].read_text().splitlines():
-        pairs = re.findall(r"\b([a-z][a-z ]*) (-?\d[\d.e-]*)(?:,|$)", line.strip().partition(": ")[2].strip())
+        pairs = re.findall(r"\b([A-Za-z][A-Za-z ]*) (-?\d[\d.e-]*)(?:,|$)", line.strip().partition(": ")[2].strip())
         if pairs and "rate" not in pairs[0][0] and "best" not in line:
             for name, value in pairs:
                 logged.setdefault(name, []).append(float(value))

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
@@ -123,6 +124,27 @@ def test_killed_and_resumed(shell: Shell, masked: Path) -> None:
     torch.testing.assert_close(resumed["pretext"]["weights"], expected["pretext"]["weights"], rtol=0, atol=0)
 
 
+def test_two_processes_accumulate_keep_checkpoints_and_score_them(shell: Shell) -> None:
+    run = "torchrun --standalone --nproc-per-node 2 --no-python stunet train 900 3d_fullres all -device cpu"
+    more = "keep_every=1 select_for=1 gradient_accumulation=2 activation_checkpointing=all batch_size=8"
+    shell.run(plan("simclr", "many", more))
+    shell.type(f"{run} -p many -tr STUNetTrainer_pretext")
+    fold = model(shell, "many") / "fold_all"
+    assert [each.name for each in sorted(fold.glob("checkpoint_epoch*"))] == [
+        "checkpoint_epoch_0001.pth", "checkpoint_epoch_0002.pth"
+    ]  # fmt: skip
+    curve = json.loads((fold / "transfer_curve.json").read_text())
+    assert [point["epoch"] for point in curve] == [1, 2, 3]
+    # The encoder's features are scored, as it alone was trained.
+    shell.run(f"stunet rank -d 1 --checkpoints {fold / 'checkpoint_epoch_0002.pth'} -o curve -device cpu")
+    ranked = json.loads((shell.root / "curve" / "ranking.json").read_text())
+    assert ranked["settings"]["features"] == "stages of the encoder"
+    assert ranked["candidates"][0]["scores"]["ccfv"] == pytest.approx(curve[1]["score"], abs=1e-6)
+    for wrong, said in (("batch_size=4", "raise batch_size to 8"), ("parallel=fsdp", "set parallel=ddp")):
+        shell.run(plan("simclr", "wrong", f"{more} {wrong}"))
+        assert said in shell.type(f"{run} -p wrong -tr STUNetTrainer_pretext", status=1)
+
+
 def test_what_cannot_be_is_refused(shell: Shell, contrastive: Path) -> None:
     shell.refuse("stunet train 900 3d_fullres 0 -p nnUNetPlans -tr STUNetTrainer_pretext -device cpu", "--pretext")
     shell.run(plan("simclr", "one", "batch_size=1"))
@@ -132,6 +154,8 @@ def test_what_cannot_be_is_refused(shell: Shell, contrastive: Path) -> None:
     shell.refuse(plan("nothing", "no"), "mae")
     folder = model(shell, "simclr")
     shell.refuse(f"stunet predict -i images -o out -m {folder} -device cpu", "fine-tune it first")
+    nnunets = "-d 900 -c 3d_fullres -f all -p simclr -tr STUNetTrainer_pretext -device cpu"
+    assert "fine-tune it first" in shell.type(f"nnUNetv2_predict -i images -o out {nnunets}", status=1)
     # Another task than the one that the checkpoint is of.
     shell.run(plan("byol", "simclr"))
     shell.refuse(
@@ -158,6 +182,21 @@ def test_images_that_cannot_be_imported(shell: Shell, tmp_path: Path) -> None:
     assert "2 cases" in said
     described = json.loads((shell.raw / "Dataset902_Images" / "dataset.json").read_text())
     assert len(described["dataset"]) == 2
+
+
+def test_a_hundred_images_stay_where_they_are(shell: Shell, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random((100, 12, 12, 12), dtype=np.float32)
+    for number, each in enumerate(values):
+        sitk.WriteImage(sitk.GetImageFromArray(each), str(tmp_path / f"scan_{number:03d}.nii.gz"))
+    before = digests(tmp_path)
+    shell.run(f"stunet import images {tmp_path} -d 904")
+    assert digests(tmp_path) == before
+    folder = shell.raw / "Dataset904_Images"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(json.loads((folder / "dataset.json").read_text())["dataset"]) == 100
+    written = sum(path.stat().st_size for path in files)
+    assert written < 0.2 * sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert not [path for path in files if path.is_symlink()]
 
 
 def test_other_formats_and_a_bids_tree(shell: Shell, tmp_path: Path) -> None:
