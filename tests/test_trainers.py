@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,7 +23,7 @@ from plans import DATASET_JSON, make_plans
 from stunet.errors import CheckpointError, PlansError, SettingsError
 from stunet.files import write_json
 from stunet.labels.annotations import order_manifest
-from stunet.network import STUNet, STUNetSize
+from stunet.network import STUNet, STUNetSize, build_stunet
 from stunet.planning.plans import plans_size, rewrite_plans
 from stunet.weights.read import read_checkpoint
 
@@ -292,6 +293,36 @@ def test_a_sharded_network_computes_in_bf16_on_cuda(dataset: Path, monkeypatch: 
         assert torch.get_autocast_dtype("cuda") is torch.bfloat16  # what nnU-Net's own autocast, within, takes
         assert not torch.is_autocast_enabled("cuda")
     assert torch.get_autocast_dtype("cuda") is before is torch.float16
+
+
+@pytest.mark.parametrize("name", ["STUNetTrainer", "STUNetTrainer_pretext"])
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"pretext": "simclr", "batch_size": 4, "gradient_accumulation": 2}, "raise batch_size to 8"),
+        ({"pretext": "volume-fusion", "batch_size": 3}, "got 1 at a time"),
+        ({"pretext": "mae", "batch_size": 8, "parallel": "fsdp"}, "parallel=ddp"),
+    ],
+)
+def test_tasks_that_do_not_go_with_several_processes(
+    name: str, settings: dict[str, Any], expected: str, dataset: Path
+) -> None:
+    trainer = make(name, plans=narrow_plans(**settings))
+    trainer.ranks = replace(trainer.ranks, size=2, local_size=2)
+    with pytest.raises(SettingsError, match=expected):
+        trainer.initialize()
+
+
+def test_beside_a_task_the_parts_of_the_network_are_compiled(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not all of it, as a task draws in Python, which would be compiled anew in each step."""
+    monkeypatch.setattr(nnUNetTrainer, "_do_i_compile", lambda self: True)
+    trainer = make(plans=narrow_plans(pretext="mae"))
+    trainer.initialize()
+    network = trainer.plain_network
+    compiled = {name for name, module in trainer.network.named_modules() if module._compiled_call_impl is not None}
+    assert compiled == {"network.encoder", *(f"network.decoder.stages.{i}" for i in range(5))}
+    assert isinstance(network, STUNet)
+    assert set(network.state_dict()) == set(build_stunet(NARROW, 1, 2, [1] * 6).state_dict())
 
 
 def test_a_training_step_passes_through_few_files(dataset: Path) -> None:
