@@ -6,7 +6,8 @@ of the first part; from scratch; and from scratch for as many iterations as pre-
 Scored by nnU-Net's final validation on cases that no training saw. Three seeds, each with labelled cases of its own.
 Every step is a command that a user types. Prints a table to standard error and one JSON line, with each task's measures
 on validation cases at its end too. With --work, what is finished is not done again after an interruption; with
---pretrain-only that is all.
+--pretrain-only that is all. With --joint, in place of all this: 4 labelled cases alone, and the same beside 16 without
+labels, which a task sees; each labelled case is drawn as often in both.
 
     python tests/benchmarks/self_supervised.py --data ../shared/data/Dataset035_BrainT1 --work FOLDER --jobs 2
 """
@@ -19,17 +20,21 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 from experiment import Experiment, make_parser, spread
 
 DATA = "Dataset035_BrainT1"
 SOURCE, TARGET = "Dataset106_Source", "Dataset107_Target"
 PRETEXTS = ("mae", "mae:pretext_skips=false", "genesis", "volume-fusion", "rotation", "relative-location", "simclr")
-N_SEEDS = 3
+N_SEEDS, N_UNLABELLED = 3, 16
+JOINT = [f"Dataset{110 + seed}_Joint" for seed in range(N_SEEDS)]
 
 
 def main() -> None:
@@ -40,6 +45,7 @@ def main() -> None:
     parser.add_argument("--pretrain-epochs", type=int, default=40, help="epochs of 20 iterations")
     parser.add_argument("--epochs", type=int, default=10, help="epochs of 20 iterations on the labelled cases")
     parser.add_argument("--pretrain-only", action="store_true")
+    parser.add_argument("--joint", nargs="+", default=[], metavar="TASK")
     parser.add_argument("--configuration", default="3d_fullres")
     parser.add_argument("--patch", default="32,32,32")
     parser.add_argument("--batch-size", type=int, default=4)
@@ -51,6 +57,8 @@ class Benchmark(Experiment):
     def measure(self) -> dict[str, Any]:
         started = time.monotonic()
         self.configuration = self.args.configuration
+        if self.args.joint:
+            return self.joint()
         self.prepare()
         sources = dict(zip(("supervised", *self.args.pretexts), self.all_of(self.pretrainings()), strict=True))
         measures = {arm: read_measures(path.parent) for arm, path in sources.items() if arm != "supervised"}
@@ -83,6 +91,64 @@ class Benchmark(Experiment):
             "versions": {name: version(name) for name in ("stunet", "nnunetv2", "torch")},
         }
 
+    def joint(self) -> dict[str, Any]:
+        """Train on few labelled cases, alone and with unlabelled ones."""
+        seeds = range(N_SEEDS)
+        self.all_of([partial(self.prepare_joint, seed) for seed in seeds])
+        cells = [(arm, seed) for arm in ("alone", *self.args.joint) for seed in seeds]
+        trained = self.all_of([partial(self.train_joint, *cell) for cell in cells])
+        dice = {cell: final_dice(fold) for cell, fold in zip(cells, trained, strict=True)}
+        table = {arm: [dice[arm, seed] for seed in seeds] for arm in ("alone", *self.args.joint)}
+        for arm, scores in table.items():
+            gain = spread([a - b for a, b in zip(scores, table["alone"], strict=True)])
+            print(arm, spread(scores), "gain", gain, file=sys.stderr)
+        iterations = self.args.epochs * 20
+        return {"benchmark": "joint_training", "data": self.args.data.name, "iterations": iterations, "dice": table}
+
+    def prepare_joint(self, seed: int) -> None:
+        source, few, scored = self.split()
+        labelled, others = few[seed][: self.args.few[0]], random.Random(seed).sample(source, N_UNLABELLED)
+        dataset, (folder, done) = 110 + seed, (self.raw / JOINT[seed], self.preprocessed / JOINT[seed])
+        if (done / "splits_final.json").exists():
+            return
+        description = self.copy(JOINT[seed], [*scored, *labelled, *others])
+        for name in others:  # patches must not lie where their labels are, either
+            path = folder / "labelsTr" / f"{name}.nii.gz"
+            image = nib.load(path)
+            nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine, image.header), path)
+        structures = [name for name in description["labels"] if name != "background"]
+        often = {name: len(others) / len(labelled) for name in labelled}
+        cases: dict[str, list[str]] = {name: [] for name in others}
+        manifest = {"version": 1, "groups": {"all": structures}, "default": "all", "cases": cases, "weights": often}
+        (folder / "annotated_labels.json").write_text(json.dumps(manifest))
+        self.run(f"nnUNetv2_plan_and_preprocess -d {dataset} -c {self.configuration} -npfp 1 -np 1")
+        folds = [{"train": labelled, "val": scored}, {"train": [*labelled, *others], "val": scored}]
+        shutil.copy(folder / "annotated_labels.json", done)
+        (done / "splits_final.json").write_text(json.dumps(folds))
+
+    def train_joint(self, arm: str, seed: int) -> Path:
+        dataset, fold, name = 110 + seed, int(arm != "alone"), f"P_{arm}"
+        folder = self.results / JOINT[seed] / f"STUNetTrainer__{name}__{self.configuration}" / f"fold_{fold}"
+        if not (folder / "validation" / "summary.json").is_file():
+            settings = self.settings(self.args.epochs)
+            if fold:  # twice the batch: half of it is labelled
+                settings += f" pretext={arm} pretext_weight=0.1 batch_size={2 * self.args.batch_size}"
+            train = f"stunet train {dataset} {self.configuration} {fold} -p {name} -device cpu --seed {seed}"
+            self.run(f"{self.plan(dataset, name)} {settings} && {train}")
+        return folder
+
+    def copy(self, dataset: str, names: Sequence[str]) -> dict[str, Any]:
+        """Make a raw dataset of some cases and return its description."""
+        folder = self.raw / dataset
+        for part, suffix in (("imagesTr", "_0000"), ("labelsTr", "")):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            for name in names:
+                file = f"{name}{suffix}.nii.gz"
+                shutil.copyfile(self.args.data / part / file, folder / part / file)
+        description = json.loads((self.args.data / "dataset.json").read_text())
+        (folder / "dataset.json").write_text(json.dumps({**description, "numTraining": len(names)}))
+        return dict(description)
+
     def split(self) -> tuple[list[str], list[list[str]], list[str]]:
         """Cases to pre-train on, the labelled ones of each seed, and those that all are scored on."""
         names = sorted(p.name.removesuffix(".nii.gz") for p in (self.args.data / "labelsTr").glob("*.nii.gz"))
@@ -102,15 +168,8 @@ class Benchmark(Experiment):
         if (self.root / "prepared").exists():
             return
         source, few, scored = self.split()
-        for dataset, names in ((SOURCE, source), (TARGET, sorted({*scored, *(name for row in few for name in row)}))):
-            folder = self.raw / dataset
-            for part, suffix in (("imagesTr", "_0000"), ("labelsTr", "")):
-                (folder / part).mkdir(parents=True, exist_ok=True)
-                for name in names:
-                    file = f"{name}{suffix}.nii.gz"
-                    shutil.copyfile(self.args.data / part / file, folder / part / file)
-            description = json.loads((self.args.data / "dataset.json").read_text())
-            (folder / "dataset.json").write_text(json.dumps({**description, "numTraining": len(names)}))
+        self.copy(SOURCE, source)
+        self.copy(TARGET, sorted({*scored, *(name for row in few for name in row)}))
         self.run(f"nnUNetv2_plan_and_preprocess -d 106 107 -c {self.configuration} -npfp 2 -np 2")
         # Fold 3 i + j: the i-th number of labelled cases, the j-th seed.
         folds = [{"train": row[:n], "val": scored} for n in self.args.few for row in few]
@@ -171,7 +230,7 @@ def read_measures(fold: Path) -> dict[str, float]:
     logged: dict[str, list[float]] = {}
     for line in sorted(fold.glob("training_log_*.txt"))[-1].read_text().splitlines():
         pairs = re.findall(r"\b([A-Za-z][A-Za-z ]*) (-?\d[\d.e-]*)(?:,|$)", line.strip().partition(": ")[2].strip())
-        if pairs and "rate" not in pairs[0][0] and "best" not in line:
+        if pairs and pairs[0][0] != "Epoch" and "rate" not in pairs[0][0] and "best" not in line:
             for name, value in pairs:
                 logged.setdefault(name, []).append(float(value))
     return {name: round(sum(values[-5:]) / len(values[-5:]), 4) for name, values in logged.items()}
