@@ -246,13 +246,12 @@ class _LikePartialDiceCE(torch.autograd.Function):
 
 def _dice_and_cross_entropy(logits: Tensor) -> Tensor:
     """Make the tensors of nnU-Net's loss: a softmax and a log-softmax, which convert half to fp32, a one-hot target."""
-    target = torch.empty(logits.shape[0], *logits.shape[2:], dtype=torch.long)
-    probabilities = torch._softmax(logits, 1, logits.dtype == torch.half)
+    target, is_half = torch.empty(logits.shape[0], *logits.shape[2:], dtype=torch.long), logits.dtype == torch.half
     with torch.no_grad():
-        one_hot = torch.zeros(logits.shape, dtype=torch.bool).scatter_(1, target[:, None], 1)[:, 1:]
-    axes, foreground = tuple(range(2, logits.ndim)), probabilities[:, 1:]
+        one_hot = torch.zeros(logits.shape).scatter_(1, target[:, None], 1)[:, 1:]
+    axes, foreground = tuple(range(2, logits.ndim)), torch._softmax(logits, 1, is_half)[:, 1:]
     dice = (2 * (foreground * one_hot).sum(axes) / foreground.sum(axes)).mean()
-    return nn.functional.nll_loss(torch._log_softmax(logits, 1, logits.dtype == torch.half), target) - dice
+    return nn.functional.nll_loss(torch._log_softmax(logits, 1, is_half), target) - dice
 
 
 @dataclass(frozen=True)

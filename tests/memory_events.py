@@ -98,12 +98,8 @@ class Training:
             small = target[:, 0, :: steps[0], :: steps[1], :: steps[2]]
             if self.loss == "stunet":
                 losses.append(partial_dice_ce_loss(logits, small, batch_dice=False))
-                continue
-            long = small.long()
-            p = logits.softmax(1)
-            one_hot = torch.zeros(p.shape, dtype=torch.bool, device=p.device).scatter_(1, long[:, None], 1)
-            dice = 2 * (p * one_hot)[:, 1:].sum((2, 3, 4)) / p[:, 1:].sum((2, 3, 4))
-            losses.append(nn.functional.cross_entropy(logits, long) - dice.mean())
+            else:
+                losses.append(nnunets_loss(logits, small[:, None]))
         return sum(losses[1:], losses[0])
 
     def held(self) -> int:
@@ -122,8 +118,20 @@ class Training:
         return allocated(self.step) + self.held()
 
 
-def fake_cuda_peak(size: STUNetSize, *, edge: int, batch: int, classes: int, **kwargs: Any) -> int:
-    """Bytes at the peak of a step with momentum in fp16 on CUDA, all tensors; nothing is allocated, tensors are fake."""
+def nnunets_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Loss of nnU-Net's trainer for one output."""
+    from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+    from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+
+    settings = {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}
+    value: Tensor = DC_and_CE_loss(settings, {}, dice_class=MemoryEfficientSoftDiceLoss)(logits, target)
+    return value
+
+
+def fake_cuda_peak(
+    size: STUNetSize, *, edge: int, batch: int, classes: int, loss: str = "stunet", **kwargs: Any
+) -> int:
+    """Bytes of all tensors at the peak of a step in fp16 on CUDA; they are fake, so nothing is allocated."""
     # Autocast switches itself off where there is no device.
     can_autocast = patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False)
     with FakeTensorMode(), can_autocast, _LiveBytes() as live, torch.device("cuda"):
@@ -138,13 +146,16 @@ def fake_cuda_peak(size: STUNetSize, *, edge: int, batch: int, classes: int, **k
         image = torch.empty(batch, 1, *(edge,) * 3)
         targets = [torch.empty(batch, 1, *(edge >> i,) * 3, dtype=torch.int16) for i in range(5)]
         with torch.autocast("cuda", torch.half):
-            losses = [_LikeTheLoss.apply(logits) for logits in network(image)]
+            output = network(image)
+            if loss == "stunet":
+                losses, output = [_LikeTheLoss.apply(logits) for logits in output], []
+            else:  # nnU-Net's trainer keeps the logits
+                losses = [nnunets_loss(*pair) for pair in zip(output, targets, strict=False)]
             roots = [sum(losses[1:], losses[0])]
         losses.clear()
         _backward(roots)
         nn.utils.clip_grad_norm_(parameters, 12, foreach=True)
         optimizer.step()
-        del targets
     return live.peak
 
 

@@ -79,20 +79,22 @@ def test_memory_is_what_pytorch_allocates(train: bool, loss: Any, classes: int) 
 
 
 SETTINGS = [
-    *(("small", where) for where in ("none", "encoder", "all")),
-    *(("base", where) for where in ("none", "encoder", "all")),
-    ("large", "all"),
-    *(pytest.param("large", where, marks=pytest.mark.slow) for where in ("none", "encoder")),
-    *(pytest.param("huge", where, marks=pytest.mark.slow) for where in ("none", "encoder", "all")),
+    *(("small", where, "stunet") for where in ("none", "encoder", "all")),
+    ("base", "all", "stunet"),
+    ("base", "none", "nnunet"),
+    ("large", "all", "stunet"),
+    *(pytest.param("base", where, "stunet", marks=pytest.mark.slow) for where in ("none", "encoder")),
+    *(pytest.param("large", where, "stunet", marks=pytest.mark.slow) for where in ("none", "encoder")),
+    *(pytest.param("huge", where, "stunet", marks=pytest.mark.slow) for where in ("none", "encoder", "all")),
 ]
 
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this PyTorch is built without CUDA")
-@pytest.mark.parametrize(("name", "where"), SETTINGS)
-def test_memory_of_mixed_precision_is_what_a_step_on_cuda_takes(name: str, where: Any) -> None:
-    measured = fake_cuda_peak(SIZES[name], edge=128, batch=2, classes=105, activation_checkpointing=where)
+@pytest.mark.parametrize(("name", "where", "loss"), SETTINGS)
+def test_memory_of_mixed_precision_is_what_a_step_on_cuda_takes(name: str, where: Any, loss: Any) -> None:
+    measured = fake_cuda_peak(SIZES[name], edge=128, batch=2, classes=105, loss=loss, activation_checkpointing=where)
     got = estimate(
-        SIZES[name], patch_size=(128,) * 3, batch_size=2, num_classes=105, precision="amp",
+        SIZES[name], patch_size=(128,) * 3, batch_size=2, num_classes=105, precision="amp", loss=loss,
         activation_checkpointing=where,
     )  # fmt: skip
     assert got.training_bytes == pytest.approx(measured, rel=0.01)
