@@ -32,6 +32,4 @@ def test_a_part_that_fails_leaves_the_others(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     arguments = ["--device", "cpu", "--small", "--minutes", "0", "--output", output, "--parts", "loss", "memory"]
     subprocess.run([sys.executable, GPU, *arguments], check=True, capture_output=True)
-    assert {name: part for name, part in json.loads(output.read_text())["parts"].items()} == {
-        "loss, 3 outputs": {"failed": "out of time"}, "memory, small": {"failed": "out of time"},
-    }  # fmt: skip
+    assert [part["failed"] for part in json.loads(output.read_text())["parts"].values()] == ["out of time"] * 2
