@@ -134,17 +134,18 @@ def fake_cuda_peak(
     """Bytes of all tensors at the peak of a step in fp16 on CUDA; they are fake, so nothing is allocated."""
     # Autocast switches itself off where there is no device.
     can_autocast = patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False)
-    with FakeTensorMode(), can_autocast, _LiveBytes() as live, torch.device("cuda"):
-        network = STUNet(
-            1, classes, features_per_stage=size.features, n_blocks_per_stage=size.depth,
-            strides=default_strides((edge,) * 3), deep_supervision=True, **kwargs,
-        )  # fmt: skip
+    with FakeTensorMode(), can_autocast, _LiveBytes() as live:
+        with torch.device("cuda"):  # which observes what is computed, so that networks take their plain path
+            network = STUNet(
+                1, classes, features_per_stage=size.features, n_blocks_per_stage=size.depth,
+                strides=default_strides((edge,) * 3), deep_supervision=True, **kwargs,
+            )  # fmt: skip
+            image = torch.empty(batch, 1, *(edge,) * 3)
+            targets = [torch.empty(batch, 1, *(edge >> i,) * 3, dtype=torch.int16) for i in range(5)]
         network.decoder.supervised_levels = 4
         parameters = list(network.parameters())
         optimizer = torch.optim.SGD(parameters, 0.01, momentum=0.99, nesterov=True, weight_decay=3e-5, foreach=True)
         optimizer.state.update({p: {"momentum_buffer": torch.empty_like(p)} for p in parameters})
-        image = torch.empty(batch, 1, *(edge,) * 3)
-        targets = [torch.empty(batch, 1, *(edge >> i,) * 3, dtype=torch.int16) for i in range(5)]
         with torch.autocast("cuda", torch.half):
             output = network(image)
             if loss == "stunet":
