@@ -133,8 +133,10 @@ def estimate(
             temporary = 0
         else:  # on CUDA a second set of gradients, on the CPU two tensors of one parameter
             temporary = (4 * sum(sizes) if mixed else 8 * max(sizes)) // shards
-        if mixed and shards > 1:
-            network.to(torch.half)  # what computes are gathered copies of fp32 shards
+        if mixed and shards > 1:  # what computes are gathered copies of fp32 shards; fake modules have no `half()`
+            for module in network.modules():
+                for name, p in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, nn.Parameter(p.detach().half()))
         step = _step_bytes(network, image, mixed, gradient_accumulation, loss, shards, temporary)
     held = sum(sizes) * (4 + (2 if momentum_dtype == "bf16" else 4)) // shards  # weights and momentum
     held += 4 * sum(sizes) if parallel == "ddp" else 0  # buckets, to which gradients are copied

