@@ -9,6 +9,7 @@ import math
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any, Literal
 
@@ -112,35 +113,25 @@ def estimate(
     if parallel == "fsdp" and fused_optimizer:
         raise ArchitectureError("fused_optimizer does not go with parallel=fsdp, whose step PyTorch has not fused")
     mixed, shards = precision == "amp", ranks if parallel == "fsdp" else 1
+    strides = default_strides(patch_size) if strides is None else strides
+    described = (size, tuple(patch_size), tuple(s if isinstance(s, int) else tuple(s) for s in strides))
     problem = "more than PyTorch can compute"  # sizes beyond 64 bits
-    with (
-        reading(f"patch {list(patch_size)} with width {size.width}", problem, ArchitectureError, "choose another"),
-        FakeTensorMode(),
-    ):
-        network = STUNet(
-            input_channels, num_classes, features_per_stage=size.features, n_blocks_per_stage=size.depth,
-            conv_op=CONV_OPS[len(patch_size)], strides=default_strides(patch_size) if strides is None else strides,
-            activation_checkpointing=activation_checkpointing,
+    with reading(f"patch {list(patch_size)} with width {size.width}", problem, ArchitectureError, "choose another"):
+        sizes, macs, forward = _inference(*described, input_channels, num_classes, mixed)
+        share = -(-batch_size // ranks)
+        peak, left = _step(
+            *described, input_channels, num_classes, mixed, share, activation_checkpointing, gradient_accumulation,
+            loss, shards,
         )  # fmt: skip
-        sizes = [p.numel() for p in network.parameters()]
-        image = torch.empty(-(-batch_size // ranks), input_channels, *patch_size)
-        forward = _run_forward(network, image[:1], mixed=mixed)
-        # Norms that work in channels-last, as in fp32 on the CPU, multiply matrices of which the diagonals are wanted.
-        macs = (forward if mixed else _run_forward(network, image[:1], mixed=True)).flops // 2
-        if momentum_dtype == "bf16":
-            temporary = min(_BF16_CHUNK_BYTES, 20 * sum(sizes))
-        elif fused_optimizer:
-            temporary = 0
-        else:  # on CUDA a second set of gradients, on the CPU two tensors of one parameter
-            temporary = (4 * sum(sizes) if mixed else 8 * max(sizes)) // shards
-        if mixed and shards > 1:  # what computes are gathered copies of fp32 shards; fake modules have no `half()`
-            for module in network.modules():
-                for name, p in list(module.named_parameters(recurse=False)):
-                    setattr(module, name, nn.Parameter(p.detach().half()))
-        step = _step_bytes(network, image, mixed, gradient_accumulation, loss, shards, temporary)
+    if momentum_dtype == "bf16":
+        temporary = min(_BF16_CHUNK_BYTES, 20 * sum(sizes))
+    elif fused_optimizer:
+        temporary = 0
+    else:  # on CUDA a second set of gradients, on the CPU two tensors of one parameter
+        temporary = (4 * sum(sizes) if mixed else 8 * max(sizes)) // shards
     held = sum(sizes) * (4 + (2 if momentum_dtype == "bf16" else 4)) // shards  # weights and momentum
     held += 4 * sum(sizes) if parallel == "ddp" else 0  # buckets, to which gradients are copied
-    return Estimate(sum(sizes), macs, held + step, 4 * sum(sizes) + forward.peak)
+    return Estimate(sum(sizes), macs, held + max(peak, left + temporary), 4 * sum(sizes) + forward)
 
 
 def peak_forward_bytes(network: nn.Module, image_shape: Sequence[int]) -> int:
@@ -193,10 +184,46 @@ def _run_forward(network: nn.Module, image: Tensor, *, mixed: bool = False) -> _
     return tracker
 
 
-def _step_bytes(
-    network: STUNet, image: Tensor, mixed: bool, gradient_accumulation: int, loss: Loss, shards: int, temporary: int
-) -> int:
-    """Return the peak of a training step without weights and momentum."""
+def _network(size: STUNetSize, patch: tuple[int, ...], strides: Any, channels: int, classes: int, where: Any) -> STUNet:
+    return STUNet(
+        channels, classes, features_per_stage=size.features, n_blocks_per_stage=size.depth, strides=strides,
+        conv_op=CONV_OPS[len(patch)], activation_checkpointing=where,
+    )  # fmt: skip
+
+
+# Recommendations ask for the same again and again.
+@lru_cache
+def _inference(
+    size: STUNetSize, patch: tuple[int, ...], strides: Any, channels: int, classes: int, mixed: bool
+) -> tuple[list[int], int, int]:
+    """Return the parameters' sizes, and multiply-accumulates and the peak of a forward pass without weights."""
+    with FakeTensorMode():
+        network = _network(size, patch, strides, channels, classes, "none")
+        image = torch.empty(1, channels, *patch)
+        forward = _run_forward(network, image, mixed=mixed)
+        # Norms that work in channels-last, as in fp32 on the CPU, multiply matrices of which the diagonals are wanted.
+        macs = (forward if mixed else _run_forward(network, image, mixed=True)).flops // 2
+        return [p.numel() for p in network.parameters()], macs, forward.peak
+
+
+@lru_cache
+def _step(
+    size: STUNetSize, patch: tuple[int, ...], strides: Any, channels: int, classes: int, mixed: bool,
+    batch_size: int, where: Any, gradient_accumulation: int, loss: Loss, shards: int,
+) -> tuple[int, int]:  # fmt: skip
+    """Return the peak of a training step without weights and momentum, and what there is when the optimizer steps."""
+    with FakeTensorMode():
+        network = _network(size, patch, strides, channels, classes, where)
+        if mixed and shards > 1:  # what computes are gathered copies of fp32 shards; fake modules have no `half()`
+            for module in network.modules():
+                for name, p in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, nn.Parameter(p.detach().half()))
+        return _run_step(network, torch.empty(batch_size, channels, *patch), mixed, gradient_accumulation, loss, shards)
+
+
+def _run_step(
+    network: STUNet, image: Tensor, mixed: bool, gradient_accumulation: int, loss: Loss, shards: int
+) -> tuple[int, int]:
     network.train()
     network.decoder.deep_supervision = True
     network.decoder.supervised_levels = len(network.decoder.stages) - 1  # the coarsest head weighs 0
@@ -229,8 +256,7 @@ def _step_bytes(
                 logits = []
             torch.autograd.backward(value)
         del value, gathered
-        torch.empty(temporary, dtype=torch.uint8)  # of the optimizer's step
-    return tracker.peak
+        return tracker.peak, tracker.current
 
 
 class _LikePartialDiceCE(torch.autograd.Function):

@@ -491,7 +491,7 @@ def _has_many_voxels(x: Tensor, channels: int) -> bool:
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    """Whether this is the layout of the CPU's fast path. On a GPU its matrix products might be TF32, too coarse here."""
+    """Whether this is the layout of the CPU's fast path. A GPU may compute its matrix products in TF32, too coarse."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.ndim != 5:
         return False
     return x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
