@@ -1,18 +1,21 @@
 """What a STU-Net costs: parameters, multiply-accumulates, memory. Nothing is allocated to find out.
 
-The network runs a training step and a forward pass on PyTorch's meta device, which computes shapes alone, and every
-tensor is counted as long as it lives.
+The network runs a training step and a forward pass on PyTorch's fake tensors, which have shapes and types alone, and
+every tensor is counted as long as it lives. They are fake tensors of the CPU even where the step is one of CUDA: with
+autocast, whose operations on both are the same, the network takes the same path, and every build of PyTorch has it.
 """
 
 import math
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
@@ -110,29 +113,25 @@ def estimate(
     if parallel == "fsdp" and fused_optimizer:
         raise ArchitectureError("fused_optimizer does not go with parallel=fsdp, whose step PyTorch has not fused")
     mixed, shards = precision == "amp", ranks if parallel == "fsdp" else 1
-    dtype = torch.half if mixed else torch.float
+    strides = default_strides(patch_size) if strides is None else strides
+    described = (size, tuple(patch_size), tuple(s if isinstance(s, int) else tuple(s) for s in strides))
     problem = "more than PyTorch can compute"  # sizes beyond 64 bits
     with reading(f"patch {list(patch_size)} with width {size.width}", problem, ArchitectureError, "choose another"):
-        with torch.device("meta"):
-            network = STUNet(
-                input_channels, num_classes, features_per_stage=size.features, n_blocks_per_stage=size.depth,
-                conv_op=CONV_OPS[len(patch_size)], strides=default_strides(patch_size) if strides is None else strides,
-                activation_checkpointing=activation_checkpointing,
-            )  # fmt: skip
-        network.to(dtype)  # in mixed precision, what computes are half copies of fp32 weights
-        sizes = [p.numel() for p in network.parameters()]
-        image = torch.empty(-(-batch_size // ranks), input_channels, *patch_size, device="meta")
-        forward = _run_forward(network, image[:1].to(dtype))
-        if momentum_dtype == "bf16":
-            temporary = min(_BF16_CHUNK_BYTES, 20 * sum(sizes))
-        elif fused_optimizer:
-            temporary = 0
-        else:  # on CUDA a second set of gradients, on the CPU two tensors of one parameter
-            temporary = (4 * sum(sizes) if mixed else 8 * max(sizes)) // shards
-        step = _step_bytes(network, image, gradient_accumulation, loss, shards, temporary)
+        sizes, macs, forward = _inference(*described, input_channels, num_classes, mixed)
+        share = -(-batch_size // ranks)
+        peak, left = _step(
+            *described, input_channels, num_classes, mixed, share, activation_checkpointing, gradient_accumulation,
+            loss, shards,
+        )  # fmt: skip
+    if momentum_dtype == "bf16":
+        temporary = min(_BF16_CHUNK_BYTES, 20 * sum(sizes))
+    elif fused_optimizer:
+        temporary = 0
+    else:  # on CUDA a second set of gradients, on the CPU two tensors of one parameter
+        temporary = (4 * sum(sizes) if mixed else 8 * max(sizes)) // shards
     held = sum(sizes) * (4 + (2 if momentum_dtype == "bf16" else 4)) // shards  # weights and momentum
     held += 4 * sum(sizes) if parallel == "ddp" else 0  # buckets, to which gradients are copied
-    return Estimate(sum(sizes), forward.flops // 2, held + step, sum(sizes) * (6 if mixed else 4) + forward.peak)
+    return Estimate(sum(sizes), macs, held + max(peak, left + temporary), 4 * sum(sizes) + forward)
 
 
 def peak_forward_bytes(network: nn.Module, image_shape: Sequence[int]) -> int:
@@ -177,35 +176,67 @@ class _Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.current -= size
 
 
-def _run_forward(network: nn.Module, image: Tensor) -> _Tracker:
+def _run_forward(network: nn.Module, image: Tensor, *, mixed: bool = False) -> _Tracker:
     network.eval()
     tracker = _Tracker()
-    with torch.no_grad(), tracker:
+    with torch.no_grad(), tracker, torch.autocast("cpu", torch.half, enabled=mixed):
         network(torch.empty_like(image))  # a new one, so that it is counted
     return tracker
 
 
-def _step_bytes(
-    network: STUNet, image: Tensor, gradient_accumulation: int, loss: Loss, shards: int, temporary: int
-) -> int:
-    """Return the peak of a training step without weights and momentum."""
+def _network(size: STUNetSize, patch: tuple[int, ...], strides: Any, channels: int, classes: int, where: Any) -> STUNet:
+    return STUNet(
+        channels, classes, features_per_stage=size.features, n_blocks_per_stage=size.depth, strides=strides,
+        conv_op=CONV_OPS[len(patch)], activation_checkpointing=where,
+    )  # fmt: skip
+
+
+# Recommendations ask for the same again and again.
+@lru_cache
+def _inference(
+    size: STUNetSize, patch: tuple[int, ...], strides: Any, channels: int, classes: int, mixed: bool
+) -> tuple[list[int], int, int]:
+    """Return the parameters' sizes, and multiply-accumulates and the peak of a forward pass without weights."""
+    with FakeTensorMode():
+        network = _network(size, patch, strides, channels, classes, "none")
+        image = torch.empty(1, channels, *patch)
+        forward = _run_forward(network, image, mixed=mixed)
+        # Norms that work in channels-last, as in fp32 on the CPU, multiply matrices of which the diagonals are wanted.
+        macs = (forward if mixed else _run_forward(network, image, mixed=True)).flops // 2
+        return [p.numel() for p in network.parameters()], macs, forward.peak
+
+
+@lru_cache
+def _step(
+    size: STUNetSize, patch: tuple[int, ...], strides: Any, channels: int, classes: int, mixed: bool,
+    batch_size: int, where: Any, gradient_accumulation: int, loss: Loss, shards: int,
+) -> tuple[int, int]:  # fmt: skip
+    """Return the peak of a training step without weights and momentum, and what there is when the optimizer steps."""
+    with FakeTensorMode():
+        network = _network(size, patch, strides, channels, classes, where)
+        if mixed and shards > 1:  # what computes are gathered copies of fp32 shards; fake modules have no `half()`
+            for module in network.modules():
+                for name, p in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, nn.Parameter(p.detach().half()))
+        return _run_step(network, torch.empty(batch_size, channels, *patch), mixed, gradient_accumulation, loss, shards)
+
+
+def _run_step(
+    network: STUNet, image: Tensor, mixed: bool, gradient_accumulation: int, loss: Loss, shards: int
+) -> tuple[int, int]:
     network.train()
     network.decoder.deep_supervision = True
     network.decoder.supervised_levels = len(network.decoder.stages) - 1  # the coarsest head weighs 0
-    gradients: dict[nn.Parameter, Tensor] = {}
-    copies: dict[nn.Parameter, Tensor | None] = {}
-    dtype = next(network.parameters()).dtype
-    # This package's loss makes the logits' gradient alone, as does what is in its place here.
-    make_loss: Any = _dice_and_cross_entropy if loss == "nnunet" else lambda logits: (logits * 0.5).sum()
+    shares: dict[nn.Parameter, Tensor] = {}
+    make_loss: Any = _dice_and_cross_entropy if loss == "nnunet" else _LikePartialDiceCE.apply
 
-    def keep(p: nn.Parameter) -> None:
-        """Keep this process's shard of the gradient, in fp32, and free the half copy, which the backward pass held."""
-        gradients.setdefault(p, torch.empty(math.ceil(p.numel() / shards), device="meta"))
-        p.grad = copies[p] = None
+    def keep_share(p: nn.Parameter) -> None:
+        shares.setdefault(p, torch.empty(math.ceil(p.numel() / shards)))
+        p.grad = None
 
-    if shards > 1 or dtype == torch.half:
+    if shards > 1:
         for p in network.parameters():
-            p.register_post_accumulate_grad_hook(keep)  # type: ignore[no-untyped-call]
+            p.register_post_accumulate_grad_hook(keep_share)  # type: ignore[no-untyped-call]
     units = [sum(p.numel() for p in unit.parameters()) for unit in sharded_units(network)]
     tracker = _Tracker()
     with tracker:
@@ -213,39 +244,42 @@ def _step_bytes(
         targets = []
         for stride in network.encoder.strides[:-1]:
             size = [n // s for n, s in zip(size, stride, strict=True)]
-            targets.append(torch.empty(len(image), 1, *size, device="meta", dtype=torch.int16))
+            targets.append(torch.empty(len(image), 1, *size, dtype=torch.int16))
         # The largest stage, gathered; none is when the optimizer steps.
-        gathered = torch.empty(max(units) if shards > 1 else 0, device="meta", dtype=dtype)
+        gathered = torch.empty(max(units) if shards > 1 else 0, dtype=next(network.parameters()).dtype)
         # With the third micro-batch nothing is new; the first one's gradients are there when the second one's come.
         for _ in range(min(gradient_accumulation, 2)):
-            if shards == 1 and dtype == torch.half:  # autocast's copies
-                copies.update((p, torch.empty_like(p)) for p in network.parameters())
-            logits = network(batch[: -(-len(image) // gradient_accumulation)].to(dtype))
-            value = sum((make_loss(output) for output in logits), torch.zeros((), device="meta"))
-            # Autocast keeps its copies to here, the backward pass those that it does not make again.
-            for name, module in network.named_modules():
-                if name.endswith(".conv2") or getattr(module, "checkpointed", False):
-                    copies.update(dict.fromkeys(module.parameters()))
-            if gradient_accumulation > 1:
+            with torch.autocast("cpu", torch.half, enabled=mixed):
+                logits = network(batch[: -(-len(image) // gradient_accumulation)])
+                value = sum((make_loss(output) for output in logits), torch.zeros(()))
+            if loss == "stunet":  # nnU-Net's trainer keeps the logits, this package's does not
                 logits = []
             torch.autograd.backward(value)
-        copies.clear()
         del value, gathered
-        torch.empty(temporary, device="meta", dtype=torch.uint8)  # of the optimizer's step
-    return tracker.peak
+        return tracker.peak, tracker.current
+
+
+class _LikePartialDiceCE(torch.autograd.Function):
+    """What this package's loss keeps and makes: the logits, and their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Tensor:
+        return torch.empty_like(ctx.saved_tensors[0])
 
 
 def _dice_and_cross_entropy(logits: Tensor) -> Tensor:
-    """Make the tensors of nnU-Net's loss: softmax and log-softmax in fp32 and a one-hot target."""
-    logits = logits.float()
-    target = torch.empty(logits.shape[0], *logits.shape[2:], device="meta", dtype=torch.long)
-    cross_entropy = nn.functional.cross_entropy(logits, target)
-    probabilities = logits.softmax(1)
+    """Make the tensors of nnU-Net's loss: a softmax and a log-softmax, which convert half to fp32, a one-hot target."""
+    target, is_half = torch.empty(logits.shape[0], *logits.shape[2:], dtype=torch.long), logits.dtype == torch.half
     with torch.no_grad():
-        one_hot = torch.zeros(logits.shape, device="meta", dtype=torch.bool).scatter_(1, target[:, None], 1)
-    axes = tuple(range(2, logits.ndim))
-    intersection, total = (probabilities * one_hot)[:, 1:].sum(axes), probabilities[:, 1:].sum(axes)
-    return cross_entropy - (2 * intersection / total).mean()
+        one_hot = torch.zeros(logits.shape).scatter_(1, target[:, None], 1)[:, 1:]
+    axes, foreground = tuple(range(2, logits.ndim)), torch._softmax(logits, 1, is_half)[:, 1:]
+    dice = (2 * (foreground * one_hot).sum(axes) / foreground.sum(axes)).mean()
+    return nn.functional.nll_loss(torch._log_softmax(logits, 1, is_half), target) - dice
 
 
 @dataclass(frozen=True)

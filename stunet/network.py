@@ -117,11 +117,10 @@ class MergingBlock(ResidualBlock):
     def forward(self, below: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
         """``(B, C, X/sx, Y/sy[, Z/sz])`` and ``(B, C, X, Y[, Z])`` to ``(B, C, X, Y[, Z])``."""
         conv, projection = self.conv1, cast(nn.Conv3d, self.projection)
-        factors = [float(factor) for factor in self.scale]
         is_plain = _is_plain(self, skip) and _keeps_size(conv, 3) and _keeps_size(projection, 1)
         # With few voxels, the summed kernel would cost more than it saves.
         if not is_plain or not _has_many_voxels(skip, skip.shape[1]):
-            return super().forward(torch.cat((F.interpolate(below, scale_factor=factors, mode="nearest"), skip), 1))
+            return super().forward(torch.cat((_interpolate(below, self.scale), skip), 1))
         if is_fast := not torch.compiler.is_compiling():
             skip = _in_fast_layout(skip, conv.out_channels)
         if _is_channels_last(skip):
@@ -131,9 +130,7 @@ class MergingBlock(ResidualBlock):
         y += _convolve_interpolated(below, of_below, self.scale)
         of_below, of_skip = projection.weight.tensor_split(2, dim=1)
         residual = _convolve(skip, of_skip, projection.bias)
-        coarse = _convolve(below, of_below, None)
-        with torch.autocast(skip.device.type if skip.is_cuda else "cpu", enabled=False):  # which interpolates in fp32
-            residual += F.interpolate(coarse, scale_factor=factors, mode="nearest")
+        residual += _interpolate(_convolve(below, of_below, None), self.scale)
         return self._finish(y, residual, is_fast)
 
 
@@ -494,7 +491,8 @@ def _has_many_voxels(x: Tensor, channels: int) -> bool:
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    if x.dtype not in (torch.float32, torch.float64) or x.ndim != 5:
+    """Whether this is the layout of the CPU's fast path. A GPU may compute its matrix products in TF32, too coarse."""
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.ndim != 5:
         return False
     return x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
 
@@ -524,6 +522,12 @@ def _pointwise(conv: nn.Module, x: Tensor) -> Tensor:
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0) -> Tensor:
     convolve: Any = F.conv2d if x.ndim == 4 else F.conv3d
     return cast(Tensor, convolve(x, weight, bias, padding=padding))
+
+
+def _interpolate(x: Tensor, scale: tuple[int, ...]) -> Tensor:
+    """Repeat voxels, in their own precision; autocast on CUDA would make them fp32."""
+    with torch.autocast(x.device.type if x.is_cuda else "cpu", enabled=False):
+        return F.interpolate(x, scale_factor=[float(factor) for factor in scale], mode="nearest")
 
 
 def _convolve_interpolated(x: Tensor, weight: Tensor, scale: tuple[int, ...]) -> Tensor:

@@ -20,11 +20,12 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 import stunet
 from plans import DATASET_JSON, make_plans
-from stunet.errors import CheckpointError, PlansError, SettingsError
+from stunet.errors import CheckpointError, PlansError, SettingsError, UsageError
 from stunet.files import write_json
 from stunet.labels.annotations import order_manifest
 from stunet.network import STUNet, STUNetSize, build_stunet
 from stunet.planning.plans import plans_size, rewrite_plans
+from stunet.training.trainer import check_seams
 from stunet.weights.read import read_checkpoint
 
 SIZES = ("small", "base", "large", "huge")
@@ -41,6 +42,36 @@ def test_nnunets_finder_finds_every_trainer(dataset: Path, name: str) -> None:
     assert trainer.__name__ == name
     assert issubclass(trainer, nnUNetTrainer)
     assert "stunet_trainers" not in sys.modules
+
+
+def test_seams_of_nnunet_that_have_moved() -> None:
+    check_seams()  # of the installed one
+
+    class Moved(nnUNetTrainer):
+        def train_step(self, batch: Any, accumulate: bool) -> None: ...
+
+    with pytest.raises(UsageError, match=r"Moved.train_step\(batch, accumulate\) of nnU-Net .* was .*\(batch\)"):
+        check_seams(Moved)
+    with pytest.raises(UsageError, match=r"object.build_network_architecture\(missing\)"):
+        check_seams(type("object", (), {"__init__": nnUNetTrainer.__init__}))
+
+
+def test_seams_of_nnunets_next_release(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(trained(make(plans=narrow_plans()), 1), "checkpoint_latest.pth")
+    for name in ("filename_or_checkpoint", "checkpoint"):
+        resumed = make(plans=narrow_plans())
+        resumed.load_checkpoint(**{name: str(path)})
+        assert resumed.current_epoch == 1
+    theirs, given = nnUNetTrainer.build_network_architecture, []
+
+    def build(*args: Any, verbose: bool) -> torch.nn.Module:
+        given.append(verbose)
+        return theirs(*args)
+
+    monkeypatch.setattr(nnUNetTrainer, "build_network_architecture", staticmethod(build))
+    managers = (resumed.plans_manager, resumed.configuration_manager)
+    assert isinstance(resumed.build_network_architecture(*managers, 1, 3, True, verbose=True), STUNet)
+    assert given == [True]
 
 
 @pytest.mark.parametrize("name", NAMES)

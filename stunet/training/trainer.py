@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -52,6 +54,39 @@ from stunet.weights.transfer import transfer_weights
 
 #: The axis from right to left in the arrays that nnU-Net's readers give, before its transposition.
 _LEFT_RIGHT_AXIS = 2
+
+#: Methods of nnU-Net's trainer that these override or call, with their parameters; after a * may follow any.
+_SEAMS = {
+    "__init__": "plans configuration fold dataset_json device",
+    "build_network_architecture":
+        "plans_manager configuration_manager num_input_channels num_output_channels enable_deep_supervision *",
+    "save_checkpoint": "filename", "load_checkpoint": "*", "get_training_transforms": "*", "print_to_log_file": "*",
+    "set_deep_supervision_enabled": "enabled", "train_step": "batch", "validation_step": "batch",
+    "on_validation_epoch_end": "val_outputs", "perform_actual_validation": "save_probabilities",
+    **dict.fromkeys((
+        "initialize", "configure_optimizers", "configure_rotation_dummyDA_mirroring_and_inital_patch_size", "do_split",
+        "get_dataloaders", "on_train_start", "on_train_end", "on_epoch_start", "on_epoch_end", "on_train_epoch_start",
+        "plot_network_architecture", "_build_loss", "_do_i_compile", "_set_batch_size_and_oversample",
+    ), ""),
+}  # fmt: skip
+
+
+def check_seams(trainer: type = nnUNetTrainer) -> None:
+    """Check that nnU-Net's trainer is one that those of this package know how to extend.
+
+    Raises:
+        UsageError: The installed nnU-Net has moved a method or a parameter.
+    """
+    for name, parameters in _SEAMS.items():
+        method = getattr(trainer, name, None)
+        found = [p for p in inspect.signature(method).parameters if p != "self"] if method else ["missing"]
+        expected, *more = parameters.split("*")
+        if (found[: len(expected.split())] if more else found) != expected.split() or not method:
+            got = f"{trainer.__name__}.{name}({', '.join(found)}) of nnU-Net {version('nnunetv2')}"
+            raise UsageError(f"{got} was {name}({', '.join(expected.split())}): install nnunetv2>=2.8.1,<2.9")
+
+
+check_seams()
 
 
 class BaseSTUNetTrainer(nnUNetTrainer):
@@ -153,10 +188,13 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         num_input_channels: int,
         num_output_channels: int,
         enable_deep_supervision: bool = True,
+        *args: Any,  # nnU-Net's next release gives more
+        **kwargs: Any,
     ) -> nn.Module:
         """Build the STU-Net of the plans, with the heads of the self-supervised task that they may have beside it."""
-        options = (num_input_channels, num_output_channels, enable_deep_supervision)
-        built: nn.Module = nnUNetTrainer.build_network_architecture(plans_manager, configuration_manager, *options)
+        options = (num_input_channels, num_output_channels, enable_deep_supervision, *args)
+        build: Any = nnUNetTrainer.build_network_architecture
+        built: nn.Module = build(plans_manager, configuration_manager, *options, **kwargs)
         network = cast("STUNet", built)
         if self.pretext is None:
             return network
@@ -321,9 +359,10 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         """Write a checkpoint after so many epochs; one more than are counted by default, as nnU-Net counts later."""
         self.checkpoints.save(Path(filename), self.current_epoch + 1 if epochs is None else epochs)
 
-    def load_checkpoint(self, filename_or_checkpoint: str | os.PathLike[str]) -> None:
-        """Resume from a checkpoint; see :meth:`Checkpoints.load`."""
-        self.checkpoints.load(Path(filename_or_checkpoint))
+    def load_checkpoint(self, *path: str | os.PathLike[str], **named: str | os.PathLike[str]) -> None:
+        """Resume from a checkpoint, the one argument, whose name changes with nnU-Net; see :meth:`Checkpoints.load`."""
+        (given,) = (*path, *named.values())
+        self.checkpoints.load(Path(given))
 
     def pretext_state(self) -> dict[str, Any]:
         """Return what checkpoints keep of a self-supervised task: its name, settings, what it trains, and its heads."""

@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of autocast")
+    parser.add_argument("--compile", action="store_true", help="both networks, as nnU-Net does on CUDA")
     parser.add_argument("--memory-of", nargs=3, metavar=("SIZE", "CLASSES", "ARM"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
@@ -62,6 +63,7 @@ def main() -> None:
         "patch": args.patch,
         "batch_size": args.batch_size,
         "dtype": args.dtype,
+        "compiled": args.compile,
         "results": results,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
@@ -84,6 +86,8 @@ class Bench:
         published = PublishedStructure(SIZES[size], 1, classes, strides)
         published.load_state_dict(ours.state_dict())
         self.networks: dict[str, nn.Module] = {"ours": ours.to(args.device), "published": published.to(args.device)}
+        if args.compile:
+            self.networks = {arm: torch.compile(n, dynamic=False) for arm, n in self.networks.items()}  # type: ignore[misc]
         self.optimizers = {
             arm: torch.optim.SGD(network.parameters(), 1e-4, momentum=0.99, nesterov=True, weight_decay=3e-5)
             for arm, network in self.networks.items()

@@ -2,7 +2,8 @@
 
 On the CPU: each size with each activation checkpointing, in fp32, in a process of its own. Measured are PyTorch's
 allocations in a step after the first, and the highest resident set above that before the network was made, which also
-has what oneDNN and the allocator take. Sharded: one of several processes, by PyTorch's tracker of FSDP2 on fake
+has what oneDNN and the allocator take. With ``--device cuda`` in nnU-Net's mixed precision, and resident is what the
+allocator has reserved. Sharded: one of several processes, by PyTorch's tracker of FSDP2 on fake
 tensors, so that nothing is allocated. By hand: with the sizes below it takes about ten minutes and 10 GB.
 
     python tests/benchmarks/training_memory.py
@@ -23,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 from memory_events import Training, sharded_peak
 from processes import resident_set
 
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--edge", type=int, default=64, help="of the patch, in voxels")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--classes", type=int, default=3)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--sharded", nargs="*", default=["huge"], help="sizes for several processes")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--sharded-edge", type=int, default=128)
@@ -47,7 +50,7 @@ def main() -> None:
         "patch": args.edge,
         "batch_size": args.batch_size,
         "classes": args.classes,
-        "cpu": {
+        args.device: {
             f"{name} {where}": apart(measure, name, where, args)
             for name, where in product(args.sizes, args.checkpointing)
         },
@@ -70,23 +73,22 @@ def apart(function: Any, *args: Any) -> dict[str, Any]:
 
 
 def measure(name: str, where: Any, args: argparse.Namespace) -> dict[str, Any]:
+    on_cpu = args.device == "cpu"
     ctypes.CDLL(None).malloc_trim(0)
     before = resident_set("VmRSS")
     training = Training(
-        SIZES[name], batch=args.batch_size, classes=args.classes, edge=args.edge, activation_checkpointing=where
-    )
+        SIZES[name], batch=args.batch_size, classes=args.classes, edge=args.edge, activation_checkpointing=where,
+        device=args.device, dtype=None if on_cpu else torch.half,
+    )  # fmt: skip
     training.step()
     Path("/proc/self/clear_refs").write_text("5")  # sets the highest to the present one
     training.step()
-    resident = resident_set("VmHWM") - before
-    return report(
-        estimate(
-            SIZES[name], patch_size=(args.edge,) * 3, batch_size=args.batch_size, num_classes=args.classes,
-            activation_checkpointing=where,
-        ).training_bytes,
-        training.peak(),
-        resident,
-    )  # fmt: skip
+    resident = resident_set("VmHWM") - before if on_cpu else torch.cuda.max_memory_reserved()
+    predicted = estimate(
+        SIZES[name], patch_size=(args.edge,) * 3, batch_size=args.batch_size, num_classes=args.classes,
+        activation_checkpointing=where, precision="fp32" if on_cpu else "amp",
+    ).training_bytes  # fmt: skip
+    return report(predicted, training.peak(), resident)
 
 
 def compare(name: str, ranks: int, precision: Any, args: argparse.Namespace) -> dict[str, Any]:
