@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -125,13 +125,13 @@ class Partition(NamedTuple):
 
     def to(self, device: torch.device) -> Partition:
         """Copy it to a device."""
-        order = None if self.order is None else _moved(self.order, device)
-        owner, tables, annotated = (_moved(each, device) for each in (self.owner, self.tables, self.annotated))
+        order = None if self.order is None else to_device(self.order, device)
+        owner, tables, annotated = (to_device(each, device) for each in (self.owner, self.tables, self.annotated))
         return self._replace(order=order, owner=owner, tables=tables, annotated=annotated)
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    # From pinned memory a GPU fetches it when it comes there, and nothing waits.
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the CPU without waiting: a GPU fetches it from pinned memory when it comes there."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -264,9 +264,9 @@ class PartialDiceCELoss(nn.Module):
     the logits' precision, whichever is higher. There is a first derivative, by ``backward`` or ``torch.autograd.grad``;
     second ones and ``torch.func`` are refused.
 
-    On CUDA nothing waits for the GPU. Values that are no labels, which raise an error elsewhere, there make the loss and
-    the gradient of their voxels NaN; :meth:`check_labels` tells which they are. Without Triton, as on Windows, the
-    labels are checked and the loss is computed in chunks as on a CPU.
+    On CUDA nothing waits for the GPU. Values that are no labels, an error elsewhere, there make the loss and the gradient
+    of their voxels NaN; :meth:`check_labels` tells which they are. Without Triton, as on Windows, labels are checked and
+    the loss is computed in chunks as on a CPU.
 
     Args:
         members: ``(L, C)`` of :func:`label_members`, or the number of outputs where each label is an output.
@@ -419,7 +419,12 @@ class PartialDiceCELoss(nn.Module):
         """Return the target in a type to compute with; without kernels checked, and L where it is to be ignored."""
         if not target.numel():
             raise LossError(f"an empty batch of shape {tuple(target.shape)}: leave it out")
-        if target.dtype in (torch.bool, torch.uint16, torch.uint32, torch.uint64):  # which can hardly do more than store
+        if target.dtype in (
+            torch.bool,
+            torch.uint16,
+            torch.uint32,
+            torch.uint64,
+        ):  # which can hardly do more than store
             target = target.long()
         if _kernels(target.device.type) is not None:
             return target
@@ -489,9 +494,9 @@ class PartialDiceCELoss(nn.Module):
         return kept.sum().to(_sum_dtype(target))
 
     def _total(self, by_label: Tensor, mask: Tensor) -> Tensor:
-        """Return what adds up over cases: :func:`_counts`; with ``batch_dice`` instead of the pairs those of each label.
+        """Return what adds up over cases: :func:`_counts`, or with ``batch_dice`` voxels, pairs and sums by label.
 
-        These are ``(S, 1 + 4L)``: voxels, pairs, and the sums by label.
+        These are ``(S, 1 + 4L)``.
         """
         voxels = by_label[2].sum((1, 2))
         if not self.batch_dice:
@@ -517,7 +522,7 @@ class PartialDiceCELoss(nn.Module):
                 dist.all_reduce(total)
         key = (*weights, sums.device, sums.dtype)
         if key not in self._weights:
-            self._weights[key] = _moved(torch.tensor(weights, dtype=sums.dtype), sums.device)
+            self._weights[key] = to_device(torch.tensor(weights, dtype=sums.dtype), sums.device)
         weight = self._weights[key]
 
         if self.batch_dice:  # one image for each output
@@ -565,9 +570,9 @@ def _by_label(sums: Tensor, owner: Tensor, n_labels: int) -> Tensor:
     return torch.stack([intersection, prediction, reference])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kernels(device_type: str) -> Any:
-    """Return :mod:`stunet.loss_kernels` where Triton can run them: on CUDA, with a C compiler, or in its interpreter."""
+    """Return :mod:`stunet.loss_kernels` where Triton runs: on CUDA with a C compiler, or anywhere in its interpreter."""
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if not is_interpreted and not (device_type == "cuda" and has_triton() and compiler):
