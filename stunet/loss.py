@@ -264,9 +264,9 @@ class PartialDiceCELoss(nn.Module):
     the logits' precision, whichever is higher. There is a first derivative, by ``backward`` or ``torch.autograd.grad``;
     second ones and ``torch.func`` are refused.
 
-    On CUDA nothing waits for the GPU. Values that are no labels, an error elsewhere, there make the loss and the gradient
-    of their voxels NaN; :meth:`check_labels` tells which they are. Without Triton, as on Windows, labels are checked and
-    the loss is computed in chunks as on a CPU.
+    On CUDA nothing waits for the GPU. Values that are no labels, an error elsewhere, there make the loss NaN, and the
+    gradient of their voxels; :meth:`check_labels` tells which they are. Without Triton, as on Windows, labels are
+    checked and the loss is computed in chunks as on a CPU.
 
     Args:
         members: ``(L, C)`` of :func:`label_members`, or the number of outputs where each label is an output.
@@ -572,7 +572,7 @@ def _by_label(sums: Tensor, owner: Tensor, n_labels: int) -> Tensor:
 
 @cache
 def _kernels(device_type: str) -> Any:
-    """Return :mod:`stunet.loss_kernels` where Triton runs: on CUDA with a C compiler, or anywhere in its interpreter."""
+    """Return :mod:`stunet.loss_kernels` where Triton runs: on CUDA with a C compiler, or in its interpreter."""
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if not is_interpreted and not (device_type == "cuda" and has_triton() and compiler):

@@ -70,13 +70,16 @@ class Device(TorchDispatchMode):
             self.blocking[str(packet)] += 1
         if packet is aten._local_scalar_dense:
             return 0.0
-        result = func(*args, **kwargs)
+        if packet is aten._to_copy and not given[0].is_cuda:  # of something real
+            result = torch.empty_like(given[0], dtype=kwargs.get("dtype"), device=CUDA)
+        else:
+            result = func(*args, **kwargs)
         if packet in (aten._to_copy, aten.copy_) and result.is_cuda != given[-1].is_cuda:
             self._count_copy(given[-1], bool(kwargs.get("non_blocking") or args[2:3] == (True,)))
             if not result.is_cuda:
                 with unset_fake_temporarily():
                     return torch.zeros(result.shape, dtype=result.dtype)
-        elif not func.is_view and packet not in NO_KERNEL:
+        elif not func.is_view and func.namespace != "prim" and packet not in NO_KERNEL:
             self.launches[str(packet)] += 1
         return result
 
@@ -110,13 +113,18 @@ def run_backward(value: Tensor, gradient: Tensor | None = None, *_: Any, **__: A
     while ready:
         node = ready.pop()
         own = gradients.pop(node)
-        with torch.no_grad():
-            results = node(*(own.get(i) for i in range(len(node._input_metadata)))) if own else None
-        results = results if isinstance(results, tuple) else (results,) * len(node.next_functions)
-        for (following, slot), result in zip(node.next_functions, results, strict=False):
+        call, edges = getattr(node, "apply", node), node.next_functions  # the former of functions in Python
+        results: Any = None
+        if own:
+            with torch.no_grad():
+                results = call(*(own.get(i) for i in range(len(node._input_metadata))))
+        results = results if isinstance(results, tuple) else (results,) * len(edges)
+        # Before the tensors' come those of other arguments.
+        for (following, slot), result in zip(edges, results[len(results) - len(edges) :], strict=True):
             if following is not None:
                 if result is not None:
-                    others = gradients[following]
+                    expected, others = following._input_metadata[slot], gradients[following]
+                    result = result.sum_to_size(expected.shape).to(expected.dtype)
                     others[slot] = others[slot] + result if slot in others else result
                 users[following] -= 1
                 if not users[following]:
@@ -277,7 +285,7 @@ def test_what_waits_is_seen() -> None:
         assert (device.blocking.total(), device.pageable.total()) == (1, 1)
         assert x.cpu().tolist() == [0, 0, 0]
         assert float(x[0]) == 0
-        _ = x[x > 0] if False else (x > 0).any().item()
+        assert not (x > 0).any()
         assert device.blocking.total() == 4
         assert device.launches.total() == 2
         with pytest.raises(RuntimeError, match="device"):
