@@ -264,9 +264,9 @@ class PartialDiceCELoss(nn.Module):
     the logits' precision, whichever is higher. There is a first derivative, by ``backward`` or ``torch.autograd.grad``;
     second ones and ``torch.func`` are refused.
 
-    On CUDA nothing waits for the GPU. Values that are no labels, an error elsewhere, there make the loss NaN, and the
-    gradient of their voxels; :meth:`check_labels` tells which they are. Without Triton, as on Windows, labels are
-    checked and the loss is computed in chunks as on a CPU.
+    On CUDA nothing waits for the GPU. Values that are no labels, an error elsewhere, there make the loss and its
+    gradient NaN; :meth:`check_labels` tells which they are. Without Triton, as on Windows, labels are checked and the
+    loss is computed in chunks as on a CPU.
 
     Args:
         members: ``(L, C)`` of :func:`label_members`, or the number of outputs where each label is an output.
@@ -520,10 +520,11 @@ class PartialDiceCELoss(nn.Module):
             total = self._total(by_label, annotation.mask)
             if self.ddp:
                 dist.all_reduce(total)
-        key = (*weights, sums.device, sums.dtype)
+        key = (*weights, sums.device)
         if key not in self._weights:
-            self._weights[key] = to_device(torch.tensor(weights, dtype=sums.dtype), sums.device)
-        weight = self._weights[key]
+            factors = torch.tensor([[self.weight_ce], [self.weight_dice]], dtype=sums.dtype)
+            self._weights[key] = to_device(factors * torch.tensor(weights, dtype=sums.dtype), sums.device)
+        weight_ce, weight_dice = self._weights[key]  # (S,) each
 
         if self.batch_dice:  # one image for each output
             pairs, intersection, prediction, reference = (each[:, None] for each in total[:, 1:].chunk(4, 1))
@@ -532,13 +533,13 @@ class PartialDiceCELoss(nn.Module):
         else:
             intersection, prediction, reference = by_label
             present, count = annotation.mask, total[:, 1, None, None]
-        share = present * (self.weight_dice * weight)[:, None, None] / count.clamp_min(1)
+        share = present * weight_dice[:, None, None] / count.clamp_min(1)
         denominator = reference + prediction + self.smooth
         bounded = denominator.clamp_min(_SMALLEST_DENOMINATOR)
         rate = share / bounded
         dice = (2 * intersection + self.smooth) * rate
-        beta = torch.where(denominator >= _SMALLEST_DENOMINATOR, dice / bounded, 0)
-        nu = self.weight_ce * weight / total[:, 0].clamp_min(1)
+        beta = (dice / bounded).masked_fill(denominator < _SMALLEST_DENOMINATOR, 0)
+        nu = weight_ce / total[:, 0].clamp_min(1)
         # The joint Dice is each process's value; its micro-batches share it evenly.
         shares = 1 if self._whole is None else self._whole.micro_batches
         value_ce = world * (sums[..., -1].sum(1) * nu).sum()

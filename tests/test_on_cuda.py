@@ -211,7 +211,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "micro-batches, Dice of each case": {"labels": "ignore", "gradient_accumulation": 2, "batch_dice": False},
     "2d": {"configuration": "2d"},
     "regions": {"labels": "regions"},
-    "bf16 momentum": {"momentum_dtype": "bf16"},
+    "frozen encoder": {"fine_tune": "frozen-encoder"},
     "labels and self-supervision": {"pretext": "mae"},
 }
 
