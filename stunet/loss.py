@@ -566,7 +566,7 @@ def _counts(voxels: Tensor, mask: Tensor) -> Tensor:
 
 def _by_label(sums: Tensor, owner: Tensor, n_labels: int) -> Tensor:
     """Return I, P and voxels by label, ``(3, S, B, L)``, of ``(S, B, 2L + C + 1)``."""
-    intersection, reference, by_output, _ = sums.split([n_labels, n_labels, owner.shape[1], 1], 2)
+    intersection, reference, by_output, _ = torch.split(sums, [n_labels, n_labels, owner.shape[1], 1], 2)
     prediction = torch.zeros_like(intersection).scatter_add_(2, owner.expand(len(sums), -1, -1), by_output)
     return torch.stack([intersection, prediction, reference])
 

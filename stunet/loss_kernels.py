@@ -148,7 +148,7 @@ def loss_sums(logits: Tensor, target: Tensor, counts_as: Tensor, owner: Tensor, 
         owner: ``(B, C)``, the label of which Dice counts an output, 0 for none.
         ignore_label: Value of voxels that are left out.
     """
-    out = _room_for_sums(logits, target, counts_as, owner, ignore_label)
+    out: Tensor = _room_for_sums(logits, target, counts_as, owner, ignore_label)
     n_labels = counts_as.shape[1] - 1
     rows, voxels, n_tiles = _tiles(logits, n_labels)
     sizes = (logits.shape[1], n_labels, logits.shape[2], n_tiles, *logits.stride(), *target.stride())
