@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import custom_op
 from triton import cdiv, next_power_of_2
 
-_TILE = 8192  # elements: 32 for each thread of eight warps
+_TILE = 4096  # elements: 16 for each thread of eight warps, so that all stay in registers
 _FEWEST_VOXELS = 16  # of a tile, however many outputs
 _PROGRAMS = 1024  # of a case, at most: enough to fill a GPU, and few sums beside the logits
 

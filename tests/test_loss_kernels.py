@@ -43,7 +43,7 @@ def test_kernels_compile_for_gpus(name: str, capability: int) -> None:
     kernel: Any = getattr(loss_kernels, name)
     types = {"logits": "*fp16", "target": "*i16", "out": "*fp32" if name == "_sum_kernel" else "*fp16"}
     types |= dict.fromkeys(("counts_as", "owner"), "*i64") | dict.fromkeys(("nu", "alpha", "beta"), "*fp64")
-    constants = {"ignore_label": 105, "dtype": triton.language.float32, "ROWS": 128, "VOXELS": 64}
+    constants = {"ignore_label": 105, "dtype": triton.language.float32, "ROWS": 128, "VOXELS": 32}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
     source = ASTSource(kernel, signature, constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
