@@ -2,7 +2,7 @@
 
 In three parts: what a label says about the outputs, given what its case annotates; the loss, one function of the logits
 with a gradient of its own; one case's sums and gradient, over chunks of voxels so that the gradient is the only map of
-all outputs that is made.
+all outputs that is made. On GPUs these are two kernels, in :mod:`stunet.loss_kernels`.
 
 Notation: z logits, p = softmax(z), y a voxel's label, E the set of outputs that y stands for in this case, and
 q = sum of p over E. Cross-entropy is -log q = LSE(z) - LSE(z over E). Where a loss depends on the probabilities through
@@ -16,15 +16,18 @@ the label that owns output c. p_c / q is the softmax over E alone, and computed 
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.utils._triton import has_triton
 
 from stunet.errors import LossError
 
@@ -103,16 +106,33 @@ class Partition(NamedTuple):
     Attributes:
         order: ``(C,)``, the outputs set by set, then the single ones; None where that is their own order.
         sets: Where each set starts and stops in that order.
-        owner: ``(C,)`` in that order: the label of which Dice counts an output, 0 for none.
+        owner: ``(C,)``: the label of which Dice counts an output, 0 for none.
         tables: ``(3, L + 1)``, looked up by label value, the last column for voxels that are to be left out: the label
             that a voxel counts as (L: it is left out), its set (``len(sets)``: a single output), its output in that
             order (single ones only).
+        annotated: ``(L,)``, boolean: what the case annotates, less the background.
+        merges_background: Whether the first set is the background's, of which there is no Dice.
+        leaves_out: Whether voxels of some label are left out.
     """
 
     order: Tensor | None
     sets: tuple[tuple[int, int], ...]
     owner: Tensor
     tables: Tensor
+    annotated: Tensor
+    merges_background: bool
+    leaves_out: bool
+
+    def to(self, device: torch.device) -> Partition:
+        """Copy it to a device."""
+        order = None if self.order is None else to_device(self.order, device)
+        owner, tables, annotated = (to_device(each, device) for each in (self.owner, self.tables, self.annotated))
+        return self._replace(order=order, owner=owner, tables=tables, annotated=annotated)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the CPU without waiting: a GPU fetches it from pinned memory when it comes there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def partition_outputs(members: Tensor, annotated: Tensor, case: int = 0) -> Partition:
@@ -124,7 +144,7 @@ def partition_outputs(members: Tensor, annotated: Tensor, case: int = 0) -> Part
 
     Args:
         members: ``(L, C)``, as of :func:`label_members`.
-        annotated: ``(L,)``, boolean, on the CPU. Label 0 is not read.
+        annotated: ``(L,)``, boolean, on the CPU, False for label 0.
         case: Index in the batch, for the message.
 
     Raises:
@@ -132,7 +152,6 @@ def partition_outputs(members: Tensor, annotated: Tensor, case: int = 0) -> Part
     """
     n_labels, n_outputs = members.shape
     owned = members & annotated[:, None]
-    owned[0] = False
     if bool((owned.sum(0) > 1).any()):
         shared = int(owned.sum(0).argmax())
         got = f"labels {owned[:, shared].nonzero().flatten().tolist()}, which both contain output {shared}"
@@ -157,41 +176,53 @@ def partition_outputs(members: Tensor, annotated: Tensor, case: int = 0) -> Part
     return Partition(
         order=order if len(set_labels) else None,
         sets=tuple(zip(starts, stops, strict=True)),
-        owner=owner[order],
+        owner=owner,
         tables=torch.stack([counts_as, set_of[counts_as], output_of[counts_as]]),
+        annotated=annotated,
+        merges_background=bool(size[0] > 1),
+        leaves_out=bool((counts_as[:-1] == n_labels).any()),
     )
+
+
+class _Annotation(NamedTuple):
+    """What a batch annotates: the partition of each case, and of all of them ``(B, L + 1)``, ``(B, C)``, ``(B, L)``."""
+
+    partitions: list[Partition]
+    counts_as: Tensor
+    owner: Tensor
+    mask: Tensor
 
 
 # --- The loss ---
 
 
 class WholeBatch:
-    """What the micro-batches of one batch must know of each other; see :meth:`PartialDiceCELoss.counted_in`.
-
-    With deep supervision a loss is called once for each output, in the same order for each micro-batch; each output has
-    sums of its own.
-    """
+    """What the micro-batches of one batch must know of each other; see :meth:`PartialDiceCELoss.counted_in`."""
 
     def __init__(self) -> None:
-        self.totals: list[Tensor] = []
         self.micro_batches = 0
-        self.output = 0  # the present micro-batch's next one
         self.is_counted = False
+        self._totals: list[Tensor] = []
 
     def add(self, total: Tensor) -> None:
-        """Add the sums of the present micro-batch's next output."""
-        if self.micro_batches == 1:
-            self.totals.append(total)
-        else:
-            self.totals[self.output] += total
-        self.output += 1
+        """Add the sums of the present micro-batch, ``(S, K)`` for S outputs."""
+        if len(self._totals) == self.micro_batches:
+            raise LossError("a micro-batch comes in several calls: give the loss all its outputs at once")
+        self._totals.append(total)
 
-    def next_total(self) -> Tensor:
-        """Return the sums over the whole batch for the next output."""
-        if self.output >= len(self.totals):
+    def finish(self, *, ddp: bool) -> None:
+        """Add up all micro-batches, the first time; with ``ddp`` those of all processes."""
+        if self._totals and not self.is_counted:
+            self._totals = [torch.stack(self._totals).sum(0)]
+            if ddp:
+                dist.all_reduce(self._totals[0])
+        self.is_counted = True
+
+    def total(self, n_outputs: int) -> Tensor:
+        """Return the sums over the whole batch."""
+        if [len(total) for total in self._totals] != [n_outputs]:
             raise LossError("an output of a micro-batch was not counted: count all of a batch before one is computed")
-        self.output += 1
-        return self.totals[self.output - 1]
+        return self._totals[0]
 
 
 class PartialDiceCELoss(nn.Module):
@@ -211,9 +242,10 @@ class PartialDiceCELoss(nn.Module):
     A voxel with a label that its case does not annotate counts as the annotated superclass that contains the label, or
     else as (merged) background; if the label only overlaps with annotated ones, the voxel is left out of both terms.
 
-    It takes logits and target alone, so that nnU-Net's ``DeepSupervisionWrapper`` can hold it; what the batch annotates
-    is set around the call (:meth:`annotated_in`). A batch that is too large can be computed in micro-batches, of which
-    each is counted before the first is computed::
+    It takes logits and target alone, as nnU-Net's losses do; what the batch annotates is set around the call
+    (:meth:`annotated_in`). With deep supervision these are lists, and the outputs' losses are added up as nnU-Net's
+    ``DeepSupervisionWrapper`` does it. A batch that is too large can be computed in micro-batches, of which each is
+    counted before the first is computed::
 
         whole = WholeBatch()
         with torch.no_grad(), loss.counted_in(whole):  # for each micro-batch
@@ -232,6 +264,10 @@ class PartialDiceCELoss(nn.Module):
     the logits' precision, whichever is higher. There is a first derivative, by ``backward`` or ``torch.autograd.grad``;
     second ones and ``torch.func`` are refused.
 
+    On CUDA nothing waits for the GPU. Values that are no labels, an error elsewhere, there make the loss and its
+    gradient NaN; :meth:`check_labels` tells which they are. Without Triton, as on Windows, labels are checked and the
+    loss is computed in chunks as on a CPU.
+
     Args:
         members: ``(L, C)`` of :func:`label_members`, or the number of outputs where each label is an output.
         batch_dice: Dice of each structure over the batch, as one image, instead of in each case.
@@ -240,6 +276,7 @@ class PartialDiceCELoss(nn.Module):
         ddp: Whether the batch is spread over the processes of the default group.
         weight_ce: Weight of the cross-entropy.
         weight_dice: Weight of Dice.
+        weight_factors: Weights of the outputs where there are several; one that weighs 0 is not looked at.
 
     Raises:
         LossError: Members or ignore label that no loss can have.
@@ -261,16 +298,20 @@ class PartialDiceCELoss(nn.Module):
         ddp: bool = False,
         weight_ce: float = 1,
         weight_dice: float = 1,
+        weight_factors: Sequence[float] = (1.0,),
     ) -> None:
         super().__init__()
         self.members = check_members(label_members(members) if isinstance(members, int) else members)
         self.batch_dice, self.smooth, self.ignore_label, self.ddp = batch_dice, smooth, ignore_label, ddp
-        self.weight_ce, self.weight_dice = weight_ce, weight_dice
+        self.weight_ce, self.weight_dice, self.weight_factors = weight_ce, weight_dice, tuple(weight_factors)
         if ignore_label is not None and 0 <= ignore_label < len(self.members):
             got = f"{ignore_label} is an ignore label that stands for outputs"
             raise LossError(f"{got}: give it the value {len(self.members)}, as nnU-Net does")
         self._annotated: Tensor | None = None
         self._whole: WholeBatch | None = None
+        # Made once: of each annotation that comes, and of the outputs' weights.
+        self._partitions: dict[tuple[bytes, torch.device], Partition] = {}
+        self._weights: dict[tuple[Any, ...], Tensor] = {}
 
     def annotated_in(self, annotated: Tensor | None) -> AbstractContextManager[None]:
         """Within this context, cases annotate these labels, ``(B, L)``, boolean; None and outside, every single output.
@@ -289,7 +330,7 @@ class PartialDiceCELoss(nn.Module):
         """
         if whole.is_counted:
             raise LossError("a micro-batch comes too late: count all of a batch before the first is computed")
-        whole.micro_batches, whole.output = whole.micro_batches + 1, 0
+        whole.micro_batches += 1
         return self._within("_whole", whole)
 
     def as_part_of(self, whole: WholeBatch) -> AbstractContextManager[None]:
@@ -297,10 +338,7 @@ class PartialDiceCELoss(nn.Module):
 
         The first time, with ``ddp``, the processes add up their sums, so each of them must come here.
         """
-        if self.ddp and not whole.is_counted:
-            for total in whole.totals:
-                dist.all_reduce(total)
-        whole.is_counted, whole.output = True, 0
+        whole.finish(ddp=self.ddp)
         return self._within("_whole", whole)
 
     @contextmanager
@@ -312,12 +350,12 @@ class PartialDiceCELoss(nn.Module):
         finally:
             setattr(self, name, before)
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+    def forward(self, logits: Tensor | Sequence[Tensor], target: Tensor | Sequence[Tensor]) -> Tensor:
         """Compute the loss.
 
         Args:
-            logits: ``(B, C, X, Y[, Z])``, output 0 being the background.
-            target: ``(B, X, Y[, Z])`` or ``(B, 1, X, Y[, Z])``, label values of any type.
+            logits: ``(B, C, X, Y[, Z])``, output 0 being the background; with deep supervision one for each output.
+            target: ``(B, X, Y[, Z])`` or ``(B, 1, X, Y[, Z])``, label values of any type; likewise.
 
         Returns:
             The loss, a scalar.
@@ -327,18 +365,39 @@ class PartialDiceCELoss(nn.Module):
                 labels with a common output, or ``ddp`` without a process group.
         """
         whole = None if self._whole is None or self._whole.is_counted else self._whole  # that is being counted
-        if whole is None or self.batch_dice:
-            target = self._check_shapes(logits, target)
-        target = self._check_labels(target).flatten(1)
-        annotated = self._check_annotated(len(target))
-        partitions = [partition_outputs(self.members, row, case) for case, row in enumerate(annotated)]
-        annotated = annotated.to(target.device)
+        pairs = [(logits, target)] if isinstance(target, Tensor) else zip(logits, target, strict=False)
+        factors = (1.0,) if isinstance(target, Tensor) else self.weight_factors
+        outputs, targets, weights = [], [], []
+        for i, (z, y) in enumerate(pairs):
+            if factors[i] == 0:
+                continue
+            y = self._check_shapes(z, y) if whole is None or self.batch_dice else y
+            outputs.append(cast(Tensor, z).flatten(2))
+            targets.append(self._readable(y).flatten(1))
+            weights.append(factors[i])
+        annotation = self._annotation(len(targets[0]), targets[0].device)
         if whole is not None:
-            whole.add(self._count(logits, target, annotated, partitions))
-            return torch.zeros((), device=target.device)
+            whole.add(self._count(outputs, targets, annotation))
+            return torch.zeros((), device=targets[0].device)
         if self.ddp and not (dist.is_available() and dist.is_initialized()):
             raise LossError("ddp=True without a process group: set ddp=False, or start with -num_gpus or torchrun")
-        return cast(Tensor, _PartialDiceCE.apply(logits, target, annotated, partitions, self))
+        return cast(Tensor, _PartialDiceCE.apply(self, targets, annotation, weights, *outputs))
+
+    def check_labels(self, target: Tensor | Sequence[Tensor]) -> None:
+        """Refuse a target, or one of several, with values that are no labels. This waits for the GPU.
+
+        Raises:
+            LossError: There are such values.
+        """
+        for each in [target] if isinstance(target, Tensor) else target:
+            wrong = ~self._is_label(each)
+            if self.ignore_label is not None:
+                wrong &= each != self.ignore_label
+            if bool(wrong.any()):
+                got = ", ".join(f"{value:g}" for value in sorted(set(each[wrong].tolist()))[:5])
+                ignored = "" if self.ignore_label is None else f", or {self.ignore_label} to ignore"
+                known = f"whole numbers to {len(self.members) - 1}{ignored}"
+                raise LossError(f"no output stands for label values {got}: give {known}")
 
     def _check_shapes(self, logits: Tensor, target: Tensor) -> Tensor:
         n_outputs = self.members.shape[1]
@@ -352,28 +411,30 @@ class PartialDiceCELoss(nn.Module):
             raise LossError(f"{got}: give label values, with deep supervision for each output")
         return target
 
-    def _check_labels(self, target: Tensor) -> Tensor:
-        """Return the target in a type that PyTorch computes with, all its values being labels, or L to ignore."""
+    def _is_label(self, target: Tensor) -> Tensor:
+        is_label = (target >= 0) & (target < len(self.members))  # false for NaN
+        return is_label & (target == target.floor()) if target.is_floating_point() else is_label
+
+    def _readable(self, target: Tensor) -> Tensor:
+        """Return the target in a type to compute with; without kernels checked, and L where it is to be ignored."""
         if not target.numel():
             raise LossError(f"an empty batch of shape {tuple(target.shape)}: leave it out")
-        if target.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which it can hardly do more with than store
+        if target.dtype in (
+            torch.bool,
+            torch.uint16,
+            torch.uint32,
+            torch.uint64,
+        ):  # which can hardly do more than store
             target = target.long()
+        if _kernels(target.device.type) is not None:
+            return target
+        self.check_labels(target)
         n_labels = len(self.members)
-        wrong = ~((target >= 0) & (target < n_labels))  # negated, so that NaN is found as well
-        if self.ignore_label is not None:
-            wrong &= target != self.ignore_label
-        if target.is_floating_point():
-            wrong |= target != target.floor()
-        if bool(wrong.any()):
-            got = ", ".join(f"{value:g}" for value in sorted(set(target[wrong].tolist()))[:5])
-            ignored = "" if self.ignore_label is None else f", or {self.ignore_label} to ignore"
-            raise LossError(f"no output stands for label values {got}: give whole numbers to {n_labels - 1}{ignored}")
         if self.ignore_label in (None, n_labels):  # as nnU-Net has it
             return target
         return target.long().masked_fill(target == self.ignore_label, n_labels)
 
-    def _check_annotated(self, batch_size: int) -> Tensor:
-        """Return the annotation on the CPU, with nothing said of the background."""
+    def _annotation(self, batch_size: int, device: torch.device) -> _Annotation:
         shape = (batch_size, len(self.members))
         if (annotated := self._annotated) is None:
             annotated = (self.members.sum(1) == 1).expand(shape)
@@ -381,62 +442,108 @@ class PartialDiceCELoss(nn.Module):
             got = f"{annotated.dtype} {tuple(annotated.shape)} is an annotation that does not fit"
             raise LossError(f"{got}: give boolean {shape}, a row for each case and a column for each label value")
         annotated = annotated.detach().cpu().clone()
-        annotated[:, 0] = False
-        return annotated
+        annotated[:, 0] = False  # nothing is said of the background
+        partitions = []
+        for case, row in enumerate(annotated):
+            key = (row.numpy().tobytes(), device)
+            if key not in self._partitions:
+                self._partitions[key] = partition_outputs(self.members, row, case).to(device)
+            partitions.append(self._partitions[key])
+        tables = zip(*((p.tables[0], p.owner, p.annotated) for p in partitions), strict=True)
+        return _Annotation(partitions, *(torch.stack(rows) for rows in tables))
 
-    def _cases(self, logits: Tensor, target: Tensor, partitions: list[Partition]) -> list[_Case]:
-        rows, ignores = zip(logits.flatten(2), target, partitions, strict=True), self.ignore_label is not None
+    def _cases(self, logits: Tensor, target: Tensor, annotation: _Annotation) -> list[_Case]:
+        rows, ignores = zip(logits, target, annotation.partitions, strict=True), self.ignore_label is not None
         return [_Case(*row, ignores=ignores) for row in rows]
 
-    def _count(self, logits: Tensor, target: Tensor, annotated: Tensor, partitions: list[Partition]) -> Tensor:
+    def _sums(self, logits: Tensor, target: Tensor, annotation: _Annotation) -> Tensor:
+        """Return the sums of each case, ``(B, 2L + C + 1)``: I and voxels by label, P by output, and -log q."""
+        if (kernels := _kernels(logits.device.type)) is None:
+            return _batch_sums(self._cases(logits, target, annotation))
+        counts_as, owner = annotation.counts_as, annotation.owner
+        by_program = kernels.loss_sums(logits, target, counts_as, owner, self.ignore_label)
+        return cast(Tensor, by_program.sum(1, dtype=torch.float64))
+
+    def _gradient(
+        self, logits: Tensor, target: Tensor, annotation: _Annotation, nu: Tensor, alpha: Tensor, beta: Tensor
+    ) -> Tensor:
+        """Return the gradient ``(B, C, N)``, given nu ``()`` and alpha and beta ``(B, L)``."""
+        if (kernels := _kernels(logits.device.type)) is not None:
+            tables = annotation.counts_as, annotation.owner, self.ignore_label
+            return cast(Tensor, kernels.loss_gradient(logits, target, *tables, nu, alpha, beta))
+        gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        nu, alpha, beta = (c.to(torch.promote_types(logits.dtype, torch.float32)) for c in (nu, alpha, beta))
+        cases = self._cases(logits, target, annotation)
+        rows = zip(cases, alpha, beta, gradient, strict=True)
+        _run(cases, [partial(_stripe_gradient, c, s, nu, *row) for c, *row in rows for s in c.stripes()])
+        return gradient
+
+    def _count(self, outputs: list[Tensor], targets: list[Tensor], annotation: _Annotation) -> Tensor:
+        """Return :meth:`_total` of these cases; without ``batch_dice`` from the targets alone."""
         if not self.batch_dice:
-            voxels = [_count_voxels(row, partition) for row, partition in zip(target, partitions, strict=True)]
-            return _counts(torch.stack(voxels), annotated)
-        with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
-            return self._total(_batch_sums(self._cases(logits, target, partitions))[1], annotated)
+            return _counts(torch.stack([self._count_voxels(y, annotation) for y in targets]), annotation.mask)
+        with torch.no_grad(), torch.autocast(targets[0].device.type, enabled=False):
+            rows = zip(outputs, targets, strict=True)
+            sums = torch.stack([self._sums(z, y, annotation) for z, y in rows])
+            return self._total(_by_label(sums, annotation.owner, len(self.members)), annotation.mask)
 
-    def _total(self, by_label: Tensor, annotated: Tensor) -> Tensor:
-        """Return what adds up: :func:`_counts`, and with ``batch_dice`` ``(L,)`` pairs and ``(3, L)`` sums."""
-        counts, mask = _counts(by_label[2], annotated), annotated.to(by_label)
-        return torch.cat([counts, mask.sum(0), (by_label * mask).sum(1).flatten()]) if self.batch_dice else counts
+    def _count_voxels(self, target: Tensor, annotation: _Annotation) -> Tensor:
+        n_labels = len(self.members)
+        labels = torch.where(self._is_label(target), target.long(), n_labels)
+        kept = annotation.counts_as.gather(1, labels) < n_labels
+        return kept.sum().to(_sum_dtype(target))
 
-    def _combine(self, cross_entropy: Tensor, by_label: Tensor, annotated: Tensor) -> tuple[Tensor, ...]:
-        """Return the loss, and its derivatives nu ``()``, alpha ``(B, L)`` and beta ``(B, L)`` by the cases' sums.
+    def _total(self, by_label: Tensor, mask: Tensor) -> Tensor:
+        """Return what adds up over cases: :func:`_counts`, or with ``batch_dice`` voxels, pairs and sums by label.
+
+        These are ``(S, 1 + 4L)``.
+        """
+        voxels = by_label[2].sum((1, 2))
+        if not self.batch_dice:
+            return _counts(voxels, mask)
+        pairs = mask.sum(0, dtype=voxels.dtype).expand(len(voxels), -1)
+        return torch.cat([voxels[:, None], pairs, *by_label.sum(2)], 1)
+
+    def _combine(self, sums: Tensor, annotation: _Annotation, weights: Sequence[float]) -> tuple[Tensor, ...]:
+        """Return the loss, and its derivatives nu ``(S,)``, alpha and beta ``(S, 1 or B, L)`` in one process.
 
         Args:
-            cross_entropy: ``(B,)``, sums of the cases at hand.
-            by_label: ``(3, B, L)``, theirs.
-            annotated: ``(B, L)``, of these cases.
+            sums: ``(S, B, 2L + C + 1)``, of the outputs and the cases at hand.
+            annotation: Of these cases.
+            weights: Of the outputs.
         """
         world = dist.get_world_size() if self.ddp else 1
+        by_label = _by_label(sums, annotation.owner, len(self.members))
         if self._whole is not None:
-            total = self._whole.next_total()
+            total = self._whole.total(len(sums))
         else:
-            total = self._total(by_label, annotated)
+            total = self._total(by_label, annotation.mask)
             if self.ddp:
                 dist.all_reduce(total)
-        n_labels = annotated.shape[1]
-        voxels, n_pairs = total[0].clamp_min(1), total[1]
-        mask = annotated.to(total)
-        if self.batch_dice:
-            pairs, by_label = total[None, 2 : 2 + n_labels], total[2 + n_labels :].view(3, 1, n_labels)
-        else:
-            pairs, by_label = mask, by_label * mask
-        present = (pairs > 0).to(mask.dtype)
-        count = (present.sum() if self.batch_dice else n_pairs).clamp_min(1)
+        key = (*weights, sums.device)
+        if key not in self._weights:
+            factors = torch.tensor([[self.weight_ce], [self.weight_dice]], dtype=sums.dtype)
+            self._weights[key] = to_device(factors * torch.tensor(weights, dtype=sums.dtype), sums.device)
+        weight_ce, weight_dice = self._weights[key]  # (S,) each
 
-        intersection, prediction, reference = by_label
+        if self.batch_dice:  # one image for each output
+            pairs, intersection, prediction, reference = (each[:, None] for each in total[:, 1:].chunk(4, 1))
+            present = pairs > 0
+            count = present.sum(2, keepdim=True, dtype=sums.dtype)
+        else:
+            intersection, prediction, reference = by_label
+            present, count = annotation.mask, total[:, 1, None, None]
+        share = present * weight_dice[:, None, None] / count.clamp_min(1)
         denominator = reference + prediction + self.smooth
         bounded = denominator.clamp_min(_SMALLEST_DENOMINATOR)
-        dice = (2 * intersection + self.smooth) / bounded * present / count
-        alpha = 2 * present / bounded / count
-        beta = torch.where(denominator >= _SMALLEST_DENOMINATOR, dice / bounded, 0)
-        scale = world * self.weight_dice
+        rate = share / bounded
+        dice = (2 * intersection + self.smooth) * rate
+        beta = (dice / bounded).masked_fill(denominator < _SMALLEST_DENOMINATOR, 0)
+        nu = weight_ce / total[:, 0].clamp_min(1)
         # The joint Dice is each process's value; its micro-batches share it evenly.
         shares = 1 if self._whole is None else self._whole.micro_batches
-        value_dice = dice.sum() * (1 / shares if self.batch_dice else world)
-        value = self.weight_ce * world * cross_entropy.sum() / voxels - self.weight_dice * value_dice
-        return value, self.weight_ce * world / voxels, scale * alpha * mask, scale * beta * mask
+        value_ce = world * (sums[..., -1].sum(1) * nu).sum()
+        return value_ce - dice.sum() * (1 / shares if self.batch_dice else world), nu, 2 * rate, beta
 
 
 def partial_dice_ce_loss(
@@ -452,37 +559,56 @@ def partial_dice_ce_loss(
         return cast(Tensor, loss(logits, target))
 
 
-def _counts(voxels: Tensor, annotated: Tensor) -> Tensor:
-    """Return ``(2,)``: voxels, and pairs of a case and a label that it annotates."""
-    return torch.stack([voxels.sum(), annotated.to(voxels).sum()])
+def _counts(voxels: Tensor, mask: Tensor) -> Tensor:
+    """Return ``(S, 2)``: voxels ``(S,)``, and pairs of a case and a label that it annotates."""
+    return torch.stack([voxels, mask.sum(dtype=voxels.dtype).expand(len(voxels))], 1)
+
+
+def _by_label(sums: Tensor, owner: Tensor, n_labels: int) -> Tensor:
+    """Return I, P and voxels by label, ``(3, S, B, L)``, of ``(S, B, 2L + C + 1)``."""
+    intersection, reference, by_output, _ = torch.split(sums, [n_labels, n_labels, owner.shape[1], 1], 2)
+    prediction = torch.zeros_like(intersection).scatter_add_(2, owner.expand(len(sums), -1, -1), by_output)
+    return torch.stack([intersection, prediction, reference])
+
+
+@cache
+def _kernels(device_type: str) -> Any:
+    """Return :mod:`stunet.loss_kernels` where Triton runs: on CUDA with a C compiler, or in its interpreter."""
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if not is_interpreted and not (device_type == "cuda" and has_triton() and compiler):
+        return None
+    from stunet import loss_kernels
+
+    return loss_kernels
 
 
 class _PartialDiceCE(torch.autograd.Function):
     """The loss with its gradient computed anew from the logits, so that nothing of their size is kept for it."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, annotated: Tensor, partitions: Any, loss: Any) -> Tensor:
-        with torch.autocast(logits.device.type, enabled=False):
-            sums = _batch_sums(loss._cases(logits, target, partitions))
-            value, *coefficients = loss._combine(*sums, annotated)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        ctx.save_for_backward(logits, target, *(c.to(dtype) for c in coefficients))
-        ctx.partitions, ctx.loss = partitions, loss
-        return cast(Tensor, value.to(dtype))
+    def forward(ctx: Any, loss: Any, targets: Any, annotation: Any, weights: Any, *outputs: Tensor) -> Tensor:
+        with torch.autocast(outputs[0].device.type, enabled=False):
+            sums = torch.stack([loss._sums(z, y, annotation) for z, y in zip(outputs, targets, strict=True)])
+            value, *coefficients = loss._combine(sums, annotation, weights)
+        ctx.save_for_backward(*outputs, *targets, *coefficients)
+        ctx.loss, ctx.annotation, ctx.world = loss, annotation, dist.get_world_size() if loss.ddp else 1
+        return cast(Tensor, value.to(torch.promote_types(outputs[0].dtype, torch.float32)))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise LossError("PartialDiceCELoss has no second derivatives: differentiate it without create_graph=True")
-        logits, target, *coefficients = ctx.saved_tensors
-        gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        with torch.autocast(logits.device.type, enabled=False):
-            cases = ctx.loss._cases(logits, target, ctx.partitions)
+        *maps, nu, alpha, beta = ctx.saved_tensors
+        outputs, targets = maps[: len(nu)], maps[len(nu) :]
+        with torch.autocast(grad_output.device.type, enabled=False):
             # Scaled before the gradient is rounded to the logits' precision, which may be half.
-            nu, *by_case = (c * grad_output for c in coefficients)
-            rows = zip(cases, *by_case, gradient.flatten(2), strict=True)
-            _run(cases, [partial(_stripe_gradient, c, s, nu, *row) for c, *row in rows for s in c.stripes()])
-        return gradient, None, None, None, None
+            scale = grad_output * ctx.world
+            nu, alpha, beta = (c * scale for c in (nu, alpha, beta))
+            alpha, beta = (c.expand(-1, len(outputs[0]), -1) for c in (alpha, beta))
+            rows = zip(outputs, targets, nu, alpha, beta, strict=True)
+            gradients = [ctx.loss._gradient(z, y, ctx.annotation, *of_output) for z, y, *of_output in rows]
+        return (None, None, None, None, *gradients)
 
 
 # --- Chunks of voxels ---
@@ -523,26 +649,25 @@ class _Case:
     """
 
     def __init__(self, logits: Tensor, target: Tensor, partition: Partition, *, ignores: bool) -> None:
-        device = logits.device
         self.logits, self.target = logits, target
         self.dtype = torch.promote_types(logits.dtype, torch.float32)
         self.n_outputs, self.n_voxels = logits.shape
         self.n_labels = partition.tables.shape[1] - 1
         self.n_sets = len(partition.sets)
-        # The first set is then the background's, of which there is no Dice.
-        self.merges_background = self.n_sets > 0 and int(partition.owner[0]) == 0
+        self.merges_background = partition.merges_background
         #: Where each set of outputs starts and stops, and last the single outputs if there are any.
         self.spans = list(partition.sets)
         if (first_single := self.spans[-1][1] if self.spans else 0) < self.n_outputs:
             self.spans.append((first_single, self.n_outputs))
-        self.leaves_out = ignores or bool((partition.tables[0, :-1] == self.n_labels).any())
-        self.order = None if partition.order is None else partition.order.to(device)
-        self.owner = partition.owner.to(device)
+        self.leaves_out = ignores or partition.leaves_out
+        self.order = partition.order
+        self.owner = partition.owner if self.order is None else partition.owner[self.order]
         # Rows looked up one by one: a lookup of all at once is several times slower.
-        self.tables = partition.tables.to(device).unbind()
-        self.n_threads = torch.get_num_threads() if device.type == "cpu" else 1
-        chunk_size = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_ELSEWHERE) // self.n_outputs
-        if device.type == "cpu":
+        self.tables = partition.tables.unbind()
+        is_cpu = logits.device.type == "cpu"
+        self.n_threads = torch.get_num_threads() if is_cpu else 1
+        chunk_size = _CHUNK_ELEMENTS.get(logits.device.type, _CHUNK_ELEMENTS_ELSEWHERE) // self.n_outputs
+        if is_cpu:
             chunk_size = min(chunk_size, self.n_voxels // (_CHUNKS_PER_STRIPE * self.n_threads))
         self.chunk_size = min(max(chunk_size, _SMALLEST_CHUNK), self.n_voxels)
 
@@ -589,33 +714,30 @@ class _Case:
         return _Chunk(voxels, x, totals, weights, label, set_of, output, nll)
 
 
-def _batch_sums(cases: list[_Case]) -> tuple[Tensor, Tensor]:
-    """Sums of each case: ``(B,)`` of -log q, and ``(3, B, L)`` I, P (of annotated labels) and voxels of each label."""
+def _batch_sums(cases: list[_Case]) -> Tensor:
+    """Return what :meth:`PartialDiceCELoss._sums` does, of cases in chunks."""
     tasks = [partial(_stripe_sums, case, starts) for case in cases for starts in case.stripes()]
     parts = iter(_run(cases, tasks))
-    cross_entropies, by_label = [], []
+    rows = []
     for case in cases:
         own = zip(*(next(parts) for _ in case.stripes()), strict=True)
         cross_entropy, intersection, reference, prediction = (torch.stack(values).sum(0) for values in own)
-        by_owner = torch.zeros_like(intersection).index_add_(0, case.owner, prediction)
-        cross_entropies.append(cross_entropy)
+        if case.order is not None:
+            prediction = torch.empty_like(prediction).index_copy_(0, case.order, prediction)
         # Without the last label, which has what is left out.
-        by_label.append(torch.stack([intersection, by_owner, reference])[:, :-1])
-    return torch.stack(cross_entropies), torch.stack(by_label, 1)
+        rows.append(torch.cat([intersection[:-1], reference[:-1], prediction, cross_entropy[None]]))
+    return torch.stack(rows)
 
 
-def _count_voxels(target: Tensor, partition: Partition) -> Tensor:
-    """Voxels of one case that are not left out, which its target ``(N,)`` alone decides."""
-    counts_as = partition.tables[0].to(target.device)
-    kept = counts_as.index_select(0, target.long()) < len(counts_as) - 1
-    return kept.sum().to(torch.float32 if target.device.type == "mps" else torch.float64)
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    # A case has millions of voxels: one after the other, they would not add up right in fp32. (MPS has no fp64.)
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def _stripe_sums(case: _Case, starts: range) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cross-entropy ``()``, I and number of voxels ``(L + 1,)`` and sum of each output ``(C,)``."""
     device = case.logits.device
-    # A case has millions of voxels: one after the other, they would not add up right in fp32. (MPS has no fp64.)
-    dtype = case.dtype if device.type == "mps" else torch.float64
+    dtype = _sum_dtype(case.logits)
     cross_entropy = torch.zeros((), dtype=dtype, device=device)
     prediction = cross_entropy.new_zeros(case.n_outputs)
     intersection, reference = cross_entropy.new_zeros(2, case.n_labels + 1)

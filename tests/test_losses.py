@@ -88,17 +88,20 @@ def test_equals_nnunet_with_deep_supervision(batch_dice: bool, ignore_label: int
     sizes, weights = [(8, 6, 4), (4, 3, 2), (2, 3, 1)], [2 / 3, 1 / 3, 0.0]
     cases = [random_case(i, size, labels=6 + (ignore_label is not None)) for i, size in enumerate(sizes)]
     targets = [target for _, target in cases]
+    settings: dict[str, Any] = {"batch_dice": batch_dice, "ignore_label": ignore_label}
     results = []
     for loss in (
-        PartialDiceCELoss(6, batch_dice=batch_dice, ignore_label=ignore_label),
-        stock_loss(batch_dice=batch_dice, ignore_label=ignore_label),
+        PartialDiceCELoss(6, **settings, weight_factors=weights),
+        DeepSupervisionWrapper(PartialDiceCELoss(6, **settings), weights),
+        DeepSupervisionWrapper(stock_loss(**settings), weights),
     ):
         outputs = [logits.float().requires_grad_() for logits, _ in cases]
-        value = DeepSupervisionWrapper(loss, weights)(outputs, targets)
+        value = loss(outputs, targets)
         value.backward()
         assert outputs[2].grad is None
         results.append((value.detach(), torch.cat([o.grad.flatten() for o in outputs[:2] if o.grad is not None])))
-    assert_same(*results)
+    assert_same(results[0], results[2])
+    assert_same(results[1], results[2])
 
 
 def test_equals_nnunet_over_several_chunks() -> None:

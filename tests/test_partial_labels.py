@@ -126,7 +126,7 @@ def random_batch(trainer: Any, keys: list[str], n_labels: int) -> dict[str, Any]
 def test_the_loss_of_every_trainer_is_nnunets_in_value_and_gradient(dataset: Path) -> None:
     trainer = make(plans=narrow_plans())
     trainer.initialize()
-    assert isinstance(trainer.loss.loss, PartialDiceCELoss)
+    assert isinstance(trainer.loss, PartialDiceCELoss)
     stock = nnUNetTrainer._build_loss(trainer)
     batch = random_batch(trainer, ["x", "y"], 3)
     logits = [torch.randn(2, 3, *t.shape[2:], requires_grad=True) for t in batch["target"]]

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - as PyTorch's users write it
 
+from stunet.loss import to_device
 from stunet.network import STUNet
 from stunet.pretexts.pretext import Part, Pretext, Step, cut, random_choice, to_unit_range
 
@@ -42,10 +42,10 @@ class Autoencoder(Pretext):
         corrupted, counts = self.corrupt(truth)
         output = self.reconstruct(corrupted)
         counted = counts.expand_as(truth)
-        variance = truth[counted].var(correction=0).clamp_min(1e-6)
-        loss = F.mse_loss(output[counted], truth[counted]) / variance
-        of_input = F.mse_loss(corrupted[counted], truth[counted]) / variance  # the identity's
-        measures = {"error": loss.detach().sqrt(), "error of the input": of_input.sqrt()}
+        n = counted.sum().clamp_min(1)  # not by indexing, which would wait for the GPU
+        variance = (((truth - (truth * counted).sum() / n) * counted).square().sum() / n).clamp_min(1e-6)
+        loss, of_input = (((image - truth) * counted).square().sum() / n / variance for image in (output, corrupted))
+        measures = {"error": loss.detach().sqrt(), "error of the input": of_input.sqrt()}  # the identity's
         picture = {"input": corrupted[0, 0], "output": output[0, 0].detach(), "truth": truth[0, 0]}
         return Step(loss, measures, picture)
 
@@ -76,7 +76,8 @@ class MAE(Autoencoder):
     def corrupt(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mask blocks."""
         block = self.scaled(self.settings["mask_block"], share=0.25)
-        masked = block_mask(len(images), images.shape[2:], block, self.settings["mask_ratio"]).to(images.device)
+        masked = block_mask(len(images), images.shape[2:], block, self.settings["mask_ratio"])
+        masked = to_device(masked, images.device)
         return images * ~masked, masked
 
 

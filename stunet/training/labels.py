@@ -124,17 +124,18 @@ def count_voxels(
         ``(3, C - 1)``: true positives, false positives and false negatives of each foreground output, over the batch.
     """
     n_outputs = logits.shape[1]
-    counts = np.zeros((3, n_outputs))
-    for case, (one, labels) in enumerate(zip(logits, target, strict=True)):
-        predicted, true = one.argmax(0).flatten(), labels.flatten().long()
-        if ignore_label is not None:
-            predicted, true = predicted[true != ignore_label], true[true != ignore_label]
-        hits = torch.bincount(predicted[predicted == true], minlength=n_outputs)
-        of_prediction = torch.bincount(predicted, minlength=n_outputs)
-        of_truth = torch.bincount(true, minlength=n_outputs)[:n_outputs]
-        each = torch.stack((hits, of_prediction - hits, of_truth - hits)).cpu().numpy().astype(np.float64)
-        counts += each if annotated is None else each * annotated[case, :n_outputs].cpu().numpy()
-    return counts[:, 1:]
+    predicted, true = logits.argmax(1).flatten(1), target.flatten(1).long()
+    other = torch.full_like(true, n_outputs)
+    if ignore_label is not None:
+        predicted = torch.where(true == ignore_label, other, predicted)
+    true = torch.where((true >= 0) & (true < n_outputs), true, other)
+    counts = true.new_zeros(3, len(true), n_outputs + 1)
+    for count, labels in zip(counts, (torch.where(predicted == true, true, other), predicted, true), strict=True):
+        count.scatter_add_(1, labels, torch.ones_like(labels))  # unlike bincount, without waiting for the GPU
+    hits, of_prediction, of_truth = counts[..., 1:n_outputs].cpu().numpy().astype(np.float64)
+    each = np.stack((hits, of_prediction - hits, of_truth - hits))
+    known = 1 if annotated is None else annotated[:, 1:n_outputs].cpu().numpy()
+    return cast("npt.NDArray[np.float64]", (each * known).sum(1))
 
 
 def mask_summary(summary: Mapping[str, Any], manifest: AnnotationManifest, *, file_ending: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
@@ -217,7 +218,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         if dist.is_initialized():
             self._share_network()
         if self.enable_deep_supervision:
-            weights = cast("DeepSupervisionWrapper", self.loss).weight_factors
+            weights = cast("DeepSupervisionWrapper | PartialDiceCELoss", self.loss).weight_factors
             self.plain_network.decoder.supervised_levels = sum(weight != 0 for weight in weights)
         self._initial_stem = self._stem_weight().detach().clone()
 
@@ -311,11 +312,9 @@ class BaseSTUNetTrainer(nnUNetTrainer):
             batch_dice=self.configuration_manager.batch_dice,
             ignore_label=self.label_manager.ignore_label,
             ddp=self.is_ddp,
+            weight_factors=getattr(loss, "weight_factors", (1.0,)),
         )
-        if not isinstance(loss, DeepSupervisionWrapper):
-            return self.partial_loss
-        loss.loss = self.partial_loss
-        return cast("nn.Module", loss)
+        return self.partial_loss
 
     def _unused_parameters(self) -> list[nn.Parameter]:
         """Parameters of the head whose loss weighs nothing."""
@@ -465,12 +464,13 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         """Take nnU-Net's step: a network, a loss that knows what the cases annotate, clipped gradients."""
         scaler = self.grad_scaler or GradScaler(enabled=False)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._backward(self._on_device(batch), scaler)
+        whole = self._on_device(batch)
+        loss = self._backward(whole, scaler)
         scaler.unscale_(self.optimizer)
         clip_grad_norm_(self.network.parameters(), 12)
         scaler.step(self.optimizer)
         scaler.update()
-        return {"loss": loss.detach().cpu().numpy()}
+        return {"loss": self._read(loss, whole)}
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return loss and hard counts of one batch; unannotated structures count neither as hit nor as miss."""
@@ -484,7 +484,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         logits, labels = (output[0], whole.target[0]) if isinstance(whole.target, list) else (output, whole.target)
         ignore_label = self.label_manager.ignore_label
         tp, fp, fn = count_voxels(logits, labels, annotated=whole.annotated, ignore_label=ignore_label)
-        return {"loss": loss.detach().cpu().numpy(), "tp_hard": tp, "fp_hard": fp, "fn_hard": fn}
+        return {"loss": self._read(loss, whole), "tp_hard": tp, "fp_hard": fp, "fn_hard": fn}
 
     def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
         """Also keep the average of Dice, which chooses the best checkpoint, over epochs in which no Dice is defined."""
@@ -504,6 +504,13 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         target = [moved(each) for each in target] if isinstance(target, list) else moved(target)
         annotated = None if self.partial_labels is None else self.partial_labels.mask(batch["keys"])
         return Batch(moved(batch["data"]), target, annotated)
+
+    def _read(self, loss: Tensor, batch: Batch) -> npt.NDArray[np.float32]:
+        """Wait for the loss of a batch; where it is NaN, that may be for its labels."""
+        value = loss.detach().cpu().numpy()
+        if self.partial_loss is not None and np.isnan(value):
+            self.partial_loss.check_labels(batch.target)
+        return cast("npt.NDArray[np.float32]", value)
 
     def precision(self, *, enabled: bool = True) -> AbstractContextManager[Any]:
         """Compute in half precision on CUDA alone, as nnU-Net does; in bf16 where the network is sharded."""
