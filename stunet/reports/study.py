@@ -66,9 +66,9 @@ def _verdict(results: StudyResults) -> str:
     if not results.summary:
         return "No candidate can be compared with training from scratch yet."
     best = results.summary[0]
-    said = f"Over {best['n']} comparisons, {best['candidate']} ({best['strategy']}) gains most over training from scratch: "
-    said += (
-        f"{best['mean']:+.3f} Dice on average, {best['median']:+.3f} in the median, and it wins {best['wins']} of them."
+    said = (
+        f"Over {best['n']} comparisons with training from scratch, {best['candidate']} ({best['strategy']}) gains most: "
+        f"{best['mean']:+.3f} Dice on average, {best['median']:+.3f} in the median; it wins {best['wins']} of them."
     )
     if results.rankers:
         ranker = results.rankers[0]

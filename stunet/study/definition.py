@@ -54,7 +54,7 @@ class CandidateForm(msgspec.Struct, forbid_unknown_fields=True):
     name: Name | None = None
     path: Name | None = None
     zoo: Name | None = None
-    strategies: Annotated[list[Strategy], msgspec.Meta(min_length=1)] = ["full"]
+    strategies: Annotated[tuple[Strategy, ...], msgspec.Meta(min_length=1)] = ("full",)
     size: Name | None = None  # of a training from scratch: small, base, large, huge
     depth: list[int] | None = None  # or blocks of each stage,
     width: _Count | None = None  # and channels of the first one
@@ -70,7 +70,7 @@ class StudyForm(msgspec.Struct, forbid_unknown_fields=True):
     candidates: Annotated[list[CandidateForm], msgspec.Meta(min_length=1)]
     seeds: _Count = 1
     settings: dict[str, Any] = {}
-    metrics: list[Name] = ["ccfv", "logme", "transrate", "leep", "gbc", "zero-shot"]
+    metrics: tuple[Name, ...] = ("ccfv", "logme", "transrate", "leep", "gbc", "zero-shot")
     keep_checkpoints: bool = False
 
 
@@ -79,7 +79,7 @@ class Candidate:
     """Weights, or none, with all that its trainings need."""
 
     name: str
-    path: Path | None
+    path: str | None
     strategies: tuple[str, ...]
     size: STUNetSize
     facts: Mapping[str, float]
@@ -222,7 +222,7 @@ def plan_study(definition: str | os.PathLike[str], folder: str | os.PathLike[str
     for target, dataset in zip(targets, opened.values(), strict=True):
         _link(target, dataset, folder)
     for target in targets:
-        zoo = [{"name": c.name, "path": str(c.path)} for c in candidates if c.path and target.dataset not in c.not_on]
+        zoo = [{"name": c.name, "path": c.path} for c in candidates if c.path and target.dataset not in c.not_on]
         write_json({"checkpoints": zoo}, folder / f"zoo_{target.dataset}.json")
     write_json(content, path)
     return Study(folder)
@@ -328,7 +328,7 @@ def _candidates(
             size = find_size(each.size or "base")
         sizes += [size] * (path is not None)
         not_on = tuple(sorted({names[str(source)] for source in each.sources if str(source) in names}))
-        made.append(Candidate(name, path, tuple(each.strategies), size, facts, each.settings, not_on))
+        made.append(Candidate(name, None if path is None else str(path), each.strategies, size, facts, each.settings, not_on))
     order = [name for name, _, _ in listed]
     return iter(sorted(made, key=lambda candidate: order.index(candidate.name)))
 
