@@ -295,7 +295,7 @@ def test_the_task_of_the_documentation_works() -> None:
     text = Path(__file__).parents[1].joinpath("docs", "pretexts.md").read_text(encoding="utf-8")
     code = text.rpartition("```python\n")[2].partition("```")[0]
     names: dict[str, Any] = {}
-    exec(code, names)  # noqa: S102 - our own
+    exec(code, names)
     task: Pretext = names["Mirrored"](network(), PATCH)
     assert set(task(images()).measures) == set(task.chance)
     assert learned(task, 80)["accuracy"] > 0.9

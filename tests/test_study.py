@@ -64,7 +64,7 @@ def make_study(
     test = [f"t{i}" for i in range(n_test)]
     targets = [
         {"dataset": f"Dataset{i:03d}_T", "configuration": "3d_fullres", "plans": "nnUNetPlans", "n_cases": numbers,
-         "test": test, "orders": [[f"x{i}" for i in range(max(numbers))]] * seeds}
+         "test": test, "orders": [[f"x{i}" for i in range(max(numbers))]] * seeds, "settings": {}}
         for i in range(n_targets)
     ]  # fmt: skip
     content = {"format": 1, "targets": targets, "candidates": candidates, "seeds": seeds, "settings": {}}
@@ -112,7 +112,7 @@ def test_a_study_whose_truth_is_known(tmp_path: Path) -> None:
         taus.append(stats.weightedtau([scores[n]["scores"]["wrong"] for n in names], [int(n[1:]) for n in names])[0])
     assert rankers["wrong"]["by_target"]["Dataset001_T"]["weighted tau"] == pytest.approx(np.mean(taus))
     page = write_study(study, n_resamples=50).read_text()
-    assert "c5 (full) gains most" in page
+    assert "c5 (full) gains" in page
 
 
 def test_failed_cells_are_named_and_the_others_compared(tmp_path: Path) -> None:

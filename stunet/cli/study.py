@@ -73,16 +73,16 @@ def _estimate(study: Study, device: str) -> tuple[float, int]:
     from stunet.study.measure import step_seconds
 
     seconds, size = 0.0, 0
-    times: dict[Any, tuple[float, int]] = {}
+    times: dict[str, tuple[float, int]] = {}
     for cell in study.trainings:
         if study.result(cell).is_file() or cell.candidate is None:
             continue
-        key = (cell.target.dataset, cell.candidate.size, json.dumps(dict(cell.candidate.settings)))
+        target, chosen = cell.target, study.settings_of(cell.target, cell.candidate)
+        key = f"{target.dataset} {cell.candidate.size} {chosen}"
         if key not in times:
-            dataset = open_preprocessed(cell.target.dataset, cell.target.plans, cell.target.configuration)
-            times[key] = step_seconds(study, dataset, cell.candidate, device)
+            dataset = open_preprocessed(target.dataset, target.plans, target.configuration)
+            times[key] = step_seconds(cell.candidate.size, dataset, chosen, device)
         step, n_parameters = times[key]
-        chosen = {**study.settings, **cell.candidate.settings}
         seconds += step * chosen.get("num_epochs", 1000) * chosen.get("num_iterations_per_epoch", 250)
         # Two checkpoints, with momentum.
         size = size + 16 * n_parameters if study.keep_checkpoints else max(size, 16 * n_parameters)
@@ -240,7 +240,7 @@ def _train(study: Study, cell: Cell, device: str) -> dict[str, Any]:
     candidate, target = cell.candidate, cell.target
     model = Path(os.environ["nnUNet_results"], target.dataset, f"STUNetTrainer__{cell.plans}__{target.configuration}")
     fold = model / f"fold_{cell.fold}"
-    chosen = {"save_every": 5, **study.settings, **candidate.settings}
+    chosen = {"save_every": 5, **study.settings_of(target, candidate)}
     values = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in chosen.items()]
     where = ["-d", target.dataset, "-c", target.configuration, "-p", target.plans, "--name", cell.plans]
     resumes = ["--c"] * any(fold.glob("checkpoint_*.pth"))

@@ -67,8 +67,8 @@ def _verdict(results: StudyResults) -> str:
         return "No candidate can be compared with training from scratch yet."
     best = results.summary[0]
     said = (
-        f"Over {best['n']} comparisons with training from scratch, {best['candidate']} ({best['strategy']}) gains most: "
-        f"{best['mean']:+.3f} Dice on average, {best['median']:+.3f} in the median; it wins {best['wins']} of them."
+        f"Over {best['n']} comparisons with training from scratch, {best['candidate']} ({best['strategy']}) gains "
+        f"most: {best['mean']:+.3f} Dice on average, {best['median']:+.3f} in the median; it wins {best['wins']} of them."
     )
     if results.rankers:
         ranker = results.rankers[0]

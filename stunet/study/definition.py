@@ -46,6 +46,7 @@ class TargetForm(msgspec.Struct, forbid_unknown_fields=True):
     configuration: str = "3d_fullres"
     plans: str = "nnUNetPlans"
     groups: str | None = None  # JSON of lists of cases by group, or a pattern that finds the group in a case's name
+    settings: dict[str, Any] = {}  # beside those of the study, such as patch_size
 
 
 class CandidateForm(msgspec.Struct, forbid_unknown_fields=True):
@@ -97,6 +98,7 @@ class Target:
     n_cases: tuple[int, ...]
     test: tuple[str, ...]
     orders: tuple[tuple[str, ...], ...]
+    settings: Mapping[str, Any]
 
     def fold(self, n_cases: int, seed: int) -> int:
         """Return the number of the fold that trains on so many cases, drawn by this seed."""
@@ -180,6 +182,10 @@ class Study:
         """All that is to be done."""
         return [*self.rankings, *self.trainings]
 
+    def settings_of(self, target: Target, candidate: Candidate) -> dict[str, Any]:
+        """Return the settings of a training: the study's, then the target's, then the candidate's."""
+        return {**self.settings, **target.settings, **candidate.settings}
+
     def result(self, cell: Cell) -> Path:
         """Return where the result of a cell is or will be."""
         return self.folder / "results" / f"{cell.name}.json"
@@ -235,7 +241,9 @@ def _target(form: TargetForm, dataset: PreprocessedDataset, place: Path, seeds: 
         got = f"{dataset.name} has {len(dataset.cases)} cases: {len(test)} of {form.test} for testing leave {left}"
         raise DatasetError(f"{got}, and {max(form.cases)} are to be trained on: lower cases or test")
     wanted = tuple(sorted(set(form.cases)))
-    return Target(dataset.name, form.configuration, form.plans, wanted, test, tuple(o[: wanted[-1]] for o in orders))
+    check_settings(form.settings, source=f"settings of {dataset.name}")
+    orders = tuple(order[: wanted[-1]] for order in orders)
+    return Target(dataset.name, form.configuration, form.plans, wanted, test, orders, form.settings)
 
 
 def _groups(given: str | None, cases: Sequence[str], place: Path) -> list[list[str]]:
@@ -328,7 +336,9 @@ def _candidates(
             size = find_size(each.size or "base")
         sizes += [size] * (path is not None)
         not_on = tuple(sorted({names[str(source)] for source in each.sources if str(source) in names}))
-        made.append(Candidate(name, None if path is None else str(path), each.strategies, size, facts, each.settings, not_on))
+        made.append(
+            Candidate(name, None if path is None else str(path), each.strategies, size, facts, each.settings, not_on)
+        )
     order = [name for name, _, _ in listed]
     return iter(sorted(made, key=lambda candidate: order.index(candidate.name)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,24 @@ from stunet.evaluation import evaluate
 from stunet.network import build_stunet
 from stunet.planning.plans import fit_strides
 from stunet.planning.preprocessed import PreprocessedDataset
-from stunet.study.definition import Candidate, Study
+from stunet.sizes import STUNetSize
 from stunet.weights.read import read_checkpoint
 
 
-def step_seconds(study: Study, dataset: PreprocessedDataset, candidate: Candidate, device: str) -> tuple[float, int]:
-    """Measure a forward and backward pass of a candidate's network, in seconds of a whole batch; count parameters.
+def step_seconds(
+    size: STUNetSize, dataset: PreprocessedDataset, settings: Mapping[str, Any], device: str
+) -> tuple[float, int]:
+    """Measure a forward and backward pass of a network, in seconds of a whole batch, and count its parameters.
 
     On the CPU it is one pass over the smallest patch that is worth it, scaled by the number of voxels.
     """
-    chosen = {**study.settings, **candidate.settings}
     planned = dataset.configuration
-    patch = [int(n) for n in chosen.get("patch_size") or planned["patch_size"]]
+    patch = [int(n) for n in settings.get("patch_size") or planned["patch_size"]]
     strides = fit_strides(planned["architecture"]["arch_kwargs"]["strides"])
     conv_op, n_outputs = nn.Conv3d if len(patch) == 3 else nn.Conv2d, len(dataset.structures) + 1
-    network = build_stunet(
-        candidate.size, dataset.input_channels, n_outputs, strides, deep_supervision=True, conv_op=conv_op
-    ).to(device)
+    network = build_stunet(size, dataset.input_channels, n_outputs, strides, deep_supervision=True, conv_op=conv_op).to(
+        device
+    )
     small = list(patch)
     if device == "cpu":
         least = [2 * math.prod(int(stage[axis]) for stage in strides) for axis in range(len(patch))]
@@ -44,7 +45,7 @@ def step_seconds(study: Study, dataset: PreprocessedDataset, candidate: Candidat
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = min(seconds, time.monotonic() - started)
-    batch = int(chosen.get("batch_size") or planned["batch_size"])
+    batch = int(settings.get("batch_size") or planned["batch_size"])
     n_parameters = sum(parameter.numel() for parameter in network.parameters())
     return seconds * batch * math.prod(patch) / math.prod(small), n_parameters
 
