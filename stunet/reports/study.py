@@ -68,7 +68,7 @@ def _verdict(results: StudyResults) -> str:
     best = results.summary[0]
     said = (
         f"Over {best['n']} comparisons with training from scratch, {best['candidate']} ({best['strategy']}) gains "
-        f"most: {best['mean']:+.3f} Dice on average, {best['median']:+.3f} in the median; it wins {best['wins']} of them."
+        f"most: {best['mean']:+.3f} Dice on average, {best['median']:+.3f} in the median; it wins {best['wins']}."
     )
     if results.rankers:
         ranker = results.rankers[0]
