@@ -37,15 +37,17 @@ class Autoencoder(Pretext):
         self.chance = {"error": 1.0}
 
     def forward(self, images: Tensor) -> Step:
-        """Corrupt, reconstruct. The error is in units of the standard deviation of what counts: 1 is its mean."""
+        """Corrupt, reconstruct. Errors are in units of the standard deviation of what counts: 1 is its mean."""
         truth = self.truth(images)
         corrupted, counts = self.corrupt(truth)
         output = self.reconstruct(corrupted)
         counted = counts.expand_as(truth)
         variance = truth[counted].var(correction=0).clamp_min(1e-6)
         loss = F.mse_loss(output[counted], truth[counted]) / variance
+        of_input = F.mse_loss(corrupted[counted], truth[counted]) / variance  # the identity's
+        measures = {"error": loss.detach().sqrt(), "error of the input": of_input.sqrt()}
         picture = {"input": corrupted[0, 0], "output": output[0, 0].detach(), "truth": truth[0, 0]}
-        return Step(loss, {"error": loss.detach().sqrt()}, picture)
+        return Step(loss, measures, picture)
 
     def truth(self, images: Tensor) -> Tensor:
         """Return what is to be reconstructed."""

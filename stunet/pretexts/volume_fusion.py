@@ -52,7 +52,7 @@ class VolumeFusion(Pretext):
 
     def _levels(self, size: Sequence[int]) -> Tensor:
         p, level = self.settings, torch.zeros(tuple(size), dtype=torch.long)
-        smallest = max(min(p["smallest_box"] / n, p["largest_box"]) for n in size)
+        smallest = max(length / n for length, n in zip(self.scaled(p["smallest_box"], share=0.125), size, strict=True))
         for _ in range(int(torch.randint(p["fewest_boxes"], p["most_boxes"] + 1, ()))):
             level[random_box(size, smallest, p["largest_box"])] = torch.randint(1, p["fusion_levels"] + 1, ())
         return level
