@@ -391,6 +391,9 @@ def test_topote_terms_written_out() -> None:
 
 
 def test_topote_of_coincident_points_and_fusion() -> None:
+    far = np.array([[0.0], [1], [2], [3], [100]])  # the median distance is 2.5, the edge between the classes 97
+    by_hand = np.mean([1 - 2.5 / 100, 1 - 2.5 / 97])
+    assert topology_divergence(far, np.array([1, 1, 1, 1, 2])) == pytest.approx(by_hand)
     labels = np.array([1, 2] * 10)
     assert topology_divergence(np.ones((20, 3)), labels) < 0.7  # a dead layer tells nothing apart
     assert boundary_consistency(np.ones((20, 3)), labels, np.arange(5)) < 0.7
