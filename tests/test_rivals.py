@@ -283,7 +283,8 @@ def test_linear_probe_written_out() -> None:
         assert case.points is not None
         x = np.concatenate([np.hstack(case.scales), np.hstack(case.variety)]).astype(float)
         labels = np.concatenate([case.labels, case.points.whole_labels])
-        return x, labels, np.array([1 / (labels == label).sum() for label in labels])
+        whole = sum(case.points.voxels.values())
+        return x, labels, np.array([math.sqrt(case.points.voxels[v] / whole) / (labels == v).sum() for v in labels])
 
     expected = {}
     for label in (1, 2):

@@ -393,12 +393,12 @@ def linear_probe(
     """Estimate the Dice of a linear model of the features, on cases that it was not fitted to.
 
     For each structure, a ridge regression of its indicator on all scales together is fitted to all cases but one, and
-    predicts it at the points of the one left out; only cases that annotate the structure count. Each class of a case
-    weighs the same in the fit. Channels have unit variance, so that scaling a layer changes nothing, and a penalty of 1
-    halves the weight of a direction with the variance of one channel. A point is called the structure where the
-    prediction exceeds a threshold; that and the penalty are those with the highest mean Dice of the *other* cases, each
-    predicted while it was left out. Dice is estimated as :func:`zero_shot_at_points` does: background counts at its
-    true share.
+    predicts it at the points of the one left out; only cases that annotate the structure count. In the fit a class
+    weighs as the root of its share of a case: background counts most, and small structures do not vanish. Channels have
+    unit variance, so that scaling a layer changes nothing, and a penalty of 1 halves the weight of a direction with the
+    variance of one channel. A point is called the structure where the prediction exceeds a threshold; that and the
+    penalty are those with the highest mean Dice of the *other* cases, each predicted while it was left out. Dice is
+    estimated as :func:`zero_shot_at_points` does: background counts at its true share.
 
     In closed form: the weighted second moments of channels and targets are summed over cases once, and those of the
     case left out are taken off.
@@ -448,7 +448,8 @@ def _probe_rows(case: CaseFeatures, points: CasePoints, structures: Sequence[int
     channels = [np.concatenate(pair) for pair in zip(case.scales, case.variety, strict=True)]
     rows = np.hstack([np.ones((len(labels), 1)), *channels, labels[:, None] == np.array(structures)])
     voxels = _voxels_of_points(labels, points.voxels)
-    return _Probe(rows, voxels / np.array([points.voxels[label] for label in labels.tolist()]), voxels)
+    of_class = np.array([points.voxels[label] for label in labels.tolist()])
+    return _Probe(rows, voxels / np.sqrt(of_class * float(sum(points.voxels.values()))), voxels)
 
 
 def _second_moments(probe: _Probe) -> Array:
