@@ -16,9 +16,13 @@ from matplotlib.figure import Figure
 from stunet.files import atomic_path, write_json
 from stunet.reports.figures import inline_svg, write_page
 from stunet.study.definition import Study
-from stunet.study.results import STATISTICS, Row, StudyResults, epochs_to_reach, read_study
+from stunet.study.results import CHOSEN, Row, StudyResults, epochs_to_reach, read_study
 
 _MOST_CURVES = 20
+_STATISTICS = {
+    "weighted_kendall": "weighted tau", "pairwise_kendall": "tau by pairs", "pearson": "Pearson",
+    "spearman": "Spearman", "regret": "regret",
+}  # fmt: skip
 
 
 def write_study(study: Study, *, n_resamples: int = 1000) -> Path:
@@ -54,7 +58,7 @@ def write_study(study: Study, *, n_resamples: int = 1000) -> Path:
         tables=[_table(target, n, rows, results) for (target, n), rows in groups.items()],
         learning_curves=_learning_curves(results.rows),
         rankers=results.rankers,
-        statistics=STATISTICS,
+        statistics=_STATISTICS,
         targets=[target.dataset for target in study.targets],
         failed=results.failed,
         definition=json.dumps({k: v for k, v in study.content.items() if k != "targets"}, indent=2),
@@ -71,8 +75,8 @@ def _verdict(results: StudyResults) -> str:
         f"most: {best['mean']:+.3f} Dice on average, {best['median']:+.3f} in the median; it wins {best['wins']}."
     )
     if results.rankers:
-        ranker = results.rankers[0]
-        tau, regret = (ranker["estimates"][name] for name in ("weighted tau", "regret"))
+        ranker = next(each for each in results.rankers if each["metric"] != CHOSEN)
+        tau, regret = (ranker["estimates"][name] for name in ("weighted_kendall", "regret"))
         said += f" {ranker['metric']} would have ranked the candidates best: weighted tau {tau['mean']:.2f} "
         said += f"({tau['low']:.2f} to {tau['high']:.2f}), regret {regret['mean']:.3f}."
     return said

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from stunet.errors import UsageError
 from stunet.files import read_json
-from stunet.ranking.agreement import top_regret, weighted_kendall
+from stunet.ranking.agreement import leave_one_target_out, mean_agreement
 from stunet.study.definition import Cell, Study
 
 Array = NDArray[np.float64]
@@ -139,86 +137,71 @@ def epochs_to_reach(curve: Array, other: Array) -> int | None:
 # Which score would have told ------------------------------------------------------------------------------------------
 
 
-STATISTICS = ("weighted tau", "Pearson", "Spearman", "regret")
 EARLY = "Dice after 1 % of the fine-tuning"
+CHOSEN = "the best on the other targets"
+_CHOOSES = "weighted_kendall"
 
-Scores = dict[str, dict[str, float]]
-"""By metric and candidate."""
-
-
-def fold_scores(study: Study, rows: Sequence[Row]) -> dict[tuple[str, int, int], Scores]:
-    """Return the scores of each target, number of cases and seed, with what is known without looking at features."""
-    of_folds: dict[tuple[str, int, int], Scores] = {}
-    for cell in study.rankings:
-        if (path := study.result(cell)).is_file() and (content := read_json(path))["status"] == "done":
-            scores: Scores = {}
-            for candidate, found in content["candidates"].items():
-                for metric, score in found["scores"].items():
-                    if score is not None:
-                        scores.setdefault(metric, {})[candidate] = float(score)
-            for candidate in study.candidates:
-                for fact, value in candidate.facts.items():
-                    scores.setdefault(fact, {})[candidate.name] = float(value)
-            of_folds[cell.target.dataset, cell.n_cases, cell.seed] = scores
-    for row in rows:
-        for seed, curve in zip(row.seeds, row.curves, strict=True):
-            if scores := of_folds.get((row.target, row.n_cases, seed), {}):
-                scores.setdefault(EARLY, {})[row.candidate] = float(curve[max(0, round(0.01 * len(curve)) - 1)])
-    return of_folds
+ByTarget = dict[str, dict[str, float]]
+"""Values by target and candidate."""
 
 
-def compare_rankers(study: Study, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Measure how well each score agrees with the Dice after fine-tuning, the best one first.
+def scores_and_dice(study: Study, rows: Sequence[Row]) -> tuple[dict[str, ByTarget], ByTarget]:
+    """Return scores by metric, target and candidate, and the Dice by target and candidate, means over folds.
 
-    Candidates with weights are compared, by the first strategy of each, with the mean Dice over seeds. Agreement is
-    measured for each fold, averaged within each target, and then over targets, with an interval over these.
+    Facts of candidates are scores, too, and so is their Dice after a hundredth of the epochs. Candidates with weights
+    count, by the first strategy of each, on targets with at least three of them.
     """
     first = {c.name: c.strategies[0] for c in study.candidates if c.path is not None}
-    dice: dict[tuple[str, int], dict[str, float]] = {}
-    for row in rows:
-        if first.get(row.candidate) == row.strategy:
-            dice.setdefault((row.target, row.n_cases), {})[row.candidate] = row.mean["Dice"].mean
-    found: dict[str, dict[str, list[dict[str, float]]]] = {}
-    chosen: dict[str, dict[str, list[str]]] = {}
-    for (target, n_cases, _), by_metric in fold_scores(study, rows).items():
-        truth = dice.get((target, n_cases), {})
-        for metric, scores in by_metric.items():
-            names = [name for name in truth if name in scores]
-            x, y = (np.array([values[name] for name in names]) for values in (scores, truth))
-            if len(names) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-                continue
-            estimates = {
-                "weighted tau": weighted_kendall(x, y), "Pearson": float(np.corrcoef(x, y)[0, 1]),
-                "Spearman": float(stats.spearmanr(x, y).statistic), "regret": top_regret(x, y),
-            }  # fmt: skip
-            found.setdefault(metric, {}).setdefault(target, []).append(estimates)
-            chosen.setdefault(metric, {}).setdefault(target, []).append(names[int(x.argmax())])
+    own = [row for row in rows if first.get(row.candidate) == row.strategy]
+    dice: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for row in own:
+        dice.setdefault(row.target, {}).setdefault(row.candidate, []).append(row.mean["Dice"].mean)
+        early = row.curves[:, max(0, round(0.01 * row.curves.shape[1]) - 1)]
+        found.setdefault(EARLY, {}).setdefault(row.target, {}).setdefault(row.candidate, []).append(early.mean())
+        for fact, value in next(c.facts for c in study.candidates if c.name == row.candidate).items():
+            found.setdefault(fact, {}).setdefault(row.target, {}).setdefault(row.candidate, []).append(value)
+    for cell in study.rankings:
+        if (path := study.result(cell)).is_file() and (content := read_json(path))["status"] == "done":
+            for candidate, result in content["candidates"].items():
+                for metric, score in result["scores"].items():
+                    if score is not None and candidate in dice.get(cell.target.dataset, {}):
+                        of = found.setdefault(metric, {}).setdefault(cell.target.dataset, {})
+                        of.setdefault(candidate, []).append(float(score))
+    kept = [target for target, of in dice.items() if len(of) > 2]
+    means = {metric: {t: _means(of[t]) for t in kept if len(of.get(t, ())) > 2} for metric, of in found.items()}
+    return {metric: of for metric, of in means.items() if of}, {target: _means(dice[target]) for target in kept}
+
+
+def _means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {name: float(np.mean(each)) for name, each in values.items()}
+
+
+def compare_rankers(study: Study, rows: Sequence[Row], *, n_resamples: int) -> list[dict[str, Any]]:
+    """Measure how well each score agrees with the Dice after fine-tuning, the best one first.
+
+    One more row is the score that does best on the other targets, out of those that all candidates have: what trusting
+    this study on a new target comes to.
+    """
+    scores, dice = scores_and_dice(study, rows)
+    complete = {m: of for m, of in scores.items() if all(set(of.get(t, ())) == set(dice[t]) for t in dice)}
     rankers = []
-    for metric, targets in found.items():
-        means = {t: {s: float(np.mean([e[s] for e in of])) for s in STATISTICS} for t, of in targets.items()}
-        rankers.append(
-            {
-                "metric": metric,
-                "targets": len(means),
-                "estimates": {s: _over_targets([each[s] for each in means.values()]) for s in STATISTICS},
-                "by_target": means,
-                "choices": {t: _choice(names, means[t]["regret"]) for t, names in chosen[metric].items()},
-            }
-        )
-    return sorted(rankers, key=lambda ranker: -ranker["estimates"]["weighted tau"]["mean"])
+    if len(dice) > 1 and complete:
+        chosen = {t: choice.metric for t, choice in leave_one_target_out(complete, dice, by=_CHOOSES).items()}
+        by_choice = {target: complete[metric][target] for target, metric in chosen.items()}
+        rankers.append(_ranker(CHOSEN, by_choice, dice, n_resamples) | {"chosen": chosen})
+    rankers += [_ranker(metric, of, dice, n_resamples) for metric, of in scores.items()]
+    return sorted(rankers, key=lambda ranker: -ranker["estimates"][_CHOOSES]["mean"])
 
 
-def _over_targets(values: Sequence[float]) -> dict[str, float]:
-    of = np.array(values)
-    draws = of[np.random.default_rng(0).integers(0, len(of), (2000, len(of)))].mean(1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return {"mean": float(of.mean()), "low": float(low), "high": float(high)}
-
-
-def _choice(names: Sequence[str], regret: float) -> dict[str, Any]:
-    counts = Counter(names).most_common()
-    said = ", ".join(name if len(counts) == 1 else f"{name} {n} of {len(names)} times" for name, n in counts[:2])
-    return {"text": f"{said}: {regret:.3f}", "regret": regret, "first": dict(counts)}
+def _ranker(metric: str, scores: ByTarget, dice: ByTarget, n_resamples: int) -> dict[str, Any]:
+    truth = {target: {name: dice[target][name] for name in of} for target, of in scores.items()}
+    found = mean_agreement(scores, truth, n_resamples=n_resamples)
+    first = {target: max(of, key=of.__getitem__) for target, of in scores.items()}
+    choices = {t: {"first": name, "regret": max(truth[t].values()) - truth[t][name]} for t, name in first.items()}
+    estimates = {name: {"mean": each.value, "low": each.low, "high": each.high} for name, each in found.items()}
+    n_candidates = [len(of) for of in scores.values()]
+    return {"metric": metric, "candidates": n_candidates, "estimates": estimates, "choices": choices}
 
 
 # All of it ------------------------------------------------------------------------------------------------------------
@@ -283,5 +266,5 @@ def read_study(study: Study, *, n_resamples: int = 1000) -> StudyResults:
             "hours": round(hours, 2),
         },
         summary=sorted(summary, key=lambda entry: -entry["mean"]),
-        rankers=compare_rankers(study, rows),
+        rankers=compare_rankers(study, rows, n_resamples=n_resamples),
     )  # fmt: skip
