@@ -24,6 +24,8 @@ import torch
 import yaml
 from experiment import Experiment, make_parser
 
+from stunet.ranking.ccfv import VARIANTS
+
 #: Patch, labelled cases and test cases of each target.
 TARGETS: dict[str, tuple[str, int, int]] = {
     "Dataset004_Hippocampus": ("32,40,32", 8, 40),
@@ -38,7 +40,10 @@ TASKS = {"mae": (35, 27), "genesis": (4, 46), "simclr": (20, 35)}
 GROUPS = {
     "Dataset035_BrainT1": [("1003", "1023"), ("1004", "1024"), ("1005", "1025"), ("1018", "1038"), ("1019", "1039")]
 }
-METRICS = ["ccfv", "logme", "transrate", "leep", "gbc", "zero-shot"]
+METRICS = [
+    *("ccfv", "logme", "transrate", "leep", "gbc", "zero-shot", "linear-probe"),
+    *("topote", "topote-global", "topote-local", "dropout", *VARIANTS),
+]
 
 
 def main() -> None:
@@ -94,11 +99,10 @@ class Benchmark(Experiment):
         if not (fold / "checkpoint_final.pth").is_file():
             patch = TARGETS.get(self.dataset(number), ("32,40,40", 0, 0))[0]
             batch = {"simclr": 8, None: 2}.get(task, 4)
-            epochs = f"num_epochs={self.args.pretrain_epochs} num_iterations_per_epoch=20"
-            settings = f"{epochs} num_val_iterations_per_epoch=2 batch_size={batch} patch_size={patch} final_validation=false keep_every=5"
-            plan = (
-                f"stunet plan -d {number} -c 3d_fullres --depth 1 --width {self.args.width} --name {name} --overwrite"
-            )
+            settings = f"num_epochs={self.args.pretrain_epochs} num_iterations_per_epoch=20 "
+            settings += "num_val_iterations_per_epoch=2 final_validation=false keep_every=5 "
+            settings += f"batch_size={batch} patch_size={patch}"
+            plan = f"stunet plan -d {number} -c 3d_fullres --depth 1 --width {self.args.width} --name {name}"
             plan += f" --pretext {task}" * (task is not None)
             train = f"nnUNetv2_train {number} 3d_fullres all -p {name} -tr {trainer} -device cpu"
             self.run(f"{plan} --set {settings} && {train}")
