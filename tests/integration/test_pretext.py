@@ -124,6 +124,7 @@ def test_killed_and_resumed(shell: Shell, masked: Path) -> None:
     torch.testing.assert_close(resumed["pretext"]["weights"], expected["pretext"]["weights"], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_two_processes_accumulate_keep_checkpoints_and_score_them(shell: Shell) -> None:
     run = "torchrun --standalone --nproc-per-node 2 --no-python stunet train 900 3d_fullres all -device cpu"
     more = "keep_every=1 select_for=1 gradient_accumulation=2 activation_checkpointing=all batch_size=8"
@@ -211,6 +212,7 @@ def test_other_formats_and_a_bids_tree(shell: Shell, tmp_path: Path) -> None:
     shell.run("nnUNetv2_plan_and_preprocess -d 903 -c 3d_fullres -npfp 1 -np 1")
 
 
+@pytest.mark.slow
 def test_beside_labels_every_case_gives_what_it_has(shell: Shell) -> None:
     """Of three cases one annotates nothing: its image counts through the pretext alone."""
     preprocessed = shell.preprocessed / VENOUS
