@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from stunet.ranking import CaseFeatures
+from stunet.ranking.points import CasePoints, SourceHead
 
 __all__ = ["make_case", "make_cases", "replaced", "scaled"]
 
@@ -30,9 +32,17 @@ def make_case(
         scales.append((of_class + of_case + rng.standard_normal((len(labels), width))).astype(np.float32))
         variety.append((of_case + rng.standard_normal((30, width))).astype(np.float32))
     probabilities = None if outputs is None else rng.dirichlet(np.ones(outputs), len(labels)).astype(np.float32)
+    places = np.random.default_rng(len(labels)).integers(0, 40, (len(labels) + 30, 3))
+    read_at = CasePoints(
+        case=name, shape=(40, 40, 40), balanced=places[:-30], labels=labels, whole=places[-30:],
+        whole_labels=np.full(30, classes[0]), per_class=points, n_whole=30,
+        voxels={label: 900 if label == 0 else 50 + label for label in classes}, annotated=frozenset(classes) - {0},
+    )  # fmt: skip
+    weight = torch.from_numpy(np.random.default_rng(3).standard_normal((4, widths[0])).astype(np.float32))
     return CaseFeatures(
-        case=name, labels=labels, scales=tuple(scales), variety=tuple(variety), probabilities=probabilities
-    )
+        case=name, labels=labels, scales=tuple(scales), variety=tuple(variety), probabilities=probabilities,
+        points=read_at, head=SourceHead(weight, torch.zeros(4)),
+    )  # fmt: skip
 
 
 def make_cases(n: int = 4, seed: int = 0, **kwargs: object) -> list[CaseFeatures]:
@@ -50,5 +60,5 @@ def scaled(case: CaseFeatures, scale: int, factor: float) -> CaseFeatures:
 
 
 def replaced(case: CaseFeatures, **changes: object) -> CaseFeatures:
-    names = ("case", "labels", "scales", "variety", "probabilities")
+    names = ("case", "labels", "scales", "variety", "probabilities", "points", "head")
     return CaseFeatures(**{**{name: getattr(case, name) for name in names}, **changes})  # type: ignore[arg-type]

@@ -14,8 +14,8 @@ from scipy import stats
 
 from stunet.cli.main import main
 from stunet.errors import TransferabilityError
-from stunet.ranking import agreement, read_dice, read_scores, read_summaries
-from stunet.ranking.agreement import top_regret, weighted_kendall
+from stunet.ranking import agreement, leave_one_target_out, mean_agreement, read_dice, read_scores, read_summaries
+from stunet.ranking.agreement import pairwise_kendall, top_regret, weighted_kendall
 
 SCORES = {"base": 1.0, "large": 3.0, "small": 0.5, "huge": 2.0, "other": -1.0, "last": 0.7}
 DICE = {"base": 0.80, "large": 0.86, "small": 0.79, "huge": 0.88, "other": 0.81, "last": 0.70}
@@ -26,6 +26,34 @@ def test_weighted_kendall_counts_the_top() -> None:
     assert weighted_kendall(np.array([4.0, 3, 2, 1]), dice) == pytest.approx(1)
     assert weighted_kendall(np.array([3.0, 4, 2, 1]), dice) == pytest.approx(0.52)
     assert weighted_kendall(np.array([4.0, 3, 1, 2]), dice) == pytest.approx(0.8133, abs=1e-4)
+
+
+def pairs_by_rank(scores: np.ndarray, dice: np.ndarray) -> float:
+    """Concordance of all pairs, each with one over the product of its ranks by Dice."""
+    ranks = [1 + sum(other > own for other in dice) + sum(other == own for other in dice) / 2 - 0.5 for own in dice]
+    agreeing = of_scores = of_dice = 0.0
+    for i in range(len(dice)):
+        for j in range(i):
+            weight, x, y = 1 / (ranks[i] * ranks[j]), np.sign(scores[i] - scores[j]), np.sign(dice[i] - dice[j])
+            agreeing += weight * x * y
+            of_scores, of_dice = of_scores + weight * abs(x), of_dice + weight * abs(y)
+    return float(agreeing / math.sqrt(of_scores * of_dice))
+
+
+def test_pairwise_kendall_counts_pairs_of_the_top() -> None:
+    dice = np.array([0.9, 0.8, 0.7, 0.6])
+    whole = 1 / 2 + 1 / 3 + 1 / 4 + 1 / 6 + 1 / 8 + 1 / 12  # of the pairs of ranks 1 to 4
+    assert pairwise_kendall(np.array([4.0, 3, 2, 1]), dice) == pytest.approx(1)
+    assert pairwise_kendall(np.array([3.0, 4, 2, 1]), dice) == pytest.approx(1 - 2 * (1 / 2) / whole)
+    assert pairwise_kendall(np.array([4.0, 3, 1, 2]), dice) == pytest.approx(1 - 2 * (1 / 12) / whole)
+    for seed in range(5):
+        x, y = np.random.default_rng(seed).integers(0, 5, (2, 8)).astype(float)  # with ties
+        assert pairwise_kendall(x, y) == pytest.approx(pairs_by_rank(x, y))
+    x, y = np.random.default_rng(9).standard_normal((2, 8))
+    # scipy weighs pairs by any function of two ranks that adds up or multiplies, of ranks from 0.
+    same = stats.weightedtau(x, y, rank=(-y).argsort().argsort(), weigher=lambda r: 1 / (r + 1), additive=False)
+    assert pairwise_kendall(x, y) == pytest.approx(same.statistic)
+    assert pairwise_kendall(x, y) != pytest.approx(weighted_kendall(x, y), abs=1e-3)
 
 
 def test_regret_by_hand() -> None:
@@ -42,6 +70,7 @@ def test_values_against_scipy() -> None:
     assert got == pytest.approx(
         {
             "weighted_kendall": stats.weightedtau(x, y).statistic,
+            "pairwise_kendall": pairs_by_rank(np.array(x), np.array(y)),
             "pearson": np.corrcoef(x, y)[0, 1],
             "spearman": stats.spearmanr(x, y).statistic,
             "regret": 0.02,
@@ -64,6 +93,7 @@ def test_intervals_against_a_loop() -> None:
         values["regret"].append(y[draw].max() - y[draw][x[draw] == x[draw].max()].mean())
         if len(set(draw.tolist())) > 1:
             values["weighted_kendall"].append(stats.weightedtau(x[draw], y[draw]).statistic)
+            values["pairwise_kendall"].append(pairs_by_rank(x[draw], y[draw]))
             values["pearson"].append(np.corrcoef(x[draw], y[draw])[0, 1])
             values["spearman"].append(stats.spearmanr(x[draw], y[draw]).statistic)
     for name, estimate in result.estimates.items():
@@ -102,6 +132,79 @@ def test_nan_and_constants_and_names_are_refused() -> None:
         agreement(SCORES, dict.fromkeys(DICE, 0.9))
     with pytest.raises(TransferabilityError, match="at least 3"):
         agreement({"a": 1, "b": 2}, {"a": 1, "b": 2})
+
+
+# Dice of four checkpoints on three targets, and metrics that order all, all but one target, and nothing.
+TARGETS: dict[str, dict[str, float]] = {
+    "liver": {"a": 0.9, "b": 0.8, "c": 0.7, "d": 0.6},
+    "heart": {"a": 0.5, "b": 0.6, "c": 0.7, "d": 0.75},
+    "brain": {"a": 0.6, "b": 0.9, "c": 0.8, "d": 0.7},
+}
+SIZE = {target: {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0} for target in TARGETS}
+MIXED = {"liver": SIZE["liver"], "heart": TARGETS["heart"], "brain": SIZE["brain"]}
+FLAT = {**TARGETS, "brain": dict.fromkeys("abcd", 1.0)}
+
+
+def test_mean_over_targets_by_hand() -> None:
+    got = {name: each.value for name, each in mean_agreement(SIZE, TARGETS, n_resamples=5).items()}
+    brain = stats.weightedtau([4, 3, 2, 1], list(TARGETS["brain"].values())).statistic
+    heart = stats.weightedtau([4, 3, 2, 1], list(TARGETS["heart"].values())).statistic
+    assert got["weighted_kendall"] == pytest.approx((1 + heart + brain) / 3)
+    assert heart == pytest.approx(-1)
+    assert got["spearman"] == pytest.approx((1 - 1 - 0.2) / 3)
+    assert got["regret"] == pytest.approx((0 + 0.25 + 0.3) / 3)
+    flat = {name: each.value for name, each in mean_agreement(FLAT, TARGETS, n_resamples=5).items()}
+    assert flat["pairwise_kendall"] == pytest.approx(2 / 3)  # what orders nothing counts 0
+    assert flat["regret"] == pytest.approx((0.9 - 0.75) / 3)
+    for scores, message in (
+        ({"liver": SIZE["liver"]}, "give both for each target"),
+        ({**SIZE, "heart": {**SIZE["heart"], "a": math.nan}}, "not finite"),
+    ):
+        with pytest.raises(TransferabilityError, match=message):
+            mean_agreement(scores, TARGETS)
+
+
+@pytest.mark.parametrize("against", [None, FLAT])
+def test_intervals_of_the_mean_against_a_loop(against: dict[str, dict[str, float]] | None) -> None:
+    n = 60
+    result = mean_agreement(SIZE, TARGETS, against=against, n_resamples=n, confidence=0.9, seed=3)
+    checkpoints = np.random.default_rng(3).integers(0, 4, (n, 4))
+    targets = np.random.default_rng([3, 3]).integers(0, 3, (n, 3))
+
+    def rho(scores: dict[str, dict[str, float]], target: str, draw: np.ndarray) -> float:
+        x, y = (np.array([values[target][name] for name in "abcd"])[draw] for values in (scores, TARGETS))
+        return 0.0 if len(set(x)) == 1 or len(set(y)) == 1 else float(stats.spearmanr(x, y).statistic)
+
+    means = []
+    for b in range(n):
+        drawn = [sorted(TARGETS)[t] for t in targets[b]]
+        values = [rho(SIZE, t, checkpoints[b]) - (rho(against, t, checkpoints[b]) if against else 0) for t in drawn]
+        means.append(np.mean(values))
+    found = result["spearman"]
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.05, 0.95])))
+    assert found.low < found.value < found.high
+    if against == FLAT:
+        plain = (mean_agreement(each, TARGETS, n_resamples=1)["spearman"].value for each in (SIZE, FLAT))
+        assert found.value == pytest.approx(next(plain) - next(plain))
+
+
+def test_leaving_one_target_out_by_hand() -> None:
+    """FLAT is right wherever it says something; MIXED is wrong on the brain alone, where FLAT is silent."""
+    table = {"size": SIZE, "mixed": MIXED, "flat": FLAT}
+    got = leave_one_target_out(table, TARGETS)
+    brain = stats.weightedtau([4, 3, 2, 1], list(TARGETS["brain"].values())).statistic
+    assert -0.1 < brain < 0  # so without liver, or heart, size has -1 or 1 and this, mixed 1 and this, flat 1 and 0
+    assert [got[target].metric for target in ("liver", "heart", "brain")] == ["flat", "flat", "mixed"]
+    assert got["brain"].agreement["weighted_kendall"] == pytest.approx(brain)
+    assert got["brain"].agreement["regret"] == pytest.approx(0.3)
+    assert got["liver"].agreement["weighted_kendall"] == pytest.approx(1)
+    # By regret: without brain size loses 0 and 0.25, and the least is best.
+    by_regret = leave_one_target_out({"size": SIZE, "mixed": MIXED}, TARGETS, by="regret")
+    assert [by_regret[target].metric for target in ("liver", "heart", "brain")] == ["mixed", "size", "mixed"]
+    for targets, by in ((["liver"], "pearson"), (["liver", "heart"], "tea leaves")):
+        dice = {target: TARGETS[target] for target in targets}
+        with pytest.raises(TransferabilityError, match=f"{len(targets)} targets, chosen by {by}"):
+            leave_one_target_out({"size": dice}, dice, by=by)
 
 
 def write(path: Path, content: object) -> str:

@@ -18,9 +18,11 @@ from scipy.special import gammaln
 from stunet.errors import TransferabilityError
 from stunet.ranking import CaseFeatures
 from stunet.ranking.ccfv import (
+    VARIANTS,
     GaussianFactor,
     bootstrap_scores,
     ccfv,
+    ccfv_variants,
     gaussian_factor,
     hyperspherical_energy,
     pairwise_fidelity,
@@ -428,3 +430,28 @@ def test_what_has_no_energy_is_refused() -> None:
     dead = [replaced(c, variety=tuple(np.zeros_like(v) for v in c.variety)) for c in make_cases(2)]
     with pytest.raises(TransferabilityError, match="dead layer"):
         ccfv(dead)
+
+
+def test_variants_are_parts_and_options_of_the_score() -> None:
+    cases = make_cases(3, widths=(6, 10, 12), shift=0.3)
+    got, whole = ccfv_variants(cases), ccfv(cases).as_dict()
+    for normalise in ("none", "variety", "both"):
+        for debias in DEBIAS:
+            expected = ccfv(cases, normalise=normalise, debias=debias).score  # type: ignore[arg-type]
+            assert got.pop(f"ccfv-{normalise}-{debias}") == expected
+    logs = [math.log(v / c) for v, c in zip(whole["variety"], whole["consistency"], strict=True)]
+    weights = [math.exp(-((d - 1) ** 2) / (2 * 0.8**2)) for d in range(3)]
+    assert got == pytest.approx(
+        {
+            "ccfv-consistency": -sum(math.log(c) for c in whole["consistency"]) / 3,
+            "ccfv-variety": sum(math.log(v) for v in whole["variety"]) / 3,
+            "ccfv-coarse": (logs[1] + logs[2]) / 2,
+            "ccfv-weighted": sum(w * x for w, x in zip(weights, logs, strict=True)) / sum(weights),
+            **{f"ccfv-scale-{d}": logs[d] for d in range(3)},
+        },
+        rel=1e-12,
+    )
+    assert got["ccfv-consistency"] + got["ccfv-variety"] == pytest.approx(whole["score"])
+    (case, other) = make_cases(2, widths=(6,))
+    assert "ccfv-coarse" not in ccfv_variants([case, other])
+    assert {*ccfv_variants(cases)} == {*VARIANTS} - {"ccfv-scale-3", "ccfv-scale-4", "ccfv-scale-5"}

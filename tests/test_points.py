@@ -57,6 +57,8 @@ def test_each_class_gets_as_many_points_as_asked_for_or_as_it_has() -> None:
     values, counts = np.unique(points.labels, return_counts=True)
     assert dict(zip(values.tolist(), counts.tolist(), strict=True)) == {0: 20, 1: 20, 2: 20, 3: 3}
     assert np.array_equal(labels[tuple(points.balanced.T)], points.labels)
+    assert np.array_equal(labels[tuple(points.whole.T)], points.whole_labels)
+    assert (points.annotated, draw(labels, annotated=frozenset({7})).annotated) == ({1, 2, 3}, {7})
     assert {tuple(p) for p in points.balanced[points.labels == 3].tolist()} == {(3, 4, 5), (9, 0, 10), (13, 8, 10)}
     assert len({tuple(p) for p in points.balanced.tolist()}) == 63  # each voxel once
     assert points.voxels == {c: int((labels == c).sum()) for c in range(4)}

@@ -25,8 +25,18 @@ from stunet.cli.main import main
 from stunet.errors import TransferabilityError, UsageError
 from stunet.network import build_stunet
 from stunet.planning.preprocessed import PreprocessedCase, PreprocessedDataset
-from stunet.ranking import CandidateScores, Ranking, build_candidate, ccfv, extract_case, logme, prepare_target, rank
-from stunet.ranking.rivals import mean_over_scales
+from stunet.ranking import (
+    CandidateScores,
+    Ranking,
+    build_candidate,
+    ccfv,
+    extract_case,
+    linear_probe,
+    logme,
+    prepare_target,
+    rank,
+)
+from stunet.ranking.rivals import dropout_consistency, fuse_topote, mean_over_scales
 
 SHAPE = (20, 24, 16)
 OPTIONS: dict[str, Any] = {"per_class": 40, "n_whole": 60, "batch_size": 1, "device": "cpu"}
@@ -197,6 +207,33 @@ def test_ties_are_by_paired_resamples() -> None:
     ranking = Ranking(rows=rows, metrics=("ccfv",), target=target, about={}, settings={}, date="")
     assert ranking.ahead(first, close) == pytest.approx(0.95)
     assert [candidate.name for candidate in ranking.tied] == ["tied"]
+
+
+def test_more_metrics_by_name(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    metrics = ("linear-probe", "topote", "dropout", "ccfv-scale-4", "ccfv-scale-5", "ccfv-none-none")
+    dataset = Made("abc", a=(1,))  # in one case nothing says where background is
+    twice = [rank(_only(checkpoints, "xy"), dataset, metrics=metrics, keep_in=tmp_path, **OPTIONS) for _ in "12"]
+    first, again = ({row.name: row.scores for row in ranking.rows} for ranking in twice)
+    assert again == first
+    assert {row.seconds for row in twice[1].rows} == {0}
+    for scores in first.values():
+        assert scores["ccfv-scale-5"] is None  # of a decoder of five stages
+        assert scores["ccfv-scale-4"] is not None
+        assert all(0 < (scores[name] or 0) <= 1 for name in ("linear-probe", "topote-global", "topote-local"))
+    terms = [np.array([row[f"topote-{term}"] for row in first.values()]) for term in ("global", "local")]
+    assert [row["topote"] for row in first.values()] == pytest.approx(fuse_topote(*terms, n_classes=2).tolist())
+    read = build_candidate(checkpoints["x"], input_channels=1, patch_size=(32, 32, 32), strides=STRIDES)
+    points = twice[0].target.points
+    assert [sorted(p.annotated) for p in points] == [[1], [1, 2], [1, 2]]
+    cases = [
+        extract_case(read.network, _case(p.case).image, p, patch_size=(32, 32, 32), head=read.head) for p in points
+    ]
+    kept = points[0].labels != 0
+    shown = replace(points[0], balanced=points[0].balanced[kept], labels=points[0].labels[kept])
+    scales = tuple(scale[kept] for scale in cases[0].scales)
+    cases[0] = replace(cases[0], labels=shown.labels, scales=scales, probabilities=None, points=shown)
+    assert first["x"]["linear-probe"] == pytest.approx(np.mean(list(linear_probe(cases).values())), rel=1e-6)
+    assert first["x"]["dropout"] == pytest.approx(dropout_consistency(cases), rel=1e-6)
 
 
 def test_cases_that_lack_annotations_have_no_background(checkpoints: dict[str, Path]) -> None:

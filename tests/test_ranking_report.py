@@ -47,7 +47,8 @@ def make_ranking(*names: str, failures: tuple[CandidateScores, ...] = ()) -> Ran
     points = tuple(
         CasePoints(
             case=case, shape=(4, 4, 4), balanced=np.zeros((2, 3), np.int64), labels=np.zeros(2, np.int64),
-            whole=np.zeros((2, 3), np.int64), per_class=100, n_whole=50, voxels=voxels,
+            whole=np.zeros((2, 3), np.int64), whole_labels=np.zeros(2, np.int64), per_class=100, n_whole=50,
+            voxels=voxels, annotated=frozenset((1, 2)),
         )
         for case, voxels in (("a", {0: 900, 1: 500, 2: 40}), ("b", {0: 900, 1: 500, 2: 700}), ("c", {0: 900, 1: 99}))
     )  # fmt: skip

@@ -1,26 +1,38 @@
-"""LogME, TransRate, LEEP, GBC and zero-shot Dice against closed forms and definitions; all metrics by name."""
+"""The rivals of CC-FV against closed forms and definitions written out; all metrics by name."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from case_features import make_cases, replaced, scaled
+import torch
+from case_features import make_case, make_cases, replaced, scaled
+from scipy.spatial.distance import cdist, pdist
 from scipy.stats import entropy, multivariate_normal
 
 from stunet.errors import TransferabilityError
-from stunet.ranking import CaseFeatures, ccfv
+from stunet.ranking import CaseFeatures, ccfv, linear_probe
+from stunet.ranking.ccfv import scale_weights
+from stunet.ranking.points import SourceHead, draw_points
 from stunet.ranking.rivals import (
     RIVALS,
     PointPredictions,
+    boundary_anchors,
+    boundary_consistency,
     coding_rate,
     decompose,
+    dropout_consistency,
     evidence,
+    fuse_topote,
     gbc,
     leep,
     logme,
     mean_over_scales,
+    topology_divergence,
+    topote_global,
+    topote_local,
     transrate,
     zero_shot_at_points,
 )
@@ -180,7 +192,9 @@ def test_names_and_means_over_scales() -> None:
     def pooled(scale: int) -> np.ndarray:
         return np.concatenate([case.scales[scale] for case in cases]).astype(float)
 
-    assert list(got) == ["ccfv", "logme", "transrate", "leep", "gbc", "gbc-full"]
+    assert list(got)[:6] == ["ccfv", "logme", "transrate", "leep", "gbc", "gbc-full"]
+    assert list(got)[6:] == ["linear-probe", "topote-global", "topote-local", "dropout"]
+    assert got["linear-probe"] == pytest.approx(np.mean(list(linear_probe(cases).values())))
     assert got["ccfv"] == ccfv(cases).score
     assert got["logme"] == pytest.approx(np.mean([logme(pooled(d), labels) for d in range(2)]))
     assert got["leep"] == leep(np.concatenate([case.probabilities for case in cases]).astype(float), labels)
@@ -214,7 +228,7 @@ def test_scaled_layers_and_order_of_cases_change_nothing(name: str) -> None:
     assert metric(cases[::-1]) == pytest.approx(score, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", list(METRICS))
+@pytest.mark.parametrize("name", [name for name in METRICS if name != "dropout"])
 def test_features_that_tell_classes_apart_rank_higher(name: str) -> None:
     def candidate(signal: float) -> list[CaseFeatures]:
         rng, cases = np.random.default_rng(0), []
@@ -249,3 +263,162 @@ def test_zero_shot_dice_by_hand(outputs: tuple[str, ...] | None, expected: dict[
     )
     found = zero_shot_at_points([case, liver_everywhere], {1: "liver", 2: "spleen"}, outputs)
     assert found == pytest.approx(expected)
+
+
+def with_partial_labels() -> list[CaseFeatures]:
+    """Five cases: one lacks structure 2, one does not annotate it, in one structure 1 is alone."""
+    rng = np.random.default_rng(5)
+    cases = [make_case(f"c{i}", rng, classes=(0, 1) if i == 3 else (0, 1, 2), shift=0.2) for i in range(5)]
+    for i, annotated in ((3, {1, 2}), (4, {1})):
+        assert cases[i].points is not None
+        cases[i] = replaced(cases[i], points=replace(cases[i].points, annotated=frozenset(annotated)))
+    return cases
+
+
+def test_linear_probe_written_out() -> None:
+    """Ridge by least squares on the stacked points of all cases but one, and Dice by counting voxels."""
+    penalties, thresholds, cases = (0.03, 3.0), (0.2, 0.35, 0.5), with_partial_labels()
+
+    def read(case: CaseFeatures) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        assert case.points is not None
+        x = np.concatenate([np.hstack(case.scales), np.hstack(case.variety)]).astype(float)
+        labels = np.concatenate([case.labels, case.points.whole_labels])
+        whole = sum(case.points.voxels.values())
+        return x, labels, np.array([math.sqrt(case.points.voxels[v] / whole) / (labels == v).sum() for v in labels])
+
+    expected = {}
+    for label in (1, 2):
+        known = [case for case in cases if case.points and label in case.points.annotated]
+        dice = np.full((len(known), len(penalties), len(thresholds)), np.nan)
+        for i, left_out in enumerate(known):
+            x, labels, w = (np.concatenate(a) for a in zip(*(read(c) for c in known if c is not left_out), strict=True))
+            y, w = (labels == label).astype(float), w / w.sum()
+            mean, middle = w @ x, w @ y
+            deviation = np.sqrt(w @ (x - mean) ** 2)
+            z, root = (x - mean) / deviation, np.sqrt(w)[:, None]
+            test, truth, _ = read(left_out)
+            for j, penalty in enumerate(penalties):
+                stacked = np.vstack([root * z, math.sqrt(penalty) * np.eye(z.shape[1])])
+                target = np.concatenate([root[:, 0] * (y - middle), np.zeros(z.shape[1])])
+                fitted = (test - mean) / deviation @ np.linalg.lstsq(stacked, target, rcond=None)[0] + middle
+                for k, threshold in enumerate(thresholds):
+                    called = {v: n * np.mean(fitted[truth == v] > threshold) for v, n in left_out.points.voxels.items()}
+                    total = sum(called.values()) + left_out.points.voxels.get(label, 0)
+                    dice[i, j, k] = 2 * called.get(label, 0) / total if total else np.nan
+        values = []
+        for i in range(len(known)):
+            others = np.nanmean(np.delete(dice, i, axis=0), axis=0)
+            values.append(dice[i][np.unravel_index(others.argmax(), others.shape)])
+        expected[label] = np.nanmean(values)
+    got = linear_probe(cases, penalties=penalties, thresholds=thresholds)
+    assert got == pytest.approx(expected, rel=1e-9)
+    assert 0.1 < got[2] < got[1] + 1
+    with pytest.raises(TransferabilityError, match="without the points"):
+        linear_probe([replaced(case, points=None) for case in cases])
+
+
+def test_linear_probe_of_labels_and_of_noise_and_of_a_dead_channel() -> None:
+    """With all voxels among the points, features that are the labels reach 1, and noise the Dice of calling all."""
+    rng, cases = np.random.default_rng(0), {"labels": [], "noise": []}
+    for name in "abc":
+        segmentation = (rng.random((8, 8, 8)) < 0.2).astype(int)
+        points = draw_points(segmentation, case=name, per_class=512, n_whole=512)
+        for kind, rows in cases.items():
+            labels = np.concatenate([points.labels, points.whole_labels])
+            x = rng.standard_normal((len(labels), 3)) + 20 * (labels * (kind == "labels"))[:, None]
+            x = np.hstack([x, np.full((len(x), 1), 7.0)]).astype(np.float32)
+            n = len(points.labels)
+            rows.append(CaseFeatures(case=name, labels=points.labels, scales=(x[:n],), variety=(x[n:],), points=points))
+    assert linear_probe(cases["labels"])[1] == pytest.approx(1)
+    assert linear_probe(cases["noise"])[1] == pytest.approx(2 * 0.2 / 1.2, abs=0.06)
+
+
+def four_classes(separation: float) -> tuple[np.ndarray, np.ndarray]:
+    """128 points of each, around corners of a simplex in 32 dimensions."""
+    labels = np.repeat([1, 2, 3, 4], 128)
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((512, 32)) + separation * np.eye(4, 32)[labels - 1], labels
+
+
+def test_topote_rises_as_classes_come_apart() -> None:
+    """The published global term falls, -0.13 to -0.98 at these separations: its negative is what ranks rightly."""
+    apart, anchors = (0, 1, 2, 4, 8), np.arange(0, 512, 16)
+    divergence = [topology_divergence(*four_classes(s)) for s in apart]
+    consistency = [boundary_consistency(*four_classes(s), anchors) for s in apart]
+    assert divergence == pytest.approx([0.13, 0.19, 0.38, 0.86, 0.98], abs=0.06)
+    assert sorted(consistency) == consistency
+    assert consistency[0] == pytest.approx(0.25, abs=0.1)  # by chance a quarter of the edges stays within a class
+    assert consistency[-1] > 0.99
+
+
+def prim(x: np.ndarray) -> list[tuple[int, int, float]]:
+    """Edges of the minimum spanning tree, grown from the first point."""
+    distances, inside, edges = cdist(x, x), [0], list[tuple[int, int, float]]()
+    while len(inside) < len(x):
+        outside = [k for k in range(len(x)) if k not in inside]
+        length, i, j = min((distances[i, j], i, j) for i in inside for j in outside)
+        inside.append(j)
+        edges.append((i, j, length))
+    return edges
+
+
+def test_topote_terms_written_out() -> None:
+    (case,) = make_cases(1, points=12)
+    assert case.points is not None
+    points, labels = case.points, case.labels
+    distances = cdist(points.balanced, points.balanced)
+    gaps = [min(distances[i, labels != labels[i]]) for i in range(len(labels))]
+    anchors = boundary_anchors(points, 10)
+    assert sorted(gaps)[:10] == pytest.approx([gaps[i] for i in anchors])
+    terms = []
+    for rows in case.scales:
+        x, y = rows[labels > 0].astype(float), labels[labels > 0]
+        edges, middle, shares = prim(x), np.median(pdist(x)), []
+        for label in (1, 2):
+            touching = [(y[i] != y[j], length) for i, j, length in edges if label in (y[i], y[j])]
+            crossing = sum(min(length, middle) for cross, length in touching if cross)
+            shares.append(1 - crossing / sum(length for _, length in touching))
+        mixed = []
+        for anchor in boundary_anchors(points):
+            nearest = np.argsort(np.linalg.norm(rows.astype(float) - rows[anchor], axis=1), kind="stable")[:17]
+            mixed.append(np.mean([labels[nearest[i]] != labels[nearest[j]] for i, j, _ in prim(rows[nearest])]))
+        terms.append((np.mean(shares), 1 - np.mean(mixed)))
+    weights = np.exp(-((np.arange(2) - 1) ** 2) / 2 / 0.8**2)
+    expected = weights @ np.array(terms) / weights.sum()
+    assert [topote_global([case]), topote_local([case])] == pytest.approx(expected, rel=1e-6)
+    few = np.flatnonzero(labels)[np.linspace(0, 23, 5).astype(int)]
+    thinned = [topology_divergence(rows[few], labels[few]) for rows in case.scales]
+    assert topote_global([case], most=5) == pytest.approx(weights @ thinned / weights.sum())
+
+
+def test_topote_of_coincident_points_and_fusion() -> None:
+    far = np.array([[0.0], [1], [2], [3], [100]])  # the median distance is 2.5, the edge between the classes 97
+    by_hand = np.mean([1 - 2.5 / 100, 1 - 2.5 / 97])
+    assert topology_divergence(far, np.array([1, 1, 1, 1, 2])) == pytest.approx(by_hand)
+    labels = np.array([1, 2] * 10)
+    assert topology_divergence(np.ones((20, 3)), labels) < 0.7  # a dead layer tells nothing apart
+    assert boundary_consistency(np.ones((20, 3)), labels, np.arange(5)) < 0.7
+    assert topology_divergence(np.ones((20, 3)), np.ones(20, int)) == 1
+    assert scale_weights(5) == pytest.approx([0.022, 0.229, 0.499, 0.229, 0.022], abs=5e-4)
+    a, b = np.array([0.5, 0.7, 0.6]), np.array([0.2, 0.1, 0.2])
+    assert fuse_topote(a, b, 2) == pytest.approx([2 / 3, 1 / 3, 1 / 6 + 2 / 3])
+    assert fuse_topote(a, b, 1) == pytest.approx([1, 0, 1])
+
+
+def test_consistency_under_dropped_channels() -> None:
+    (case,) = make_cases(1)
+
+    def found(weight: list[list[float]], bias: list[float], x: np.ndarray, n_draws: int = 800) -> float:
+        rows = np.tile(x.astype(np.float32), (4, 1))
+        head = SourceHead(torch.tensor(weight).float(), torch.tensor(bias).float())
+        made = replaced(case, labels=np.ones(4, int), scales=(rows,), variety=(rows,), probabilities=None, head=head)
+        return dropout_consistency([made], share=0.3, n_draws=n_draws)
+
+    # Output 1 needs its only channel, and falls back to background without it.
+    assert found([[0, 0], [1, 0]], [0.5, 0], np.ones(2)) == pytest.approx(0.7, abs=0.06)
+    # It needs one of two, or both of two; those that are left are scaled up.
+    assert found([[0, 0], [1, 1]], [0.5, 0], np.ones(2)) == pytest.approx(1 - 0.3**2, abs=0.06)
+    assert found([[0, 0], [1, 1]], [1.9, 0], np.ones(2)) == pytest.approx(0.7**2, abs=0.06)
+    assert found([[0, 0], [1, 1]], [1.4, 0], np.ones(2)) == pytest.approx(1 - 0.3**2, abs=0.06)
+    assert found([[0, 0], [0, 0]], [0, 1], np.ones(2), 3) == 1
+    assert found([[0, 0], [0, 0]], [1, 0], np.ones(2), 3) == 0  # nothing is ever foreground

@@ -26,6 +26,10 @@ Their help ends with these examples::
     stunet weights list
     stunet weights list --json
     stunet weights fetch small_ep4k
+    stunet study plan study.yaml -o STUDY
+    stunet study run STUDY --jobs 2
+    stunet study run STUDY --slurm partition=gpu timeout_min=600
+    stunet study report STUDY
     stunet weights verify
     stunet weights verify small_ep4k small_ep4k.model
     stunet import totalsegmentator Totalsegmentator_v2 -d 101
@@ -47,7 +51,7 @@ from typing import Annotated
 import typer
 
 import stunet
-from stunet.cli import import_datasets, labels, weights
+from stunet.cli import import_datasets, labels, study, weights
 from stunet.cli.console import Command, Group, print_error
 from stunet.cli.demo import demo
 from stunet.cli.env import env
@@ -76,7 +80,8 @@ app = typer.Typer(
 _command: Callable[..., object]
 for _command in (plan, info, train, finetune, rank, rank_eval, evaluate, predict, convert, list_names, env, demo):
     app.command(_command.__name__.removesuffix("_names").replace("_", "-"))(_command)
-for _name, _group in {"": app, "weights": weights.app, "import": import_datasets.app, "labels": labels.app}.items():
+_groups = {"weights": weights.app, "import": import_datasets.app, "labels": labels.app, "study": study.app}
+for _name, _group in {"": app, **_groups}.items():
     if _name:
         app.add_typer(_group, name=_name)
     for _info in _group.registered_commands:

@@ -137,6 +137,8 @@ def rank_eval(
 ) -> None:
     """Compare scores with Dice: weighted Kendall tau, Pearson, Spearman, and the Dice that trusting the score costs.
 
+    Tau comes with scipy's weights, and with weights of pairs by their true ranks (arXiv 2602.23916).
+
     In brackets: 95% percentile intervals over resamples of the checkpoints. A folder of Dice has a folder for each name
     of a checkpoint, in which one summary.json of nnU-Net lies at any depth.
     """
@@ -169,7 +171,7 @@ def rank_eval(
     degenerate = max(estimate.degenerate for result in results.values() for estimate in result.estimates.values())
     caption = f"{resamples} resamples of the checkpoints"
     caption += f"; up to {degenerate} without a value are left out" if degenerate else ""
-    numbers = ("weighted Kendall", "Pearson", "Spearman", "regret")
+    numbers = ("weighted Kendall", "by pairs", "Pearson", "Spearman", "regret")
     title = f"{first.n_checkpoints} checkpoints, best Dice: {first.best}"
     rows = []
     for name, result in results.items():

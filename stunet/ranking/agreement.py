@@ -1,4 +1,7 @@
-"""How well scores predict the order of fine-tuned Dice: weighted Kendall tau, correlations, regret; with intervals."""
+"""How well scores predict the order of fine-tuned Dice: weighted Kendall tau, correlations, regret; with intervals.
+
+Of one metric on one target, on average over targets, and of the metric that the other targets choose.
+"""
 
 import json
 import math
@@ -7,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -53,6 +56,17 @@ def weighted_kendall(scores: Array, dice: Array) -> float:
     return float(stats.weightedtau(scores, dice).statistic)
 
 
+def pairwise_kendall(scores: Array, dice: Array) -> float:
+    """Compute Kendall's tau with each pair weighed by ``1 / (i j)`` of its true ranks by Dice (arXiv 2602.23916).
+
+    The paper has no ties; here equal Dice share their mean rank, and ties are left out of the denominator as in tau-b.
+    """
+    ranks = stats.rankdata(-dice)
+    x, y = (np.sign(values[:, None] - values) for values in (scores, dice))
+    weights = 1 / np.outer(ranks, ranks)
+    return float((weights * x * y).sum() / math.sqrt((weights * x**2).sum() * (weights * y**2).sum()))
+
+
 def top_regret(scores: Array, dice: Array) -> float:
     """Return best Dice minus that of the checkpoint with the highest score, or their mean where several have it."""
     return float(dice.max() - dice[scores == scores.max()].mean())
@@ -66,6 +80,7 @@ def _pearson_of_rows(x: Array, y: Array) -> Array:
 # Of all resamples at once, where scipy would be called for each.
 _OF_ROWS: Mapping[str, Callable[[Array, Array], Array]] = {
     "weighted_kendall": lambda x, y: np.array(list(map(weighted_kendall, x, y))),
+    "pairwise_kendall": lambda x, y: np.array(list(map(pairwise_kendall, x, y))),
     "pearson": _pearson_of_rows,
     "spearman": lambda x, y: _pearson_of_rows(stats.rankdata(x, axis=1), stats.rankdata(y, axis=1)),
     "regret": lambda x, y: np.array(list(map(top_regret, x, y))),
@@ -100,6 +115,22 @@ def agreement(
     Raises:
         TransferabilityError: Names differ, a value is not finite, all are equal, or there are fewer than 3 checkpoints.
     """
+    names, x, y = _paired(scores, dice)
+    if np.ptp(x) == 0:
+        raise TransferabilityError(f"scores of {len(x)} checkpoints are all equal: they order nothing")
+    found = _of_draws(x, y, n_resamples, seed)
+    return Agreement(
+        estimates={name: _statistic(values, confidence) for name, values in found.items()},
+        top=names[int(x.argmax())],
+        best=names[int(y.argmax())],
+        n_checkpoints=len(names),
+        n_resamples=n_resamples,
+        confidence=confidence,
+    )
+
+
+def _paired(scores: Mapping[str, float], dice: Mapping[str, float]) -> tuple[list[str], Array, Array]:
+    """Return names, scores and Dice in one order, of at least 3 checkpoints that the Dice puts in an order."""
     # NaN comes first: scipy's weighted tau takes it for a value like any other.
     for what, values in (("scores", scores), ("Dice", dice)):
         if bad := [f"{name}: {value}" for name, value in sorted(values.items()) if not math.isfinite(value)]:
@@ -109,29 +140,122 @@ def agreement(
         raise TransferabilityError(f"only in the scores: {left}; only in the Dice: {right}; give both for each name")
     if len(scores) < 3:
         raise TransferabilityError(f"{len(scores)} checkpoints are too few: compare at least 3")
-    for what, values in (("scores", scores), ("Dice", dice)):
-        if len(set(values.values())) == 1:
-            raise TransferabilityError(f"{what} of {len(values)} checkpoints are all equal: they order nothing")
+    if len(set(dice.values())) == 1:
+        raise TransferabilityError(f"Dice of {len(dice)} checkpoints are all equal: they order nothing")
     names = sorted(scores)
     x, y = (np.array([values[name] for name in names], dtype=np.float64) for values in (scores, dice))
-    draws = np.random.default_rng(seed).integers(0, len(names), size=(n_resamples, len(names)))
-    # A resample may draw one value only. The regret is defined even then.
-    varied = draws[(np.ptp(x[draws], axis=1) > 0) & (np.ptp(y[draws], axis=1) > 0)]
-    estimates = {}
+    return names, x, y
+
+
+def _of_draws(x: Array, y: Array, n_resamples: int, seed: int) -> dict[str, Array]:
+    """Compute each statistic ``(1 + B,)``: of the checkpoints, and of each resample of them.
+
+    NaN stands where all scores or all Dice are equal.
+    """
+    n = len(x)
+    draws = np.vstack([np.arange(n), np.random.default_rng(seed).integers(0, n, size=(n_resamples, n))])
+    varied = (np.ptp(x[draws], axis=1) > 0) & (np.ptp(y[draws], axis=1) > 0)
+    found = {name: np.full(len(draws), np.nan) for name in _OF_ROWS}
     for name, of_rows in _OF_ROWS.items():
-        kept = draws if name == "regret" else varied
-        found = of_rows(x[kept], y[kept])
-        tails = [(1 - confidence) / 2, 1 - (1 - confidence) / 2]
-        low, high = np.quantile(found, tails).tolist() if found.size else (math.nan, math.nan)
-        estimates[name] = Statistic(float(of_rows(x[None], y[None])[0]), low, high, len(draws) - len(kept))
-    return Agreement(
-        estimates=estimates,
-        top=names[int(x.argmax())],
-        best=names[int(y.argmax())],
-        n_checkpoints=len(names),
-        n_resamples=n_resamples,
-        confidence=confidence,
-    )
+        kept = varied | (name == "regret")  # which is defined even then
+        found[name][kept] = of_rows(x[draws[kept]], y[draws[kept]])
+    return found
+
+
+def _statistic(values: Array, confidence: float) -> Statistic:
+    defined = values[1:][~np.isnan(values[1:])]
+    tails = [(1 - confidence) / 2, 1 - (1 - confidence) / 2]
+    low, high = np.quantile(defined, tails).tolist() if defined.size else (math.nan, math.nan)
+    return Statistic(float(values[0]), low, high, len(values) - 1 - len(defined))
+
+
+def mean_agreement(
+    scores: Mapping[str, Mapping[str, float]],
+    dice: Mapping[str, Mapping[str, float]],
+    *,
+    against: Mapping[str, Mapping[str, float]] | None = None,
+    n_resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Statistic]:
+    """Average the agreement of a metric with the Dice after fine-tuning over targets.
+
+    Intervals come from resampling targets and, within each, checkpoints: the same draw of checkpoints for all targets
+    that have equally many, since a score may misjudge a checkpoint on all of them. Where all scores are equal, a
+    correlation is 0, since they order nothing.
+
+    >>> dice = {"liver": {"a": 0.8, "b": 0.9, "c": 0.7}, "heart": {"a": 0.6, "b": 0.5, "c": 0.4}}
+    >>> found = mean_agreement(dict.fromkeys(dice, {"a": 2.0, "b": 3.0, "c": 1.0}), dice)
+    >>> found["spearman"].value, round(found["regret"].value, 3)
+    (0.75, 0.05)
+
+    Args:
+        scores: Score by target and checkpoint, higher is better.
+        dice: Dice after fine-tuning by target and checkpoint, the same names.
+        against: Scores of another metric, whose agreement is subtracted, resample by resample.
+        n_resamples: As for :func:`agreement`, as are the other arguments.
+        confidence: Share of the resamples that an interval spans, in equal tails.
+        seed: Seed of the resamples.
+
+    Raises:
+        TransferabilityError: As for :func:`agreement`, except that scores may be equal; or targets differ.
+    """
+    values = _of_targets(scores, dice, n_resamples, seed)
+    if against is not None:
+        subtracted = _of_targets(against, dice, n_resamples, seed)
+        values = {name: each - subtracted[name] for name, each in values.items()}
+    drawn = np.random.default_rng([seed, len(dice)]).integers(0, len(dice), size=(n_resamples, len(dice)))
+    resamples = np.arange(1, n_resamples + 1)[:, None]
+    means = {name: np.append(each[:, 0].mean(), each[drawn, resamples].mean(1)) for name, each in values.items()}
+    return {name: _statistic(each, confidence) for name, each in means.items()}
+
+
+def _of_targets(
+    scores: Mapping[str, Mapping[str, float]], dice: Mapping[str, Mapping[str, float]], n_resamples: int, seed: int
+) -> dict[str, Array]:
+    """Compute each statistic ``(T, 1 + B)`` of each target by name and of its resamples; 0 for one without order."""
+    if set(scores) != set(dice) or not dice:
+        raise TransferabilityError(f"scores of {sorted(scores)}, Dice of {sorted(dice)}: give both for each target")
+    pairs = [_paired(scores[target], dice[target])[1:] for target in sorted(dice)]
+    found = [_of_draws(x, y, n_resamples, seed) for x, y in pairs]
+    return {name: np.nan_to_num(np.stack([each[name] for each in found])) for name in _OF_ROWS}
+
+
+class Choice(NamedTuple):
+    """What choosing a metric by other targets comes to on one target."""
+
+    metric: str  # the one with the best mean on the others, the first of equal ones
+    agreement: Mapping[str, float]  # each statistic of this metric on the target
+
+
+def leave_one_target_out(
+    scores: Mapping[str, Mapping[str, Mapping[str, float]]],
+    dice: Mapping[str, Mapping[str, float]],
+    *,
+    by: str = "weighted_kendall",
+) -> dict[str, Choice]:
+    """Choose the metric for each target by its mean agreement on all other targets.
+
+    The agreement of the choice is of a target that had no part in it. For its mean and interval, give the scores of
+    each target's choice to :func:`mean_agreement`.
+
+    Args:
+        scores: Score by metric, target and checkpoint, higher is better; all metrics score the same checkpoints.
+        dice: Dice after fine-tuning by target and checkpoint.
+        by: The statistic that chooses, by its name in :class:`Agreement`; the regret chooses where it is lowest.
+
+    Raises:
+        TransferabilityError: As for :func:`mean_agreement`; or fewer than two targets, or an unknown statistic.
+    """
+    if len(dice) < 2 or by not in _OF_ROWS:
+        raise TransferabilityError(f"{len(dice)} targets, chosen by {by}: give 2 or more, and one of {[*_OF_ROWS]}")
+    found = {metric: _of_targets(by_target, dice, 0, 0) for metric, by_target in scores.items()}
+    choices, sign = {}, -1 if by == "regret" else 1
+    for place, target in enumerate(sorted(dice)):
+        means = {metric: sign * np.delete(values[by][:, 0], place).mean() for metric, values in found.items()}
+        chosen = max(means, key=means.__getitem__)
+        choices[target] = Choice(chosen, {name: float(each[place, 0]) for name, each in found[chosen].items()})
+    return choices
 
 
 @contextmanager

@@ -365,6 +365,49 @@ def ccfv(
     )
 
 
+def scale_weights(n_scales: int) -> Array:
+    """Return weights ``(D,)`` that favour the middle scales, with a sum of 1: those of TopoTE (arXiv 2602.23916).
+
+    >>> scale_weights(5).round(3)
+    array([0.022, 0.229, 0.499, 0.229, 0.022])
+    """
+    weights = np.exp(-np.square((np.arange(n_scales) - n_scales // 2) / 0.8) / 2)
+    return np.asarray(weights / weights.sum(), dtype=np.float64)
+
+
+VARIANTS = (
+    *("ccfv-consistency", "ccfv-variety", "ccfv-coarse", "ccfv-weighted"),
+    *(f"ccfv-scale-{scale}" for scale in range(6)),
+    *(f"ccfv-{normalise}-{debias}" for normalise in get_args(Normalise) for debias in get_args(Debias)),
+)
+"""Names of what :func:`ccfv_variants` computes."""
+
+
+def ccfv_variants(cases: Sequence[CaseFeatures]) -> dict[str, float]:
+    """Score a checkpoint by parts of CC-FV and with other options, from the same features.
+
+    ``ccfv-consistency`` and ``ccfv-variety`` are the two terms, ``ccfv-scale-0`` and so on single scales, finest first,
+    ``ccfv-coarse`` all scales but the finest, ``ccfv-weighted`` the mean with :func:`scale_weights`: all with the
+    default options. ``ccfv-none-none`` and so on are the score with others, `normalise` first and `debias` second.
+    Higher is better for each.
+
+    Args:
+        cases: As for :func:`ccfv`.
+    """
+    modes = [(normalise, debias) for normalise in get_args(Normalise) for debias in get_args(Debias)]
+    results = {mode: ccfv(cases, normalise=mode[0], debias=mode[1]) for mode in modes}
+    default = results["both", "null"]
+    scales = np.array(default.per_scale)
+    return {
+        "ccfv-consistency": -float(np.log(default.consistency).mean()),
+        "ccfv-variety": float(np.log(default.variety).mean()),
+        **({"ccfv-coarse": float(scales[1:].mean())} if len(scales) > 1 else {}),
+        "ccfv-weighted": float(scale_weights(len(scales)) @ scales),
+        **{f"ccfv-scale-{scale}": value for scale, value in enumerate(default.per_scale)},
+        **{f"ccfv-{normalise}-{debias}": result.score for (normalise, debias), result in results.items()},
+    }
+
+
 def _cases_by_class(cases: Sequence[CaseFeatures], min_points: int) -> dict[int, list[int]]:
     """Find the positions of the cases that have each foreground class, ascending, with so many points at least."""
     holders: dict[int, list[int]] = {}

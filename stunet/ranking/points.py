@@ -34,9 +34,11 @@ class CasePoints:
     balanced: Integers  # (n, 3), voxels of each class in turn
     labels: Integers  # (n,), their classes
     whole: Integers  # (m, 3), voxels of the whole volume, whatever their class
+    whole_labels: Integers  # (m,), their classes
     per_class: int  # how many of each class were asked for
     n_whole: int  # how many of the whole volume were asked for
     voxels: Mapping[int, int]  # for each class in the case how many voxels it has
+    annotated: frozenset[int]  # label values of the structures that the case annotates
 
     def as_dict(self) -> dict[str, Any]:
         """Return what was asked for and what there was, for JSON."""
@@ -53,6 +55,7 @@ def draw_points(
     n_whole: int,
     seed: int = 0,
     ignore_label: int | None = None,
+    annotated: frozenset[int] | None = None,
 ) -> CasePoints:
     """Draw voxels of a case without replacement: some of each class that it has, and some of the whole volume.
 
@@ -73,6 +76,7 @@ def draw_points(
         n_whole: Voxels of the whole volume.
         seed: Any whole number from 0.
         ignore_label: Label of voxels that nobody annotated.
+        annotated: Label values of the structures that the case annotates; by default of those that it has.
 
     Raises:
         DatasetError: There is no voxel to draw.
@@ -94,15 +98,18 @@ def draw_points(
         return np.stack(np.unravel_index(candidates, segmentation.shape), axis=1)
 
     drawn = [draw(label + 1, everywhere[present == label], per_class) for label in voxels]
+    whole = draw(0, everywhere, n_whole)
     return CasePoints(
         case=case,
         shape=segmentation.shape,
         balanced=np.concatenate(drawn),
         labels=np.repeat(np.array(list(voxels), np.int64), list(map(len, drawn))),
-        whole=draw(0, everywhere, n_whole),
+        whole=whole,
+        whole_labels=segmentation[tuple(whole.T)].astype(np.int64),
         per_class=per_class,
         n_whole=n_whole,
         voxels=voxels,
+        annotated=frozenset(voxels) - {0} if annotated is None else annotated,
     )
 
 
@@ -231,6 +238,8 @@ class CaseFeatures:
     variety: tuple[npt.NDArray[np.float32], ...]  # (m, C_d) features at points of the whole volume, for each scale
     # (n, K) softmax outputs of the checkpoint's own head at the class-balanced points, which LEEP needs
     probabilities: npt.NDArray[np.float32] | None = None
+    points: CasePoints | None = None  # where the features were read, which scores by Dice or by boundaries need
+    head: SourceHead | None = None  # the checkpoint's own head, which scores of its own predictions need
 
     def __post_init__(self) -> None:
         for index, array in enumerate((*self.scales, *self.variety)):
@@ -293,6 +302,8 @@ def extract_case(
         scales=tuple(scale[:n].numpy() for scale in scales),
         variety=tuple(scale[n:].numpy() for scale in scales),
         probabilities=None if head is None else head.probabilities(scales[0][:n]).numpy(),
+        points=points,
+        head=head,
     )
 
 

@@ -28,16 +28,18 @@ from stunet.network import build_stunet
 from stunet.planning.plans import fit_strides
 from stunet.planning.preprocessed import PreprocessedDataset, open_preprocessed
 from stunet.ranking.agreement import RANKING_FORMAT
-from stunet.ranking.ccfv import Debias, Normalise, bootstrap_scores, ccfv
+from stunet.ranking.ccfv import VARIANTS, Debias, Normalise, bootstrap_scores, ccfv, ccfv_variants
 from stunet.ranking.points import CasePoints, Part, SourceHead, draw_points, extract_case
-from stunet.ranking.rivals import RIVALS, PointPredictions, zero_shot_at_points
+from stunet.ranking.rivals import RIVALS, PointPredictions, fuse_topote, zero_shot_at_points
 from stunet.weights.convert import UNetWeights, locate_checkpoint, open_any_weights, trained_parts
 from stunet.weights.published import cached_weights, load_registry
 from stunet.weights.transfer import adapt_stem, source_outputs
 
-METRICS = ("ccfv", *RIVALS, "zero-shot")
+METRICS = ("ccfv", *RIVALS, "topote", "zero-shot", *VARIANTS)
 """Names of all metrics."""
 
+#: What ``topote`` is fused from.
+_TERMS = ("topote-global", "topote-local")
 #: Share of resamples in which one checkpoint must be ahead of another to be called better.
 _CONFIDENCE = 0.95
 #: Below it a mean over cases, or over pairs of them, hangs on single cases.
@@ -89,12 +91,12 @@ def prepare_target(
     digest, points = hashlib.sha256(), []
     draw = partial(draw_points, per_class=per_class, n_whole=n_whole, seed=seed, ignore_label=dataset.ignore_label)
     for done, name in enumerate(cases, start=1):
-        case = dataset.load(name)
-        digest.update(f"{sorted(dataset.annotated(name))}".encode())
+        case, annotated = dataset.load(name), dataset.annotated(name)
+        digest.update(f"{sorted(annotated)}".encode())
         for array in (case.image, case.segmentation):
             digest.update(f"{name} {array.shape} {array.dtype}".encode())
             digest.update(np.ascontiguousarray(array).data)
-        points.append(draw(case.segmentation, case=name))
+        points.append(draw(case.segmentation, case=name, annotated=annotated))
         on_progress(done / len(cases))
     target = Target(dataset=dataset, points=tuple(points), digest=digest.hexdigest())
     if all(len(holders) < 2 for holders in target.voxels.values()):
@@ -339,23 +341,24 @@ def score_candidate(
         def report(share: float, done: int = done, case: str = points.case) -> None:
             on_progress(f"case {done + 1} of {n_cases}, {case}", (done + share) / n_cases)
 
-        case, annotated = dataset.load(points.case), dataset.annotated(points.case)
-        features = read(candidate.network, case.image, points, on_window=report)
+        image, annotated = dataset.load(points.case).image, points.annotated
+        features = read(candidate.network, image, points, on_window=report)
         probabilities = features.probabilities
         if head is not None and probabilities is not None:
             # The points of the whole volume too: most of them are background, where false positives are.
             whole = head.probabilities(torch.from_numpy(features.variety[0])).numpy()
-            labels = np.concatenate((points.labels, case.segmentation[tuple(points.whole.T)]))
+            labels = np.concatenate((points.labels, points.whole_labels))
             outputs = np.concatenate((probabilities, whole)).argmax(1)
             predictions.append(PointPredictions(labels, outputs, points.voxels, annotated))
         if not annotated >= set(dataset.structures) and (kept := features.labels != 0).any():
             # Background that is not known to be background.
             scales = tuple(scale[kept] for scale in features.scales)
             rest = None if probabilities is None else probabilities[kept]
-            features = replace(features, labels=features.labels[kept], scales=scales, probabilities=rest)
+            points = replace(points, balanced=points.balanced[kept], labels=points.labels[kept])
+            features = replace(features, labels=points.labels, scales=scales, probabilities=rest, points=points)
         cases.append(features)
     result = CandidateScores(name=name, path=str(path), description=candidate.description)
-    result.scores = dict.fromkeys(metrics)
+    result.scores, variants = dict.fromkeys(metrics), dict[str, float]()
     for metric in metrics:
         on_progress(f"computing {metric}", 1.0)
         if metric == "ccfv":
@@ -363,7 +366,12 @@ def score_candidate(
             result.scores[metric], result.ccfv = details.score, details.as_dict()
             draws = bootstrap_scores(details, n_resamples=n_resamples, seed=seed).tolist()
             result.draws = tuple(value if np.isfinite(value) else None for value in draws)
-        elif metric in ("leep", "zero-shot") and head is None:
+        elif metric in VARIANTS:
+            variants = variants or ccfv_variants(cases)
+            result.scores[metric] = variants.get(metric)  # its network may have fewer scales
+        elif metric == "topote":  # which rank() fuses from these, for it takes all candidates
+            result.scores |= {term: RIVALS[term](cases) for term in _TERMS if result.scores.get(term) is None}
+        elif metric in ("leep", "dropout", "zero-shot") and head is None:
             result.notes[metric] = "its outputs are regions, or no labels have trained it"
         elif metric == "zero-shot":
             result.zero_shot = zero_shot_at_points(predictions, dataset.structures, candidate.description["outputs"])
@@ -655,6 +663,11 @@ def rank(
         results.append(result)
         on_progress(name, (read + done + 1) / total)
         on_candidate(result)
+    if "topote" in metrics and (found := [result for result in results if not result.error]):
+        divergence, consistency = (np.array([result.scores[term] or 0.0 for result in found]) for term in _TERMS)
+        fused = fuse_topote(divergence, consistency, len(dataset.structures)).tolist()
+        for result, score in zip(found, fused, strict=True):
+            result.scores["topote"] = score
     settings = {"fold": fold, "cases": len(cases), "points of each structure": per_class}
     settings |= {"points of the whole volume": n_whole, "normalize": normalise, "debias": debias}
     settings |= {"resamples": n_resamples, "seed": seed, "device": str(device), "features": f"stages of the {part}"}

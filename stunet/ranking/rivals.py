@@ -1,16 +1,27 @@
-"""Rivals of CC-FV, computed from the same features: LogME, TransRate, LEEP, GBC, and zero-shot Dice."""
+"""Rivals of CC-FV, computed from the same features.
+
+LogME, TransRate, LEEP, GBC; TopoTE's two terms; consistency under dropped channels; Dice of a linear probe; zero-shot
+Dice.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from scipy.linalg import solve
+from scipy.sparse.csgraph import minimum_spanning_tree
+from scipy.spatial import KDTree
+from scipy.spatial.distance import cdist, pdist, squareform
 
 from stunet.errors import TransferabilityError
 from stunet.labels.labels import match_names
-from stunet.ranking.points import CaseFeatures
+from stunet.ranking.ccfv import scale_weights
+from stunet.ranking.points import CaseFeatures, CasePoints
 
 Array = NDArray[np.float64]
 
@@ -238,14 +249,267 @@ def _leep(cases: Sequence[CaseFeatures]) -> float:
     return leep(np.concatenate(given), np.concatenate([case.labels for case in cases]))
 
 
+def topology_divergence(features: NDArray[np.floating], labels: NDArray[np.integer]) -> float:
+    """TopoTE's global term: how little the minimum spanning tree of the points crosses between classes (2602.23916).
+
+    For each class, of the total length of the tree's edges that touch it the share that remains when edges to other
+    classes are taken off, each with its length, or with the median distance of all points where that is shorter; the
+    mean over classes. From 0 to 1. The published score is its negative, which falls as classes come apart; here, higher
+    is better: near 1 where classes are far apart, and 1 where there is one only.
+
+    >>> features, labels = np.random.default_rng(0).normal(size=(100, 8)), np.repeat([1, 2], 50)
+    >>> [round(topology_divergence(features + apart * labels[:, None], labels), 1) for apart in (0, 2)]
+    [0.3, 1.0]
+
+    Args:
+        features: ``(n, C)``, of points of the foreground.
+        labels: ``(n,)``.
+    """
+    edges, lengths, middle = _spanning_tree(np.asarray(features, dtype=np.float64))
+    ends = np.asarray(labels)[edges]
+    crossing = np.where(ends[0] != ends[1], np.minimum(lengths, middle), 0.0)
+    touched = [(ends == label).any(0) for label in np.unique(labels)]
+    return float(np.mean([1 - crossing[edges].sum() / lengths[edges].sum() for edges in touched]))
+
+
+def boundary_consistency(
+    features: NDArray[np.floating], labels: NDArray[np.integer], anchors: NDArray[np.integer], neighbours: int = 16
+) -> float:
+    """TopoTE's local term: how well features tell classes apart at the boundaries of structures (arXiv 2602.23916).
+
+    One minus the share of edges between classes in the minimum spanning tree of an anchor and the points that are
+    nearest to it in feature space, averaged over anchors. It rises as classes come apart, as published.
+
+    Args:
+        features: ``(n, C)``, of points of all classes.
+        labels: ``(n,)``.
+        anchors: Points near a boundary, see :func:`boundary_anchors`.
+        neighbours: Points beside the anchor.
+    """
+    rows, shares = np.asarray(features, dtype=np.float64), []
+    for nearest in np.argsort(cdist(rows[anchors], rows), axis=1, kind="stable")[:, : neighbours + 1]:
+        ends = labels[nearest][_spanning_tree(rows[nearest])[0]]
+        shares.append(np.mean(ends[0] != ends[1]))
+    return float(1 - np.mean(shares))
+
+
+def boundary_anchors(points: CasePoints, most: int = 50) -> NDArray[np.int64]:
+    """Find the class-balanced points that are nearest, in voxels, to a point of another class."""
+    gaps = np.full(len(points.labels), np.inf)
+    for label in np.unique(points.labels):
+        own = points.labels == label
+        if not own.all():
+            gaps[own] = KDTree(points.balanced[~own]).query(points.balanced[own])[0]
+    return np.argsort(gaps, kind="stable")[:most]
+
+
+def _spanning_tree(rows: Array) -> tuple[NDArray[np.int64], Array, float]:
+    """Return edges ``(2, n - 1)`` of the Euclidean minimum spanning tree, their lengths, and the median distance.
+
+    The unit is the longest distance: what is below 1e-8 scipy takes for no edge, as between points that coincide.
+    """
+    distances = pdist(rows)
+    distances = np.maximum(distances / (distances.max() or 1.0), 1e-7)
+    tree = minimum_spanning_tree(squareform(distances)).tocoo()
+    return np.stack([tree.row, tree.col]), tree.data, float(np.median(distances))
+
+
+def topote_global(cases: Sequence[CaseFeatures], *, most: int = 256) -> float:
+    """Average :func:`topology_divergence` over cases with foreground and, with the paper's weights, over scales.
+
+    Args:
+        cases: The cases.
+        most: Points of the foreground of a case, evenly out of those that are there.
+    """
+    found = []
+    for case in cases:
+        foreground = np.flatnonzero(case.labels)
+        chosen = foreground[np.linspace(0, len(foreground) - 1, min(most, len(foreground))).astype(int)]
+        if len(chosen) > 1:
+            found.append([topology_divergence(rows[chosen], case.labels[chosen]) for rows in case.scales])
+    return float(scale_weights(len(cases[0].scales)) @ np.mean(found, axis=0))
+
+
+def topote_local(cases: Sequence[CaseFeatures]) -> float:
+    """Average :func:`boundary_consistency` over cases and, with the paper's weights, over scales.
+
+    Raises:
+        TransferabilityError: Features without the points that they were read at.
+    """
+    anchors = map(boundary_anchors, _points(cases))
+    found = [[boundary_consistency(x, c.labels, a) for x in c.scales] for c, a in zip(cases, anchors, strict=True)]
+    return float(scale_weights(len(cases[0].scales)) @ np.mean(found, axis=0))
+
+
+def fuse_topote(divergence: Array, consistency: Array, n_classes: int) -> Array:
+    """Fuse TopoTE's terms ``(N,)`` of all candidates, each brought to 0 to 1 over these (arXiv 2602.23916).
+
+    The more foreground classes, the more the global term counts; of one class it says nothing.
+
+    >>> fuse_topote(np.array([0.2, 0.4, 0.3]), np.array([5.0, 5.0, 6.0]), n_classes=3)
+    array([0.  , 0.5 , 0.75])
+    """
+    share = (n_classes - 1) / (n_classes + 1)
+    spread = [np.ptp(values) or 1.0 for values in (divergence, consistency)]
+    terms = (divergence - divergence.min()) / spread[0], (consistency - consistency.min()) / spread[1]
+    return np.asarray(share * terms[0] + (1 - share) * terms[1], dtype=np.float64)
+
+
+def dropout_consistency(cases: Sequence[CaseFeatures], *, share: float = 0.25, n_draws: int = 16) -> float:
+    """Measure how little a checkpoint's own predictions change when channels are dropped (after arXiv 2503.00450).
+
+    It needs no structure of the target among the outputs, and labels only for where to look. Channels of the finest
+    features, which the head sees, are dropped at random, the same ones at all points, and the others scaled up
+    accordingly. Of the points that are foreground with or without them, the share at which the output stays the same;
+    the mean over draws and cases, 0 where nothing is ever foreground.
+
+    Args:
+        cases: The cases, with the checkpoint's own head.
+        share: Probability of a channel to be dropped.
+        n_draws: Draws of channels, the same ones for every checkpoint of this width.
+    """
+    found = []
+    for case in cases:
+        if case.head is not None:
+            rows = torch.from_numpy(np.concatenate((case.scales[0], case.variety[0])))
+            kept = np.random.default_rng(0).random((n_draws, rows.shape[1])) >= share
+            masks = torch.from_numpy((kept / (1 - share)).astype(np.float32))
+            whole = case.head.probabilities(rows).argmax(1)
+            for mask in masks:
+                dropped = case.head.probabilities(rows * mask).argmax(1)
+                shown = (whole > 0) | (dropped > 0)
+                found.append(float((whole == dropped)[shown].float().mean()) if shown.any() else 0.0)
+    return float(np.mean(found))
+
+
+def linear_probe(
+    cases: Sequence[CaseFeatures],
+    *,
+    penalties: Sequence[float] = (0.01, 0.1, 1.0, 10.0),
+    thresholds: Sequence[float] = tuple(sorted(np.linspace(0.05, 0.95, 19), key=lambda value: abs(value - 0.5))),
+) -> dict[int, float]:
+    """Estimate the Dice of a linear model of the features, on cases that it was not fitted to.
+
+    For each structure, a ridge regression of its indicator on all scales together is fitted to all cases but one, and
+    predicts it at the points of the one left out; only cases that annotate the structure count. In the fit a class
+    weighs as the root of its share of a case: background counts most, and small structures do not vanish. Channels have
+    unit variance, so that scaling a layer changes nothing, and a penalty of 1 halves the weight of a direction with the
+    variance of one channel. A point is called the structure where the prediction exceeds a threshold; that and the
+    penalty are those with the highest mean Dice of the *other* cases, each predicted while it was left out. Dice is
+    estimated as :func:`zero_shot_at_points` does: background counts at its true share.
+
+    In closed form: the weighted second moments of channels and targets are summed over cases once, and those of the
+    case left out are taken off.
+
+    Args:
+        cases: The cases, with the points that they were read at.
+        penalties: Ridge penalties, in units of a channel's variance, to choose from.
+        thresholds: Of predictions, to choose from; the first of equal ones, so the most central ones come first.
+
+    Returns:
+        Mean Dice by label, of structures that two cases have.
+
+    Raises:
+        TransferabilityError: Features without the points that they were read at.
+    """
+    points, groups = _points(cases), dict[tuple[int, ...], list[int]]()
+    for label in sorted({label for each in points for label in each.voxels if label > 0}):
+        holders = tuple(i for i, each in enumerate(points) if label in each.annotated)
+        if sum(label in points[i].voxels for i in holders) > 1:
+            groups.setdefault(holders, []).append(label)
+    found = dict[int, float]()
+    for holders, structures in groups.items():  # one group where all cases annotate all structures
+        read = [partial(_probe_rows, cases[i], points[i], structures) for i in holders]  # not all in memory at once
+        total, dice = sum(_second_moments(each()) for each in read), []
+        for each in read:
+            probe = each()
+            dice.append(_dice_of_probe(total - _second_moments(probe), probe, len(structures), penalties, thresholds))
+        found |= dict(zip(structures, _mean_of_chosen(np.stack(dice)), strict=True))
+    return {label: found[label] for label in sorted(found)}
+
+
+def _points(cases: Sequence[CaseFeatures]) -> list[CasePoints]:
+    points = [case.points for case in cases if case.points is not None]
+    if len(points) < len(cases):
+        raise TransferabilityError("features without the points they were read at: give those of extract_case")
+    return points
+
+
+class _Probe(NamedTuple):
+    rows: Array  # (n, 1 + C + K): 1, the channels of all scales, the indicators of the structures
+    weights: Array  # (n,), of each point in the fit
+    voxels: Array  # (n,), that each point stands for
+
+
+def _probe_rows(case: CaseFeatures, points: CasePoints, structures: Sequence[int]) -> _Probe:
+    labels = np.concatenate((case.labels, points.whole_labels))
+    channels = [np.concatenate(pair) for pair in zip(case.scales, case.variety, strict=True)]
+    rows = np.hstack([np.ones((len(labels), 1)), *channels, labels[:, None] == np.array(structures)])
+    voxels = _voxels_of_points(labels, points.voxels)
+    of_class = np.array([points.voxels[label] for label in labels.tolist()])
+    return _Probe(rows, voxels / np.sqrt(of_class * float(sum(points.voxels.values()))), voxels)
+
+
+def _second_moments(probe: _Probe) -> Array:
+    return np.asarray((probe.rows * probe.weights[:, None]).T @ probe.rows, dtype=np.float64)
+
+
+def _dice_of_probe(
+    moments: Array, probe: _Probe, n_targets: int, penalties: Sequence[float], thresholds: Sequence[float]
+) -> Array:
+    """Fit to second moments, and return the Dice ``(K, penalties, thresholds)`` at a case's points."""
+    moments, width = moments / moments[0, 0], len(moments) - 1 - n_targets
+    mean, covariance = moments[0, 1:], moments[1:, 1:] - np.outer(moments[0, 1:], moments[0, 1:])
+    variances, seconds = np.diag(covariance)[:width], np.diag(moments)[1 : 1 + width]
+    deviations = np.sqrt(np.where(variances > 1e-9 * seconds, variances, np.inf))  # a constant channel says nothing
+    correlations = covariance[:width, :width] / deviations / deviations[:, None]
+    with_targets = covariance[:width, width:] / deviations[:, None]
+    channels, truths = (probe.rows[:, 1 : 1 + width] - mean[:width]) / deviations, probe.rows[:, 1 + width :] > 0
+    weights = [solve(correlations + p * np.eye(width), with_targets, assume_a="pos") for p in penalties]
+    predictions = np.stack([channels @ each + mean[width:] for each in weights], axis=-1)  # (n, K, penalties)
+    called = (predictions[:, k, :, None] > np.asarray(thresholds) for k in range(n_targets))
+    return np.stack([_dice_at_points(c, truths[:, k], probe.voxels) for k, c in enumerate(called)])
+
+
+def _mean_of_chosen(dice: Array) -> list[float]:
+    """Average Dice ``(N, K, ...)`` over cases, each with the options that are best for the mean of the others."""
+    n, n_targets = dice.shape[:2]
+    dice = dice.reshape(n, n_targets, -1)
+    defined = ~np.isnan(dice)
+    filled = np.where(defined, dice, 0.0)
+    others = (filled.sum(0) - filled) / np.maximum(defined.sum(0) - defined, 1)
+    best = others.round(9).argmax(-1)[..., None]  # so that rounding does not choose between equal ones
+    chosen = np.take_along_axis(dice, best, -1)[..., 0]
+    return [float(value) for value in np.nanmean(chosen, axis=0)]
+
+
+def _voxels_of_points(labels: NDArray[np.integer], voxels: Mapping[int, int]) -> Array:
+    """Return how many voxels of a case each of its points ``(n,)`` stands for: those of its class, shared evenly."""
+    values, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    shares = np.array([voxels[value] for value in values.tolist()]) / counts
+    return np.asarray(shares[classes.reshape(-1)], dtype=np.float64)
+
+
+def _dice_at_points(called: NDArray[np.bool_], truth: NDArray[np.bool_], voxels: Array) -> Array:
+    """Estimate the Dice ``(...)`` of predictions ``(n, ...)`` at points; NaN where nothing is true or predicted."""
+    predicted, hit = (np.tensordot(weights, called, 1) for weights in (voxels, voxels * truth))
+    total = predicted + voxels @ truth
+    dice = np.divide(2 * hit, total, out=np.full_like(total, np.nan), where=total > 0)
+    return np.asarray(dice, dtype=np.float64)
+
+
 RIVALS: Mapping[str, Callable[[Sequence[CaseFeatures]], float]] = {
     "logme": lambda cases: mean_over_scales(cases, logme),
     "transrate": lambda cases: mean_over_scales(cases, transrate, unit_variance=True),
     "leep": _leep,
     "gbc": lambda cases: mean_over_scales(cases, gbc, unit_variance=True, components=64),
     "gbc-full": lambda cases: mean_over_scales(cases, gbc, unit_variance=True, components=64, covariance="full"),
+    "linear-probe": lambda cases: float(np.mean(list(linear_probe(cases).values()))),
+    "topote-global": topote_global,
+    "topote-local": topote_local,
+    "dropout": dropout_consistency,
 }
-"""Each takes the cases of a checkpoint; higher is better. Pooled ones are averaged over scales; ``leep`` has none."""
+"""Each takes the cases of a checkpoint; higher is better. Pooled ones are averaged over scales."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,10 +549,8 @@ def zero_shot_at_points(
         label_of[names.index(match)] = label
     dice: dict[str, list[float]] = {name: [] for name in structures.values()}
     for case in cases:
+        voxels = _voxels_of_points(case.labels, case.voxels)
         for label in known.keys() & case.annotated:
-            called = label_of[case.outputs] == label
-            voxels = {k: n * float(called[case.labels == k].mean()) for k, n in case.voxels.items()}
-            total = sum(voxels.values()) + case.voxels.get(label, 0)
-            if total > 0:
-                dice[structures[label]].append(2 * voxels.get(label, 0.0) / total)
+            value = float(_dice_at_points(label_of[case.outputs] == label, case.labels == label, voxels))
+            dice[structures[label]] += [] if math.isnan(value) else [value]
     return {name: float(np.mean(values)) if values else None for name, values in dice.items()}

@@ -1,0 +1,288 @@
+"""``stunet study``: what checkpoints are worth on a user's datasets, and which score would have told."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from filelock import FileLock, Timeout
+from typer import Option
+
+from stunet.cli.console import Group, human_bytes, print_line, print_table, say
+from stunet.cli.options import Device, check_disk, choose_device
+from stunet.errors import CommandError, UsageError
+from stunet.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from stunet.study.definition import Cell, Study
+
+app = typer.Typer(
+    cls=Group, name="study", no_args_is_help=True, help="Find out what checkpoints are worth on your datasets."
+)
+_Folder = Annotated[Path, typer.Argument(help="The study's folder.")]
+#: Exit status of a process that has found its cell held by another one.
+_HELD = 3
+
+
+@app.command("plan")
+def plan_command(
+    definition: Annotated[Path, typer.Argument(metavar="study.yaml", help="The definition.")],
+    output: Annotated[Path, Option("-o", "--output", help="The study's folder.")],
+    device: Device = "auto",
+) -> None:
+    """Check a study, make its folder, and say what would run; nothing is trained."""
+    check_disk(output)
+    from stunet.study.definition import plan_study
+
+    study = plan_study(definition, output)
+    rows = []
+    for target in study.targets:
+        own = [cell for cell in study.trainings if cell.target is target]
+        names = {cell.candidate.name for cell in own if cell.candidate}
+        counts = ", ".join(map(str, target.n_cases))
+        rows.append((target.dataset, counts, len(target.test), len(names), study.seeds, len(own)))
+    columns = ("target", "cases", "test", "candidates", "seeds", "trainings")
+    print_table(rows, *columns, numbers=columns[2:])
+    hours, size = _estimate(study, choose_device(device))
+    kept = "" if study.keep_checkpoints else ", as checkpoints go when their training is scored"
+    print_line(f"{len(study.trainings)} trainings, {len(study.rankings)} rankings; {_done(study)} of them are done")
+    print_line(
+        f"About {hours:.1f} hours one after the other on this machine, by the time of one step; validation not counted"
+    )
+    print_line(f"About {human_bytes(size)} on disk{kept}")
+    print_line(f"Next:\n  stunet study run {output}")
+
+
+def _done(study: Study) -> int:
+    return sum(study.result(cell).is_file() for cell in study.cells)
+
+
+def _estimate(study: Study, device: str) -> tuple[float, int]:
+    """Hours of all trainings that are not done, and bytes of their checkpoints."""
+    from stunet.planning.preprocessed import open_preprocessed
+    from stunet.study.measure import step_seconds
+
+    seconds, size = 0.0, 0
+    times: dict[str, tuple[float, int]] = {}
+    for cell in study.trainings:
+        if study.result(cell).is_file() or cell.candidate is None:
+            continue
+        target, chosen = cell.target, study.settings_of(cell.target, cell.candidate)
+        key = f"{target.dataset} {cell.candidate.size} {chosen}"
+        if key not in times:
+            dataset = open_preprocessed(target.dataset, target.plans, target.configuration)
+            times[key] = step_seconds(cell.candidate.size, dataset, chosen, device)
+        step, n_parameters = times[key]
+        seconds += step * chosen.get("num_epochs", 1000) * chosen.get("num_iterations_per_epoch", 250)
+        # Two checkpoints, with momentum.
+        size = size + 16 * n_parameters if study.keep_checkpoints else max(size, 16 * n_parameters)
+    return seconds / 3600, size
+
+
+@app.command("run")
+def run_command(
+    folder: _Folder,
+    jobs: Annotated[int, Option(help="Cells at a time; with several GPUs, each has one.", min=1)] = 1,
+    device: Device = "auto",
+    retry: Annotated[bool, Option("--retry", help="Also repeat cells that have failed.")] = False,
+    slurm: Annotated[list[str] | None, Option(metavar="NAME=VALUE ...", help="Submit the cells instead.")] = None,
+    cell: Annotated[str | None, Option(hidden=True)] = None,
+) -> None:
+    """Do what is not done yet of a study. It can be interrupted at any time, and several can work on one study.
+
+    A training that was interrupted goes on from its checkpoint. A cell that fails is listed at the end, with its log,
+    and exit status 2; the others go on.
+    """
+    from stunet.study.definition import Study
+
+    study = Study(folder)
+    if cell is not None:
+        _run_cell(study, next(each for each in study.cells if each.name == cell), choose_device(device))
+        return
+    check_disk(folder)
+    waiting = [each for each in study.cells if not _is_done(study, each, retry=retry)]
+    print_line(f"{len(study.cells) - len(waiting)} of {len(study.cells)} cells are done")
+    if slurm is not None:
+        _submit(study, waiting, slurm, device)
+        return
+    outcomes = list(_run_all(study, waiting, jobs, choose_device(device)))
+    held = sum(outcome == _HELD for outcome in outcomes)
+    if held:
+        print_line(f"{held} cells are in work elsewhere")
+    failed = [each for each in study.cells if _status(study, each) == "failed"]
+    for each in failed:
+        print_line(f"failed: {each.name}: {_log(study, each)}")
+    print_line(f"Next:\n  stunet study report {folder}")
+    if failed:
+        raise CommandError(f"{len(failed)} cells have failed: see their logs, and repeat them with --retry")
+
+
+def _status(study: Study, cell: Cell) -> str | None:
+    path = study.result(cell)
+    return str(read_json(path).get("status")) if path.is_file() else None
+
+
+def _is_done(study: Study, cell: Cell, *, retry: bool) -> bool:
+    status = _status(study, cell)
+    return status == "done" or (status == "failed" and not retry)
+
+
+def _log(study: Study, cell: Cell) -> Path:
+    return study.result(cell).with_suffix(".log")
+
+
+def _run_all(study: Study, cells: list[Cell], jobs: int, device: str) -> Iterator[int]:
+    """Run each cell in a process of its own, as many at a time as there are jobs; yield their exit statuses."""
+    import torch
+
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
+    free, lock, started = list(range(jobs)), Lock(), time.monotonic()
+
+    def run(cell: Cell) -> int:
+        with lock:
+            job = free.pop()
+        environment = (
+            {**os.environ, "OMP_NUM_THREADS": str(max(1, len(cores) // jobs))} if device == "cpu" else {**os.environ}
+        )
+        if device == "cuda" and (n_gpus := torch.cuda.device_count()) > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = str(job % n_gpus)
+        log = _log(study, cell)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            line = _command(study, cell, device)
+            status = subprocess.run(line, env=environment, stdout=file, stderr=file).returncode  # noqa: S603 - ourselves
+        with lock:
+            free.append(job)
+        return status
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for done, (cell, status) in enumerate(zip(cells, pool.map(run, cells), strict=True), start=1):
+            left = (time.monotonic() - started) / done * (len(cells) - done) / 3600
+            if status not in (0, _HELD) and _status(study, cell) is None:  # killed, or out of memory
+                _fail(study, cell, f"its process has ended with exit status {status}")
+            said = {0: "done", _HELD: "in work elsewhere"}.get(status, "failed")
+            say(f"{done} of {len(cells)}, about {left:.1f} hours left: {cell.name} {said}")
+            yield status
+
+
+def _command(study: Study, cell: Cell, device: str) -> list[str]:
+    own = [sys.executable, "-m", "stunet", "study", "run", str(study.folder)]
+    return [*own, "--cell", cell.name, "--device", device]
+
+
+def _submit(study: Study, cells: list[Cell], options: list[str], device: str) -> None:
+    """Hand cells to Slurm, or to processes of this machine with ``cluster=local``."""
+    try:
+        import submitit
+    except ImportError:
+        raise UsageError("--slurm without submitit: install it with pip install 'stunet[slurm]'") from None
+    given = dict(option.partition("=")[::2] for option in options)
+    executor = submitit.AutoExecutor(folder=study.folder / "slurm", cluster=given.pop("cluster", None))
+    for name, value in given.items():
+        own = name if name.startswith(("timeout", "slurm")) else f"slurm_{name}"
+        executor.update_parameters(**{own: int(value) if value.isdecimal() else value})
+    with executor.batch():
+        lines = [_command(study, cell, device) for cell in cells]
+        submitted = [executor.submit(submitit.helpers.CommandFunction(line, verbose=False)) for line in lines]
+    print_line(f"Submitted {len(submitted)} cells; their logs are in {study.folder / 'slurm'}")
+
+
+def _fail(study: Study, cell: Cell, why: str) -> None:
+    write_json({"status": "failed", "error": why}, study.result(cell))
+
+
+def _run_cell(study: Study, cell: Cell, device: str) -> None:
+    """Do one cell in this process, which holds it until it ends, however it ends."""
+    path = study.result(cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        FileLock(lock := path.with_suffix(".lock"), timeout=0).acquire()
+    except Timeout:
+        say(f"{lock} is held by another process")
+        raise typer.Exit(_HELD) from None
+    started = time.monotonic()
+    for name in ("nnUNet_preprocessed", "nnUNet_results"):
+        os.environ[name] = str((study.folder / name).resolve())
+    try:
+        result = _rank(study, cell, device) if cell.candidate is None else _train(study, cell, device)
+    except Exception as error:
+        _fail(study, cell, f"{type(error).__name__}: {error}"[:500])
+        raise
+    write_json({"status": "done", "seconds": round(time.monotonic() - started, 1), **result}, path)
+
+
+def _type(*words: object) -> None:
+    """Do what a command does, in this process."""
+    from stunet.cli.main import main
+
+    line = [str(word) for word in words]
+    say(f"$ {shlex.join(line)}")
+    sys.argv = line
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            raise CommandError(f"{shlex.join(line)[:300]} has ended with exit status {end.code}: see the log") from None
+
+
+def _train(study: Study, cell: Cell, device: str) -> dict[str, Any]:
+    assert cell.candidate is not None
+    candidate, target = cell.candidate, cell.target
+    model = Path(os.environ["nnUNet_results"], target.dataset, f"STUNetTrainer__{cell.plans}__{target.configuration}")
+    fold = model / f"fold_{cell.fold}"
+    chosen = {"save_every": 5, **study.settings_of(target, candidate)}
+    values = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in chosen.items()]
+    where = ["-d", target.dataset, "-c", target.configuration, "-p", target.plans, "--name", cell.plans]
+    resumes = ["--c"] * any(fold.glob("checkpoint_*.pth"))
+    final = fold / "checkpoint_final.pth"
+    if not final.is_file() or not (fold / "validation" / "summary.json").is_file():
+        own = ["-f", str(cell.fold), "-device", device, "--seed", str(cell.seed), *resumes]
+        if candidate.path is None:
+            depth, width = ",".join(map(str, candidate.size.depth)), candidate.size.width
+            _type("stunet", "plan", *where, "--depth", depth, "--width", width, "--set", *values)
+            own = [str(cell.fold), "-p", cell.plans, "-device", device, "--seed", str(cell.seed), *resumes]
+            _type("stunet", "train", target.dataset, target.configuration, *own)
+        else:
+            own += ["--strategy", str(cell.strategy), "--set", *values]
+            _type("stunet", "finetune", *where, "--from", candidate.path, *own)
+    from stunet.study.measure import score_fold
+
+    result = score_fold(fold, target.dataset, target.test)
+    if not study.keep_checkpoints:
+        for checkpoint in fold.glob("checkpoint_*.pth"):
+            checkpoint.unlink()
+    return result
+
+
+def _rank(study: Study, cell: Cell, device: str) -> dict[str, Any]:
+    target, output = cell.target, study.result(cell).with_suffix("")
+    where = ["-d", target.dataset, "-c", target.configuration, "-p", target.plans, "-f", cell.fold, "-device", device]
+    zoo, metrics = study.folder / f"zoo_{target.dataset}.json", ",".join(study.metrics)
+    of_cases = ["--cases", cell.n_cases, "--seed", cell.seed]
+    _type("stunet", "rank", *where, "--zoo", zoo, "--metrics", metrics, *of_cases, "-o", output)
+    ranking = read_json(output / "ranking.json")
+    rows = {row["name"]: {"scores": row["scores"], "seconds": row["seconds"]} for row in ranking["candidates"]}
+    return {"candidates": rows}
+
+
+@app.command("report")
+def report_command(
+    folder: _Folder,
+    resamples: Annotated[int, Option(help="Bootstrap resamples of test cases and seeds.", min=10)] = 1000,
+) -> None:
+    """Write the results so far as a page, a table for other programs, and JSON: index.html, cells.csv, results.json."""
+    from stunet.reports.study import write_study
+    from stunet.study.definition import Study
+
+    page = write_study(Study(folder), n_resamples=resamples)
+    print_line(f"Wrote {page}")

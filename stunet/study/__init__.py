@@ -1,0 +1,1 @@
+"""Studies of transfer: which checkpoint is worth what on which dataset, and which score would have told."""

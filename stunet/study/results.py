@@ -1,0 +1,270 @@
+"""What the cells of a study say together: Dice with intervals, gains over training from scratch, and curves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stunet.errors import UsageError
+from stunet.files import read_json
+from stunet.ranking.agreement import leave_one_target_out, mean_agreement
+from stunet.study.definition import Cell, Study
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % interval over resampled test cases and seeds."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(kw_only=True)
+class Row:
+    """A candidate, fine-tuned by one strategy on one number of cases of one target."""
+
+    target: str
+    n_cases: int
+    candidate: str
+    strategy: str
+    seeds: tuple[int, ...]  # those that are done
+    dice: Array  # (seeds, test cases), the mean over structures; NaN where a case has none
+    surface: Array  # likewise, normalised surface Dice
+    curves: Array  # (seeds, epochs), pseudo Dice on patches of the test cases
+    seconds: float  # of a training, on average
+    mean: dict[str, Interval] = field(default_factory=dict)  # of dice, surface, and the gain in both over from scratch
+
+
+def read_results(study: Study) -> tuple[list[Row], dict[str, str]]:
+    """Read what is done, and why cells have failed, by their names."""
+    groups: dict[tuple[str, int, str, str], list[tuple[Cell, dict[str, Any]]]] = {}
+    failed: dict[str, str] = {}
+    for cell in study.trainings:
+        path = study.result(cell)
+        if not path.is_file() or cell.candidate is None:
+            continue
+        content = read_json(path)
+        if content["status"] == "failed":
+            failed[cell.name] = content["error"]
+        else:
+            key = (cell.target.dataset, cell.n_cases, cell.candidate.name, str(cell.strategy))
+            groups.setdefault(key, []).append((cell, content))
+    rows = []
+    for (target, n_cases, candidate, strategy), found in groups.items():
+        test = found[0][0].target.test
+        dice, surface = (np.array([_of_cases(c["cases"], test, m) for _, c in found]) for m in ("Dice", "NSD"))
+        rows.append(
+            Row(
+                target=target,
+                n_cases=n_cases,
+                candidate=candidate,
+                strategy=strategy,
+                seeds=tuple(cell.seed for cell, _ in found),
+                dice=dice,
+                surface=surface,
+                curves=np.array([content["curve"] for _, content in found], dtype=np.float64),
+                seconds=float(np.mean([content["seconds"] for _, content in found])),
+            )
+        )
+    return rows, failed
+
+
+def _of_cases(cases: Mapping[str, Mapping[str, Any]], test: Sequence[str], metric: str) -> list[float]:
+    """Mean over the structures of each case."""
+    means = []
+    for case in test:
+        values = [scores[metric] for scores in cases[case].values() if scores[metric] is not None]
+        means.append(sum(values) / len(values) if values else np.nan)
+    return means
+
+
+class Bootstrap:
+    """Resamples of test cases and of seeds, the same for all that is compared on one target."""
+
+    def __init__(self, n_seeds: int, n_cases: int, n_resamples: int) -> None:
+        rng = np.random.default_rng(0)
+        self._of_seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), n_resamples).astype(np.float64)
+        self._of_cases = rng.multinomial(n_cases, np.full(n_cases, 1 / n_cases), n_resamples).astype(np.float64)
+
+    def interval(self, values: Array) -> Interval:
+        """Return the mean of ``(seeds, cases)`` with the central 95 % of its resamples; NaN counts for nothing."""
+        known = np.isfinite(values)
+        total = ((self._of_seeds @ np.where(known, values, 0.0)) * self._of_cases).sum(1)
+        weight = ((self._of_seeds @ known) * self._of_cases).sum(1)
+        low, high = np.quantile(total[weight > 0] / weight[weight > 0], [0.025, 0.975])
+        return Interval(float(np.nanmean(values)), float(low), float(high))
+
+
+def compare(rows: Sequence[Row], scratch: str | None, *, n_resamples: int) -> None:
+    """Fill in the means of each row, and its gain over training from scratch with the same cases and seeds."""
+    baseline = {(row.target, row.n_cases): row for row in rows if row.candidate == scratch}
+    resamples: dict[tuple[int, ...], Bootstrap] = {}
+
+    def interval(values: Array) -> Interval:
+        if values.shape not in resamples:
+            resamples[values.shape] = Bootstrap(*values.shape, n_resamples)
+        return resamples[values.shape].interval(values)
+
+    for row in rows:
+        of: dict[str, Callable[[Row], Array]] = {"Dice": lambda r: r.dice, "surface Dice": lambda r: r.surface}
+        for name, values in of.items():
+            row.mean[name] = interval(values(row))
+            base = baseline.get((row.target, row.n_cases))
+            shared = [seed for seed in row.seeds if base is not None and base is not row and seed in base.seeds]
+            if base is not None and shared:
+                mine, theirs = ([each.seeds.index(seed) for seed in shared] for each in (row, base))
+                row.mean[f"gain in {name}"] = interval(values(row)[mine] - values(base)[theirs])
+
+
+def epochs_to_reach(curve: Array, other: Array) -> int | None:
+    """Return after how many epochs a curve has reached the other one's last tenth, on average; None for never.
+
+    >>> epochs_to_reach(np.array([0.1, 0.6, 0.7, 0.8]), np.array([0.0, 0.2, 0.4, 0.6]))
+    2
+    """
+    wanted = other[-max(1, len(other) // 10) :].mean()
+    above = np.flatnonzero(curve >= wanted)
+    return int(above[0]) + 1 if len(above) else None
+
+
+# Which score would have told ------------------------------------------------------------------------------------------
+
+
+EARLY = "Dice after 1 % of the fine-tuning"
+CHOSEN = "the best on the other targets"
+_CHOOSES = "weighted_kendall"
+
+ByTarget = dict[str, dict[str, float]]
+"""Values by target and candidate."""
+
+
+def scores_and_dice(study: Study, rows: Sequence[Row]) -> tuple[dict[str, ByTarget], ByTarget]:
+    """Return scores by metric, target and candidate, and the Dice by target and candidate, means over folds.
+
+    Facts of candidates are scores, too, and so is their Dice after a hundredth of the epochs. Candidates with weights
+    count, by the first strategy of each, on targets with at least three of them.
+    """
+    first = {c.name: c.strategies[0] for c in study.candidates if c.path is not None}
+    own = [row for row in rows if first.get(row.candidate) == row.strategy]
+    dice: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for row in own:
+        dice.setdefault(row.target, {}).setdefault(row.candidate, []).append(row.mean["Dice"].mean)
+        early = row.curves[:, max(0, round(0.01 * row.curves.shape[1]) - 1)]
+        found.setdefault(EARLY, {}).setdefault(row.target, {}).setdefault(row.candidate, []).append(early.mean())
+        for fact, value in next(c.facts for c in study.candidates if c.name == row.candidate).items():
+            found.setdefault(fact, {}).setdefault(row.target, {}).setdefault(row.candidate, []).append(value)
+    for cell in study.rankings:
+        if (path := study.result(cell)).is_file() and (content := read_json(path))["status"] == "done":
+            for candidate, result in content["candidates"].items():
+                for metric, score in result["scores"].items():
+                    if score is not None and candidate in dice.get(cell.target.dataset, {}):
+                        of = found.setdefault(metric, {}).setdefault(cell.target.dataset, {})
+                        of.setdefault(candidate, []).append(float(score))
+    kept = [target for target, of in dice.items() if len(of) > 2]
+    means = {metric: {t: _means(of[t]) for t in kept if len(of.get(t, ())) > 2} for metric, of in found.items()}
+    return {metric: of for metric, of in means.items() if of}, {target: _means(dice[target]) for target in kept}
+
+
+def _means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {name: float(np.mean(each)) for name, each in values.items()}
+
+
+def compare_rankers(study: Study, rows: Sequence[Row], *, n_resamples: int) -> list[dict[str, Any]]:
+    """Measure how well each score agrees with the Dice after fine-tuning, the best one first.
+
+    One more row is the score that does best on the other targets, out of those that all candidates have: what trusting
+    this study on a new target comes to.
+    """
+    scores, dice = scores_and_dice(study, rows)
+    complete = {m: of for m, of in scores.items() if all(set(of.get(t, ())) == set(dice[t]) for t in dice)}
+    rankers = []
+    if len(dice) > 1 and complete:
+        chosen = {t: choice.metric for t, choice in leave_one_target_out(complete, dice, by=_CHOOSES).items()}
+        by_choice = {target: complete[metric][target] for target, metric in chosen.items()}
+        rankers.append(_ranker(CHOSEN, by_choice, dice, n_resamples) | {"chosen": chosen})
+    rankers += [_ranker(metric, of, dice, n_resamples) for metric, of in scores.items()]
+    return sorted(rankers, key=lambda ranker: -ranker["estimates"][_CHOOSES]["mean"])
+
+
+def _ranker(metric: str, scores: ByTarget, dice: ByTarget, n_resamples: int) -> dict[str, Any]:
+    truth = {target: {name: dice[target][name] for name in of} for target, of in scores.items()}
+    found = mean_agreement(scores, truth, n_resamples=n_resamples)
+    first = {target: max(of, key=of.__getitem__) for target, of in scores.items()}
+    choices = {t: {"first": name, "regret": max(truth[t].values()) - truth[t][name]} for t, name in first.items()}
+    estimates = {name: {"mean": each.value, "low": each.low, "high": each.high} for name, each in found.items()}
+    n_candidates = [len(of) for of in scores.values()]
+    return {"metric": metric, "candidates": n_candidates, "estimates": estimates, "choices": choices}
+
+
+# All of it ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyResults:
+    """What is known so far."""
+
+    rows: list[Row]
+    failed: dict[str, str]  # why, by the cell's name
+    tests: dict[str, tuple[str, ...]]  # test cases of each target
+    scratch: str | None  # the candidate without weights
+    progress: dict[str, float]
+    summary: list[dict[str, Any]]  # of each candidate over all targets, the best one first
+    rankers: list[dict[str, Any]]  # of each score, the best one first
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the content for JSON: all but the scores of single cases and the curves."""
+        rows = [
+            {
+                "target": row.target, "cases": row.n_cases, "candidate": row.candidate, "strategy": row.strategy,
+                "seeds": len(row.seeds), "seconds": round(row.seconds, 1),
+                **{name: [round(v, 5) for v in (i.mean, i.low, i.high)] for name, i in row.mean.items()},
+            } for row in self.rows
+        ]  # fmt: skip
+        about = {"progress": self.progress, "summary": self.summary, "rankers": self.rankers, "failed": self.failed}
+        return {**about, "rows": rows}
+
+
+def read_study(study: Study, *, n_resamples: int = 1000) -> StudyResults:
+    """Read and compare all that is done.
+
+    Raises:
+        UsageError: Nothing is.
+    """
+    rows, failed = read_results(study)
+    if not rows:
+        raise UsageError(f"nothing is done yet in {study.folder}: run it with stunet study run {study.folder}")
+    scratch = next((candidate.name for candidate in study.candidates if candidate.path is None), None)
+    compare(rows, scratch, n_resamples=n_resamples)
+    gains: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if "gain in Dice" in row.mean:
+            gains.setdefault((row.candidate, row.strategy), []).append(row.mean["gain in Dice"].mean)
+    summary = [
+        {
+            "candidate": candidate, "strategy": strategy, "mean": float(np.mean(values)),
+            "median": float(np.median(values)), "wins": sum(value > 0 for value in values), "n": len(values),
+        } for (candidate, strategy), values in gains.items()
+    ]  # fmt: skip
+    done = sum(len(row.seeds) for row in rows)
+    ranked = sum(study.result(cell).is_file() for cell in study.rankings)
+    hours = sum(row.seconds * len(row.seeds) for row in rows) / 3600
+    return StudyResults(
+        rows=rows,
+        failed=failed,
+        tests={target.dataset: target.test for target in study.targets},
+        scratch=scratch,
+        progress={
+            "done": done, "trainings": len(study.trainings), "ranked": ranked, "rankings": len(study.rankings),
+            "hours": round(hours, 2),
+        },
+        summary=sorted(summary, key=lambda entry: -entry["mean"]),
+        rankers=compare_rankers(study, rows, n_resamples=n_resamples),
+    )  # fmt: skip

@@ -1,0 +1,161 @@
+"""The study that the documentation reports: candidates of many kinds on five real datasets. By hand, for hours.
+
+Pre-trains narrow STU-Nets: on the labels of each of the five datasets (three checkpoints of one of these trainings, and
+one with noise on its weights), on the partial labels of two unions, and without labels by three tasks on two datasets
+each. Then plans, runs and reports a study (``stunet study``) of all of them and of training from scratch on the five
+datasets, each compared where it has seen no case of the target's dataset. Every step is a command that a user types.
+With --work, what is finished is not done again after an interruption; the study is in its folder ``study``.
+
+    python tests/benchmarks/transfer_study.py --work FOLDER --jobs 2
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from experiment import Experiment, make_parser
+
+from stunet.ranking.ccfv import VARIANTS
+
+#: Patch, labelled cases and test cases of each target.
+TARGETS: dict[str, tuple[str, int, int]] = {
+    "Dataset004_Hippocampus": ("32,40,32", 8, 40),
+    "Dataset020_ChaosT2": ("24,48,48", 8, 8),
+    "Dataset027_ACDC": ("8,64,64", 8, 40),
+    "Dataset035_BrainT1": ("40,40,40", 8, 15),
+    "Dataset046_FetalBrain": ("40,40,40", 8, 15),
+}
+UNIONS = {140: (20, 27, 46), 141: (4, 35)}
+TASKS = {"mae": (35, 27), "genesis": (4, 46), "simclr": (20, 35)}
+#: The same person scanned twice, and atlases of neighbouring weeks of one cohort.
+GROUPS = {
+    "Dataset035_BrainT1": [("1003", "1023"), ("1004", "1024"), ("1005", "1025"), ("1018", "1038"), ("1019", "1039")]
+}
+METRICS = [
+    *("ccfv", "logme", "transrate", "leep", "gbc", "zero-shot", "linear-probe"),
+    *("topote", "topote-global", "topote-local", "dropout", *VARIANTS),
+]
+
+
+def main() -> None:
+    parser = make_parser(__doc__, "")
+    parser.add_argument("--pretrain-epochs", type=int, default=30, help="epochs of 20 iterations")
+    parser.add_argument("--epochs", type=int, default=20, help="epochs of 10 iterations on the labelled cases")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--metrics", nargs="+", default=METRICS)
+    Benchmark.print_result(parser)
+
+
+class Benchmark(Experiment):
+    def measure(self) -> dict[str, Any]:
+        started = time.monotonic()
+        self.prepare()
+        calls = {f"labels {number}": partial(self.pretrain, number) for number in (4, 20, 27, 35, 46)}
+        calls |= {f"union {number}": partial(self.pretrain, number) for number in UNIONS}
+        for task, numbers in TASKS.items():
+            calls |= {f"{task} {number}": partial(self.pretrain, number, task) for number in numbers}
+        trained = dict(zip(calls, self.all_of([*calls.values()]), strict=True))
+        pretraining = time.monotonic() - started
+        self.define(trained)
+        study, metrics = self.root / "study", len(self.args.metrics)
+        self.run(f"stunet study plan {self.root}/study.yaml -o {study} -device cpu")
+        jobs = f"--jobs {self.args.jobs}"
+        self.run_on_all(f"stunet study run {study} {jobs} -device cpu && stunet study report {study}")
+        return {
+            "benchmark": "transfer_study",
+            "hours": {"pre-training": pretraining / 3600, "all": (time.monotonic() - started) / 3600},
+            "metrics": metrics,
+            "results": json.loads((study / "results.json").read_text()),
+            "versions": {name: version(name) for name in ("stunet", "nnunetv2", "torch")},
+        }
+
+    def prepare(self) -> None:
+        """Let nnU-Net plan and preprocess the datasets, and unions of them with partial labels."""
+        if (self.root / "prepared").exists():
+            return
+        for name in TARGETS:
+            shutil.copytree(self.args.data / name, self.raw / name, dirs_exist_ok=True)
+        self.run("nnUNetv2_plan_and_preprocess -d 4 20 27 35 46 -c 3d_fullres -npfp 2 -np 2")
+        for number, sources in UNIONS.items():
+            self.run(f"stunet import union -d {number} --from {' '.join(map(str, sources))} --name Union")
+            self.run(f"nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres -npfp 2 -np 2")
+        (self.root / "prepared").touch()
+
+    def dataset(self, number: int) -> str:
+        return next(path.name for path in self.raw.iterdir() if path.name.startswith(f"Dataset{number:03d}_"))
+
+    def pretrain(self, number: int, task: str | None = None) -> Path:
+        name, trainer = f"P_{task or 'labels'}", "STUNetTrainer" if task is None else "STUNetTrainer_pretext"
+        fold = self.results / self.dataset(number) / f"{trainer}__{name}__3d_fullres" / "fold_all"
+        if not (fold / "checkpoint_final.pth").is_file():
+            patch = TARGETS.get(self.dataset(number), ("32,40,40", 0, 0))[0]
+            batch = {"simclr": 8, None: 2}.get(task, 4)
+            settings = f"num_epochs={self.args.pretrain_epochs} num_iterations_per_epoch=20 "
+            settings += "num_val_iterations_per_epoch=2 final_validation=false keep_every=5 "
+            settings += f"batch_size={batch} patch_size={patch}"
+            plan = f"stunet plan -d {number} -c 3d_fullres --depth 1 --width {self.args.width} --name {name}"
+            plan += f" --pretext {task}" * (task is not None)
+            train = f"nnUNetv2_train {number} 3d_fullres all -p {name} -tr {trainer} -device cpu"
+            self.run(f"{plan} --set {settings} && {train}")
+        return fold / "checkpoint_final.pth"
+
+    def define(self, trained: dict[str, Path]) -> None:
+        candidates: list[dict[str, Any]] = [{"name": "scratch", "depth": [1] * 6, "width": self.args.width}]
+        for name, path in trained.items():
+            number = int(name.split()[-1])
+            sources = [*UNIONS.get(number, (number,))]
+            facts = {"training cases": sum(self.n_cases(source) for source in sources)}
+            candidates.append({"name": name, "path": str(path), "sources": sources, "facts": facts})
+        (brain,) = (each for each in candidates if each["name"] == "labels 35")
+        for epoch in (5, 15):
+            path = Path(brain["path"]).with_name(f"checkpoint_epoch_{epoch:04d}.pth")
+            candidates.append({**brain, "name": f"labels 35, epoch {epoch}", "path": str(path)})
+        candidates.append({**brain, "name": "labels 35, noisy", "path": str(self.degrade(Path(brain["path"])))})
+        targets: list[dict[str, Any]] = []
+        for name, (patch, few, test) in TARGETS.items():
+            target = {"dataset": int(name[7:10]), "cases": [few], "test": test}
+            if name in GROUPS:
+                persons = {first: [f"brain_{first}", f"brain_{second}"] for first, second in GROUPS[name]}
+                (self.root / f"groups_{name}.json").write_text(json.dumps(persons))
+                target["groups"] = f"groups_{name}.json"
+            elif "Fetal" in name:  # one cohort is trained on, the other one tested on
+                target["groups"] = "^(neurotypical|spina_bifida)"
+            targets.append({**target, "settings": {"patch_size": [int(n) for n in patch.split(",")]}})
+        steps = {"num_epochs": self.args.epochs, "num_iterations_per_epoch": 10, "num_val_iterations_per_epoch": 2}
+        settings = {**steps, "batch_size": 2, "initial_lr": 0.01, "head": "fresh"}
+        content = {"targets": targets, "candidates": candidates, "seeds": self.args.seeds, "settings": settings}
+        content["metrics"] = self.args.metrics
+        (self.root / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+
+    def n_cases(self, number: int) -> int:
+        return len([*(self.raw / self.dataset(number) / "labelsTr").glob("*.nii.gz")])
+
+    def degrade(self, path: Path) -> Path:
+        """Add noise of a weight's own spread to each weight of a checkpoint."""
+        noisy = path.with_name("checkpoint_noisy.pth")
+        if not noisy.is_file():
+            content = torch.load(path, weights_only=False)
+            generator = torch.Generator().manual_seed(0)
+            for tensor in content["network_weights"].values():
+                if tensor.ndim > 1:
+                    tensor += torch.randn(tensor.shape, generator=generator) * tensor.std()
+            torch.save(content, noisy)
+        return noisy
+
+    def run_on_all(self, line: str) -> None:
+        """Run a line of shell with all cores, whatever the share of one job is."""
+        cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+        self.run(f"taskset -cp {cores} $$ >&2; {line}")
+
+
+if __name__ == "__main__":
+    main()

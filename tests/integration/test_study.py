@@ -1,0 +1,126 @@
+"""``stunet study`` as it is typed: planned, killed, resumed, shared between two processes, submitted, reported."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ARTERIAL, TRAINED, VENOUS
+from integration.commands import Shell
+
+from stunet.study.definition import Study
+
+SETTINGS = "num_epochs: 3, num_iterations_per_epoch: 1, num_val_iterations_per_epoch: 1, save_every: 1"
+STUDY = """
+targets: [{dataset: 2, cases: [3, 2], test: 2}]
+candidates:
+  - {name: scratch, depth: [1, 1, 1, 1, 1, 1], width: 4}
+  - {name: late, path: LATE, facts: {training cases: 4}}
+  - {name: early, path: EARLY, strategies: [full, head-only], facts: {training cases: 4}}
+seeds: 1
+settings: {SETTINGS, batch_size: 2, patch_size: [16, 32, 32], mirroring: none}
+metrics: [ccfv, logme]
+"""
+
+
+@pytest.fixture(scope="module")
+def shell(trained: Shell, tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    shell = trained.copy(tmp_path_factory.mktemp("study"))
+    fold = shell.model(VENOUS, TRAINED) / "fold_0"
+    late, early = fold / "checkpoint_final.pth", fold / "checkpoint_epoch_0002.pth"
+    text = STUDY.replace("LATE", str(late)).replace("EARLY", str(early)).replace("SETTINGS", SETTINGS)
+    (shell.root / "study.yaml").write_text(text)
+    return shell
+
+
+def results(shell: Shell, folder: str = "S") -> dict[str, Any]:
+    paths = sorted((shell.root / folder / "results").rglob("*.json"))
+    return {str(path): json.loads(path.read_text()) for path in paths if path.name != "ranking.json"}
+
+
+def test_a_study_is_killed_resumed_and_reported(shell: Shell) -> None:
+    before = (shell.preprocessed / ARTERIAL / "splits_final.json").exists()
+    said = shell.run("stunet study plan study.yaml -o S -device cpu")
+    assert "8 trainings, 2 rankings; 0 of them are done" in said
+    assert (shell.preprocessed / ARTERIAL / "splits_final.json").exists() == before  # the user's dataset is left alone
+    assert "0 of them are done" in shell.run("stunet study plan study.yaml -o S -device cpu")
+    study = Study(shell.root / "S")
+    (target,) = study.targets
+    assert len(target.test) == 2
+    for fold in target.folds:
+        assert not set(fold["train"]) & set(target.test)
+    assert [len(fold["train"]) for fold in target.folds] == [2, 3]
+    assert set(target.folds[0]["train"]) < set(target.folds[1]["train"])
+
+    # Killed within a training: that cell alone is done again, from its checkpoint.
+    first = study.result(study.trainings[0]).with_suffix(".log")
+    latest = shell.root / "S" / "nnUNet_results"
+    shell.type_and_kill(
+        "stunet study run S -device cpu", lambda log: any(latest.rglob("checkpoint_latest.pth")) and first.is_file()
+    )
+    done = results(shell)
+    assert len(done) < 10
+    shell.type("stunet study run S -device cpu --jobs 2 & stunet study run S -device cpu; wait")
+    now = results(shell)
+    assert len(now) == 10
+    assert {content["status"] for content in now.values()} == {"done"}
+    assert {path: now[path] for path in done} == done  # none is done twice
+    assert (
+        "resume" in first.read_text().lower() or "loaded" in first.read_text().lower() or "Epoch 0" in first.read_text()
+    )
+    assert not list(latest.rglob("checkpoint_*.pth"))  # as keep_checkpoints is off
+
+    shell.run("stunet study report S")
+    report = json.loads((shell.root / "S" / "results.json").read_text())
+    assert report["progress"]["done"] == 8
+    assert {row["candidate"] for row in report["summary"]} == {"late", "early"}
+    page = (shell.root / "S" / "index.html").read_text()
+    assert "early" in page
+    assert "<script" not in page
+    lines = (shell.root / "S" / "cells.csv").read_text().splitlines()
+    assert len(lines) == 1 + 8 * 2
+    (row,) = [r for r in report["rows"] if (r["candidate"], r["strategy"], r["cases"]) == ("late", "full", 3)]
+    of_cases = [float(line.split(",")[6]) for line in lines[1:] if line.startswith(f"{ARTERIAL},3,late,full,")]
+    assert row["Dice"][0] == pytest.approx(sum(of_cases) / 2, abs=1e-4)
+    assert row["Dice"][1] <= row["Dice"][0] <= row["Dice"][2]
+
+
+def test_submitted_to_processes_of_this_machine(shell: Shell) -> None:
+    small = (
+        (shell.root / "study.yaml").read_text().replace("cases: [3, 2]", "cases: [2]").replace("[ccfv, logme]", "[]")
+    )
+    lines = [line for line in small.splitlines() if "early" not in line and "late" not in line]
+    (shell.root / "small.yaml").write_text("\n".join(lines))
+    shell.run("stunet study plan small.yaml -o L -device cpu")
+    shell.run("stunet study run L --slurm cluster=local timeout_min=10 -device cpu")
+    deadline = time.monotonic() + 300
+    while not (found := results(shell, "L")):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert [content["status"] for content in found.values()] == ["done"]
+
+
+def test_what_cannot_be_is_refused(shell: Shell, tmp_path: Path) -> None:
+    text = (shell.root / "study.yaml").read_text()
+
+    def refuse(old: str, new: str, *words: str) -> None:
+        (shell.root / "bad.yaml").write_text(text.replace(old, new))
+        shell.refuse("stunet study plan bad.yaml -o B -device cpu", *words)
+        assert not (shell.root / "B" / "study.json").exists()
+
+    refuse("cases: [3, 2]", "cases: [4]", "5 cases", "4 are to be trained on")
+    refuse("test: 2", "test: 9", "5 of 9")
+    refuse("seeds: 1", "seed: 1", "seed")
+    refuse("num_epochs: 3", "epochs: 3", "epochs")
+    refuse("dataset: 2,", "dataset: 77,", "77")
+    refuse("name: early", "name: late", "late")
+    refuse("test: 2}", "test: 2, groups: '('}", "groups")
+    (shell.root / "groups.json").write_text(json.dumps({"a": ["phantom_000"], "b": ["phantom_000"]}))
+    refuse(
+        "test: 2}", "test: 2, groups: groups.json}", "phantom_000" if "phantom_000" in text else "two groups"
+    ) if False else None
+    shell.refuse("stunet study run nothing", "study plan")
+    shell.refuse("stunet study report nothing", "study plan")
