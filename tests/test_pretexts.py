@@ -193,6 +193,24 @@ def test_fused_levels_are_those_of_the_picture() -> None:
     assert set(step.picture["truth"].unique().tolist()) <= {0, 1, 2, 3, 4}
 
 
+def test_guessing_the_fused_levels_gets_the_dice_that_is_given_as_chance() -> None:
+    task: Any = PRETEXTS["volume-fusion"](network(), PATCH)
+    levels = torch.stack([task._levels(PATCH) for _ in range(40)]).flatten()
+    guess = levels[torch.randperm(len(levels))]
+    dice = [2 * ((guess == k) & (levels == k)).sum() / ((guess == k).sum() + (levels == k).sum()) for k in range(1, 5)]
+    assert float(torch.stack(dice).mean()) == pytest.approx(task.chance["Dice"], abs=0.02)
+
+
+def test_genesis_distorts_within_the_intensities_of_each_case() -> None:
+    x = torch.stack([images()[0] * 200 - 50, images()[1]])
+    nothing = dict.fromkeys(("nonlinear", "shuffling", "painting"), 0.0)
+    assert torch.allclose(find_pretext("genesis")(network(), PATCH, nothing).corrupt(x)[0], x, atol=1e-3)
+    distorted, _ = find_pretext("genesis")(network(), PATCH).corrupt(x)
+    for before, after in zip(x, distorted, strict=True):
+        assert not torch.allclose(before, after)
+        assert before.min() - 1e-3 <= after.min() <= after.max() <= before.max() + 1e-3
+
+
 def test_nt_xent_is_its_definition() -> None:
     z = torch.nn.functional.normalize(torch.randn(8, 5, dtype=torch.float64), dim=1)
     loss, _ = nt_xent(z, 0.5)

@@ -205,20 +205,22 @@ def _run_cell(study: Study, cell: Cell, device: str) -> None:
     """Do one cell in this process, which holds it until it ends, however it ends."""
     path = study.result(cell)
     path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_suffix(".lock"), timeout=0)
     try:
-        FileLock(lock := path.with_suffix(".lock"), timeout=0).acquire()
+        lock.acquire()
     except Timeout:
-        say(f"{lock} is held by another process")
+        say(f"{lock.lock_file} is held by another process")
         raise typer.Exit(_HELD) from None
-    started = time.monotonic()
-    for name in ("nnUNet_preprocessed", "nnUNet_results"):
-        os.environ[name] = str((study.folder / name).resolve())
-    try:
-        result = _rank(study, cell, device) if cell.candidate is None else _train(study, cell, device)
-    except Exception as error:
-        _fail(study, cell, f"{type(error).__name__}: {error}"[:500])
-        raise
-    write_json({"status": "done", "seconds": round(time.monotonic() - started, 1), **result}, path)
+    with lock:
+        started = time.monotonic()
+        for name in ("nnUNet_preprocessed", "nnUNet_results"):
+            os.environ[name] = str((study.folder / name).resolve())
+        try:
+            result = _rank(study, cell, device) if cell.candidate is None else _train(study, cell, device)
+        except Exception as error:
+            _fail(study, cell, f"{type(error).__name__}: {error}"[:500])
+            raise
+        write_json({"status": "done", "seconds": round(time.monotonic() - started, 1), **result}, path)
 
 
 def _type(*words: object) -> None:

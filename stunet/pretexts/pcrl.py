@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812 - as PyTorch's users write it
 
 from stunet.network import STUNet
 from stunet.pretexts.contrastive import SimCLR, nt_xent, overlapping_crops, spread
-from stunet.pretexts.pretext import Step, cut, to_unit_range
+from stunet.pretexts.pretext import Step, cut
 from stunet.pretexts.reconstruction import Genesis
 
 
@@ -35,7 +35,6 @@ class PCRL(SimCLR):
 
     def forward(self, images: Tensor) -> Step:
         """Crop, distort, restore, contrast."""
-        images = to_unit_range(images)[0]
         pairs = [overlapping_crops(image.shape[1:], self.crop, self.settings["crop_overlap"]) for image in images]
         truth = torch.stack([cut(image, boxes[i]) for i in (0, 1) for image, boxes in zip(images, pairs, strict=True)])
         distorted, _ = Genesis.corrupt(self, truth)  # type: ignore[arg-type] # reads the settings alone

@@ -15,9 +15,9 @@ from stunet.pretexts.pretext import Part, Pretext, Step, cut, random_choice, to_
 
 
 class Autoencoder(Pretext):
-    """Reconstruct the patch; the mean square error of all voxels counts relative to the variance of the truth.
+    """Reconstruct the patch; the mean square error of all voxels counts relative to the variance of the patch.
 
-    So one learning rate is right for images in [0, 1] and for z-scores.
+    So one learning rate is right for all intensities.
 
     With ``pretext_skips=false`` the decoder gets zeros in place of the skip connections, so that all has to pass
     through the coarsest features. It is no part of the network then, but a head: fine-tuning takes the encoder alone.
@@ -38,20 +38,15 @@ class Autoencoder(Pretext):
 
     def forward(self, images: Tensor) -> Step:
         """Corrupt, reconstruct. Errors are in units of the standard deviation of what counts: 1 is its mean."""
-        truth = self.truth(images)
-        corrupted, counts = self.corrupt(truth)
+        corrupted, counts = self.corrupt(images)
         output = self.reconstruct(corrupted)
-        counted = counts.expand_as(truth)
+        counted = counts.expand_as(images)
         n = counted.sum().clamp_min(1)  # not by indexing, which would wait for the GPU
-        variance = (((truth - (truth * counted).sum() / n) * counted).square().sum() / n).clamp_min(1e-6)
-        loss, of_input = (((image - truth) * counted).square().sum() / n / variance for image in (output, corrupted))
+        variance = (((images - (images * counted).sum() / n) * counted).square().sum() / n).clamp_min(1e-6)
+        loss, of_input = (((x - images) * counted).square().sum() / n / variance for x in (output, corrupted))
         measures = {"error": loss.detach().sqrt(), "error of the input": of_input.sqrt()}  # the identity's
-        picture = {"input": corrupted[0, 0], "output": output[0, 0].detach(), "truth": truth[0, 0]}
+        picture = {"input": corrupted[0, 0], "output": output[0, 0].detach(), "truth": images[0, 0]}
         return Step(loss, measures, picture)
-
-    def truth(self, images: Tensor) -> Tensor:
-        """Return what is to be reconstructed."""
-        return images
 
     def corrupt(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the network sees, and where the error counts, ``(B, 1, X, Y[, Z])``, boolean."""
@@ -98,7 +93,7 @@ def block_mask(n: int, size: Sequence[int], block: Sequence[int], ratio: float) 
 class Genesis(Autoencoder):
     """Change intensities, shuffle voxels locally, paint boxes over; reconstruct the patch (Models Genesis).
 
-    Intensities are rescaled to [0, 1] first, as the distortions want it.
+    For the distortions, intensities are rescaled to [0, 1] and back: the network sees them as in fine-tuning.
     """
 
     source = "arXiv 1908.06912; settings of nnssl, arXiv 2412.17041"
@@ -110,13 +105,9 @@ class Genesis(Autoencoder):
         "outer_painting": 0.8,
     }
 
-    def truth(self, images: Tensor) -> Tensor:
-        """Rescale to [0, 1]."""
-        return to_unit_range(images)[0]
-
     def corrupt(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Distort each case by itself."""
-        p, distorted = self.settings, images.clone()
+        p, (distorted, low, span) = self.settings, to_unit_range(images)
         chosen = [random_choice(p[name], len(images)).tolist() for name in ("nonlinear", "shuffling", "painting")]
         for case, curve, shuffle, paint in zip(distorted, *chosen, strict=True):
             if shuffle:
@@ -125,7 +116,7 @@ class Genesis(Autoencoder):
                 case.copy_(change_intensities(case, torch.rand(4), reverse=bool(torch.rand(()) < 0.5)))
             if paint:
                 paint_over(case, outside=bool(torch.rand(()) < p["outer_painting"]))
-        return distorted, torch.ones_like(images[:, :1], dtype=torch.bool)
+        return distorted * span + low, torch.ones_like(images[:, :1], dtype=torch.bool)
 
 
 def change_intensities(image: Tensor, points: Tensor, *, reverse: bool) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import ARTERIAL, TRAINED, VENOUS
+from filelock import FileLock
 from integration.commands import Shell
 
 from stunet.study.definition import Study
@@ -63,14 +64,20 @@ def test_a_study_is_killed_resumed_and_reported(shell: Shell) -> None:
     )
     done = results(shell)
     assert len(done) < 10
-    shell.type("stunet study run S -device cpu --jobs 2 & stunet study run S -device cpu; wait")
+    held = study.result(study.trainings[-1])
+    with FileLock(held.with_suffix(".lock")):  # as a process of another machine holds it
+        said = shell.type("stunet study run S -device cpu --jobs 2 & stunet study run S -device cpu; wait")
+    assert "1 cells are in work elsewhere" in said
+    assert not held.exists()
+    shell.type("stunet study run S -device cpu")
     now = results(shell)
     assert len(now) == 10
     assert {content["status"] for content in now.values()} == {"done"}
     assert {path: now[path] for path in done} == done  # none is done twice
-    assert (
-        "resume" in first.read_text().lower() or "loaded" in first.read_text().lower() or "Epoch 0" in first.read_text()
-    )
+    logs = [study.result(cell).with_suffix(".log").read_text() for cell in study.trainings]
+    assert [log.count("Training done.") for log in logs] == [1] * 8  # by one of the two processes
+    commands = [line for line in first.read_text().splitlines() if line.startswith("$ stunet train")]
+    assert commands[-1].endswith("--c")
     assert not list(latest.rglob("checkpoint_*.pth"))  # as keep_checkpoints is off
 
     shell.run("stunet study report S")
@@ -118,9 +125,9 @@ def test_what_cannot_be_is_refused(shell: Shell, tmp_path: Path) -> None:
     refuse("dataset: 2,", "dataset: 77,", "77")
     refuse("name: early", "name: late", "late")
     refuse("test: 2}", "test: 2, groups: '('}", "groups")
-    (shell.root / "groups.json").write_text(json.dumps({"a": ["phantom_000"], "b": ["phantom_000"]}))
-    refuse(
-        "test: 2}", "test: 2, groups: groups.json}", "phantom_000" if "phantom_000" in text else "two groups"
-    ) if False else None
+    cases = sorted(path.stem for path in (shell.preprocessed / ARTERIAL / "gt_segmentations").iterdir())
+    case = cases[0].partition(".")[0]
+    (shell.root / "groups.json").write_text(json.dumps({"one": [case], "other": [case]}))
+    refuse("test: 2}", "test: 2, groups: groups.json}", case, "two groups")
     shell.refuse("stunet study run nothing", "study plan")
     shell.refuse("stunet study report nothing", "study plan")
