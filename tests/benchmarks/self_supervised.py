@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--configuration", default="3d_fullres")
     parser.add_argument("--patch", default="32,32,32")
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--settings", nargs="*", default=[], metavar="NAME=VALUE", help="of all plans")
     parser.add_argument("--together", nargs="*", default=[], metavar="A/B", help="pairs of cases of one person")
     Benchmark.print_result(parser)
 
@@ -84,6 +85,7 @@ class Benchmark(Experiment):
             "width": self.args.width,
             "patch": self.args.patch,
             "batch_size": self.args.batch_size,
+            "settings": self.args.settings,
             "iterations": {"pretraining": self.args.pretrain_epochs * 20, "training": self.args.epochs * 20},
             "measures": measures,
             "dice": table,
@@ -185,7 +187,8 @@ class Benchmark(Experiment):
 
     def settings(self, epochs: int, n_validation: int = 1) -> str:
         steps = f"num_epochs={epochs} num_iterations_per_epoch=20 num_val_iterations_per_epoch={n_validation}"
-        return f"--set {steps} batch_size={self.args.batch_size} patch_size={self.args.patch}"
+        own = " ".join(self.args.settings)
+        return f"--set {steps} batch_size={self.args.batch_size} patch_size={self.args.patch} {own}"
 
     def pretrainings(self) -> list[partial[Path]]:
         return [partial(self.pretrain, None), *(partial(self.pretrain, pretext) for pretext in self.args.pretexts)]
