@@ -502,12 +502,20 @@ def _in_fast_layout(x: Tensor, channels: int) -> Tensor:
 
     On the CPU that is channels-last: the finest stages then take about half to three quarters of the time.
     """
-    if x.device.type != "cpu" or x.ndim != 5 or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    if not _computes_in_fp32_on_cpu(x):
         return x
-    # Single images with fewer elements in a slice PyTorch convolves without oneDNN, and in its usual layout.
-    alone_and_small = x.shape[0] == 1 and channels * x.shape[2] * x.shape[3] <= 20480
-    is_fast = _has_many_voxels(x, channels) and not alone_and_small
+    is_fast = _has_many_voxels(x, channels) and not _is_alone_and_small(x, channels)
     return x.contiguous(memory_format=torch.channels_last_3d if is_fast else torch.contiguous_format)
+
+
+def _computes_in_fp32_on_cpu(x: Tensor) -> bool:
+    is_fp32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return is_fp32 and x.ndim == 5 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+
+
+def _is_alone_and_small(x: Tensor, channels: int) -> bool:
+    """Whether this is one image with so few elements in a slice that PyTorch does not use oneDNN, which is faster."""
+    return x.shape[0] == 1 and channels * x.shape[2] * x.shape[3] <= 20480
 
 
 def _pointwise(conv: nn.Module, x: Tensor) -> Tensor:
@@ -520,6 +528,9 @@ def _pointwise(conv: nn.Module, x: Tensor) -> Tensor:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0) -> Tensor:
+    is_plain = type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if is_plain and _computes_in_fp32_on_cpu(x) and _is_alone_and_small(x, x.shape[1]):
+        return torch.mkldnn_convolution(x, weight, bias, [padding] * 3, [1] * 3, [1] * 3, 1)
     convolve: Any = F.conv2d if x.ndim == 4 else F.conv3d
     return cast(Tensor, convolve(x, weight, bias, padding=padding))
 
