@@ -120,7 +120,7 @@ class MergingBlock(ResidualBlock):
         is_plain = _is_plain(self, skip) and _keeps_size(conv, 3) and _keeps_size(projection, 1)
         # With few voxels, the summed kernel would cost more than it saves.
         if not is_plain or not _has_many_voxels(skip, skip.shape[1]):
-            return super().forward(torch.cat((_interpolate(below, self.scale), skip), 1))
+            return super().forward(torch.cat((_interpolate(below, self.scale, half=is_plain), skip), 1))
         if is_fast := not torch.compiler.is_compiling():
             skip = _in_fast_layout(skip, conv.out_channels)
         if _is_channels_last(skip):
@@ -470,7 +470,8 @@ def _is_plain(block: ResidualBlock, x: Tensor) -> bool:
 
 def _is_stock(module: nn.Module, expected: type[nn.Module]) -> bool:
     """Whether a module is of exactly this type, with plain parameters, and calling it runs its ``forward`` alone."""
-    has_hooks = any(value for name, value in vars(module).items() if name.endswith("hooks"))
+    hooks = (value for name, value in vars(module).items() if name.endswith("hooks") and "state_dict" not in name)
+    has_hooks = any(hooks)  # of calls; sharding adds some for weights
     is_changed = has_hooks or "forward" in vars(module) or has_torch_function((*module.parameters(),))
     return type(module) is expected and not is_changed
 
@@ -535,9 +536,9 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0) 
     return cast(Tensor, convolve(x, weight, bias, padding=padding))
 
 
-def _interpolate(x: Tensor, scale: tuple[int, ...]) -> Tensor:
-    """Repeat voxels, in their own precision; autocast on CUDA would make them fp32."""
-    with torch.autocast(x.device.type if x.is_cuda else "cpu", enabled=False):
+def _interpolate(x: Tensor, scale: tuple[int, ...], *, half: bool = True) -> Tensor:
+    """Repeat voxels, where they are half in half precision; autocast on CUDA would make them fp32."""
+    with torch.autocast("cuda" if half and x.is_cuda else "cpu", enabled=False):
         return F.interpolate(x, scale_factor=[float(factor) for factor in scale], mode="nearest")
 
 

@@ -282,8 +282,7 @@ def sharded_peak(
                     network.set_requires_gradient_sync(reduce_each or i == pieces - 1)
                     output = network(image[None])
                     loss = sum(_LikeTheLoss.apply(logits) for logits in output)
-                    if pieces > 1:
-                        del output
+                    del output  # as the trainer does
                     loss.backward()
                 optimizer.step()
         (peak,) = tracker.get_tracker_snapshot("peak").values()

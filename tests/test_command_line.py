@@ -224,7 +224,7 @@ def test_every_command_that_computes_has_the_same_device_option() -> None:
         for parameter in command.params
         if parameter.name == "device"
     }
-    assert set(options) == {"train", "finetune", "predict", "rank", "evaluate", "demo"}
+    assert set(options) == {"train", "finetune", "predict", "rank", "evaluate", "demo", "study plan", "study run"}
     for option in options.values():
         assert option.default == "auto"
         assert set(option.opts) == {"-device", "--device"}

@@ -28,7 +28,7 @@ Their help ends with these examples::
     stunet weights fetch small_ep4k
     stunet study plan study.yaml -o STUDY
     stunet study run STUDY --jobs 2
-    stunet study run STUDY --slurm partition=gpu timeout_min=600
+    stunet study run STUDY --slurm partition=gpu,timeout_min=600
     stunet study report STUDY
     stunet weights verify
     stunet weights verify small_ep4k small_ep4k.model

@@ -95,7 +95,9 @@ def run_command(
     jobs: Annotated[int, Option(help="Cells at a time; with several GPUs, each has one.", min=1)] = 1,
     device: Device = "auto",
     retry: Annotated[bool, Option("--retry", help="Also repeat cells that have failed.")] = False,
-    slurm: Annotated[list[str] | None, Option(metavar="NAME=VALUE ...", help="Submit the cells instead.")] = None,
+    slurm: Annotated[
+        str | None, Option(metavar="NAME=VALUE,...", help="Submit the cells instead, one job each.")
+    ] = None,
     cell: Annotated[str | None, Option(hidden=True)] = None,
 ) -> None:
     """Do what is not done yet of a study. It can be interrupted at any time, and several can work on one study.
@@ -180,13 +182,13 @@ def _command(study: Study, cell: Cell, device: str) -> list[str]:
     return [*own, "--cell", cell.name, "--device", device]
 
 
-def _submit(study: Study, cells: list[Cell], options: list[str], device: str) -> None:
+def _submit(study: Study, cells: list[Cell], options: str, device: str) -> None:
     """Hand cells to Slurm, or to processes of this machine with ``cluster=local``."""
     try:
         import submitit
     except ImportError:
         raise UsageError("--slurm without submitit: install it with pip install 'stunet[slurm]'") from None
-    given = dict(option.partition("=")[::2] for option in options)
+    given = dict(option.partition("=")[::2] for option in options.split(","))
     executor = submitit.AutoExecutor(folder=study.folder / "slurm", cluster=given.pop("cluster", None))
     for name, value in given.items():
         own = name if name.startswith(("timeout", "slurm")) else f"slurm_{name}"
@@ -212,6 +214,8 @@ def _run_cell(study: Study, cell: Cell, device: str) -> None:
         say(f"{lock.lock_file} is held by another process")
         raise typer.Exit(_HELD) from None
     with lock:
+        if _status(study, cell) == "done":  # meanwhile, by another process
+            return
         started = time.monotonic()
         for name in ("nnUNet_preprocessed", "nnUNet_results"):
             os.environ[name] = str((study.folder / name).resolve())

@@ -257,8 +257,10 @@ def _groups(given: str | None, cases: Sequence[str], place: Path) -> list[list[s
                 raise UsageError(f"{place / given} has {', '.join(twice[:5])} in two groups: leave it in one")
             names |= {case: group for case, group in pairs if case in names}
     elif given is not None:
-        with reading(f"groups: {given}", "no regular expression", UsageError, "correct it"):
+        try:
             matches = {case: re.search(given, case) for case in cases}
+        except re.error as error:
+            raise UsageError(f"groups: {given} is no regular expression ({error}): correct it") from None
         if lacking := [case for case, match in matches.items() if match is None]:
             raise UsageError(f"groups: {given} does not match {', '.join(lacking[:5])}: write one that matches all")
         names = {case: match.group(match.re.groups and 1) for case, match in matches.items() if match}

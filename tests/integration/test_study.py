@@ -19,8 +19,7 @@ STUDY = """
 targets: [{dataset: 2, cases: [3, 2], test: 2}]
 candidates:
   - {name: scratch, depth: [1, 1, 1, 1, 1, 1], width: 4}
-  - {name: late, path: LATE, facts: {training cases: 4}}
-  - {name: early, path: EARLY, strategies: [full, head-only], facts: {training cases: 4}}
+  - {name: trained, path: TRAINED, strategies: [full, head-only], facts: {training cases: 4}}
 seeds: 1
 settings: {SETTINGS, batch_size: 2, patch_size: [16, 32, 32], mirroring: none}
 metrics: [ccfv, logme]
@@ -31,8 +30,7 @@ metrics: [ccfv, logme]
 def shell(trained: Shell, tmp_path_factory: pytest.TempPathFactory) -> Shell:
     shell = trained.copy(tmp_path_factory.mktemp("study"))
     fold = shell.model(VENOUS, TRAINED) / "fold_0"
-    late, early = fold / "checkpoint_final.pth", fold / "checkpoint_epoch_0002.pth"
-    text = STUDY.replace("LATE", str(late)).replace("EARLY", str(early)).replace("SETTINGS", SETTINGS)
+    text = STUDY.replace("TRAINED", str(fold / "checkpoint_final.pth")).replace("SETTINGS", SETTINGS)
     (shell.root / "study.yaml").write_text(text)
     return shell
 
@@ -42,10 +40,11 @@ def results(shell: Shell, folder: str = "S") -> dict[str, Any]:
     return {str(path): json.loads(path.read_text()) for path in paths if path.name != "ranking.json"}
 
 
+@pytest.mark.slow
 def test_a_study_is_killed_resumed_and_reported(shell: Shell) -> None:
     before = (shell.preprocessed / ARTERIAL / "splits_final.json").exists()
     said = shell.run("stunet study plan study.yaml -o S -device cpu")
-    assert "8 trainings, 2 rankings; 0 of them are done" in said
+    assert "6 trainings, 2 rankings; 0 of them are done" in said
     assert (shell.preprocessed / ARTERIAL / "splits_final.json").exists() == before  # the user's dataset is left alone
     assert "0 of them are done" in shell.run("stunet study plan study.yaml -o S -device cpu")
     study = Study(shell.root / "S")
@@ -63,46 +62,47 @@ def test_a_study_is_killed_resumed_and_reported(shell: Shell) -> None:
         "stunet study run S -device cpu", lambda log: any(latest.rglob("checkpoint_latest.pth")) and first.is_file()
     )
     done = results(shell)
-    assert len(done) < 10
+    assert len(done) < 8
     held = study.result(study.trainings[-1])
     with FileLock(held.with_suffix(".lock")):  # as a process of another machine holds it
         said = shell.type("stunet study run S -device cpu --jobs 2 & stunet study run S -device cpu; wait")
-    assert "1 cells are in work elsewhere" in said
+    assert f"{study.trainings[-1].name} in work elsewhere" in said
     assert not held.exists()
     shell.type("stunet study run S -device cpu")
     now = results(shell)
-    assert len(now) == 10
+    assert len(now) == 8
     assert {content["status"] for content in now.values()} == {"done"}
     assert {path: now[path] for path in done} == done  # none is done twice
     logs = [study.result(cell).with_suffix(".log").read_text() for cell in study.trainings]
-    assert [log.count("Training done.") for log in logs] == [1] * 8  # by one of the two processes
+    assert [log.count("Training done.") for log in logs] == [1] * 6  # by one of the two processes
     commands = [line for line in first.read_text().splitlines() if line.startswith("$ stunet train")]
     assert commands[-1].endswith("--c")
     assert not list(latest.rglob("checkpoint_*.pth"))  # as keep_checkpoints is off
 
     shell.run("stunet study report S")
     report = json.loads((shell.root / "S" / "results.json").read_text())
-    assert report["progress"]["done"] == 8
-    assert {row["candidate"] for row in report["summary"]} == {"late", "early"}
+    assert report["progress"]["done"] == 6
+    assert {row["candidate"] for row in report["summary"]} == {"trained"}
     page = (shell.root / "S" / "index.html").read_text()
-    assert "early" in page
+    assert "trained, head-only" in page
     assert "<script" not in page
     lines = (shell.root / "S" / "cells.csv").read_text().splitlines()
-    assert len(lines) == 1 + 8 * 2
-    (row,) = [r for r in report["rows"] if (r["candidate"], r["strategy"], r["cases"]) == ("late", "full", 3)]
-    of_cases = [float(line.split(",")[6]) for line in lines[1:] if line.startswith(f"{ARTERIAL},3,late,full,")]
+    assert len(lines) == 1 + 6 * 2
+    (row,) = [r for r in report["rows"] if (r["candidate"], r["strategy"], r["cases"]) == ("trained", "full", 3)]
+    of_cases = [float(line.split(",")[6]) for line in lines[1:] if line.startswith(f"{ARTERIAL},3,trained,full,")]
     assert row["Dice"][0] == pytest.approx(sum(of_cases) / 2, abs=1e-4)
     assert row["Dice"][1] <= row["Dice"][0] <= row["Dice"][2]
 
 
+@pytest.mark.slow
 def test_submitted_to_processes_of_this_machine(shell: Shell) -> None:
     small = (
         (shell.root / "study.yaml").read_text().replace("cases: [3, 2]", "cases: [2]").replace("[ccfv, logme]", "[]")
     )
-    lines = [line for line in small.splitlines() if "early" not in line and "late" not in line]
+    lines = [line for line in small.splitlines() if "trained" not in line]
     (shell.root / "small.yaml").write_text("\n".join(lines))
     shell.run("stunet study plan small.yaml -o L -device cpu")
-    shell.run("stunet study run L --slurm cluster=local timeout_min=10 -device cpu")
+    shell.run("stunet study run L --slurm cluster=local,timeout_min=10 -device cpu")
     deadline = time.monotonic() + 300
     while not (found := results(shell, "L")):
         assert time.monotonic() < deadline
@@ -123,7 +123,7 @@ def test_what_cannot_be_is_refused(shell: Shell, tmp_path: Path) -> None:
     refuse("seeds: 1", "seed: 1", "seed")
     refuse("num_epochs: 3", "epochs: 3", "epochs")
     refuse("dataset: 2,", "dataset: 77,", "77")
-    refuse("name: early", "name: late", "late")
+    refuse("name: scratch", "name: trained", "trained")
     refuse("test: 2}", "test: 2, groups: '('}", "groups")
     cases = sorted(path.stem for path in (shell.preprocessed / ARTERIAL / "gt_segmentations").iterdir())
     case = cases[0].partition(".")[0]
