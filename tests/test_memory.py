@@ -222,7 +222,7 @@ def test_sharded_memory_is_what_pytorchs_tracker_says(
         name, patch_size=(edge,) * 3, batch_size=ranks * pieces, ranks=ranks, parallel="fsdp", num_classes=105,
         precision="amp" if mixed else "fp32", activation_checkpointing=where, gradient_accumulation=pieces,
     )  # fmt: skip
-    assert got == pytest.approx(measured["Total"], rel=0.1)
+    assert got == pytest.approx(measured["Total"], rel=0.15)
 
 
 def test_batches_that_cannot_be_divided() -> None:
