@@ -36,8 +36,9 @@ def shell(trained: Shell, tmp_path_factory: pytest.TempPathFactory) -> Shell:
 
 
 def results(shell: Shell, folder: str = "S") -> dict[str, Any]:
-    paths = sorted((shell.root / folder / "results").rglob("*.json"))
-    return {str(path): json.loads(path.read_text()) for path in paths if path.name != "ranking.json"}
+    study = Study(shell.root / folder)
+    paths = {cell.name: study.result(cell) for cell in study.cells}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
 
 
 @pytest.mark.slow
