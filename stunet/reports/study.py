@@ -90,6 +90,7 @@ def _table(target: str, n_cases: int, rows: Sequence[Row], results: StudyResults
         "n_cases": n_cases,
         "n_test": len(results.tests[target]),
         "rows": ordered,
+        "names": [_name(row) for row in ordered],
         "sooner": [_sooner(row, base) for row in ordered],
         "figure": inline_svg(_lines({_name(row): row.curves.mean(0) for row in ordered[:_MOST_CURVES]}, "epoch")),
     }
