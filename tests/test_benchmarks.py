@@ -11,8 +11,8 @@ import pytest
 
 GPU = Path(__file__).parent / "benchmarks" / "gpu.py"
 PARTS = [
-    "loss, 3 outputs", "step, small", "memory, small", "compiled step, small", "prediction", "input pipeline",
-    "sharded step",
+    "loss, 3 outputs", "step, small", "memory, small", "compiled step, small", "step, channels last",
+    "prediction", "input pipeline", "sharded step",
 ]  # fmt: skip
 
 

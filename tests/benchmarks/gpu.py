@@ -98,6 +98,7 @@ def parts(device: str, small: bool) -> Iterator[tuple[str, str]]:
         yield f"memory, {size}", f"{memory} --sizes {size} --checkpointing {'none' if small else 'none encoder all'}"
     for size in sizes[:2]:
         yield f"compiled step, {size}", f"{of_step} --sizes {size} --compile"
+    yield "step, channels last", f"{of_step} --sizes {sizes[0]} --channels-last"
     z, patch = (32, 16) if small else (600, 128)
     yield "prediction", f"prediction.py {on} --whole-body {z} --patch {patch} --classes {outputs[-1]}"
     counts = "2" if small else "2 104"

@@ -30,7 +30,7 @@ import torch
 from processes import peak_resident, spread
 from torch import Tensor, nn
 
-from stunet.loss import partial_dice_ce_loss
+from stunet.loss import PartialDiceCELoss
 from stunet.network import SIZES, build_stunet, default_strides
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of autocast")
     parser.add_argument("--compile", action="store_true", help="both networks, as nnU-Net does on CUDA")
+    parser.add_argument("--channels-last", action="store_true", help="our weights in PyTorch's channels-last layout")
     parser.add_argument("--memory-of", nargs=3, metavar=("SIZE", "CLASSES", "ARM"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
@@ -64,6 +65,7 @@ def main() -> None:
         "batch_size": args.batch_size,
         "dtype": args.dtype,
         "compiled": args.compile,
+        "channels_last": args.channels_last,
         "results": results,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
@@ -85,6 +87,8 @@ class Bench:
         ours = build_stunet(size, 1, classes, strides, deep_supervision=True)
         published = PublishedStructure(SIZES[size], 1, classes, strides)
         published.load_state_dict(ours.state_dict())
+        if args.channels_last:  # which the convolutions' outputs then have
+            ours = ours.to(memory_format=torch.channels_last_3d)
         self.networks: dict[str, nn.Module] = {"ours": ours.to(args.device), "published": published.to(args.device)}
         if args.compile:
             self.networks = {arm: torch.compile(n, dynamic=False) for arm, n in self.networks.items()}  # type: ignore[misc]
@@ -92,6 +96,8 @@ class Bench:
             arm: torch.optim.SGD(network.parameters(), 1e-4, momentum=0.99, nesterov=True, weight_decay=3e-5)
             for arm, network in self.networks.items()
         }
+        # As nnU-Net weighs them: halved from level to level, and the coarsest not at all.
+        self.loss = PartialDiceCELoss(classes, batch_dice=False, weight_factors=[0.5**level for level in range(4)])
         self.image = torch.randn(args.batch_size, 1, *patch, device=args.device)
         self.targets = [
             torch.randint(classes, (args.batch_size, 1, *(n >> level for n in patch)), device=args.device)
@@ -113,12 +119,8 @@ class Bench:
         optimizer.zero_grad(set_to_none=True)
         with self._precision():
             outputs = network(self.image)
-            # As nnU-Net weighs them: halved from level to level, and the coarsest not at all.
-            losses = [
-                partial_dice_ce_loss(output, target, batch_dice=False) / 2**level
-                for level, (output, target) in enumerate(zip(outputs, self.targets, strict=False))
-            ]
-        sum(losses[1:], losses[0]).backward()
+            value = self.loss(outputs, self.targets)
+        value.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 12)
         optimizer.step()
         self._synchronize()

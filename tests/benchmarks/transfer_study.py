@@ -30,7 +30,7 @@ from stunet.ranking.ccfv import VARIANTS
 TARGETS: dict[str, tuple[str, int, int]] = {
     "Dataset004_Hippocampus": ("32,40,32", 8, 40),
     "Dataset020_ChaosT2": ("24,48,48", 8, 8),
-    "Dataset027_ACDC": ("8,64,64", 8, 40),
+    "Dataset027_ACDC": ("8,64,64", 8, 20),
     "Dataset035_BrainT1": ("40,40,40", 8, 15),
     "Dataset046_FetalBrain": ("40,40,40", 8, 15),
 }
@@ -49,7 +49,7 @@ METRICS = [
 def main() -> None:
     parser = make_parser(__doc__, "")
     parser.add_argument("--pretrain-epochs", type=int, default=30, help="epochs of 20 iterations")
-    parser.add_argument("--epochs", type=int, default=20, help="epochs of 10 iterations on the labelled cases")
+    parser.add_argument("--epochs", type=int, default=12, help="epochs of 10 iterations on the labelled cases")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--metrics", nargs="+", default=METRICS)
     Benchmark.print_result(parser)
@@ -131,7 +131,7 @@ class Benchmark(Experiment):
                 target["groups"] = "^(neurotypical|spina_bifida)"
             targets.append({**target, "settings": {"patch_size": [int(n) for n in patch.split(",")]}})
         steps = {"num_epochs": self.args.epochs, "num_iterations_per_epoch": 10, "num_val_iterations_per_epoch": 2}
-        settings = {**steps, "batch_size": 2, "initial_lr": 0.01, "head": "fresh"}
+        settings = {**steps, "batch_size": 2, "initial_lr": 0.01, "head": "fresh", "mirroring": "none"}
         content = {"targets": targets, "candidates": candidates, "seeds": self.args.seeds, "settings": settings}
         content["metrics"] = self.args.metrics
         (self.root / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
