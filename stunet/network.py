@@ -433,6 +433,7 @@ def _check_input(x: Tensor, strides: tuple[int, ...]) -> None:
 
 # PyTorch has no public names for some of this. Where it drops those that it has, everything takes the plain path.
 _FUNCTORCH: Any = getattr(torch._C, "_functorch", None)
+_HAS_ONEDNN: bool = getattr(torch._C, "_has_mkldnn", False)
 _get_transform: Any = getattr(_FUNCTORCH, "peek_interpreter_stack", lambda: True)
 _is_batched: Any = getattr(_FUNCTORCH, "is_legacy_batchedtensor", lambda _: True)
 
@@ -511,7 +512,7 @@ def _in_fast_layout(x: Tensor, channels: int) -> Tensor:
 
 def _computes_in_fp32_on_cpu(x: Tensor) -> bool:
     is_fp32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return is_fp32 and x.ndim == 5 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return is_fp32 and x.ndim == 5 and x.device.type == "cpu"
 
 
 def _is_alone_and_small(x: Tensor, channels: int) -> bool:
@@ -530,7 +531,7 @@ def _pointwise(conv: nn.Module, x: Tensor) -> Tensor:
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0) -> Tensor:
     is_plain = type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if is_plain and _computes_in_fp32_on_cpu(x) and _is_alone_and_small(x, x.shape[1]):
+    if is_plain and _computes_in_fp32_on_cpu(x) and _is_alone_and_small(x, x.shape[1]) and _HAS_ONEDNN:
         return torch.mkldnn_convolution(x, weight, bias, [padding] * 3, [1] * 3, [1] * 3, 1)
     convolve: Any = F.conv2d if x.ndim == 4 else F.conv3d
     return cast(Tensor, convolve(x, weight, bias, padding=padding))

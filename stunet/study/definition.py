@@ -305,8 +305,8 @@ def _candidates(
             listed.append((each.name or SCRATCH, None, each))
         else:
             local = definition.parent / Path(each.path).expanduser()
-            (path,) = find_checkpoints([local if local.exists() else each.path])
-            listed.append((each.name or path.stem, path.absolute(), each))
+            (found,) = find_checkpoints([local if local.exists() else each.path])
+            listed.append((each.name or found.stem, found.absolute(), each))
     plans = [re.sub(r"[^A-Za-z0-9.-]+", "-", name) for name, _, _ in listed]
     if twice := sorted({name for name in plans if plans.count(name) > 1}):
         raise UsageError(f"{definition} has candidates called {', '.join(twice)} twice: give each a name of its own")

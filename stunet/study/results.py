@@ -109,7 +109,8 @@ def compare(rows: Sequence[Row], scratch: str | None, *, n_resamples: int) -> No
 
     def interval(values: Array) -> Interval:
         if values.shape not in resamples:
-            resamples[values.shape] = Bootstrap(*values.shape, n_resamples)
+            n_seeds, n_cases = values.shape
+            resamples[values.shape] = Bootstrap(n_seeds, n_cases, n_resamples)
         return resamples[values.shape].interval(values)
 
     for row in rows:
