@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of autocast")
-    parser.add_argument("--compile", action="store_true", help="both networks, as nnU-Net does on CUDA")
+    parser.add_argument("--compile", metavar="BACKEND", help="both networks; inductor is what nnU-Net takes on CUDA")
     parser.add_argument("--channels-last", action="store_true", help="our weights in PyTorch's channels-last layout")
     parser.add_argument("--memory-of", nargs=3, metavar=("SIZE", "CLASSES", "ARM"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -91,7 +91,8 @@ class Bench:
             ours = ours.to(memory_format=torch.channels_last_3d)
         self.networks: dict[str, nn.Module] = {"ours": ours.to(args.device), "published": published.to(args.device)}
         if args.compile:
-            self.networks = {arm: torch.compile(n, dynamic=False) for arm, n in self.networks.items()}  # type: ignore[misc]
+            for network in self.networks.values():
+                network.compile(dynamic=False, backend=args.compile)
         self.optimizers = {
             arm: torch.optim.SGD(network.parameters(), 1e-4, momentum=0.99, nesterov=True, weight_decay=3e-5)
             for arm, network in self.networks.items()

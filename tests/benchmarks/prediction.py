@@ -147,7 +147,7 @@ def stock_bytes(model: Model, geometry: Geometry) -> int:
     grid = compute_new_shape(shape, spacing, network_spacing(model, spacing))
     n_logits, n_resampled = (math.prod(map(int, n)) * model.n_outputs for n in (grid, shape))
     resampling = 4 * n_logits if list(grid) == shape else (8 + 4) * n_logits + 2 * n_resampled
-    return 3 * 450 * 2**20 + resampling + 8 * geometry.n_voxels
+    return 3 * 450 * 2**20 + resampling + 8 * math.prod(geometry.shape)
 
 
 def main() -> None:
