@@ -233,6 +233,22 @@ class Operations(TorchDispatchMode):
         return y
 
 
+def test_hooks_of_weights_leave_the_fast_path_and_hooks_of_calls_do_not() -> None:
+    network, x = tiny(), torch.randn(2, 1, 32, 32, 64)
+
+    def operations() -> list[str]:
+        with torch.no_grad(), Operations() as operations:
+            network(x)
+        return [name for name, _ in operations.found]
+
+    fast = operations()
+    for module in network.modules():  # as sharding does
+        module.register_state_dict_pre_hook(lambda *_: None)
+    assert operations() == fast
+    network.encoder.stages[0][0].conv1.register_forward_hook(lambda *_: None)
+    assert operations() != fast
+
+
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this PyTorch is built without CUDA")
 @pytest.mark.parametrize("channels", [2, 64])  # the second with too few voxels for a summed kernel
 def test_interpolation_does_not_leave_half_precision(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
