@@ -24,6 +24,7 @@ class PCRL(SimCLR):
 
     family, source = "generative + contrastive", "arXiv 2109.04379, 2301.00772"
     trains = ("encoder", "decoder")
+    max_gradient_norm = Genesis.max_gradient_norm
     defaults: ClassVar[Mapping[str, Any]] = {
         **SimCLR.defaults,
         **{k: v for k, v in Genesis.defaults.items() if k != "pretext_skips"},
@@ -31,7 +32,7 @@ class PCRL(SimCLR):
 
     def __init__(self, network: STUNet, patch_size: Sequence[int], settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(network, patch_size, settings)
-        self.head = self.conv_op(self.features[0], self.input_channels, 1)
+        self.head = self.reconstruction_head()
 
     def forward(self, images: Tensor) -> Step:
         """Crop, distort, restore, contrast."""

@@ -50,6 +50,7 @@ class Pretext(nn.Module):
         chance: Value of each measure for a network that has learned nothing.
         min_batch: Cases that it takes to compare them.
         oriented: Whether it asks how images lie, so that they must not be mirrored or turned far.
+        max_gradient_norm: What gradients are clipped to where no labels train the network.
     """
 
     family: ClassVar[str]
@@ -58,6 +59,7 @@ class Pretext(nn.Module):
     defaults: ClassVar[Mapping[str, Any]] = {}
     min_batch: ClassVar[int] = 1
     oriented: ClassVar[bool] = False
+    max_gradient_norm: ClassVar[float] = 12.0  # nnU-Net's
     chance: Mapping[str, float]
 
     def __init__(self, network: STUNet, patch_size: Sequence[int], settings: Mapping[str, Any] | None = None) -> None:
@@ -77,6 +79,17 @@ class Pretext(nn.Module):
     def forward(self, images: Tensor) -> Step:
         """Take patches ``(B, C, X, Y[, Z])``."""
         raise NotImplementedError
+
+    def reconstruction_head(self) -> nn.Module:
+        """Return a head from the finest features to an image, with small weights.
+
+        With usual ones, the first errors drive the finest features below zero for good, where leaky ReLU all but
+        stops gradients: the task goes on, but fine-tuning starts from a decoder that hardly learns.
+        """
+        head: nn.Conv2d | nn.Conv3d = self.conv_op(self.features[0], self.input_channels, 1)
+        head.weight.data.mul_(0.1)
+        nn.init.zeros_(cast("Tensor", head.bias))
+        return head
 
     def pooled(self, images: Tensor) -> Tensor:
         """Return the mean of the coarsest features over the voxels, ``(B, C)``."""

@@ -24,6 +24,7 @@ class Autoencoder(Pretext):
     """
 
     family, source = "generative", "settings of arXiv 2209.12157"
+    max_gradient_norm = 1.0  # squared errors have larger gradients than labels, see reconstruction_head
     trains: tuple[Part, ...] = ("encoder", "decoder")  # the encoder alone without skips
     defaults: ClassVar[Mapping[str, Any]] = {"pretext_skips": True}
 
@@ -33,7 +34,7 @@ class Autoencoder(Pretext):
         super().__init__(network, patch_size, settings)
         if not self.skips:
             self.reconstruction = network.decoder
-        self.head = self.conv_op(self.features[0], self.input_channels, 1)
+        self.head = self.reconstruction_head()
         self.chance = {"error": 1.0}
 
     def forward(self, images: Tensor) -> Step:

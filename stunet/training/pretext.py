@@ -70,6 +70,11 @@ class PretextTrainer(BaseSTUNetTrainer):
         """The self-supervised task."""
         return cast("PretextNetwork", self.whole_network).pretext
 
+    @property
+    def max_gradient_norm(self) -> float:
+        """What the task wants."""
+        return self.task.max_gradient_norm
+
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Do nothing: no task has outputs at several levels."""
 

@@ -36,7 +36,7 @@ from stunet.labels.labels import Labels
 from stunet.loss import PartialDiceCELoss, WholeBatch
 from stunet.network import STUNet, find_size
 from stunet.planning.plans import check_plans, is_stunet, plans_size, resolve_configuration, rewrite_configuration
-from stunet.pretexts import PretextNetwork, Step, WithLabels, find_pretext
+from stunet.pretexts import Pretext, PretextNetwork, Step, WithLabels, find_pretext
 from stunet.settings import SETTINGS, SETTINGS_KEY
 from stunet.training.checkpoints import Checkpoints, TransferSelection
 from stunet.training.distributed import Ranks, Sharding, seed_everything, share_of_batch
@@ -262,6 +262,11 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         whole = self.whole_network
         return whole.network if isinstance(whole, PretextNetwork) else whole
 
+    @property
+    def max_gradient_norm(self) -> float:
+        """What gradients are clipped to."""
+        return Pretext.max_gradient_norm
+
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Let the network give the logits of all levels or not, whatever it is wrapped in."""
         self.plain_network.decoder.deep_supervision = enabled
@@ -467,7 +472,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         whole = self._on_device(batch)
         loss = self._backward(whole, scaler)
         scaler.unscale_(self.optimizer)
-        clip_grad_norm_(self.network.parameters(), 12)
+        clip_grad_norm_(self.network.parameters(), self.max_gradient_norm)
         scaler.step(self.optimizer)
         scaler.update()
         return {"loss": self._read(loss, whole)}
