@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from made_trainers import make, narrow_plans
-from test_ranks import free_port
 from torch import Tensor
-from torch import multiprocessing as mp
 
 from stunet.training import BaseSTUNetTrainer
-from stunet.training.distributed import Ranks, process_group, share_of_batch
+from stunet.training.distributed import share_of_batch
 
 BATCH, PATCH = 4, (24, 24, 24)
 
@@ -62,18 +58,3 @@ def state_of(trainer: BaseSTUNetTrainer) -> dict[str, Tensor]:
         f"momentum {name}": values["momentum_buffer"] for name, values in optimizer_state.get("state", {}).items()
     }
     return {name: value.detach().clone() for name, value in (weights | momentum).items()}
-
-
-def _worker(rank: int, size: int, port: int, folder: str, function: Callable[[Ranks, str], Any]) -> None:
-    torch.set_num_threads(1)
-    local = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in local.items()}, MASTER_ADDR="127.0.0.1")
-    ranks = Ranks.from_environment()
-    with process_group(ranks, "cpu", 300):
-        torch.save(function(ranks, folder), f"{folder}/rank_{rank}.pt")
-
-
-def together(size: int, folder: Path, function: Callable[[Ranks, str], Any]) -> list[Any]:
-    """What a function returns in each of some processes."""
-    mp.spawn(_worker, args=(size, free_port(), str(folder), function), nprocs=size)
-    return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(size)]

@@ -11,9 +11,9 @@ import torch
 from made_trainers import make, narrow_plans
 from memory_events import allocated
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from together import together
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch import multiprocessing as mp
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from plans import DATASET_JSON
@@ -21,6 +21,7 @@ from stunet.errors import LossError, SettingsError
 from stunet.files import write_json
 from stunet.labels.annotations import order_manifest
 from stunet.loss import PartialDiceCELoss, WholeBatch, label_members
+from stunet.training.distributed import Ranks
 
 LABELS = {"background": 0, "liver": 1, "left": 2, "right": 3, "kidney": 4, "ignore": 5}
 DATASET = {**DATASET_JSON, "labels": LABELS}
@@ -175,10 +176,8 @@ def test_labels_are_checked_before_they_are_counted() -> None:
         loss(target, target)
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    exchanged = 0
+def train_in_pieces(ranks: Ranks, folder: str) -> dict[Any, Any]:
+    rank, exchanged = ranks.rank, 0
     all_reduce = dist.all_reduce
     results: dict[Any, Any] = {}
 
@@ -208,13 +207,11 @@ def worker(rank: int, folder: str) -> None:
             losses = [float(trainer.train_step(share)["loss"]) for _ in range(2)]
             network: nn.Module = trainer.plain_network
             results[batch_dice, pieces] = (losses, [p.detach().clone() for p in network.parameters()], exchanged)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 def test_two_processes_with_unequal_shares_in_pieces(annotated: Path, tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    ranks = together(2, tmp_path, train_in_pieces)
     for batch_dice in (True, False):
         for rank in ranks:
             whole, pieces = rank[batch_dice, 1], rank[batch_dice, 2]

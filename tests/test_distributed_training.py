@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from copy import deepcopy
 from functools import wraps
@@ -12,10 +11,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from made_trainers import NARROW, make, narrow_plans
-from test_ranks import free_port
+from together import free_port, together
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch import multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -95,15 +93,9 @@ def train(ranks: Ranks, arm: Arm) -> tuple[dict[str, Tensor], list[float]]:
     return {name: value.clone() for name, value in trainer.plain_network.state_dict().items()}, losses
 
 
-def worker(rank: int, size: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    local = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in local.items()}, MASTER_ADDR="127.0.0.1")
-    ranks = Ranks.from_environment()
-    with process_group(ranks, "cpu", 300):
-        results: dict[Any, Any] = {tuple(arm): train(ranks, arm) for arm in ARMS[size]}
-        results["bf16"] = bf16_against_fp32(ranks) if size == 2 else None
-        torch.save(results, f"{folder}/rank_{rank}.pt")
+def train_all(ranks: Ranks, folder: str) -> dict[Any, Any]:
+    results: dict[Any, Any] = {tuple(arm): train(ranks, arm) for arm in ARMS[ranks.size]}
+    return {**results, "bf16": bf16_against_fp32(ranks) if ranks.size == 2 else None}
 
 
 def bf16_against_fp32(ranks: Ranks) -> dict[str, Any]:
@@ -146,8 +138,7 @@ def check_bf16(found: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_several_processes_train_as_one(dataset: Path, tmp_path: Path, alone: dict[Any, Any], size: int) -> None:
-    mp.spawn(worker, args=(size, free_port(), str(tmp_path)), nprocs=size)
-    results = [torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in range(size)]
+    results = together(size, tmp_path, train_all)
     for arm in ARMS[size]:
         tolerance = TOLERANCE[arm.dtype]
         if arm[1:] not in alone:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +9,12 @@ import torch
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from together import together
 from torch import Tensor, nn
-from torch import distributed as dist
-from torch import multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from stunet.loss import PartialDiceCELoss, label_members
+from stunet.training.distributed import Ranks
 
 SHAPES = [(4, 3, 5), (2, 3, 2)]  # of two outputs of deep supervision
 WEIGHTS = [2 / 3, 1 / 3]
@@ -78,24 +77,20 @@ def complete(rank: int, *, batch_dice: bool, stock: bool) -> dict[str, Tensor]:
     return {"value": value.detach(), "by_logits": torch.autograd.grad(value, leaf)[0]}
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+def work(ranks: Ranks, folder: str) -> dict[Any, dict[str, Tensor]]:
+    rank = ranks.rank
     results: dict[Any, dict[str, Tensor]] = {}
     for batch_dice in (True, False):
         for name, (shares, annotated) in SCENARIOS.items():
             results[name, batch_dice] = partial(shares[rank], annotated, batch_dice=batch_dice, ddp=True)
         for stock in (True, False):
             results["stock" if stock else "ours", batch_dice] = complete(rank, batch_dice=batch_dice, stock=stock)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, dict[str, Tensor]]]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return together(2, tmp_path_factory.mktemp("ranks"), work)
 
 
 @pytest.mark.parametrize("batch_dice", [True, False])

@@ -15,7 +15,8 @@ import pytest
 import torch
 from killing import run_and_kill
 from made_trainers import make
-from sharded_runs import make_trainer, state_of, together, train_epochs
+from sharded_runs import make_trainer, state_of, train_epochs
+from together import together
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystem

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
+from together import together
 from torch import Tensor, nn
-from torch import distributed as dist
-from torch import multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -17,6 +15,7 @@ from weights import STRIDES, TINY
 
 from stunet.network import build_stunet, shard
 from stunet.settings import Parallel, Strategy
+from stunet.training.distributed import Ranks
 from stunet.training.optimizer import GroupSchedule, freeze_others, parameter_groups
 
 EPOCHS, LR = 6, 1e-5  # small, so that rounding does not grow from step to step
@@ -50,20 +49,14 @@ def make_images() -> list[Tensor]:
     return [torch.randn(2, 1, *SIZE, generator=generator) for _ in range(EPOCHS)]
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    images = [image[rank : rank + 1] for image in make_images()]
-    results = {(s, parallel): train(s, images, parallel) for s in get_args(Strategy) for parallel in PARALLEL}
-    torch.save(results, f"{folder}/rank_{rank}.pt")
-    dist.destroy_process_group()
+def train_all(ranks: Ranks, folder: str) -> dict[tuple[Strategy, Parallel], dict[str, Tensor]]:
+    images = [image[ranks.rank : ranks.rank + 1] for image in make_images()]
+    return {(s, parallel): train(s, images, parallel) for s in get_args(Strategy) for parallel in PARALLEL}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(str(folder),), nprocs=2)
-    return [torch.load(Path(folder) / f"rank_{rank}.pt", weights_only=True) for rank in range(2)]
+    return together(2, tmp_path_factory.mktemp("ranks"), train_all)
 
 
 @pytest.mark.parametrize("parallel", PARALLEL)

@@ -209,11 +209,11 @@ def _run_cell(study: Study, cell: Cell, device: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_suffix(".lock"), timeout=0)
     try:
-        lock.acquire()
+        held = lock.acquire()
     except Timeout:
         say(f"{lock.lock_file} is held by another process")
         raise typer.Exit(_HELD) from None
-    with lock:
+    with held:
         if _status(study, cell) == "done":  # meanwhile, by another process
             return
         started = time.monotonic()

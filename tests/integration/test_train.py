@@ -13,7 +13,8 @@ import psutil
 import pytest
 import torch
 from conftest import TRAINED, VENOUS
-from integration.commands import Shell, free_port
+from integration.commands import Shell
+from together import free_port
 
 SETTINGS = (
     "num_epochs=3 num_iterations_per_epoch=2 num_val_iterations_per_epoch=1 save_every=1 batch_size=3 "
