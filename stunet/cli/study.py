@@ -187,7 +187,7 @@ def _submit(study: Study, cells: list[Cell], options: str, device: str) -> None:
     try:
         import submitit
     except ImportError:
-        raise UsageError("--slurm without submitit: install it with pip install 'stunet[slurm]'") from None
+        raise UsageError("--slurm without submitit: run `pip install submitit`") from None
     given = dict(option.partition("=")[::2] for option in options.split(","))
     executor = submitit.AutoExecutor(folder=study.folder / "slurm", cluster=given.pop("cluster", None))
     for name, value in given.items():

@@ -445,7 +445,7 @@ def _from_hub(repository: str, part: Path, say: Say) -> tuple[str, str | None]:
     try:
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     except ImportError:
-        remedy = "run `pip install 'stunet[hub]'`, or give an address with --url"
+        remedy = "run `pip install huggingface_hub`, or give an address with --url"
         raise DownloadError(f"huggingface_hub is not installed: {remedy}") from None
     repo_id, _, revision = repository.partition("@")
     try:
