@@ -4,7 +4,7 @@ Targets of 10 cases are drawn from Gaussians whose covariance has a 1/k spectrum
 dimensions. Either the cases' means differ (`mean`), at equal distances, or half of the cases have another covariance of
 the same axes (`scale`) or of rotated ones (`rotate`), or both differ (`mixed`). True distances are the same at all
 widths.
-For each way to treat sampling noise: the estimate divided by the truth, which is the root mean square W2 for ways that
+For each value of ``debias``: the estimate divided by the truth, which is the root mean square W2 for ways that
 work on squares and the mean W2 for the others, at each width (geometric mean over repeats); the highest of these over
 the lowest, which is what a ranking would mistake for a difference; and the standard deviation of the log over repeats.
 By hand, about five minutes on one core.
@@ -108,34 +108,11 @@ def estimates(cases: list[CaseFeatures], truth: Array) -> dict[str, float]:
 
     null, raw = distances("null"), distances("none")
     width = cases[0].scales[0].shape[1]
-    raw_square = float(np.square(raw.distances).sum()) / pairs
-    halves = float(raw.null.mean())
     return {
         "none": float(mean_distance(raw, every)[0] / mean),
         "null": float(mean_distance(null, every)[0] / math.sqrt(square)),
         "project 32": float(mean_distance(distances("project", random_projection(width, 32)), every)[0] / mean),
-        # Not in the package: the null of halves scaled by the number of points, taken from the square or from W2.
-        "half the null from W2^2": math.sqrt(max(raw_square - halves / 2, 1e-2 * raw_square) / square),
-        "root half the null from W2": max(
-            raw.distances.sum() / pairs - math.sqrt(halves / 2), 0.1 * math.sqrt(raw_square)
-        )
-        / mean,
-        "halves, null from W2^2": halves_minus_null(cases) / math.sqrt(square),
     }
-
-
-def halves_minus_null(cases: list[CaseFeatures]) -> float:
-    """Not in the package: squared W2 between halves of two cases, minus that between halves of one."""
-    halves = [
-        CaseFeatures(case=f"{case.case}{h}", labels=case.labels[h::2], scales=(case.scales[0][h::2],),
-                     variety=case.variety)
-        for case in cases for h in (0, 1)
-    ]  # fmt: skip
-    found = class_distances(halves, range(len(halves)), label=1, scale=0, normalise=False, debias="none")
-    squares = np.square(found.distances).reshape(len(cases), 2, len(cases), 2)
-    within = np.mean([squares[i, 0, i, 1] for i in range(len(cases))])
-    between = np.mean([squares[i, :, j].mean() for i in range(len(cases)) for j in range(i)])
-    return math.sqrt(max(between - within, 1e-2 * between))
 
 
 def make_target(
