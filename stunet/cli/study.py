@@ -55,7 +55,7 @@ def plan_command(
     print_table(rows, *columns, numbers=columns[2:])
     hours, size = _estimate(study, choose_device(device))
     kept = "" if study.keep_checkpoints else ", as checkpoints go when their training is scored"
-    print_line(f"{len(study.trainings)} trainings, {len(study.rankings)} rankings; {_done(study)} of them are done")
+    print_line(f"Trainings: {len(study.trainings)}; rankings: {len(study.rankings)}; done: {_done(study)}")
     print_line(
         f"About {hours:.1f} hours one after the other on this machine, by the time of one step; validation not counted"
     )
