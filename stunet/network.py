@@ -435,6 +435,10 @@ def _check_input(x: Tensor, strides: tuple[int, ...]) -> None:
 _FUNCTORCH: Any = getattr(torch._C, "_functorch", None)
 _HAS_ONEDNN: bool = getattr(torch._C, "_has_mkldnn", False)
 _get_transform: Any = getattr(_FUNCTORCH, "peek_interpreter_stack", lambda: True)
+_GLOBAL_HOOKS: list[Any] = [
+    getattr(nn_module, f"_global_{which}_hooks", (None,))
+    for which in ("forward_pre", "forward", "backward_pre", "backward")
+]  # full where hooks of all modules are set
 _is_batched: Any = getattr(_FUNCTORCH, "is_legacy_batchedtensor", lambda _: True)
 
 
@@ -449,8 +453,7 @@ def _is_transformed() -> bool:
 
 def _is_observed(x: Tensor) -> bool:
     """Whether operations count one by one."""
-    has_global_hook: Any = getattr(nn_module, "_has_any_global_hook", lambda: True)
-    return bool(_is_transformed() or has_torch_function((x,)) or has_global_hook())
+    return bool(_is_transformed() or has_torch_function((x,)) or any(_GLOBAL_HOOKS))
 
 
 def _is_plain(block: ResidualBlock, x: Tensor) -> bool:

@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.checkpoint import GraphExecGroup
 
 from stunet.loss import partial_dice_ce_loss
 from stunet.network import STUNet, build_stunet, default_strides, shard
@@ -189,6 +188,8 @@ def _backward(roots: list[Any]) -> None:
 
     The loss is taken out of the list, so that nothing but this holds its graph.
     """
+    from torch.utils.checkpoint import GraphExecGroup  # later than the earliest PyTorch that the package allows
+
     root, gradients = roots[0].grad_fn, defaultdict[Any, dict[int, Any]](dict)
     gradients[root][0] = torch.ones_like(roots.pop())
     stack, waiting = [root], Counter[Any]()

@@ -13,6 +13,7 @@ import torch
 from memory_events import EDGE, Training, allocated, fake_cuda_peak, sharded_peak
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from versions import FAKE_CUDA
 
 from stunet.errors import ArchitectureError
 from stunet.memory import USABLE_SHARE, estimate, recommend
@@ -90,6 +91,7 @@ SETTINGS = [
 
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this PyTorch is built without CUDA")
+@FAKE_CUDA
 @pytest.mark.parametrize(("name", "where", "loss"), SETTINGS)
 def test_memory_of_mixed_precision_is_what_a_step_on_cuda_takes(name: str, where: Any, loss: Any) -> None:
     measured = fake_cuda_peak(SIZES[name], edge=128, batch=2, classes=105, loss=loss, activation_checkpointing=where)

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import instance_norm, interpolate
 from torch.utils._python_dispatch import TorchDispatchMode
+from versions import FAKE_CUDA, WHOLE_GRAPHS
 
 from stunet.errors import ArchitectureError
 from stunet.network import (
@@ -169,6 +170,7 @@ def test_initialisation_is_he_for_leaky_rectifiers() -> None:
     assert all(not m.bias.any() for m in network.modules() if isinstance(m, nn.Conv3d))
 
 
+@WHOLE_GRAPHS
 @pytest.mark.parametrize(("n_axes", "where"), [(2, "none"), (3, "none"), (2, "all")])
 def test_compiles_into_one_graph(n_axes: int, where: Any) -> None:
     network = tiny(n_axes, deep_supervision=True, activation_checkpointing=where)
@@ -177,6 +179,7 @@ def test_compiles_into_one_graph(n_axes: int, where: Any) -> None:
     torch.testing.assert_close(compiled(x), network(x))
 
 
+@WHOLE_GRAPHS
 def test_all_patches_of_one_size_share_a_graph() -> None:
     torch._dynamo.reset()
     counters.clear()
@@ -250,6 +253,7 @@ def test_hooks_of_weights_leave_the_fast_path_and_hooks_of_calls_do_not() -> Non
 
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this PyTorch is built without CUDA")
+@FAKE_CUDA
 @pytest.mark.parametrize("channels", [2, 64])  # the second with too few voxels for a summed kernel
 def test_interpolation_does_not_leave_half_precision(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where levels merge; autocast on CUDA would do it in fp32."""
@@ -264,6 +268,7 @@ def test_interpolation_does_not_leave_half_precision(channels: int, monkeypatch:
 
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this PyTorch is built without CUDA")
+@FAKE_CUDA
 def test_channels_last_on_a_gpu_is_left_to_pytorch() -> None:
     """Its matrix products may be TF32, of which a variance has 10 bits."""
     with FakeTensorMode(), Operations() as operations:

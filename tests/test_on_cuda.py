@@ -24,16 +24,16 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from versions import FAKE_CUDA
 
 from plans import DATASET_JSON
 from stunet.files import write_json
 from stunet.labels.annotations import order_manifest
 
 pytest.importorskip("triton", reason="Triton is there on Linux alone")
-if torch.__version__ < "2.15":
-    pytest.skip("earlier PyTorch asks the driver about fake CUDA tensors (2.7: aborts)", allow_module_level=True)
 from stunet import loss_kernels
 
+pytestmark = FAKE_CUDA
 CUDA = torch.device("cuda:0")
 aten = torch.ops.aten
 #: Operations that Python waits for, as their result is a number, or has a size that the content decides.
