@@ -25,6 +25,7 @@ from torch import distributed as dist
 from torch.backends import cudnn
 from torch.distributed import PrefixStore, TCPStore
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stunet.environment import find_dataset, find_plans, nnunet_folder
@@ -284,5 +285,8 @@ class Sharding:
         """
         options = StateDictOptions(full_state_dict=full, cpu_offload=full)
         network = self._trainer.plain_network
+        for module in network.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # after a validation some are whole, and PyTorch 2.7 does not know these by name
         optimizer_state = get_optimizer_state_dict(network, self._trainer.optimizer, options=options)
         return get_model_state_dict(network, options=options), optimizer_state
