@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_trainers import make, narrow_plans
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - as PyTorch's users write it
 
@@ -362,3 +363,12 @@ def smooth_images(n: int, seed: int) -> Tensor:
     coarse = torch.randn(n, 1, 4, 4, 4, generator=torch.Generator().manual_seed(seed))
     smooth = F.interpolate(coarse, size=PATCH, mode="trilinear")
     return smooth / smooth.std()
+
+
+def test_a_trainer_without_labels_clips_gradients_as_the_task_wants(dataset: Path) -> None:
+    trainer: Any = make("STUNetTrainer_pretext", narrow_plans(pretext="mae", batch_size=2))
+    trainer.initialize()
+    trainer.task.head.weight.data.mul_(1000)
+    trainer.train_step({"data": images(2, (32, 32, 32)), "target": torch.zeros(2, 1, 32, 32, 32), "keys": ["a", "b"]})
+    gradients = [p.grad for p in trainer.network.parameters() if p.grad is not None]
+    assert float(nn.utils.get_total_norm(gradients)) == pytest.approx(1, rel=1e-3)

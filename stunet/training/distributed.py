@@ -29,7 +29,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stunet.environment import find_dataset, find_plans, nnunet_folder
-from stunet.errors import UsageError
+from stunet.errors import SettingsError, UsageError
 from stunet.network import shard
 from stunet.planning.plans import load_plans, resolve_configuration
 
@@ -243,6 +243,13 @@ class Sharding:
         if not self.enabled or self.group is not None:
             return
         trainer = self._trainer
+        mean = torch.empty(1, device=trainer.device)
+        dist.reduce_scatter_tensor(mean, torch.ones(trainer.ranks.size, device=trainer.device), op=dist.ReduceOp.AVG)
+        if mean.item() != 1:  # FSDP would sum gradients
+            got = (
+                f"parallel=fsdp, and PyTorch {torch.__version__} cannot average over processes on {trainer.device.type}"
+            )
+            raise SettingsError(f"{got}: set parallel=ddp, or update PyTorch (seen with 2.15)")
         network, state = trainer.plain_network, trainer.optimizer.state_dict()
         # Norms return views, and blocks work in place within a stage; upon a stage's output nothing does.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)

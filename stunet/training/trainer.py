@@ -264,7 +264,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
 
     @property
     def max_gradient_norm(self) -> float:
-        """What gradients are clipped to."""
+        """What gradients are clipped to: by nnU-Net's limit."""
         return Pretext.max_gradient_norm
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
