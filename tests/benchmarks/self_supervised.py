@@ -34,6 +34,7 @@ DATA = "Dataset035_BrainT1"
 SOURCE, TARGET = "Dataset106_Source", "Dataset107_Target"
 PRETEXTS = ("mae", "mae:pretext_skips=false", "genesis", "volume-fusion", "rotation", "relative-location", "simclr")
 N_SEEDS, N_UNLABELLED = 3, 16
+N_ITERATIONS = 50  # of an epoch: nnU-Net draws progress.png after each, which takes as long as ten iterations here
 JOINT = [f"Dataset{110 + seed}_Joint" for seed in range(N_SEEDS)]
 
 
@@ -42,8 +43,8 @@ def main() -> None:
     parser.add_argument("--pretexts", nargs="+", default=list(PRETEXTS), help="a task, or TASK:SETTING=VALUE")
     parser.add_argument("--few", type=int, nargs="+", default=[4, 8], help="labelled cases")
     parser.add_argument("--scored", type=int, default=10, help="cases that all are scored on")
-    parser.add_argument("--pretrain-epochs", type=int, default=40, help="epochs of 20 iterations")
-    parser.add_argument("--epochs", type=int, default=10, help="epochs of 20 iterations on the labelled cases")
+    parser.add_argument("--pretrain-epochs", type=int, default=20, help="of 50 iterations")
+    parser.add_argument("--epochs", type=int, default=10, help="on the labelled cases")
     parser.add_argument("--pretrain-only", action="store_true")
     parser.add_argument("--joint", nargs="+", default=[], metavar="TASK")
     parser.add_argument("--configuration", default="3d_fullres")
@@ -86,7 +87,7 @@ class Benchmark(Experiment):
             "patch": self.args.patch,
             "batch_size": self.args.batch_size,
             "settings": self.args.settings,
-            "iterations": {"pretraining": self.args.pretrain_epochs * 20, "training": self.args.epochs * 20},
+            "iterations": {"pretraining": self.args.pretrain_epochs * N_ITERATIONS, "training": self.args.epochs * N_ITERATIONS},
             "measures": measures,
             "dice": table,
             "seconds": round(time.monotonic() - started),
@@ -104,7 +105,7 @@ class Benchmark(Experiment):
         for arm, scores in table.items():
             gain = spread([a - b for a, b in zip(scores, table["alone"], strict=True)])
             print(arm, spread(scores), "gain", gain, file=sys.stderr)
-        iterations = self.args.epochs * 20
+        iterations = self.args.epochs * N_ITERATIONS
         return {"benchmark": "joint_training", "data": self.args.data.name, "iterations": iterations, "dice": table}
 
     def prepare_joint(self, seed: int) -> None:
@@ -186,7 +187,7 @@ class Benchmark(Experiment):
         return f"stunet plan -d {dataset} {size} -c {self.configuration} --name {name} --overwrite"
 
     def settings(self, epochs: int, n_validation: int = 1) -> str:
-        steps = f"num_epochs={epochs} num_iterations_per_epoch=20 num_val_iterations_per_epoch={n_validation}"
+        steps = f"num_epochs={epochs} num_iterations_per_epoch={N_ITERATIONS} num_val_iterations_per_epoch={n_validation}"
         own = " ".join(self.args.settings)
         return f"--set {steps} batch_size={self.args.batch_size} patch_size={self.args.patch} {own}"
 
@@ -202,7 +203,8 @@ class Benchmark(Experiment):
             task, _, more = (pretext or "").partition(":")
             plan += f" --pretext {task}" if task else ""
             line = f"{plan} {self.settings(self.args.pretrain_epochs, 4)} {more} final_validation=false"
-            self.run(f"{line} && nnUNetv2_train 106 {self.configuration} 0 -p {name} -tr {trainer} -device cpu")
+            train = f"stunet train 106 {self.configuration} 0 -p {name} -tr {trainer} -device cpu --seed 0"
+            self.run(f"{line} && {train}")
         return final
 
     def train(self, arm: str, source: Path | None, n: int, seed: int) -> Path:

@@ -104,7 +104,7 @@ class Benchmark(Experiment):
             settings += f"batch_size={batch} patch_size={patch}"
             plan = f"stunet plan -d {number} -c 3d_fullres --depth 1 --width {self.args.width} --name {name}"
             plan += f" --pretext {task}" * (task is not None)
-            train = f"nnUNetv2_train {number} 3d_fullres all -p {name} -tr {trainer} -device cpu"
+            train = f"stunet train {number} 3d_fullres all -p {name} -tr {trainer} -device cpu --seed 0"
             self.run(f"{plan} --set {settings} && {train}")
         return fold / "checkpoint_final.pth"
 
