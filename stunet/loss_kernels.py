@@ -42,12 +42,12 @@ def _tile(
     value = tl.load(target + voxels.to(tl.int64) * stride_y, mask=is_voxel, other=0)
     index = value.to(tl.int32)
     is_label = (value >= 0) & (value < n_labels) & (index.to(value.dtype) == value)
-    is_wrong = is_voxel & ~is_label
-    if ignore_label is not None:
-        is_wrong = is_wrong & (value != ignore_label)
     label = tl.load(counts_as + index, mask=is_voxel & is_label, other=n_labels).to(tl.int32)
     is_left_out = label == n_labels
-    weight = tl.where(is_wrong, float("nan"), tl.where(is_left_out, 0.0, 1.0)).to(dtype)
+    is_allowed = is_label
+    if ignore_label is not None:
+        is_allowed = is_allowed | (value == ignore_label)
+    weight = tl.where(is_allowed, tl.where(is_left_out, 0.0, 1.0), float("nan")).to(dtype)
 
     peak = tl.max(z, 0)
     p = tl.exp(z - peak[None, :])

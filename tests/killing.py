@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from versions import replace_in_os
+
 
 def run_and_kill(function: Callable[[], object], moment: int, after: bool) -> bool:
     """Run in a process that is killed before or after its nth change to the file system; whether it was."""
@@ -34,7 +36,7 @@ def run_and_kill(function: Callable[[], object], moment: int, after: bool) -> bo
 
     try:
         for name in ("replace", "unlink", "mkdir", "rmdir"):
-            setattr(os, name, killing(getattr(os, name)))
+            replace_in_os(setattr, name, killing(getattr(os, name)))
         shutil.copyfile = killing(shutil.copyfile)
         function()
         os._exit(0)

@@ -17,7 +17,9 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from versions import CPUS_AVERAGE
 
+from stunet.errors import SettingsError
 from stunet.network import build_stunet, shard
 from stunet.settings import Parallel
 from stunet.training import BaseSTUNetTrainer
@@ -35,8 +37,9 @@ class Arm(NamedTuple):
     dtype: torch.dtype
 
 
-SINGLE: list[Arm] = [Arm("ddp", False, torch.float32), Arm("fsdp", True, torch.float32)]
-OTHERS: list[Arm] = [Arm("ddp", True, torch.float32), Arm("fsdp", False, torch.float32)]
+SHARDED = [Arm("fsdp", True, torch.float32), Arm("fsdp", False, torch.float32)] if CPUS_AVERAGE else []
+SINGLE: list[Arm] = [Arm("ddp", False, torch.float32), *SHARDED[:1]]
+OTHERS: list[Arm] = [Arm("ddp", True, torch.float32), *SHARDED[1:]]
 DOUBLE: list[Arm] = [Arm("ddp", False, torch.float64)]
 ARMS = {2: SINGLE + OTHERS + DOUBLE, 4: SINGLE}
 #: Of losses, relatively, and of weights after the last step: what rounding may make of the order of summation.
@@ -95,7 +98,7 @@ def train(ranks: Ranks, arm: Arm) -> tuple[dict[str, Tensor], list[float]]:
 
 def train_all(ranks: Ranks, folder: str) -> dict[Any, Any]:
     results: dict[Any, Any] = {tuple(arm): train(ranks, arm) for arm in ARMS[ranks.size]}
-    return {**results, "bf16": bf16_against_fp32(ranks) if ranks.size == 2 else None}
+    return {**results, "bf16": bf16_against_fp32(ranks) if ranks.size == 2 and CPUS_AVERAGE else None}
 
 
 def bf16_against_fp32(ranks: Ranks) -> dict[str, Any]:
@@ -151,9 +154,21 @@ def test_several_processes_train_as_one(dataset: Path, tmp_path: Path, alone: di
             assert their_losses == pytest.approx(losses, rel=tolerance)
             for name, value in weights.items():
                 assert (theirs[name] - value).abs().max() <= tolerance, (arm, name)
-    if size == 2:
+    if size == 2 and CPUS_AVERAGE:
         for result in results:
             check_bf16(result["bf16"])
+
+
+def start_sharded(ranks: Ranks, folder: str) -> str:
+    with pytest.raises(SettingsError) as caught:
+        make_trainer(Arm("fsdp", False, torch.float32))
+    return str(caught.value)
+
+
+@pytest.mark.skipif(CPUS_AVERAGE, reason="the installed PyTorch averages on CPUs")
+def test_sharding_is_refused_where_gradients_would_be_summed(dataset: Path, tmp_path: Path) -> None:
+    for message in together(2, tmp_path, start_sharded):
+        assert "cannot average over processes on cpu: set parallel=ddp" in message
 
 
 def test_a_platform_that_names_rank_and_size_alone(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from versions import CPUS_AVERAGE
 from weights import STRIDES, TINY
 
 from stunet.network import build_stunet, shard
@@ -20,7 +21,7 @@ from stunet.training.optimizer import GroupSchedule, freeze_others, parameter_gr
 
 EPOCHS, LR = 6, 1e-5  # small, so that rounding does not grow from step to step
 SIZE = (32, 32, 64)
-PARALLEL: tuple[Parallel, ...] = get_args(Parallel)
+PARALLEL: tuple[Parallel, ...] = get_args(Parallel) if CPUS_AVERAGE else ("ddp",)
 Results = list[dict[tuple[Strategy, Parallel], dict[str, Tensor]]]
 
 

@@ -19,6 +19,7 @@ from masks import random_masks, write_case
 from prediction_models import write_model
 from preprocessed_cases import structures, write_preprocessed
 from test_evaluate import Folders
+from versions import replace_in_os
 
 from plans import DATASET_JSON, make_plans
 from stunet.cli.main import main
@@ -122,7 +123,7 @@ def test_read_only_disks(root: Path, capsys: pytest.CaptureFixture[str], monkeyp
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
         usual(path, *args, **kwargs)
 
-    monkeypatch.setattr(os, "mkdir", refuse)
+    replace_in_os(monkeypatch.setattr, "mkdir", refuse)
     for line in (
         f"{RANK} -o closed/ranking",
         "stunet import totalsegmentator source -d 101 --structures face,liver -np 1 --name closed",

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
+import shlex
 import statistics
+import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import entry_points
 from pathlib import Path
 from queue import Queue
 from typing import Any, TypeVar
@@ -79,10 +83,37 @@ class Experiment(ABC):
         finally:
             self._shares.put(share)
 
+    def type(self, line: str) -> None:
+        """Run commands joined by ``&&``, each in a process that is forked from one with nnU-Net's imports done."""
+        os.environ.update(self.environment)  # nnU-Net reads it when it is imported
+        server, share = multiprocessing.get_context("forkserver"), self._shares.get()
+        server.set_forkserver_preload(["nnunetv2.run.run_training", "torch._dynamo", "stunet.cli.main"])
+        try:
+            for command in line.split(" && "):
+                process = server.Process(target=_call, args=(shlex.split(command), share))
+                process.start()
+                process.join()
+                if process.exitcode:
+                    sys.exit(f"failed with status {process.exitcode}: {command}")
+        finally:
+            self._shares.put(share)
+
     def all_of(self, calls: Sequence[Callable[[], T]]) -> list[T]:
         """Results of all calls, as many at a time as there are jobs."""
         with ThreadPoolExecutor(self.args.jobs) as pool:
             return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+def _call(command: list[str], cores: str) -> None:
+    """Do what the script of an installed package does."""
+    from stunet.cli.env import trainers_folder
+
+    os.dup2(2, 1)
+    os.environ["nnUNet_extTrainer"] = str(trainers_folder())
+    os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
+    sys.argv = command
+    (script,) = entry_points(group="console_scripts", name=command[0])
+    script.load()()
 
 
 def spread(values: list[float]) -> dict[str, float]:

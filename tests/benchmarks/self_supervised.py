@@ -50,7 +50,6 @@ def main() -> None:
     parser.add_argument("--configuration", default="3d_fullres")
     parser.add_argument("--patch", default="32,32,32")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--settings", nargs="*", default=[], metavar="NAME=VALUE", help="of all plans")
     parser.add_argument("--together", nargs="*", default=[], metavar="A/B", help="pairs of cases of one person")
     Benchmark.print_result(parser)
 
@@ -86,7 +85,6 @@ class Benchmark(Experiment):
             "width": self.args.width,
             "patch": self.args.patch,
             "batch_size": self.args.batch_size,
-            "settings": self.args.settings,
             "iterations": {"pretraining": self.args.pretrain_epochs * N_ITERATIONS, "training": self.args.epochs * N_ITERATIONS},
             "measures": measures,
             "dice": table,
@@ -133,11 +131,11 @@ class Benchmark(Experiment):
         dataset, fold, name = 110 + seed, int(arm != "alone"), f"P_{arm}"
         folder = self.results / JOINT[seed] / f"STUNetTrainer__{name}__{self.configuration}" / f"fold_{fold}"
         if not (folder / "validation" / "summary.json").is_file():
-            settings = self.settings(self.args.epochs)
+            settings = self.labelled_settings(self.args.epochs)
             if fold:  # twice the batch: half of it is labelled
                 settings += f" pretext={arm} pretext_weight=0.1 batch_size={2 * self.args.batch_size}"
             train = f"stunet train {dataset} {self.configuration} {fold} -p {name} -device cpu --seed {seed}"
-            self.run(f"{self.plan(dataset, name)} {settings} && {train}")
+            self.type(f"{self.plan(dataset, name)} {settings} && {train}")
         return folder
 
     def copy(self, dataset: str, names: Sequence[str]) -> dict[str, Any]:
@@ -188,8 +186,10 @@ class Benchmark(Experiment):
 
     def settings(self, epochs: int, n_validation: int = 1) -> str:
         steps = f"num_epochs={epochs} num_iterations_per_epoch={N_ITERATIONS} num_val_iterations_per_epoch={n_validation}"
-        own = " ".join(self.args.settings)
-        return f"--set {steps} batch_size={self.args.batch_size} patch_size={self.args.patch} {own}"
+        return f"--set {steps} batch_size={self.args.batch_size} patch_size={self.args.patch}"
+
+    def labelled_settings(self, epochs: int) -> str:
+        return f"{self.settings(epochs)} mirroring=none"  # prediction takes one pass, not eight
 
     def pretrainings(self) -> list[partial[Path]]:
         return [partial(self.pretrain, None), *(partial(self.pretrain, pretext) for pretext in self.args.pretexts)]
@@ -204,7 +204,7 @@ class Benchmark(Experiment):
             plan += f" --pretext {task}" if task else ""
             line = f"{plan} {self.settings(self.args.pretrain_epochs, 4)} {more} final_validation=false"
             train = f"stunet train 106 {self.configuration} 0 -p {name} -tr {trainer} -device cpu --seed 0"
-            self.run(f"{line} && {train}")
+            self.type(f"{line} && {train}")
         return final
 
     def train(self, arm: str, source: Path | None, n: int, seed: int) -> Path:
@@ -215,13 +215,13 @@ class Benchmark(Experiment):
             return folder
         if source is not None:
             # At the rate of a training from scratch: so few iterations at a tenth of it would not leave the start.
-            settings = f"{self.settings(self.args.epochs)} initial_lr=0.01 head=fresh"
+            settings = f"{self.labelled_settings(self.args.epochs)} initial_lr=0.01 head=fresh"
             line = f"stunet finetune -d 107 -c {self.configuration} -f {fold} --from {source} --name {name}"
-            self.run(f"{line} -device cpu --seed {seed} --overwrite {settings}")
+            self.type(f"{line} -device cpu --seed {seed} --overwrite {settings}")
             return folder
         epochs = self.args.epochs + (self.args.pretrain_epochs if arm.endswith("longer") else 0)
         train = f"stunet train 107 {self.configuration} {fold} -p {name} -tr STUNetTrainer -device cpu --seed {seed}"
-        self.run(f"{self.plan(107, name)} {self.settings(epochs)} && {train}")
+        self.type(f"{self.plan(107, name)} {self.labelled_settings(epochs)} && {train}")
         return folder
 
 
