@@ -68,7 +68,7 @@ class Experiment(ABC):
             folder.mkdir(parents=True, exist_ok=True)
         self.environment = {
             **os.environ, **{folder.name: str(folder) for folder in (self.raw, self.preprocessed, self.results)},
-            "nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "2",
+            "nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1",
         }  # fmt: skip
 
     @abstractmethod
