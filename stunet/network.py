@@ -476,7 +476,9 @@ def _is_stock(module: nn.Module, expected: type[nn.Module]) -> bool:
     """Whether a module is of exactly this type, with plain parameters, and calling it runs its ``forward`` alone."""
     hooks = (value for name, value in vars(module).items() if name.endswith("hooks") and "state_dict" not in name)
     has_hooks = any(hooks)  # of calls; sharding adds some for weights
-    is_changed = has_hooks or "forward" in vars(module) or has_torch_function((*module.parameters(),))
+    weights = [*module.parameters()]  # whose hooks PyTorch 2.7 does not run where a function is recomputed
+    is_watched = has_hooks or any(weight._backward_hooks for weight in weights)
+    is_changed = is_watched or "forward" in vars(module) or has_torch_function(weights)
     return type(module) is expected and not is_changed
 
 

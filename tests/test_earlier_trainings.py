@@ -50,7 +50,7 @@ def test_a_checkpoint_resumes_and_predicts(dataset: Path, earlier: Path) -> None
     trainer = make_trainer(earlier, fine_tune="layerwise")
     trainer.load_checkpoint(file)
     assert trainer.current_epoch == 2
-    torch.testing.assert_close(logits(trainer), torch.load(earlier / "logits.pt")["logits"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(trainer), torch.load(earlier / "logits.pt")["logits"], rtol=1e-3, atol=1e-3)
     written = read_checkpoint(file)["optimizer_state"]
     resumed = trainer.optimizer.state_dict()
     assert [g["name"] for g in resumed["param_groups"]] == [g["name"] for g in written["param_groups"]]
@@ -76,7 +76,7 @@ def test_fine_tuning_starts_from_it(dataset: Path, earlier: Path, monkeypatch: p
     file = earlier / "model" / "fold_0" / "checkpoint_latest.pth"
     trainer = make_trainer(earlier, pretrained_weights=str(file))
     trainer.on_train_start()
-    torch.testing.assert_close(logits(trainer), torch.load(earlier / "logits.pt")["logits"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(trainer), torch.load(earlier / "logits.pt")["logits"], rtol=1e-3, atol=1e-3)
 
 
 def test_it_becomes_a_model_folder(earlier: Path, tmp_path: Path) -> None:
