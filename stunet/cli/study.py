@@ -154,7 +154,9 @@ def _run_all(study: Study, cells: list[Cell], jobs: int, device: str) -> Iterato
         with lock:
             job = free.pop()
         share = str(max(1, len(cores) // jobs))
-        environment = {"nnUNet_def_n_proc": share, **os.environ} | ({"OMP_NUM_THREADS": share} if device == "cpu" else {})
+        environment = {"nnUNet_def_n_proc": share, **os.environ} | (
+            {"OMP_NUM_THREADS": share} if device == "cpu" else {}
+        )
         if device == "cuda" and (n_gpus := torch.cuda.device_count()) > 1:
             environment["CUDA_VISIBLE_DEVICES"] = str(job % n_gpus)
         log = _log(study, cell)

@@ -85,7 +85,10 @@ class Benchmark(Experiment):
             "width": self.args.width,
             "patch": self.args.patch,
             "batch_size": self.args.batch_size,
-            "iterations": {"pretraining": self.args.pretrain_epochs * N_ITERATIONS, "training": self.args.epochs * N_ITERATIONS},
+            "iterations": {
+                "pretraining": self.args.pretrain_epochs * N_ITERATIONS,
+                "training": self.args.epochs * N_ITERATIONS,
+            },
             "measures": measures,
             "dice": table,
             "seconds": round(time.monotonic() - started),
@@ -185,7 +188,8 @@ class Benchmark(Experiment):
         return f"stunet plan -d {dataset} {size} -c {self.configuration} --name {name} --overwrite"
 
     def settings(self, epochs: int, n_validation: int = 1) -> str:
-        steps = f"num_epochs={epochs} num_iterations_per_epoch={N_ITERATIONS} num_val_iterations_per_epoch={n_validation}"
+        steps = f"num_epochs={epochs} num_iterations_per_epoch={N_ITERATIONS}"
+        steps += f" num_val_iterations_per_epoch={n_validation}"
         return f"--set {steps} batch_size={self.args.batch_size} patch_size={self.args.patch}"
 
     def labelled_settings(self, epochs: int) -> str:
