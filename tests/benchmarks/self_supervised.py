@@ -40,7 +40,7 @@ JOINT = [f"Dataset{110 + seed}_Joint" for seed in range(N_SEEDS)]
 
 def main() -> None:
     parser = make_parser(__doc__, DATA)
-    parser.add_argument("--pretexts", nargs="+", default=list(PRETEXTS), help="a task, or TASK:SETTING=VALUE")
+    parser.add_argument("--pretexts", nargs="+", default=list(PRETEXTS), help="a task, or TASK:SETTING=VALUE:...")
     parser.add_argument("--few", type=int, nargs="+", default=[4, 8], help="labelled cases")
     parser.add_argument("--scored", type=int, default=10, help="cases that all are scored on")
     parser.add_argument("--pretrain-epochs", type=int, default=20, help="of 50 iterations")
@@ -199,14 +199,15 @@ class Benchmark(Experiment):
         return [partial(self.pretrain, None), *(partial(self.pretrain, pretext) for pretext in self.args.pretexts)]
 
     def pretrain(self, pretext: str | None) -> Path:
-        name = "P_" + (pretext or "supervised").replace(":", "_").replace("=", "_")
+        name = "P_" + re.sub("[:=,]", "_", pretext or "supervised")
         trainer = "STUNetTrainer" if pretext is None else "STUNetTrainer_pretext"
         final = self.results / SOURCE / f"{trainer}__{name}__{self.configuration}" / "fold_0" / "checkpoint_final.pth"
         if not final.is_file():
             plan = self.plan(106, name)
             task, _, more = (pretext or "").partition(":")
             plan += f" --pretext {task}" if task else ""
-            line = f"{plan} {self.settings(self.args.pretrain_epochs, 4)} {more} final_validation=false"
+            settings = f"{self.settings(self.args.pretrain_epochs, 4)} {more.replace(':', ' ')}"
+            line = f"{plan} {settings} final_validation=false"
             train = f"stunet train 106 {self.configuration} 0 -p {name} -tr {trainer} -device cpu --seed 0"
             self.type(f"{line} && {train}")
         return final
