@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--patch", default="32,32,32")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--together", nargs="*", default=[], metavar="A/B", help="pairs of cases of one person")
+    parser.add_argument("--merge", nargs="*", default=[], metavar="NAME=A,B", help="structures that become one")
+    parser.add_argument("--spacing", default="", metavar="MM", help="of all axes, in place of the planned one")
     Benchmark.print_result(parser)
 
 
@@ -125,7 +127,7 @@ class Benchmark(Experiment):
         cases: dict[str, list[str]] = {name: [] for name in others}
         manifest = {"version": 1, "groups": {"all": structures}, "default": "all", "cases": cases, "weights": often}
         (folder / "annotated_labels.json").write_text(json.dumps(manifest))
-        self.run(f"nnUNetv2_plan_and_preprocess -d {dataset} -c {self.configuration} -npfp 1 -np 1")
+        self.preprocess(dataset)
         folds = [{"train": labelled, "val": scored}, {"train": [*labelled, *others], "val": scored}]
         shutil.copy(folder / "annotated_labels.json", done)
         (done / "splits_final.json").write_text(json.dumps(folds))
@@ -134,7 +136,7 @@ class Benchmark(Experiment):
         dataset, fold, name = 110 + seed, int(arm != "alone"), f"P_{arm}"
         folder = self.results / JOINT[seed] / f"STUNetTrainer__{name}__{self.configuration}" / f"fold_{fold}"
         if not (folder / "validation" / "summary.json").is_file():
-            settings = self.labelled_settings(self.args.epochs)
+            settings = self.settings(self.args.epochs)
             if fold:  # twice the batch: half of it is labelled
                 settings += f" pretext={arm} pretext_weight=0.1 batch_size={2 * self.args.batch_size}"
             train = f"stunet train {dataset} {self.configuration} {fold} -p {name} -device cpu --seed {seed}"
@@ -150,6 +152,15 @@ class Benchmark(Experiment):
                 file = f"{name}{suffix}.nii.gz"
                 shutil.copyfile(self.args.data / part / file, folder / part / file)
         description = json.loads((self.args.data / "dataset.json").read_text())
+        if self.args.merge:
+            merged = dict(pair.split("=") for pair in self.args.merge)
+            table = np.zeros(256, np.uint8)
+            for value, structures in enumerate(merged.values(), start=1):
+                table[[description["labels"][structure] for structure in structures.split(",")]] = value
+            for path in (folder / "labelsTr").iterdir():
+                label = nib.load(path)
+                nib.save(nib.Nifti1Image(table[np.asarray(label.dataobj, int)], label.affine), path)
+            description["labels"] = {"background": 0, **{name: i for i, name in enumerate(merged, start=1)}}
         (folder / "dataset.json").write_text(json.dumps({**description, "numTraining": len(names)}))
         return dict(description)
 
@@ -174,7 +185,7 @@ class Benchmark(Experiment):
         source, few, scored = self.split()
         self.copy(SOURCE, source)
         self.copy(TARGET, sorted({*scored, *(name for row in few for name in row)}))
-        self.run(f"nnUNetv2_plan_and_preprocess -d 106 107 -c {self.configuration} -npfp 2 -np 2")
+        self.preprocess(106, 107)
         # Fold 3 i + j: the i-th number of labelled cases, the j-th seed.
         folds = [{"train": row[:n], "val": scored} for n in self.args.few for row in few]
         (self.preprocessed / TARGET / "splits_final.json").write_text(json.dumps(folds))
@@ -183,6 +194,12 @@ class Benchmark(Experiment):
         (self.preprocessed / SOURCE / "splits_final.json").write_text(json.dumps(split))
         (self.root / "prepared").touch()
 
+    def preprocess(self, *datasets: int) -> None:
+        spacing = f" -overwrite_target_spacing {' '.join([self.args.spacing] * 3)}" if self.args.spacing else ""
+        numbers = " ".join(map(str, datasets))
+        line = f"nnUNetv2_plan_and_preprocess -d {numbers} -c {self.configuration} -npfp 1 -np 1"
+        self.run(f"{line}{spacing}")
+
     def plan(self, dataset: int, name: str) -> str:
         size = f"--depth 1 --width {self.args.width}"
         return f"stunet plan -d {dataset} {size} -c {self.configuration} --name {name} --overwrite"
@@ -190,10 +207,8 @@ class Benchmark(Experiment):
     def settings(self, epochs: int, n_validation: int = 1) -> str:
         steps = f"num_epochs={epochs} num_iterations_per_epoch={N_ITERATIONS}"
         steps += f" num_val_iterations_per_epoch={n_validation}"
+        steps += " mirroring=none"  # structures have a front and a back; prediction takes one pass, not eight
         return f"--set {steps} batch_size={self.args.batch_size} patch_size={self.args.patch}"
-
-    def labelled_settings(self, epochs: int) -> str:
-        return f"{self.settings(epochs)} mirroring=none"  # prediction takes one pass, not eight
 
     def pretrainings(self) -> list[partial[Path]]:
         return [partial(self.pretrain, None), *(partial(self.pretrain, pretext) for pretext in self.args.pretexts)]
@@ -220,13 +235,13 @@ class Benchmark(Experiment):
             return folder
         if source is not None:
             # At the rate of a training from scratch: so few iterations at a tenth of it would not leave the start.
-            settings = f"{self.labelled_settings(self.args.epochs)} initial_lr=0.01 head=fresh"
+            settings = f"{self.settings(self.args.epochs)} initial_lr=0.01 head=fresh"
             line = f"stunet finetune -d 107 -c {self.configuration} -f {fold} --from {source} --name {name}"
             self.type(f"{line} -device cpu --seed {seed} --overwrite {settings}")
             return folder
         epochs = self.args.epochs + (self.args.pretrain_epochs if arm.endswith("longer") else 0)
         train = f"stunet train 107 {self.configuration} {fold} -p {name} -tr STUNetTrainer -device cpu --seed {seed}"
-        self.type(f"{self.plan(107, name)} {self.labelled_settings(epochs)} && {train}")
+        self.type(f"{self.plan(107, name)} {self.settings(epochs)} && {train}")
         return folder
 
 

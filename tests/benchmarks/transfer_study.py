@@ -31,8 +31,8 @@ TARGETS: dict[str, tuple[str, int, int]] = {
     "Dataset004_Hippocampus": ("32,40,32", 8, 40),
     "Dataset020_ChaosT2": ("24,48,48", 8, 8),
     "Dataset027_ACDC": ("8,64,64", 8, 20),
-    "Dataset035_BrainT1": ("40,40,40", 8, 15),
-    "Dataset046_FetalBrain": ("40,40,40", 8, 15),
+    "Dataset035_BrainT1": ("32,32,32", 8, 15),
+    "Dataset046_FetalBrain": ("32,32,32", 8, 15),
 }
 UNIONS = {140: (20, 27, 46), 141: (4, 35)}
 TASKS = {"mae": (35, 27), "genesis": (4, 46), "simclr": (20, 35)}
@@ -48,8 +48,8 @@ METRICS = [
 
 def main() -> None:
     parser = make_parser(__doc__, "")
-    parser.add_argument("--pretrain-epochs", type=int, default=30, help="epochs of 20 iterations")
-    parser.add_argument("--epochs", type=int, default=12, help="epochs of 10 iterations on the labelled cases")
+    parser.add_argument("--pretrain-epochs", type=int, default=20, help="epochs of 50 iterations")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of 40 iterations on the labelled cases")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--metrics", nargs="+", default=METRICS)
     Benchmark.print_result(parser)
@@ -97,15 +97,15 @@ class Benchmark(Experiment):
         name, trainer = f"P_{task or 'labels'}", "STUNetTrainer" if task is None else "STUNetTrainer_pretext"
         fold = self.results / self.dataset(number) / f"{trainer}__{name}__3d_fullres" / "fold_all"
         if not (fold / "checkpoint_final.pth").is_file():
-            patch = TARGETS.get(self.dataset(number), ("32,40,40", 0, 0))[0]
+            patch = TARGETS.get(self.dataset(number), ("32,32,32", 0, 0))[0]
             batch = {"simclr": 8, None: 2}.get(task, 4)
-            settings = f"num_epochs={self.args.pretrain_epochs} num_iterations_per_epoch=20 "
-            settings += "num_val_iterations_per_epoch=2 final_validation=false keep_every=5 "
-            settings += f"batch_size={batch} patch_size={patch}"
+            settings = f"num_epochs={self.args.pretrain_epochs} num_iterations_per_epoch=50 "
+            settings += "num_val_iterations_per_epoch=2 final_validation=false keep_every=2 "
+            settings += f"batch_size={batch} patch_size={patch} mirroring=none"
             plan = f"stunet plan -d {number} -c 3d_fullres --depth 1 --width {self.args.width} --name {name}"
             plan += f" --pretext {task}" * (task is not None)
             train = f"stunet train {number} 3d_fullres all -p {name} -tr {trainer} -device cpu --seed 0"
-            self.run(f"{plan} --set {settings} && {train}")
+            self.type(f"{plan} --set {settings} && {train}")
         return fold / "checkpoint_final.pth"
 
     def define(self, trained: dict[str, Path]) -> None:
@@ -116,7 +116,7 @@ class Benchmark(Experiment):
             facts = {"training cases": sum(self.n_cases(source) for source in sources)}
             candidates.append({"name": name, "path": str(path), "sources": sources, "facts": facts})
         (brain,) = (each for each in candidates if each["name"] == "labels 35")
-        for epoch in (5, 15):
+        for epoch in (2, 10):
             path = Path(brain["path"]).with_name(f"checkpoint_epoch_{epoch:04d}.pth")
             candidates.append({**brain, "name": f"labels 35, epoch {epoch}", "path": str(path)})
         candidates.append({**brain, "name": "labels 35, noisy", "path": str(self.degrade(Path(brain["path"])))})
@@ -130,7 +130,7 @@ class Benchmark(Experiment):
             elif "Fetal" in name:  # one cohort is trained on, the other one tested on
                 target["groups"] = "^(neurotypical|spina_bifida)"
             targets.append({**target, "settings": {"patch_size": [int(n) for n in patch.split(",")]}})
-        steps = {"num_epochs": self.args.epochs, "num_iterations_per_epoch": 10, "num_val_iterations_per_epoch": 2}
+        steps = {"num_epochs": self.args.epochs, "num_iterations_per_epoch": 40, "num_val_iterations_per_epoch": 2}
         settings = {**steps, "batch_size": 2, "initial_lr": 0.01, "head": "fresh", "mirroring": "none"}
         content = {"targets": targets, "candidates": candidates, "seeds": self.args.seeds, "settings": settings}
         content["metrics"] = self.args.metrics
