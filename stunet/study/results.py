@@ -138,7 +138,7 @@ def epochs_to_reach(curve: Array, other: Array) -> int | None:
 # Which score would have told ------------------------------------------------------------------------------------------
 
 
-EARLY = "Dice after 1 % of the fine-tuning"
+EARLY = "Dice after {:.0f} % of the fine-tuning"
 CHOSEN = "the best on the other targets"
 _CHOOSES = "weighted_kendall"
 
@@ -149,8 +149,8 @@ ByTarget = dict[str, dict[str, float]]
 def scores_and_dice(study: Study, rows: Sequence[Row]) -> tuple[dict[str, ByTarget], ByTarget]:
     """Return scores by metric, target and candidate, and the Dice by target and candidate, means over folds.
 
-    Facts of candidates are scores, too, and so is their Dice after a hundredth of the epochs. Candidates with weights
-    count, by the first strategy of each, on targets with at least three of them.
+    Facts of candidates are scores, too, and so is their Dice after a hundredth of the epochs, or the first one.
+    Candidates with weights count, by the first strategy of each, on targets with at least three of them.
     """
     first = {c.name: c.strategies[0] for c in study.candidates if c.path is not None}
     own = [row for row in rows if first.get(row.candidate) == row.strategy]
@@ -158,8 +158,10 @@ def scores_and_dice(study: Study, rows: Sequence[Row]) -> tuple[dict[str, ByTarg
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
     for row in own:
         dice.setdefault(row.target, {}).setdefault(row.candidate, []).append(row.mean["Dice"].mean)
-        early = row.curves[:, max(0, round(0.01 * row.curves.shape[1]) - 1)]
-        found.setdefault(EARLY, {}).setdefault(row.target, {}).setdefault(row.candidate, []).append(early.mean())
+        n_epochs = row.curves.shape[1]
+        first = max(1, round(0.01 * n_epochs))
+        early = found.setdefault(EARLY.format(100 * first / n_epochs), {}).setdefault(row.target, {})
+        early.setdefault(row.candidate, []).append(row.curves[:, first - 1].mean())
         for fact, value in next(c.facts for c in study.candidates if c.name == row.candidate).items():
             found.setdefault(fact, {}).setdefault(row.target, {}).setdefault(row.candidate, []).append(value)
     for cell in study.rankings:

@@ -18,6 +18,8 @@ from pathlib import Path
 from queue import Queue
 from typing import Any, TypeVar
 
+import nibabel as nib
+import numpy as np
 from processes import run
 
 __all__ = ["Experiment", "make_parser", "spread"]
@@ -97,6 +99,19 @@ class Experiment(ABC):
                     sys.exit(f"failed with status {process.exitcode}: {command}")
         finally:
             self._shares.put(share)
+
+    def merge(self, folder: Path, structures: Sequence[str]) -> None:
+        """Join structures of a raw dataset, each new one given as NAME=A,B; all others become background."""
+        description = json.loads((folder / "dataset.json").read_text())
+        merged = dict(each.split("=") for each in structures)
+        table = np.zeros(256, np.uint8)
+        for value, parts in enumerate(merged.values(), start=1):
+            table[[description["labels"][part] for part in parts.split(",")]] = value
+        for path in (folder / "labelsTr").iterdir():
+            label = nib.load(path)
+            nib.save(nib.Nifti1Image(table[np.asarray(label.dataobj, int)], label.affine), path)
+        description["labels"] = {"background": 0, **{name: i for i, name in enumerate(merged, start=1)}}
+        (folder / "dataset.json").write_text(json.dumps(description))
 
     def all_of(self, calls: Sequence[Callable[[], T]]) -> list[T]:
         """Results of all calls, as many at a time as there are jobs."""

@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--scored", type=int, default=10, help="cases that all are scored on")
     parser.add_argument("--pretrain-epochs", type=int, default=20, help="of 50 iterations")
     parser.add_argument("--epochs", type=int, default=10, help="on the labelled cases")
+    parser.add_argument("--strategy", default="warmup", help="at this rate, fresh heads destroy weights without it")
     parser.add_argument("--pretrain-only", action="store_true")
     parser.add_argument("--joint", nargs="+", default=[], metavar="TASK")
     parser.add_argument("--configuration", default="3d_fullres")
@@ -117,12 +118,11 @@ class Benchmark(Experiment):
         dataset, (folder, done) = 110 + seed, (self.raw / JOINT[seed], self.preprocessed / JOINT[seed])
         if (done / "splits_final.json").exists():
             return
-        description = self.copy(JOINT[seed], [*scored, *labelled, *others])
+        structures = self.copy(JOINT[seed], [*scored, *labelled, *others])
         for name in others:  # patches must not lie where their labels are, either
             path = folder / "labelsTr" / f"{name}.nii.gz"
             image = nib.load(path)
             nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine, image.header), path)
-        structures = [name for name in description["labels"] if name != "background"]
         often = {name: len(others) / len(labelled) for name in labelled}
         cases: dict[str, list[str]] = {name: [] for name in others}
         manifest = {"version": 1, "groups": {"all": structures}, "default": "all", "cases": cases, "weights": often}
@@ -143,8 +143,8 @@ class Benchmark(Experiment):
             self.type(f"{self.plan(dataset, name)} {settings} && {train}")
         return folder
 
-    def copy(self, dataset: str, names: Sequence[str]) -> dict[str, Any]:
-        """Make a raw dataset of some cases and return its description."""
+    def copy(self, dataset: str, names: Sequence[str]) -> list[str]:
+        """Make a raw dataset of some cases and return its structures."""
         folder = self.raw / dataset
         for part, suffix in (("imagesTr", "_0000"), ("labelsTr", "")):
             (folder / part).mkdir(parents=True, exist_ok=True)
@@ -152,17 +152,12 @@ class Benchmark(Experiment):
                 file = f"{name}{suffix}.nii.gz"
                 shutil.copyfile(self.args.data / part / file, folder / part / file)
         description = json.loads((self.args.data / "dataset.json").read_text())
-        if self.args.merge:
-            merged = dict(pair.split("=") for pair in self.args.merge)
-            table = np.zeros(256, np.uint8)
-            for value, structures in enumerate(merged.values(), start=1):
-                table[[description["labels"][structure] for structure in structures.split(",")]] = value
-            for path in (folder / "labelsTr").iterdir():
-                label = nib.load(path)
-                nib.save(nib.Nifti1Image(table[np.asarray(label.dataobj, int)], label.affine), path)
-            description["labels"] = {"background": 0, **{name: i for i, name in enumerate(merged, start=1)}}
         (folder / "dataset.json").write_text(json.dumps({**description, "numTraining": len(names)}))
-        return dict(description)
+        if self.args.merge:
+            self.merge(
+                folder, {name: parts.split(",") for name, _, parts in (x.partition("=") for x in self.args.merge)}
+            )
+        return [*json.loads((folder / "dataset.json").read_text())["labels"]][1:]
 
     def split(self) -> tuple[list[str], list[list[str]], list[str]]:
         """Cases to pre-train on, the labelled ones of each seed, and those that all are scored on."""
@@ -237,6 +232,7 @@ class Benchmark(Experiment):
             # At the rate of a training from scratch: so few iterations at a tenth of it would not leave the start.
             settings = f"{self.settings(self.args.epochs)} initial_lr=0.01 head=fresh"
             line = f"stunet finetune -d 107 -c {self.configuration} -f {fold} --from {source} --name {name}"
+            line += f" --strategy {self.args.strategy}"
             self.type(f"{line} -device cpu --seed {seed} --overwrite {settings}")
             return folder
         epochs = self.args.epochs + (self.args.pretrain_epochs if arm.endswith("longer") else 0)

@@ -18,7 +18,7 @@ import time
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -26,15 +26,35 @@ from experiment import Experiment, make_parser
 
 from stunet.ranking.ccfv import VARIANTS
 
-#: Patch, labelled cases and test cases of each target.
-TARGETS: dict[str, tuple[str, int, int]] = {
-    "Dataset004_Hippocampus": ("32,40,32", 8, 40),
-    "Dataset020_ChaosT2": ("24,48,48", 8, 8),
-    "Dataset027_ACDC": ("8,64,64", 8, 20),
-    "Dataset035_BrainT1": ("32,32,32", 8, 15),
-    "Dataset046_FetalBrain": ("32,32,32", 8, 15),
+_BRAIN = (
+    *("deep_grey=caudate,putamen,pallidum,thalamus,hippocampus,amygdala", "ventricle=lateral_ventricle"),
+    *("hindbrain=brain_stem,cerebellum", "white_matter=cerebral_white_matter", "cortex=cerebral_cortex"),
+)
+_FETAL = (
+    *("deep_grey=deep gray matter", "fluid=intra-axial CSF,extra-axial CSF", "hindbrain=cerebellum,brainstem"),
+    *("white_matter=white matter,corpus callosum", "cortex=cortical gray matter"),
+)
+
+
+class Target(NamedTuple):
+    """What a training sees of a dataset: hundreds of iterations find no small structure of a large volume."""
+
+    patch: str
+    test: int
+    spacing: str = ""  # in mm; nnU-Net's own where there is none
+    merge: tuple[str, ...] = ()
+
+
+TARGETS = {
+    "Dataset004_Hippocampus": Target("24,32,24", 40),
+    "Dataset020_ChaosT2": Target("16,32,32", 8, "7.7 5 5"),
+    "Dataset027_ACDC": Target("8,48,48", 20),
+    "Dataset035_BrainT1": Target("24,32,24", 15, "4 4 4", _BRAIN),
+    "Dataset046_FetalBrain": Target("24,32,24", 15, "3.2 3.2 3.2", _FETAL),
 }
-UNIONS = {140: (20, 27, 46), 141: (4, 35)}
+N_LABELLED = 8
+#: Of both body parts, and of both brains.
+UNIONS = {140: ((20, 27), Target("16,32,32", 0)), 141: ((35, 46), Target("24,32,24", 0, "4 4 4"))}
 TASKS = {"mae": (35, 27), "genesis": (4, 46), "simclr": (20, 35)}
 #: The same person scanned twice, and atlases of neighbouring weeks of one cohort.
 GROUPS = {
@@ -49,7 +69,7 @@ METRICS = [
 def main() -> None:
     parser = make_parser(__doc__, "")
     parser.add_argument("--pretrain-epochs", type=int, default=20, help="epochs of 50 iterations")
-    parser.add_argument("--epochs", type=int, default=10, help="epochs of 40 iterations on the labelled cases")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of 30 iterations on the labelled cases")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--metrics", nargs="+", default=METRICS)
     Benchmark.print_result(parser)
@@ -82,13 +102,19 @@ class Benchmark(Experiment):
         """Let nnU-Net plan and preprocess the datasets, and unions of them with partial labels."""
         if (self.root / "prepared").exists():
             return
-        for name in TARGETS:
+        for name, target in TARGETS.items():
             shutil.copytree(self.args.data / name, self.raw / name, dirs_exist_ok=True)
-        self.run("nnUNetv2_plan_and_preprocess -d 4 20 27 35 46 -c 3d_fullres -npfp 2 -np 2")
-        for number, sources in UNIONS.items():
+            if target.merge:
+                self.merge(self.raw / name, target.merge)
+            self.preprocess(int(name[7:10]), target.spacing)
+        for number, (sources, target) in UNIONS.items():
             self.run(f"stunet import union -d {number} --from {' '.join(map(str, sources))} --name Union")
-            self.run(f"nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres -npfp 2 -np 2")
+            self.preprocess(number, target.spacing)
         (self.root / "prepared").touch()
+
+    def preprocess(self, number: int, spacing: str) -> None:
+        more = f" -overwrite_target_spacing {spacing}" if spacing else ""
+        self.run(f"nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres -npfp 2 -np 2{more}")
 
     def dataset(self, number: int) -> str:
         return next(path.name for path in self.raw.iterdir() if path.name.startswith(f"Dataset{number:03d}_"))
@@ -97,7 +123,7 @@ class Benchmark(Experiment):
         name, trainer = f"P_{task or 'labels'}", "STUNetTrainer" if task is None else "STUNetTrainer_pretext"
         fold = self.results / self.dataset(number) / f"{trainer}__{name}__3d_fullres" / "fold_all"
         if not (fold / "checkpoint_final.pth").is_file():
-            patch = TARGETS.get(self.dataset(number), ("32,32,32", 0, 0))[0]
+            patch = (UNIONS[number][1] if number in UNIONS else TARGETS[self.dataset(number)]).patch
             batch = {"simclr": 8, None: 2}.get(task, 4)
             settings = f"num_epochs={self.args.pretrain_epochs} num_iterations_per_epoch=50 "
             settings += "num_val_iterations_per_epoch=2 final_validation=false keep_every=2 "
@@ -112,7 +138,7 @@ class Benchmark(Experiment):
         candidates: list[dict[str, Any]] = [{"name": "scratch", "depth": [1] * 6, "width": self.args.width}]
         for name, path in trained.items():
             number = int(name.split()[-1])
-            sources = [*UNIONS.get(number, (number,))]
+            sources = [*UNIONS[number][0]] if number in UNIONS else [number]
             facts = {"training cases": sum(self.n_cases(source) for source in sources)}
             candidates.append({"name": name, "path": str(path), "sources": sources, "facts": facts})
         (brain,) = (each for each in candidates if each["name"] == "labels 35")
@@ -121,16 +147,16 @@ class Benchmark(Experiment):
             candidates.append({**brain, "name": f"labels 35, epoch {epoch}", "path": str(path)})
         candidates.append({**brain, "name": "labels 35, noisy", "path": str(self.degrade(Path(brain["path"])))})
         targets: list[dict[str, Any]] = []
-        for name, (patch, few, test) in TARGETS.items():
-            target = {"dataset": int(name[7:10]), "cases": [few], "test": test}
+        for name, each in TARGETS.items():
+            target: dict[str, Any] = {"dataset": int(name[7:10]), "cases": [N_LABELLED], "test": each.test}
             if name in GROUPS:
                 persons = {first: [f"brain_{first}", f"brain_{second}"] for first, second in GROUPS[name]}
                 (self.root / f"groups_{name}.json").write_text(json.dumps(persons))
                 target["groups"] = f"groups_{name}.json"
             elif "Fetal" in name:  # one cohort is trained on, the other one tested on
                 target["groups"] = "^(neurotypical|spina_bifida)"
-            targets.append({**target, "settings": {"patch_size": [int(n) for n in patch.split(",")]}})
-        steps = {"num_epochs": self.args.epochs, "num_iterations_per_epoch": 40, "num_val_iterations_per_epoch": 2}
+            targets.append({**target, "settings": {"patch_size": [int(n) for n in each.patch.split(",")]}})
+        steps = {"num_epochs": self.args.epochs, "num_iterations_per_epoch": 30, "num_val_iterations_per_epoch": 2}
         settings = {**steps, "batch_size": 2, "initial_lr": 0.01, "head": "fresh", "mirroring": "none"}
         content = {"targets": targets, "candidates": candidates, "seeds": self.args.seeds, "settings": settings}
         content["metrics"] = self.args.metrics
