@@ -26,8 +26,8 @@ class TransferReport:
     source: str  # file that the weights come from
     copied: tuple[str, ...]  # parameters taken as they are
     adapted: Mapping[str, str]  # how each other parameter was filled from the source, by name
-    fresh: tuple[str, ...]  # parameters that keep the target's own initialisation
-    structures: Mapping[str, str | None]  # of each output the source's name of it; None where its row is fresh
+    fresh: tuple[str, ...]  # parameters that keep the target's own initialisation; heads begin at 0
+    structures: Mapping[str, str | None]  # of each output the source's name of it; None where its row begins at 0
     unused_structures: tuple[str, ...]  # outputs of the source that no output of the target corresponds to
     input_channels: tuple[int, int]  # channels of source and target
     stem: StemPolicy  # the policy for the stem, see adapt_stem
@@ -91,8 +91,10 @@ def transfer_weights(
     All parameters between stem and heads are copied as they are. Rows of the heads are copied at all decoder levels for
     structures that both networks have, whatever their spelling (``match_names``). A row of a softmax
     says nothing but in comparison with the others, so a network of regions, with a sigmoid each, gets the difference to
-    the background's row: the log-odds of structure against background. What is not filled keeps the network's own
-    initialisation. Nothing random is drawn, so equal networks stay equal on all ranks.
+    the background's row: the log-odds of structure against background. All other rows become 0 (as in BiT, arXiv
+    1912.11370): random ones would give logits of any size on features that are trained, which drown those of the
+    structures that are known, and whose gradients destroy the features within some iterations. Whatever else is not
+    filled keeps the network's own initialisation. Nothing random is drawn, so equal networks stay equal on all ranks.
 
     Args:
         weights: The source.
@@ -100,7 +102,7 @@ def transfer_weights(
         outputs: What the target's outputs stand for; the target must be a STU-Net then. None for any module, which gets
             the tensors that have its names and shapes.
         stem: What to do with the stem where the input channels differ; ``random`` leaves it fresh in any case.
-        head: ``fresh`` leaves all heads as they are initialised, as nnU-Net's ``-pretrained_weights`` does.
+        head: ``by-name``, or ``fresh`` to let all rows begin at 0.
 
     Returns:
         What became of each parameter.
@@ -128,10 +130,12 @@ def transfer_weights(
         for key, parameter in target.items():
             tensor = weights.tensors.get(key) if key.startswith(weights.trained) else None
             filled[key] = "fresh"
-            if tensor is None or (stem == "random" and key.startswith(_STEM)):
-                continue
             if key.startswith(_HEADS) and (outputs is not None or head == "fresh"):
-                filled[key] = _fill_head(parameter, tensor, origin, outputs, matched)
+                parameter.zero_()
+                if tensor is not None:
+                    filled[key] = _fill_head(parameter, tensor, origin, outputs, matched)
+            elif tensor is None or (stem == "random" and key.startswith(_STEM)):
+                continue
             elif tensor.shape == parameter.shape:
                 parameter.copy_(tensor)
                 filled[key] = "copied"

@@ -45,7 +45,6 @@ def main() -> None:
     parser.add_argument("--scored", type=int, default=10, help="cases that all are scored on")
     parser.add_argument("--pretrain-epochs", type=int, default=20, help="of 50 iterations")
     parser.add_argument("--epochs", type=int, default=10, help="on the labelled cases")
-    parser.add_argument("--strategy", default="warmup", help="at this rate, fresh heads destroy weights without it")
     parser.add_argument("--pretrain-only", action="store_true")
     parser.add_argument("--joint", nargs="+", default=[], metavar="TASK")
     parser.add_argument("--configuration", default="3d_fullres")
@@ -232,7 +231,6 @@ class Benchmark(Experiment):
             # At the rate of a training from scratch: so few iterations at a tenth of it would not leave the start.
             settings = f"{self.settings(self.args.epochs)} initial_lr=0.01 head=fresh"
             line = f"stunet finetune -d 107 -c {self.configuration} -f {fold} --from {source} --name {name}"
-            line += f" --strategy {self.args.strategy}"
             self.type(f"{line} -device cpu --seed {seed} --overwrite {settings}")
             return folder
         epochs = self.args.epochs + (self.args.pretrain_epochs if arm.endswith("longer") else 0)
