@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -164,11 +165,27 @@ def test_mean_over_targets_by_hand() -> None:
             mean_agreement(scores, TARGETS)
 
 
+def test_a_checkpoint_is_drawn_on_all_targets_together() -> None:
+    rng = np.random.default_rng(0)
+    dice = {name: float(rng.random()) for name in "abcdefgh"}
+    scores = {name: value + 0.4 * rng.random() for name, value in dice.items()}
+    renamed = [{f"other {name}": value for name, value in values.items()} for values in (scores, dice)]
+    # Half of the resamples of two targets are of one of them, twice.
+    found = partial(mean_agreement, confidence=0.5)
+    one = found({"x": scores}, {"x": dice})["pearson"]
+    same = found({"x": scores, "y": scores}, {"x": dice, "y": dice})["pearson"]
+    other = found({"x": scores, "y": renamed[0]}, {"x": dice, "y": renamed[1]})["pearson"]
+    assert (same.low, same.high) == (one.low, one.high)  # the second target tells nothing new
+    assert same.value == other.value
+    assert other.high - other.low < 0.95 * (same.high - same.low)
+
+
 @pytest.mark.parametrize("against", [None, FLAT])
 def test_intervals_of_the_mean_against_a_loop(against: dict[str, dict[str, float]] | None) -> None:
     n = 60
     result = mean_agreement(SIZE, TARGETS, against=against, n_resamples=n, confidence=0.9, seed=3)
-    checkpoints = np.random.default_rng(3).integers(0, 4, (n, 4))
+    numbers = np.random.default_rng(3).random((n, 4, 4), np.float32)
+    checkpoints = np.array([[min(range(4), key=place.__getitem__) for place in resample] for resample in numbers])
     targets = np.random.default_rng([3, 3]).integers(0, 3, (n, 3))
 
     def rho(scores: dict[str, dict[str, float]], target: str, draw: np.ndarray) -> float:

@@ -8,6 +8,7 @@ import json
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -99,6 +100,25 @@ def test_scores_are_those_of_the_features(checkpoints: dict[str, Path]) -> None:
     assert ranking.best.scores["logme"] == pytest.approx(mean_over_scales(cases, logme), rel=1e-6)
     low, high = ranking.best.interval or (0, 0)
     assert low < high
+
+
+def test_predictions_come_from_the_decoder_where_encoders_are_compared(checkpoints: dict[str, Path]) -> None:
+    content = torch.load(checkpoints["y"])
+    pretext = {"name": "simclr", "settings": {}, "trains": ["encoder"], "labels": False}
+    torch.save({**content, "pretext": pretext}, checkpoints["y"])
+    metrics = ("logme", "leep", "dropout", "zero-shot")
+    both = {row.name: row for row in rank(_only(checkpoints, "xy"), Made(), metrics=metrics, **OPTIONS).rows}
+    alone = rank(_only(checkpoints, "x"), Made(), metrics=metrics, **OPTIONS).rows[0]
+    candidate = build_candidate(checkpoints["x"], input_channels=1, patch_size=(32, 32, 32), strides=STRIDES)
+    points = prepare_target(Made(), "abcd", per_class=40, n_whole=60).points
+    encoder = partial(extract_case, candidate.network, patch_size=(32, 32, 32), part="encoder")
+    cases = [encoder(_case(p.case).image, p) for p in points]
+    assert both["x"].scores["logme"] == pytest.approx(mean_over_scales(cases, logme), rel=1e-6)
+    assert both["x"].scores["logme"] != alone.scores["logme"]
+    for metric in ("leep", "dropout", "zero-shot"):
+        assert both["x"].scores[metric] == alone.scores[metric]
+        assert both["y"].scores[metric] is None
+    assert alone.scores["leep"] is not None
 
 
 def test_progress_moves_within_a_case(checkpoints: dict[str, Path]) -> None:

@@ -25,6 +25,10 @@ def test_groups_stay_together_and_subsets_are_nested() -> None:
         assert not {of[case] for case in order} & {of[case] for case in test}
     assert len(set(orders)) == 3
     assert split_cases(groups, 5, 1) == (test, orders[:1])
+    # Of one group alone, too, each seed draws others.
+    test, orders = split_cases([["t"], [f"c{i}" for i in range(20)]], 1, 2)
+    assert test == ("t",)
+    assert set(orders[0][:8]) != set(orders[1][:8])
 
 
 def test_intervals_are_those_of_a_literal_bootstrap() -> None:
@@ -96,11 +100,12 @@ def test_a_study_whose_truth_is_known(tmp_path: Path) -> None:
     best = results.summary[0]
     assert (best["candidate"], best["wins"], best["n"]) == ("c5", 6, 6)
     assert best["mean"] == pytest.approx(0.4 * 5 / 6)
+    assert best["above"] == pytest.approx(0.4 * 2 / 6)  # of 1 to 5, whose mean is 3
     row = next(row for row in results.rows if row.candidate == "c3")
     assert row.mean["gain in Dice"].low == pytest.approx(0.2)
     assert row.mean["surface Dice"].mean == pytest.approx((0.5 + 0.2) / 2)
     rankers = {each["metric"]: each for each in compare_rankers(study, results.rows, n_resamples=50)}
-    for exact in ("known", "number", "Dice after 10 % of the fine-tuning", "the best on the other targets"):
+    for exact in ("known", "number", "pseudo Dice of the fine-tuning after 10 %", "the best on the other targets"):
         assert rankers[exact]["estimates"]["weighted_kendall"]["mean"] == pytest.approx(1)
         assert rankers[exact]["estimates"]["regret"]["mean"] == pytest.approx(0)
         assert rankers[exact]["choices"]["Dataset000_T"]["first"] == "c5"
@@ -113,7 +118,33 @@ def test_a_study_whose_truth_is_known(tmp_path: Path) -> None:
         taus.append(stats.weightedtau(means, range(1, 6))[0])
     assert rankers["wrong"]["estimates"]["weighted_kendall"]["mean"] == pytest.approx(np.mean(taus))
     page = write_study(study, n_resamples=50).read_text()
-    assert "c5 (full) gains" in page
+    assert "c5 (full) is worth most" in page
+
+
+def test_what_some_candidates_lack_comes_last_and_ties_share_their_regret(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "s", n_targets=2, n_candidates=6, numbers=[4], seeds=1, n_test=2)
+    for cell in study.rankings:
+        content = json.loads(study.result(cell).read_text())
+        for name, row in content["candidates"].items():
+            number = int(name[1])
+            row["scores"] |= {"of few": number if number > 2 else None, "tied": float(number > 3)}
+            row["scores"]["known"] = -number
+        study.result(cell).write_text(json.dumps(content))
+    failed = study.rankings[1]
+    study.result(failed).write_text(json.dumps({"status": "failed", "error": "OSError: no space left"}))
+    study = Study(study.folder)
+    results = read_study(study, n_resamples=20)
+    assert results.failed == {failed.name: "OSError: no space left"}
+    assert results.progress["ranked"] == 1
+
+    study.result(failed).write_text(study.result(study.rankings[0]).read_text())
+    rankers = compare_rankers(study, results.rows, n_resamples=20)
+    assert (rankers[-1]["metric"], rankers[-1]["complete"], rankers[-1]["candidates"]) == ("of few", False, [3, 3])
+    assert rankers[-1]["estimates"]["weighted_kendall"]["mean"] == pytest.approx(1)
+    by_name = {each["metric"]: each for each in rankers}
+    assert by_name["tied"]["choices"]["Dataset000_T"] == {"first": "c4 or c5", "regret": pytest.approx(0.2 / 6)}
+    # Neither of them is known before the fine-tuning.
+    assert {*by_name["the best on the other targets"]["chosen"].values()} == {"number"}
 
 
 def test_failed_cells_are_named_and_the_others_compared(tmp_path: Path) -> None:

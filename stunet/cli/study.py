@@ -228,8 +228,8 @@ def _run_cell(study: Study, cell: Cell, device: str) -> None:
         write_json({"status": "done", "seconds": round(time.monotonic() - started, 1), **result}, path)
 
 
-def _type(*words: object) -> None:
-    """Do what a command does, in this process."""
+def _type(*words: object, accepted: int = 0) -> None:
+    """Do what a command does, in this process; an exit status that is not 0 may be accepted."""
     from stunet.cli.main import main
 
     line = [str(word) for word in words]
@@ -238,8 +238,15 @@ def _type(*words: object) -> None:
     try:
         main()
     except SystemExit as end:
-        if end.code:
+        if end.code not in (None, 0, accepted):
             raise CommandError(f"{shlex.join(line)[:300]} has ended with exit status {end.code}: see the log") from None
+
+
+def _planned(study: Study, cell: Cell) -> tuple[list[str], list[str]]:
+    """Options that say what plans to write, and the values of their settings."""
+    target, chosen = cell.target, {"save_every": 5, **study.settings_of(cell.target, cell.candidate)}
+    values = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in chosen.items()]
+    return ["-d", target.dataset, "-c", target.configuration, "-p", target.plans, "--name", cell.plans], values
 
 
 def _train(study: Study, cell: Cell, device: str) -> dict[str, Any]:
@@ -247,9 +254,7 @@ def _train(study: Study, cell: Cell, device: str) -> dict[str, Any]:
     candidate, target = cell.candidate, cell.target
     model = Path(os.environ["nnUNet_results"], target.dataset, f"STUNetTrainer__{cell.plans}__{target.configuration}")
     fold = model / f"fold_{cell.fold}"
-    chosen = {"save_every": 5, **study.settings_of(target, candidate)}
-    values = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in chosen.items()]
-    where = ["-d", target.dataset, "-c", target.configuration, "-p", target.plans, "--name", cell.plans]
+    where, values = _planned(study, cell)
     resumes = ["--c"] * any(fold.glob("checkpoint_*.pth"))
     final = fold / "checkpoint_final.pth"
     if not final.is_file() or not (fold / "validation" / "summary.json").is_file():
@@ -273,13 +278,16 @@ def _train(study: Study, cell: Cell, device: str) -> dict[str, Any]:
 
 def _rank(study: Study, cell: Cell, device: str) -> dict[str, Any]:
     target, output = cell.target, study.result(cell).with_suffix("")
-    where = ["-d", target.dataset, "-c", target.configuration, "-p", target.plans, "-f", cell.fold, "-device", device]
+    plan, values = _planned(study, cell)
+    _type("stunet", "plan", *plan, "--set", *values)  # the patch of the trainings, on which features depend
+    where = ["-d", target.dataset, "-c", target.configuration, "-p", cell.plans, "-f", cell.fold, "-device", device]
     zoo, metrics = study.folder / f"zoo_{target.dataset}.json", ",".join(study.metrics)
     of_cases = ["--cases", cell.n_cases, "--seed", cell.seed]
-    _type("stunet", "rank", *where, "--zoo", zoo, "--metrics", metrics, *of_cases, "-o", output)
+    rank = ["stunet", "rank", *where, "--zoo", zoo, "--metrics", metrics, *of_cases, "-o", output]
+    _type(*rank, accepted=1)  # where a candidate could not be scored, and the others were
     ranking = read_json(output / "ranking.json")
     rows = {row["name"]: {"scores": row["scores"], "seconds": row["seconds"]} for row in ranking["candidates"]}
-    return {"candidates": rows}
+    return {"candidates": rows, "features": ranking["settings"]["features"]}
 
 
 @app.command("report")

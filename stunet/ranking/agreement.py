@@ -118,7 +118,8 @@ def agreement(
     names, x, y = _paired(scores, dice)
     if np.ptp(x) == 0:
         raise TransferabilityError(f"scores of {len(x)} checkpoints are all equal: they order nothing")
-    found = _of_draws(x, y, n_resamples, seed)
+    n = len(x)
+    found = _of_draws(x, y, np.random.default_rng(seed).integers(0, n, size=(n_resamples, n)))
     return Agreement(
         estimates={name: _statistic(values, confidence) for name, values in found.items()},
         top=names[int(x.argmax())],
@@ -147,13 +148,12 @@ def _paired(scores: Mapping[str, float], dice: Mapping[str, float]) -> tuple[lis
     return names, x, y
 
 
-def _of_draws(x: Array, y: Array, n_resamples: int, seed: int) -> dict[str, Array]:
-    """Compute each statistic ``(1 + B,)``: of the checkpoints, and of each resample of them.
+def _of_draws(x: Array, y: Array, resamples: NDArray[np.int64]) -> dict[str, Array]:
+    """Compute each statistic ``(1 + B,)``: of the checkpoints, and of each resample ``(B, n)`` of them.
 
     NaN stands where all scores or all Dice are equal.
     """
-    n = len(x)
-    draws = np.vstack([np.arange(n), np.random.default_rng(seed).integers(0, n, size=(n_resamples, n))])
+    draws = np.vstack([np.arange(len(x)), resamples])
     varied = (np.ptp(x[draws], axis=1) > 0) & (np.ptp(y[draws], axis=1) > 0)
     found = {name: np.full(len(draws), np.nan) for name in _OF_ROWS}
     for name, of_rows in _OF_ROWS.items():
@@ -180,9 +180,9 @@ def mean_agreement(
 ) -> dict[str, Statistic]:
     """Average the agreement of a metric with the Dice after fine-tuning over targets.
 
-    Intervals come from resampling targets and, within each, checkpoints: the same draw of checkpoints for all targets
-    that have equally many, since a score may misjudge a checkpoint on all of them. Where all scores are equal, a
-    correlation is 0, since they order nothing.
+    Intervals come from resampling targets and, within each, checkpoints: those of one name are drawn on all targets
+    together, since a score may misjudge a checkpoint on all of them. Where all scores are equal, a correlation is 0,
+    since they order nothing.
 
     >>> dice = {"liver": {"a": 0.8, "b": 0.9, "c": 0.7}, "heart": {"a": 0.6, "b": 0.5, "c": 0.4}}
     >>> found = mean_agreement(dict.fromkeys(dice, {"a": 2.0, "b": 3.0, "c": 1.0}), dice)
@@ -216,8 +216,14 @@ def _of_targets(
     """Compute each statistic ``(T, 1 + B)`` of each target by name and of its resamples; 0 for one without order."""
     if set(scores) != set(dice) or not dice:
         raise TransferabilityError(f"scores of {sorted(scores)}, Dice of {sorted(dice)}: give both for each target")
-    pairs = [_paired(scores[target], dice[target])[1:] for target in sorted(dice)]
-    found = [_of_draws(x, y, n_resamples, seed) for x, y in pairs]
+    names = sorted({name for of in dice.values() for name in of})
+    # In each place of a resample, the checkpoint of the lowest number: any of a target's is as likely as any other,
+    # and targets with the same checkpoints have the same resamples.
+    numbers = np.random.default_rng(seed).random((n_resamples, len(names), len(names)), np.float32)
+    found = []
+    for target in sorted(dice):
+        own, x, y = _paired(scores[target], dice[target])
+        found.append(_of_draws(x, y, numbers[:, : len(own), [names.index(name) for name in own]].argmin(2)))
     return {name: np.nan_to_num(np.stack([each[name] for each in found])) for name in _OF_ROWS}
 
 

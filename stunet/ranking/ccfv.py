@@ -368,10 +368,14 @@ def ccfv(
 def scale_weights(n_scales: int) -> Array:
     """Return weights ``(D,)`` that favour the middle scales, with a sum of 1: those of TopoTE (arXiv 2602.23916).
 
+    They are normal densities, a little wider for the six stages of an encoder than for the five of a decoder.
+
     >>> scale_weights(5).round(3)
     array([0.022, 0.229, 0.499, 0.229, 0.022])
+    >>> scale_weights(6).round(3)
+    array([0.002, 0.038, 0.24 , 0.444, 0.24 , 0.038])
     """
-    weights = np.exp(-np.square((np.arange(n_scales) - n_scales // 2) / 0.8) / 2)
+    weights = np.exp(-np.square((np.arange(n_scales) - n_scales // 2) / (0.8 if n_scales < 6 else 0.9)) / 2)
     return np.asarray(weights / weights.sum(), dtype=np.float64)
 
 

@@ -29,24 +29,25 @@ from stunet.planning.plans import fit_strides
 from stunet.planning.preprocessed import PreprocessedDataset, open_preprocessed
 from stunet.ranking.agreement import RANKING_FORMAT
 from stunet.ranking.ccfv import VARIANTS, Debias, Normalise, bootstrap_scores, ccfv, ccfv_variants
-from stunet.ranking.points import CasePoints, Part, SourceHead, draw_points, extract_case
+from stunet.ranking.points import CaseFeatures, CasePoints, Part, SourceHead, draw_points, extract_case
 from stunet.ranking.rivals import RIVALS, PointPredictions, fuse_topote, zero_shot_at_points
 from stunet.weights.convert import UNetWeights, locate_checkpoint, open_any_weights, trained_parts
 from stunet.weights.published import cached_weights, load_registry
-from stunet.weights.transfer import adapt_stem, source_outputs
+from stunet.weights.transfer import HEADS, adapt_stem, source_outputs
 
 METRICS = ("ccfv", *RIVALS, "topote", "zero-shot", *VARIANTS)
 """Names of all metrics."""
 
 #: What ``topote`` is fused from.
 _TERMS = ("topote-global", "topote-local")
+#: Of what a checkpoint predicts itself.
+_OF_OUTPUTS = ("leep", "dropout", "zero-shot")
 #: Share of resamples in which one checkpoint must be ahead of another to be called better.
 _CONFIDENCE = 0.95
 #: Below it a mean over cases, or over pairs of them, hangs on single cases.
 _FEW_CASES = 5
 #: Grows with every change of what is computed, or of how results are kept.
-_KEPT_FORMAT = 4
-_HEADS = "decoder.seg_layers."
+_KEPT_FORMAT = 5
 
 
 # The target -----------------------------------------------------------------------------------------------------------
@@ -228,7 +229,7 @@ def build_candidate(
     network = network.to_empty(device="cpu").eval()
     with torch.no_grad():
         for key, parameter in network.state_dict(keep_vars=True).items():
-            if key.startswith(_HEADS) or key not in weights.tensors:  # or of a decoder that is not read
+            if key.startswith(HEADS) or key not in weights.tensors:  # or of a decoder that is not read
                 parameter.zero_()
             elif weights.tensors[key].shape != parameter.shape:  # the stem
                 parameter.copy_(adapt_stem(weights.tensors[key], parameter, "repeat-scaled"))
@@ -248,7 +249,7 @@ def build_candidate(
         description={
             "path": str(weights.path),
             "network": name,
-            "parameters": sum(p.numel() for name, p in network.named_parameters() if not name.startswith(_HEADS)),
+            "parameters": sum(p.numel() for name, p in network.named_parameters() if not name.startswith(HEADS)),
             "n_axes": n_axes,
             "source_channels": architecture.input_channels,
             "input_channels": input_channels,
@@ -264,8 +265,8 @@ def build_candidate(
 
 def finest_head(tensors: Mapping[str, Tensor]) -> SourceHead:
     """Return the last of the decoder's heads, which STU-Net and nnU-Net's networks order from coarse to fine."""
-    level = max(int(key.split(".")[2]) for key in tensors if key.startswith(_HEADS))
-    weight, bias = (tensors[f"{_HEADS}{level}.{kind}"].detach().float() for kind in ("weight", "bias"))
+    level = max(int(key.split(".")[2]) for key in tensors if key.startswith(HEADS))
+    weight, bias = (tensors[f"{HEADS}{level}.{kind}"].detach().float() for kind in ("weight", "bias"))
     return SourceHead(weight.flatten(1), bias)
 
 
@@ -318,8 +319,8 @@ def score_candidate(
     """Load a checkpoint, read its features of the target's cases, and score them.
 
     The features are those of the stages of a ``part`` of the network: by default of the decoder, unless it was not
-    trained. The other arguments are those of :func:`rank`. ``on_progress`` is called with what is being done, and the
-    share of the target's cases that has been read.
+    trained; what the checkpoint predicts itself comes from its decoder. The other arguments are those of :func:`rank`.
+    ``on_progress`` is called with what is being done, and the share of the target's cases that has been read.
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or does not fit the target.
@@ -333,30 +334,29 @@ def score_candidate(
     patch_size = configuration["patch_size"]
     candidate = build_candidate(path, input_channels=channels, patch_size=patch_size, strides=strides, trust=trust)
     part = part or candidate.part
-    head, cases, predictions = candidate.head if part == "decoder" else None, [], []
-    read = partial(extract_case, patch_size=candidate.patch_size, device=device, batch_size=batch_size, head=head)
-    read = partial(read, part=part)
+    head = candidate.head if part == "decoder" or {*metrics} & {*_OF_OUTPUTS} else None
+    found: dict[Part, list[CaseFeatures]] = {part: [], **({} if head is None else {"decoder": []})}
+    read = partial(extract_case, patch_size=candidate.patch_size, device=device, batch_size=batch_size)
+    predictions = []
     for done, points in enumerate(target.points):
-
-        def report(share: float, done: int = done, case: str = points.case) -> None:
-            on_progress(f"case {done + 1} of {n_cases}, {case}", (done + share) / n_cases)
-
         image, annotated = dataset.load(points.case).image, points.annotated
-        features = read(candidate.network, image, points, on_window=report)
-        probabilities = features.probabilities
-        if head is not None and probabilities is not None:
-            # The points of the whole volume too: most of them are background, where false positives are.
-            whole = head.probabilities(torch.from_numpy(features.variety[0])).numpy()
-            labels = np.concatenate((points.labels, points.whole_labels))
-            outputs = np.concatenate((probabilities, whole)).argmax(1)
-            predictions.append(PointPredictions(labels, outputs, points.voxels, annotated))
-        if not annotated >= set(dataset.structures) and (kept := features.labels != 0).any():
-            # Background that is not known to be background.
-            scales = tuple(scale[kept] for scale in features.scales)
-            rest = None if probabilities is None else probabilities[kept]
-            points = replace(points, balanced=points.balanced[kept], labels=points.labels[kept])
-            features = replace(features, labels=points.labels, scales=scales, probabilities=rest, points=points)
-        cases.append(features)
+        for number, each in enumerate(found):
+
+            def report(share: float, done: float = done + number / len(found), case: str = points.case) -> None:
+                on_progress(f"case {int(done) + 1} of {n_cases}, {case}", (done + share / len(found)) / n_cases)
+
+            own = head if each == "decoder" else None
+            features = read(candidate.network, image, points, part=each, head=own, on_window=report)
+            if own is not None and features.probabilities is not None:
+                # The points of the whole volume too: most of them are background, where false positives are.
+                whole = own.probabilities(torch.from_numpy(features.variety[0])).numpy()
+                labels = np.concatenate((points.labels, points.whole_labels))
+                outputs = np.concatenate((features.probabilities, whole)).argmax(1)
+                predictions.append(PointPredictions(labels, outputs, points.voxels, annotated))
+            if not annotated >= set(dataset.structures) and (features.labels != 0).any():
+                features = _without_background(features, points)  # it is not known to be background
+            found[each].append(features)
+    cases = found[part]
     result = CandidateScores(name=name, path=str(path), description=candidate.description)
     result.scores, variants = dict.fromkeys(metrics), dict[str, float]()
     for metric in metrics:
@@ -371,7 +371,7 @@ def score_candidate(
             result.scores[metric] = variants.get(metric)  # its network may have fewer scales
         elif metric == "topote":  # which rank() fuses from these, for it takes all candidates
             result.scores |= {term: RIVALS[term](cases) for term in _TERMS if result.scores.get(term) is None}
-        elif metric in ("leep", "dropout", "zero-shot") and head is None:
+        elif metric in _OF_OUTPUTS and head is None:
             result.notes[metric] = "its outputs are regions, or no labels have trained it"
         elif metric == "zero-shot":
             result.zero_shot = zero_shot_at_points(predictions, dataset.structures, candidate.description["outputs"])
@@ -380,9 +380,17 @@ def score_candidate(
             else:
                 result.notes[metric] = "no structure of the target among its outputs"
         else:
-            result.scores[metric] = RIVALS[metric](cases)
+            result.scores[metric] = RIVALS[metric](found["decoder"] if metric in _OF_OUTPUTS else cases)
     result.seconds = round(time.monotonic() - started, 2)
     return result
+
+
+def _without_background(features: CaseFeatures, points: CasePoints) -> CaseFeatures:
+    kept = features.labels != 0
+    points = replace(points, balanced=points.balanced[kept], labels=points.labels[kept])
+    scales = tuple(scale[kept] for scale in features.scales)
+    rest = None if features.probabilities is None else features.probabilities[kept]
+    return replace(features, labels=points.labels, scales=scales, probabilities=rest, points=points)
 
 
 # The table ------------------------------------------------------------------------------------------------------------

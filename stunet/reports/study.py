@@ -59,6 +59,7 @@ def write_study(study: Study, *, n_resamples: int = 1000) -> Path:
         learning_curves=_learning_curves(results.rows),
         rankers=results.rankers,
         statistics=_STATISTICS,
+        features=results.features,
         targets=[target.dataset for target in study.targets],
         failed=results.failed,
         definition=json.dumps({k: v for k, v in study.content.items() if k != "targets"}, indent=2),
@@ -71,11 +72,12 @@ def _verdict(results: StudyResults) -> str:
         return "No candidate can be compared with training from scratch yet."
     best = results.summary[0]
     said = (
-        f"Over {best['n']} comparisons with training from scratch, {best['candidate']} ({best['strategy']}) gains "
-        f"most: {best['mean']:+.3f} Dice on average, {best['median']:+.3f} in the median; it wins {best['wins']}."
+        f"{best['candidate']} ({best['strategy']}) is worth most: over training from scratch it gains "
+        f"{best['mean']:+.3f} Dice on average, {best['median']:+.3f} in the median, and wins {best['wins']} of "
+        f"{best['n']} comparisons; its gain is {best['above']:+.3f} above the mean of all candidates in the same ones."
     )
     if results.rankers:
-        ranker = next(each for each in results.rankers if each["metric"] != CHOSEN)
+        ranker = min(results.rankers, key=lambda each: (each["metric"] == CHOSEN, not each["complete"]))
         tau, regret = (ranker["estimates"][name] for name in ("weighted_kendall", "regret"))
         said += f" {ranker['metric']} would have ranked the candidates best: weighted tau {tau['mean']:.2f} "
         said += f"({tau['low']:.2f} to {tau['high']:.2f}), regret {regret['mean']:.3f}."

@@ -30,6 +30,7 @@ from stunet.ranking.ranking import find_checkpoints, read_zoo
 from stunet.settings import Strategy, check_settings
 from stunet.sizes import N_STAGES, STUNetSize
 from stunet.weights.convert import SourceWeights, locate_checkpoint, open_any_weights
+from stunet.weights.transfer import HEADS
 
 SCRATCH = "scratch"
 """Candidate without weights."""
@@ -128,7 +129,7 @@ class Cell:
     @property
     def plans(self) -> str:
         """Name of its plans."""
-        name = "" if self.candidate is None else f"{self.candidate.name}_{self.strategy}"
+        name = "ranking" if self.candidate is None else f"{self.candidate.name}_{self.strategy}"
         return "S_" + re.sub(r"[^A-Za-z0-9.-]+", "-", name)
 
     @property
@@ -182,9 +183,9 @@ class Study:
         """All that is to be done."""
         return [*self.rankings, *self.trainings]
 
-    def settings_of(self, target: Target, candidate: Candidate) -> dict[str, Any]:
-        """Return the settings of a training: the study's, then the target's, then the candidate's."""
-        return {**self.settings, **target.settings, **candidate.settings}
+    def settings_of(self, target: Target, candidate: Candidate | None) -> dict[str, Any]:
+        """Return the settings of a training, or a ranking: the study's, then the target's, then the candidate's."""
+        return {**self.settings, **target.settings, **({} if candidate is None else candidate.settings)}
 
     def result(self, cell: Cell) -> Path:
         """Return where the result of a cell is or will be."""
@@ -276,22 +277,22 @@ def split_cases(
     """Draw test cases, and for each seed an order of the others, of which a training takes the first.
 
     >>> split_cases([["a"], ["b1", "b2"], ["c"]], 1, 2)
-    (('c',), (('b1', 'b2', 'a'), ('b1', 'b2', 'a')))
+    (('c',), (('b1', 'a', 'b2'), ('b2', 'a', 'b1')))
 
     Args:
-        groups: Cases that must not be apart, such as two scans of one person.
+        groups: Cases of which none is tested on while others are trained on, such as two scans of one person.
         n_test: Number of test cases; there are fewer where groups do not allow so many.
         seeds: Number of orders.
     """
     test: list[str] = []
-    rest: list[Sequence[str]] = []
+    rest: list[str] = []
     for i in np.random.default_rng(0).permutation(len(groups)):
         if len(test) + len(groups[i]) <= n_test:
             test += groups[i]
         else:
-            rest.append(groups[i])
+            rest += groups[i]
     drawn = [np.random.default_rng(1 + seed).permutation(len(rest)) for seed in range(seeds)]
-    return tuple(test), tuple(tuple(case for i in order for case in rest[i]) for order in drawn)
+    return tuple(test), tuple(tuple(rest[i] for i in order) for order in drawn)
 
 
 def _candidates(
@@ -326,8 +327,10 @@ def _candidates(
                     got = f"{name} has {weights.architecture.n_axes}D weights, {dataset.name} {axes}D patches"
                     raise CheckpointError(f"{got}: choose another configuration, or leave one of them out")
             size = weights.architecture.size
-            facts = {"parameters": float(sum(t.numel() for t in weights.tensors.values())), **facts}
-            facts = {**_source_dice(path), **facts}
+            body = (t.numel() for key, t in weights.tensors.items() if not key.startswith(HEADS))
+            facts = {"parameters": float(sum(body)), **facts}
+            if weights.pretext is None:  # a task without labels logs its own measure there
+                facts = {**_source_dice(path), **facts}
         elif each.width is not None:
             size = STUNetSize("custom", tuple(each.depth or (1,) * N_STAGES), each.width)
         elif each.size is None and len(set(sizes)) == 1:
@@ -346,12 +349,12 @@ def _candidates(
 
 
 def _source_dice(path: Path) -> dict[str, float]:
-    """What nnU-Net has logged of the Dice on validation cases of the dataset that weights are from."""
+    """What nnU-Net has logged on cases of the dataset that weights are from."""
     from stunet.weights.read import read_checkpoint
 
     try:
         logged = read_checkpoint(locate_checkpoint(path))["logging"]["ema_fg_dice"]
-        return {"validation Dice at the source": float(logged[-1])}
+        return {"pseudo Dice at the source": float(logged[-1])}
     except (CheckpointError, LookupError, TypeError, ValueError):
         return {}
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from stunet.errors import UsageError
 from stunet.files import read_json
-from stunet.ranking.agreement import leave_one_target_out, mean_agreement
+from stunet.ranking.agreement import leave_one_target_out, mean_agreement, top_regret
 from stunet.study.definition import Cell, Study
 
 Array = NDArray[np.float64]
@@ -46,14 +46,14 @@ def read_results(study: Study) -> tuple[list[Row], dict[str, str]]:
     """Read what is done, and why cells have failed, by their names."""
     groups: dict[tuple[str, int, str, str], list[tuple[Cell, dict[str, Any]]]] = {}
     failed: dict[str, str] = {}
-    for cell in study.trainings:
+    for cell in study.cells:
         path = study.result(cell)
-        if not path.is_file() or cell.candidate is None:
+        if not path.is_file():
             continue
         content = read_json(path)
         if content["status"] == "failed":
             failed[cell.name] = content["error"]
-        else:
+        elif cell.candidate is not None:
             key = (cell.target.dataset, cell.n_cases, cell.candidate.name, str(cell.strategy))
             groups.setdefault(key, []).append((cell, content))
     rows = []
@@ -138,7 +138,7 @@ def epochs_to_reach(curve: Array, other: Array) -> int | None:
 # Which score would have told ------------------------------------------------------------------------------------------
 
 
-EARLY = "Dice after {:.0f} % of the fine-tuning"
+EARLY = "pseudo Dice of the fine-tuning after"
 CHOSEN = "the best on the other targets"
 _CHOOSES = "weighted_kendall"
 
@@ -159,9 +159,9 @@ def scores_and_dice(study: Study, rows: Sequence[Row]) -> tuple[dict[str, ByTarg
     for row in own:
         dice.setdefault(row.target, {}).setdefault(row.candidate, []).append(row.mean["Dice"].mean)
         n_epochs = row.curves.shape[1]
-        first = max(1, round(0.01 * n_epochs))
-        early = found.setdefault(EARLY.format(100 * first / n_epochs), {}).setdefault(row.target, {})
-        early.setdefault(row.candidate, []).append(row.curves[:, first - 1].mean())
+        few = max(1, round(0.01 * n_epochs))
+        early = found.setdefault(f"{EARLY} {100 * few / n_epochs:.0f} %", {}).setdefault(row.target, {})
+        early.setdefault(row.candidate, []).append(float(np.nan_to_num(row.curves[:, few - 1]).mean()))
         for fact, value in next(c.facts for c in study.candidates if c.name == row.candidate).items():
             found.setdefault(fact, {}).setdefault(row.target, {}).setdefault(row.candidate, []).append(value)
     for cell in study.rankings:
@@ -181,27 +181,32 @@ def _means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def compare_rankers(study: Study, rows: Sequence[Row], *, n_resamples: int) -> list[dict[str, Any]]:
-    """Measure how well each score agrees with the Dice after fine-tuning, the best one first.
+    """Measure how well each score agrees with the Dice after fine-tuning: the best one first, of those that all have.
 
-    One more row is the score that does best on the other targets, out of those that all candidates have: what trusting
-    this study on a new target comes to.
+    One more row is the score that does best on the other targets, out of those that all candidates have before any
+    fine-tuning: what trusting this study on a new target comes to.
     """
     scores, dice = scores_and_dice(study, rows)
     complete = {m: of for m, of in scores.items() if all(set(of.get(t, ())) == set(dice[t]) for t in dice)}
+    before = {metric: of for metric, of in complete.items() if not metric.startswith(EARLY)}
     rankers = []
-    if len(dice) > 1 and complete:
-        chosen = {t: choice.metric for t, choice in leave_one_target_out(complete, dice, by=_CHOOSES).items()}
+    if len(dice) > 1 and before:
+        chosen = {t: choice.metric for t, choice in leave_one_target_out(before, dice, by=_CHOOSES).items()}
         by_choice = {target: complete[metric][target] for target, metric in chosen.items()}
-        rankers.append(_ranker(CHOSEN, by_choice, dice, n_resamples) | {"chosen": chosen})
-    rankers += [_ranker(metric, of, dice, n_resamples) for metric, of in scores.items()]
-    return sorted(rankers, key=lambda ranker: -ranker["estimates"][_CHOOSES]["mean"])
+        rankers.append(_ranker(CHOSEN, by_choice, dice, n_resamples) | {"chosen": chosen, "complete": True})
+    for metric, of in scores.items():
+        rankers.append(_ranker(metric, of, dice, n_resamples) | {"complete": metric in complete})
+    return sorted(rankers, key=lambda ranker: (not ranker["complete"], -ranker["estimates"][_CHOOSES]["mean"]))
 
 
 def _ranker(metric: str, scores: ByTarget, dice: ByTarget, n_resamples: int) -> dict[str, Any]:
     truth = {target: {name: dice[target][name] for name in of} for target, of in scores.items()}
     found = mean_agreement(scores, truth, n_resamples=n_resamples)
-    first = {target: max(of, key=of.__getitem__) for target, of in scores.items()}
-    choices = {t: {"first": name, "regret": max(truth[t].values()) - truth[t][name]} for t, name in first.items()}
+    choices = {}
+    for target, of in scores.items():
+        values, reached = (np.array([each[name] for name in of]) for each in (of, truth[target]))
+        first = " or ".join(name for name in of if of[name] == values.max())
+        choices[target] = {"first": first, "regret": top_regret(values, reached)}
     estimates = {name: {"mean": each.value, "low": each.low, "high": each.high} for name, each in found.items()}
     n_candidates = [len(of) for of in scores.values()]
     return {"metric": metric, "candidates": n_candidates, "estimates": estimates, "choices": choices}
@@ -219,8 +224,9 @@ class StudyResults:
     tests: dict[str, tuple[str, ...]]  # test cases of each target
     scratch: str | None  # the candidate without weights
     progress: dict[str, float]
-    summary: list[dict[str, Any]]  # of each candidate over all targets, the best one first
+    summary: list[dict[str, Any]]  # of each candidate over its targets, by its gain above that of all others there
     rankers: list[dict[str, Any]]  # of each score, the best one first
+    features: list[str]  # that the scores are made of: stages of the decoder, or of the encoder
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content for JSON: all but the scores of single cases and the curves."""
@@ -231,7 +237,7 @@ class StudyResults:
                 **{name: [round(v, 5) for v in (i.mean, i.low, i.high)] for name, i in row.mean.items()},
             } for row in self.rows
         ]  # fmt: skip
-        about = {"progress": self.progress, "summary": self.summary, "rankers": self.rankers, "failed": self.failed}
+        about = {key: getattr(self, key) for key in ("progress", "summary", "rankers", "features", "failed")}
         return {**about, "rows": rows}
 
 
@@ -246,18 +252,22 @@ def read_study(study: Study, *, n_resamples: int = 1000) -> StudyResults:
         raise UsageError(f"nothing is done yet in {study.folder}: run it with stunet study run {study.folder}")
     scratch = next((candidate.name for candidate in study.candidates if candidate.path is None), None)
     compare(rows, scratch, n_resamples=n_resamples)
-    gains: dict[tuple[str, str], list[float]] = {}
+    gains: dict[tuple[str, str], dict[tuple[str, int], float]] = {}
+    of_all: dict[tuple[str, int], list[float]] = {}
     for row in rows:
         if "gain in Dice" in row.mean:
-            gains.setdefault((row.candidate, row.strategy), []).append(row.mean["gain in Dice"].mean)
+            place, gain = (row.target, row.n_cases), row.mean["gain in Dice"].mean
+            gains.setdefault((row.candidate, row.strategy), {})[place] = gain
+            of_all.setdefault(place, []).append(gain)
     summary = [
         {
-            "candidate": candidate, "strategy": strategy, "mean": float(np.mean(values)),
-            "median": float(np.median(values)), "wins": sum(value > 0 for value in values), "n": len(values),
-        } for (candidate, strategy), values in gains.items()
+            "candidate": candidate, "strategy": strategy, "mean": float(np.mean([*own.values()])),
+            "median": float(np.median([*own.values()])), "wins": sum(gain > 0 for gain in own.values()), "n": len(own),
+            "above": float(np.mean([gain - np.mean(of_all[place]) for place, gain in own.items()])),
+        } for (candidate, strategy), own in gains.items()
     ]  # fmt: skip
     done = sum(len(row.seeds) for row in rows)
-    ranked = sum(study.result(cell).is_file() for cell in study.rankings)
+    ranked = [path for cell in study.rankings if (path := study.result(cell)).is_file() and cell.name not in failed]
     hours = sum(row.seconds * len(row.seeds) for row in rows) / 3600
     return StudyResults(
         rows=rows,
@@ -265,9 +275,10 @@ def read_study(study: Study, *, n_resamples: int = 1000) -> StudyResults:
         tests={target.dataset: target.test for target in study.targets},
         scratch=scratch,
         progress={
-            "done": done, "trainings": len(study.trainings), "ranked": ranked, "rankings": len(study.rankings),
+            "done": done, "trainings": len(study.trainings), "ranked": len(ranked), "rankings": len(study.rankings),
             "hours": round(hours, 2),
         },
-        summary=sorted(summary, key=lambda entry: -entry["mean"]),
+        summary=sorted(summary, key=lambda entry: -entry["above"]),
         rankers=compare_rankers(study, rows, n_resamples=n_resamples),
+        features=sorted({content["features"] for content in map(read_json, ranked) if "features" in content}),
     )  # fmt: skip

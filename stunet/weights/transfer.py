@@ -16,7 +16,7 @@ from stunet.weights.read import describe_mismatch
 
 _STEM = ("encoder.stages.0.0.conv1.", "encoder.stages.0.0.projection.")
 _STEM_WEIGHTS = tuple(f"{name}weight" for name in _STEM)  # whose shape depends on the input channels
-_HEADS = "decoder.seg_layers."
+HEADS = "decoder.seg_layers."
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def transfer_weights(
         for key, parameter in target.items():
             tensor = weights.tensors.get(key) if key.startswith(weights.trained) else None
             filled[key] = "fresh"
-            if key.startswith(_HEADS) and (outputs is not None or head == "fresh"):
+            if key.startswith(HEADS) and (outputs is not None or head == "fresh"):
                 parameter.zero_()
                 if tensor is not None:
                     filled[key] = _fill_head(parameter, tensor, origin, outputs, matched)
@@ -215,13 +215,13 @@ def _check_fit(weights: SourceWeights | UNetWeights, target: Mapping[str, Tensor
     if (trained := weights.architecture.n_axes) != n_axes:
         text = f"a {n_axes}D network from {trained}D weights, {weights.path}: kernels trained on {trained} axes have no"
         raise CheckpointError(f"{text} counterpart on {n_axes}, choose a {trained}D configuration or other weights")
-    flexible = (*_STEM_WEIGHTS, _HEADS)
+    flexible = (*_STEM_WEIGHTS, HEADS)
     source = {key: tensor for key, tensor in weights.tensors.items() if not key.startswith(flexible)}
     fixed = {key: parameter for key, parameter in target.items() if not key.startswith(flexible)}
     if mismatch := describe_mismatch(source, fixed):
         text = f"{weights.path} has weights of another size than the network"
         raise CheckpointError(f"{text}: {mismatch}; `stunet plan --from CHECKPOINT` takes the size from the weights")
-    n_outputs = next(parameter.shape[0] for key, parameter in target.items() if key.startswith(_HEADS))
+    n_outputs = next(parameter.shape[0] for key, parameter in target.items() if key.startswith(HEADS))
     if len(outputs.names) != n_outputs or len(set(outputs.names)) != len(outputs.names):
         raise UsageError(f"{len(outputs.names)} names for the network's outputs, not {n_outputs} different names")
 

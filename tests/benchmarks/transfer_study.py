@@ -55,7 +55,7 @@ TARGETS = {
 N_LABELLED = 8
 #: Of both body parts, and of both brains.
 UNIONS = {140: ((20, 27), Target("16,32,32", 0)), 141: ((35, 46), Target("24,32,24", 0, "4 4 4"))}
-TASKS = {"mae": (35, 27), "genesis": (4, 46), "simclr": (20, 35)}
+TASKS = {"mae": (35, 20), "genesis": (4, 46), "simclr": (27, 35)}
 #: The same person scanned twice, and atlases of neighbouring weeks of one cohort.
 GROUPS = {
     "Dataset035_BrainT1": [("1003", "1023"), ("1004", "1024"), ("1005", "1025"), ("1018", "1038"), ("1019", "1039")]
@@ -89,7 +89,7 @@ class Benchmark(Experiment):
         study, metrics = self.root / "study", len(self.args.metrics)
         self.run(f"stunet study plan {self.root}/study.yaml -o {study} -device cpu")
         jobs = f"--jobs {self.args.jobs}"
-        self.run_on_all(f"stunet study run {study} {jobs} -device cpu && stunet study report {study}")
+        self.run_on_all(f"stunet study run {study} {jobs} -device cpu; stunet study report {study}")
         return {
             "benchmark": "transfer_study",
             "hours": {"pre-training": pretraining / 3600, "all": (time.monotonic() - started) / 3600},
@@ -174,7 +174,9 @@ class Benchmark(Experiment):
             for tensor in content["network_weights"].values():
                 if tensor.ndim > 1:
                     tensor += torch.randn(tensor.shape, generator=generator) * tensor.std()
-            torch.save(content, noisy)
+            del content["logging"]  # which says how good it was without the noise
+            torch.save(content, noisy.with_suffix(".part"))
+            noisy.with_suffix(".part").rename(noisy)
         return noisy
 
     def run_on_all(self, line: str) -> None:

@@ -78,6 +78,9 @@ def test_a_study_is_killed_resumed_and_reported(shell: Shell) -> None:
     commands = [line for line in first.read_text().splitlines() if line.startswith("$ stunet train")]
     assert commands[-1].endswith("--c")
     assert not list(latest.rglob("checkpoint_*.pth"))  # as keep_checkpoints is off
+    ranked = json.loads((study.result(study.rankings[0]).with_suffix("") / "ranking.json").read_text())
+    plans = shell.root / "S" / "nnUNet_preprocessed" / ARTERIAL / f"{ranked['target']['plans']}.json"
+    assert json.loads(plans.read_text())["configurations"]["3d_fullres"]["patch_size"] == [16, 32, 32]  # as trained
 
     shell.run("stunet study report S")
     report = json.loads((shell.root / "S" / "results.json").read_text())
