@@ -433,6 +433,9 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         self.checkpoints.resume_from_sharded()
         if self.pretrained_weights is not None and not self.checkpoints.resumed:
             self._start_from(self.pretrained_weights)
+        elif self.head == "fresh" and not self.checkpoints.resumed:
+            for parameter in self.plain_network.decoder.seg_layers.parameters():
+                nn.init.zeros_(parameter)
         self._check_accumulation()
         if self.partial_labels is not None:
             cases, _ = self.do_split()

@@ -135,7 +135,7 @@ class Benchmark(Experiment):
         dataset, fold, name = 110 + seed, int(arm != "alone"), f"P_{arm}"
         folder = self.results / JOINT[seed] / f"STUNetTrainer__{name}__{self.configuration}" / f"fold_{fold}"
         if not (folder / "validation" / "summary.json").is_file():
-            settings = self.settings(self.args.epochs)
+            settings = self.from_zero(self.args.epochs)
             if fold:  # twice the batch: half of it is labelled
                 settings += f" pretext={arm} pretext_weight=0.1 batch_size={2 * self.args.batch_size}"
             train = f"stunet train {dataset} {self.configuration} {fold} -p {name} -device cpu --seed {seed}"
@@ -204,6 +204,10 @@ class Benchmark(Experiment):
         steps += " mirroring=none"  # structures have a front and a back; prediction takes one pass, not eight
         return f"--set {steps} batch_size={self.args.batch_size} patch_size={self.args.patch}"
 
+    def from_zero(self, epochs: int) -> str:
+        """Settings of all that is scored: heads begin at 0 from scratch too, for drawn ones cost much."""
+        return f"{self.settings(epochs)} head=fresh"
+
     def pretrainings(self) -> list[partial[Path]]:
         return [partial(self.pretrain, None), *(partial(self.pretrain, pretext) for pretext in self.args.pretexts)]
 
@@ -229,13 +233,13 @@ class Benchmark(Experiment):
             return folder
         if source is not None:
             # At the rate of a training from scratch: so few iterations at a tenth of it would not leave the start.
-            settings = f"{self.settings(self.args.epochs)} initial_lr=0.01 head=fresh"
+            settings = f"{self.from_zero(self.args.epochs)} initial_lr=0.01"
             line = f"stunet finetune -d 107 -c {self.configuration} -f {fold} --from {source} --name {name}"
             self.type(f"{line} -device cpu --seed {seed} --overwrite {settings}")
             return folder
         epochs = self.args.epochs + (self.args.pretrain_epochs if arm.endswith("longer") else 0)
         train = f"stunet train 107 {self.configuration} {fold} -p {name} -tr STUNetTrainer -device cpu --seed {seed}"
-        self.type(f"{self.plan(107, name)} {self.settings(epochs)} && {train}")
+        self.type(f"{self.plan(107, name)} {self.from_zero(epochs)} && {train}")
         return folder
 
 
