@@ -70,6 +70,25 @@ def test_fresh_heads_and_other_channels_by_setting(checkpoint: Path) -> None:
     assert len(report["fresh"]) == 10
 
 
+def test_fresh_heads_begin_at_0_from_scratch_too_but_not_in_resuming(dataset: Path) -> None:
+    torch.manual_seed(0)
+    drawn = make(plans=narrow_plans())
+    drawn.on_train_start()
+    torch.manual_seed(0)
+    fresh = make(plans=narrow_plans(head="fresh"))
+    fresh.on_train_start()
+    for key, value in fresh.network.state_dict().items():
+        zeros = torch.zeros_like(value) if ".seg_layers." in key else drawn.network.state_dict()[key]
+        assert torch.equal(value, zeros)
+    torch.nn.init.ones_(fresh.network.decoder.seg_layers[-1].weight)
+    latest = save(trained(fresh, 1), "checkpoint_latest.pth")
+    resumed = make(plans=narrow_plans(head="fresh"))
+    resumed.load_checkpoint(str(latest))
+    resumed.on_train_start()
+    assert resumed.network.decoder.seg_layers[-1].weight.all()
+    torch.testing.assert_close(resumed.network.state_dict(), fresh.network.state_dict(), rtol=0, atol=0)
+
+
 def test_a_continued_training_keeps_its_own_weights(checkpoint: Path) -> None:
     first = trained(start(checkpoint), 1)
     latest = save(first, "checkpoint_latest.pth")
