@@ -69,7 +69,7 @@ METRICS = [
 def main() -> None:
     parser = make_parser(__doc__, "")
     parser.add_argument("--pretrain-epochs", type=int, default=20, help="epochs of 50 iterations")
-    parser.add_argument("--epochs", type=int, default=10, help="epochs of 30 iterations on the labelled cases")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of 15 iterations on the labelled cases")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--metrics", nargs="+", default=METRICS)
     Benchmark.print_result(parser)
@@ -156,7 +156,7 @@ class Benchmark(Experiment):
             elif "Fetal" in name:  # one cohort is trained on, the other one tested on
                 target["groups"] = "^(neurotypical|spina_bifida)"
             targets.append({**target, "settings": {"patch_size": [int(n) for n in each.patch.split(",")]}})
-        steps = {"num_epochs": self.args.epochs, "num_iterations_per_epoch": 30, "num_val_iterations_per_epoch": 2}
+        steps = {"num_epochs": self.args.epochs, "num_iterations_per_epoch": 15, "num_val_iterations_per_epoch": 2}
         settings = {**steps, "batch_size": 2, "initial_lr": 0.01, "head": "fresh", "mirroring": "none"}
         content = {"targets": targets, "candidates": candidates, "seeds": self.args.seeds, "settings": settings}
         content["metrics"] = self.args.metrics
