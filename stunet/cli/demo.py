@@ -157,6 +157,7 @@ def _pretrain(workspace: Workspace, epochs: int) -> None:
     more = {**_SMALL_STRUCTURES, "initial_lr": 0.015, "keep_every": -(-epochs // 3)}
     settings = workspace.settings(_SOURCE, epochs, **more)
     of_target = workspace.settings(_TARGET, min(epochs, _EPOCHS_ON_TARGET), **_SMALL_STRUCTURES)
+    of_target += " head=fresh"  # or what drawn heads cost would pass for what pre-training is worth
     workspace.run(workspace.planning(_SOURCE, _PRETRAINED, settings), workspace.planning(_TARGET, _SCRATCH, of_target))
     workspace.run(workspace.training(_SOURCE, _PRETRAINED, _PRETRAINER), epochs=epochs)
 
