@@ -4,7 +4,8 @@ Pre-trains narrow STU-Nets: on the labels of each of the five datasets (three ch
 one with noise on its weights), on the partial labels of two unions, and without labels by three tasks on two datasets
 each. Then plans, runs and reports a study (``stunet study``) of all of them and of training from scratch on the five
 datasets, each compared where it has seen no case of the target's dataset. Every step is a command that a user types.
-With --work, what is finished is not done again after an interruption; the study is in its folder ``study``.
+With --work, what is finished is not done again after an interruption; the study is in its folder ``study``, and in
+``study_of_decoders`` that of the candidates whose decoders are trained, which are ranked by these.
 
     python tests/benchmarks/transfer_study.py --work FOLDER --jobs 2
 """
@@ -85,16 +86,14 @@ class Benchmark(Experiment):
             calls |= {f"{task} {number}": partial(self.pretrain, number, task) for number in numbers}
         trained = dict(zip(calls, self.all_of([*calls.values()]), strict=True))
         pretraining = time.monotonic() - started
-        self.define(trained)
-        study, metrics = self.root / "study", len(self.args.metrics)
-        self.run(f"stunet study plan {self.root}/study.yaml -o {study} -device cpu")
-        jobs = f"--jobs {self.args.jobs}"
-        self.run_on_all(f"stunet study run {study} {jobs} -device cpu; stunet study report {study}")
+        study = self.study("study", trained)
+        # The encoders alone are compared where one decoder is random; once more without those of random decoders.
+        trained = {name: path for name, path in trained.items() if "simclr" not in name}
+        decoders = self.study("study_of_decoders", trained, done=study)
         return {
             "benchmark": "transfer_study",
             "hours": {"pre-training": pretraining / 3600, "all": (time.monotonic() - started) / 3600},
-            "metrics": metrics,
-            "results": json.loads((study / "results.json").read_text()),
+            "results": {folder.name: json.loads((folder / "results.json").read_text()) for folder in (study, decoders)},
             "versions": {name: version(name) for name in ("stunet", "nnunetv2", "torch")},
         }
 
@@ -134,13 +133,26 @@ class Benchmark(Experiment):
             self.type(f"{plan} --set {settings} && {train}")
         return fold / "checkpoint_final.pth"
 
-    def define(self, trained: dict[str, Path]) -> None:
+    def study(self, name: str, trained: dict[str, Path], done: Path | None = None) -> Path:
+        """Plan, run and report a study; its trainings may be done in the folder of another one."""
+        folder, definition = self.root / name, self.root / f"{name}.yaml"
+        self.define(trained, definition)
+        self.run(f"stunet study plan {definition} -o {folder} -device cpu")
+        for target in () if done is None else sorted((done / "results").iterdir()):
+            for cells in target.glob("S_*"):
+                shutil.copytree(cells, folder / "results" / target.name / cells.name, dirs_exist_ok=True)
+        self.run_on_all(f"stunet study run {folder} --jobs {self.args.jobs} -device cpu; stunet study report {folder}")
+        return folder
+
+    def define(self, trained: dict[str, Path], definition: Path) -> None:
         candidates: list[dict[str, Any]] = [{"name": "scratch", "depth": [1] * 6, "width": self.args.width}]
         for name, path in trained.items():
             number = int(name.split()[-1])
             sources = [*UNIONS[number][0]] if number in UNIONS else [number]
             facts = {"training cases": sum(self.n_cases(source) for source in sources)}
-            candidates.append({"name": name, "path": str(path), "sources": sources, "facts": facts})
+            candidates.append(
+                {"name": name, "path": str(path.relative_to(self.root)), "sources": sources, "facts": facts}
+            )
         (brain,) = (each for each in candidates if each["name"] == "labels 35")
         for epoch in (2, 10):
             path = Path(brain["path"]).with_name(f"checkpoint_epoch_{epoch:04d}.pth")
@@ -160,7 +172,8 @@ class Benchmark(Experiment):
         settings = {**steps, "batch_size": 2, "initial_lr": 0.01, "head": "fresh", "mirroring": "none"}
         content = {"targets": targets, "candidates": candidates, "seeds": self.args.seeds, "settings": settings}
         content["metrics"] = self.args.metrics
-        (self.root / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        content = json.loads(json.dumps(content))  # without aliases, which studies do not take
+        definition.write_text(yaml.safe_dump(content, sort_keys=False))
 
     def n_cases(self, number: int) -> int:
         return len([*(self.raw / self.dataset(number) / "labelsTr").glob("*.nii.gz")])
@@ -168,15 +181,16 @@ class Benchmark(Experiment):
     def degrade(self, path: Path) -> Path:
         """Add noise of a weight's own spread to each weight of a checkpoint."""
         noisy = path.with_name("checkpoint_noisy.pth")
-        if not noisy.is_file():
-            content = torch.load(path, weights_only=False)
+        if not (self.root / noisy).is_file():
+            content = torch.load(self.root / path, weights_only=False)
             generator = torch.Generator().manual_seed(0)
             for tensor in content["network_weights"].values():
                 if tensor.ndim > 1:
                     tensor += torch.randn(tensor.shape, generator=generator) * tensor.std()
             del content["logging"]  # which says how good it was without the noise
-            torch.save(content, noisy.with_suffix(".part"))
-            noisy.with_suffix(".part").rename(noisy)
+            part = (self.root / noisy).with_suffix(".part")
+            torch.save(content, part)
+            part.rename(self.root / noisy)
         return noisy
 
     def run_on_all(self, line: str) -> None:
