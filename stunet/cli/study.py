@@ -148,7 +148,7 @@ def _run_all(study: Study, cells: list[Cell], jobs: int, device: str) -> Iterato
     import torch
 
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
-    free, lock, started = list(range(jobs)), Lock(), time.monotonic()
+    free, lock = list(range(jobs)), Lock()
 
     def run(cell: Cell) -> int:
         with lock:
@@ -168,13 +168,19 @@ def _run_all(study: Study, cells: list[Cell], jobs: int, device: str) -> Iterato
             free.append(job)
         return status
 
+    took: dict[bool, list[float]] = {True: [], False: []}  # seconds of trainings, and of rankings
     with ThreadPoolExecutor(jobs) as pool:
         for done, (cell, status) in enumerate(zip(cells, pool.map(run, cells), strict=True), start=1):
-            left = (time.monotonic() - started) / done * (len(cells) - done) / 3600
             if status not in (0, _HELD) and _status(study, cell) is None:  # killed, or out of memory
                 _fail(study, cell, f"its process has ended with exit status {status}")
+            elif status == 0:
+                took[cell.candidate is not None].append(read_json(study.result(cell))["seconds"])
+            left = [cell.candidate is not None for cell in cells[done:]]
+            known = all(took[kind] for kind in left)
+            hours = sum(sum(took[kind]) / len(took[kind]) for kind in left) / jobs / 3600 if known else 0.0
             said = {0: "done", _HELD: "in work elsewhere"}.get(status, "failed")
-            say(f"{done} of {len(cells)}, about {left:.1f} hours left: {cell.name} {said}")
+            about = f", about {hours:.1f} hours left" if known else ""
+            say(f"{done} of {len(cells)}{about}: {cell.name} {said}")
             yield status
 
 
