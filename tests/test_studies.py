@@ -92,6 +92,25 @@ def make_study(
     return study
 
 
+def test_seeds_are_compared_with_each_other(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "s", n_targets=2, n_candidates=6, numbers=[4], seeds=3, n_test=2)
+    rng, dice = np.random.default_rng(3), {}
+    for cell in study.trainings:
+        value = dice[cell.target.dataset, cell.candidate and cell.candidate.name, cell.seed] = rng.random()
+        content = json.loads(study.result(cell).read_text())
+        content["cases"] = {case: {"organ": {"Dice": value, "NSD": value}} for case in cell.target.test}
+        study.result(cell).write_text(json.dumps(content))
+    repeats = read_study(study, n_resamples=20).repeats
+    assert repeats is not None
+    taus = []
+    for target in study.targets:
+        of = {seed: np.array([dice[target.dataset, f"c{i}", seed] for i in range(1, 6)]) for seed in range(3)}
+        taus.append(stats.weightedtau(of[1], (of[0] + of[2]) / 2)[0])
+    assert repeats["estimates"]["weighted_kendall"]["mean"] == pytest.approx(np.mean(taus))
+    one = make_study(tmp_path / "one", n_targets=2, n_candidates=6, numbers=[4], seeds=1, n_test=2)
+    assert read_study(one, n_resamples=20).repeats is None
+
+
 def test_a_study_whose_truth_is_known(tmp_path: Path) -> None:
     study = make_study(tmp_path / "s", n_targets=3, n_candidates=6, numbers=[4, 8], seeds=2, n_test=4)
     results = read_study(study, n_resamples=50)

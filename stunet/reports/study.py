@@ -58,6 +58,7 @@ def write_study(study: Study, *, n_resamples: int = 1000) -> Path:
         tables=[_table(target, n, rows, results) for (target, n), rows in groups.items()],
         learning_curves=_learning_curves(results.rows),
         rankers=results.rankers,
+        repeats=results.repeats,
         statistics=_STATISTICS,
         features=results.features,
         targets=[target.dataset for target in study.targets],

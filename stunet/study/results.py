@@ -152,11 +152,9 @@ def scores_and_dice(study: Study, rows: Sequence[Row]) -> tuple[dict[str, ByTarg
     Facts of candidates are scores, too, and so is their Dice after a hundredth of the epochs, or the first one.
     Candidates with weights count, by the first strategy of each, on targets with at least three of them.
     """
-    first = {c.name: c.strategies[0] for c in study.candidates if c.path is not None}
-    own = [row for row in rows if first.get(row.candidate) == row.strategy]
     dice: dict[str, dict[str, list[float]]] = {}
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for row in own:
+    for row in _that_count(study, rows):
         dice.setdefault(row.target, {}).setdefault(row.candidate, []).append(row.mean["Dice"].mean)
         n_epochs = row.curves.shape[1]
         few = max(1, round(0.01 * n_epochs))
@@ -174,6 +172,12 @@ def scores_and_dice(study: Study, rows: Sequence[Row]) -> tuple[dict[str, ByTarg
     kept = [target for target, of in dice.items() if len(of) > 2]
     means = {metric: {t: _means(of[t]) for t in kept if len(of.get(t, ())) > 2} for metric, of in found.items()}
     return {metric: of for metric, of in means.items() if of}, {target: _means(dice[target]) for target in kept}
+
+
+def _that_count(study: Study, rows: Sequence[Row]) -> list[Row]:
+    """Rows of candidates with weights, by the first strategy of each."""
+    first = {c.name: c.strategies[0] for c in study.candidates if c.path is not None}
+    return [row for row in rows if first.get(row.candidate) == row.strategy]
 
 
 def _means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -197,6 +201,19 @@ def compare_rankers(study: Study, rows: Sequence[Row], *, n_resamples: int) -> l
     for metric, of in scores.items():
         rankers.append(_ranker(metric, of, dice, n_resamples) | {"complete": metric in complete})
     return sorted(rankers, key=lambda ranker: (not ranker["complete"], -ranker["estimates"][_CHOOSES]["mean"]))
+
+
+def compare_seeds(study: Study, rows: Sequence[Row], *, n_resamples: int) -> dict[str, Any] | None:
+    """Measure how well the Dice of every second seed agrees with that of the others, as if it were a score.
+
+    A score can hardly do better than another training. None where there is one seed, or nothing to compare yet.
+    """
+    halves: tuple[dict[str, dict[str, list[float]]], ...] = ({}, {})
+    for row in _that_count(study, rows):
+        for half, of in enumerate(halves if len(row.seeds) == study.seeds > 1 else ()):
+            of.setdefault(row.target, {}).setdefault(row.candidate, []).append(float(np.nanmean(row.dice[half::2])))
+    truth, scores = ({target: _means(each) for target, each in of.items() if len(each) > 2} for of in halves)
+    return _ranker("the Dice with other seeds", scores, truth, n_resamples) if truth else None
 
 
 def _ranker(metric: str, scores: ByTarget, dice: ByTarget, n_resamples: int) -> dict[str, Any]:
@@ -226,6 +243,7 @@ class StudyResults:
     progress: dict[str, float]
     summary: list[dict[str, Any]]  # of each candidate over its targets, by its gain above that of all others there
     rankers: list[dict[str, Any]]  # of each score, the best one first
+    repeats: dict[str, Any] | None  # the same of the Dice with other seeds
     features: list[str]  # that the scores are made of: stages of the decoder, or of the encoder
 
     def as_dict(self) -> dict[str, Any]:
@@ -237,7 +255,7 @@ class StudyResults:
                 **{name: [round(v, 5) for v in (i.mean, i.low, i.high)] for name, i in row.mean.items()},
             } for row in self.rows
         ]  # fmt: skip
-        about = {key: getattr(self, key) for key in ("progress", "summary", "rankers", "features", "failed")}
+        about = {key: getattr(self, key) for key in ("progress", "summary", "rankers", "repeats", "features", "failed")}
         return {**about, "rows": rows}
 
 
@@ -280,5 +298,6 @@ def read_study(study: Study, *, n_resamples: int = 1000) -> StudyResults:
         },
         summary=sorted(summary, key=lambda entry: -entry["above"]),
         rankers=compare_rankers(study, rows, n_resamples=n_resamples),
+        repeats=compare_seeds(study, rows, n_resamples=n_resamples),
         features=sorted({content["features"] for content in map(read_json, ranked) if "features" in content}),
     )  # fmt: skip
