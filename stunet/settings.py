@@ -36,8 +36,9 @@ PretextName = Literal[
 StemPolicy = Literal["repeat-scaled", "first", "zero-new", "random"]
 """How the stem is adapted to other input channels; see :func:`stunet.weights.transfer.adapt_stem`."""
 
-HeadPolicy = Literal["by-name", "fresh"]
-"""Whether rows of the heads are copied for structures that source and target share; ``fresh`` ones begin at 0."""
+HeadPolicy = Literal["by-name", "fresh", "fresh-decoder"]
+"""Whether rows of the heads are copied for structures that source and target share; ``fresh`` ones begin at 0, and with
+``fresh-decoder`` the decoder is not copied either."""
 
 SETTINGS_KEY = "stunet"
 """Key of a plans file's configuration under which the training settings are."""
@@ -115,7 +116,9 @@ SETTINGS: dict[str, Setting] = {
     "warmup_epochs": Setting(None, *_COUNT, "epochs of each of the two ramps of fine_tune=warmup"),
     "layer_decay": Setting(0.85, *_DECAY, "fine_tune=layerwise: factor of the rate per stage away from the output"),
     "stem": Setting("repeat-scaled", *_one_of(StemPolicy), "how weights are adapted to other input channels"),
-    "head": Setting("by-name", *_one_of(HeadPolicy), "fresh: heads begin at 0; else as pretrained_weights say"),
+    "head": Setting(
+        "by-name", *_one_of(HeadPolicy), "fresh: heads begin at 0; fresh-decoder: the decoder begins anew, too"
+    ),
     "select_for": Setting(None, *_DATASET, "dataset for which periodic checkpoints are scored; the best one is kept"),
     "pretext": Setting(None, *_one_of(PretextName), "self-supervised task, beside labels or alone"),
     "pretext_weight": Setting(0.1, *_POSITIVE, "weight of pretext beside labels, in the other trainers"),

@@ -109,6 +109,17 @@ def test_fresh_heads_on_request(tmp_path: Path) -> None:
     assert report.head_remark == "fresh heads were asked for"
 
 
+def test_a_fresh_decoder_on_request(tmp_path: Path) -> None:
+    weights, network = source(tmp_path), target(4)
+    drawn = {key: value.clone() for key, value in network.state_dict().items()}
+    report = transfer_weights(weights, network, softmax("liver", "left kidney", "IVC"), head="fresh-decoder")
+    for key, value in network.state_dict().items():
+        of_decoder = torch.zeros_like(value) if ".seg_layers." in key else drawn[key]
+        assert torch.equal(value, weights.tensors[key] if key.startswith("encoder.") else of_decoder), key
+    assert set(report.copied) == {key for key in drawn if key.startswith("encoder.")}
+    assert not any(report.structures.values())
+
+
 def test_unnamed_outputs_leave_the_heads_fresh(tmp_path: Path) -> None:
     path = write_v1(tmp_path, tiny_weights(num_classes=4), None)
     weights = open_weights([path])

@@ -433,7 +433,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         self.checkpoints.resume_from_sharded()
         if self.pretrained_weights is not None and not self.checkpoints.resumed:
             self._start_from(self.pretrained_weights)
-        elif self.head == "fresh" and not self.checkpoints.resumed:
+        elif self.head != "by-name" and not self.checkpoints.resumed:
             for parameter in self.plain_network.decoder.seg_layers.parameters():
                 nn.init.zeros_(parameter)
         self._check_accumulation()

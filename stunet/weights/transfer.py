@@ -102,7 +102,7 @@ def transfer_weights(
         outputs: What the target's outputs stand for; the target must be a STU-Net then. None for any module, which gets
             the tensors that have its names and shapes.
         stem: What to do with the stem where the input channels differ; ``random`` leaves it fresh in any case.
-        head: ``by-name``, or ``fresh`` to let all rows begin at 0.
+        head: ``by-name``, or ``fresh`` to let all rows begin at 0; ``fresh-decoder`` also leaves the decoder as it is.
 
     Returns:
         What became of each parameter.
@@ -121,16 +121,17 @@ def transfer_weights(
     if outputs is not None:
         _check_fit(weights, target, outputs)
         origin, structures = source_outputs(weights), dict.fromkeys(outputs.names)
-        remark = "fresh heads were asked for" if head == "fresh" else "the source does not say what its outputs are"
-        if origin is not None and head != "fresh":
+        remark = "fresh heads were asked for" if head != "by-name" else "the source does not say what its outputs are"
+        if origin is not None and head == "by-name":
             structures, remark = match_names(origin.names, outputs.names), ""
     matched = {row: source for row, source in enumerate(structures.values()) if source is not None}
     filled: dict[str, str] = {}
+    taken = "encoder" if head == "fresh-decoder" else weights.trained
     with torch.no_grad():
         for key, parameter in target.items():
-            tensor = weights.tensors.get(key) if key.startswith(weights.trained) else None
+            tensor = weights.tensors.get(key) if key.startswith(taken) else None
             filled[key] = "fresh"
-            if key.startswith(HEADS) and (outputs is not None or head == "fresh"):
+            if key.startswith(HEADS) and (outputs is not None or head != "by-name"):
                 parameter.zero_()
                 if tensor is not None:
                     filled[key] = _fill_head(parameter, tensor, origin, outputs, matched)

@@ -2,10 +2,10 @@
 
 Pre-trains narrow STU-Nets: on the labels of each of the five datasets (three checkpoints of one of these trainings, and
 one with noise on its weights), on the partial labels of two unions, and without labels by three tasks on two datasets
-each. Then plans, runs and reports a study (``stunet study``) of all of them and of training from scratch on the five
-datasets, each compared where it has seen no case of the target's dataset. Every step is a command that a user types.
-With --work, what is finished is not done again after an interruption; the study is in its folder ``study``, and in
-``study_of_decoders`` that of the candidates whose decoders are trained, which are ranked by these.
+each. Then plans, runs and reports two studies (``stunet study``) on the five datasets, in which each candidate is
+compared with training from scratch where it has seen no case of the target's dataset: ``encoders``, of all candidates,
+where decoders begin anew, and ``whole``, of those that labels have trained, where decoders and heads are transferred,
+too. Every step is a command that a user types. With --work, what is finished is not done again after an interruption.
 
     python tests/benchmarks/transfer_study.py --work FOLDER --jobs 2
 """
@@ -70,7 +70,7 @@ METRICS = [
 def main() -> None:
     parser = make_parser(__doc__, "")
     parser.add_argument("--pretrain-epochs", type=int, default=20, help="epochs of 50 iterations")
-    parser.add_argument("--epochs", type=int, default=10, help="epochs of 15 iterations on the labelled cases")
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of 50 iterations on the labelled cases")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--metrics", nargs="+", default=METRICS)
     Benchmark.print_result(parser)
@@ -86,14 +86,14 @@ class Benchmark(Experiment):
             calls |= {f"{task} {number}": partial(self.pretrain, number, task) for number in numbers}
         trained = dict(zip(calls, self.all_of([*calls.values()]), strict=True))
         pretraining = time.monotonic() - started
-        study = self.study("study", trained)
-        # The encoders alone are compared where one decoder is random; once more without those of random decoders.
-        trained = {name: path for name, path in trained.items() if "simclr" not in name}
-        decoders = self.study("study_of_decoders", trained, done=study)
+        encoders = self.study("encoders", trained, "fresh-decoder")
+        # Encoders alone can be compared where one decoder is random; here decoders can.
+        trained = {name: path for name, path in trained.items() if name.split()[0] not in TASKS}
+        whole = self.study("whole", trained, "by-name", done=encoders)
         return {
             "benchmark": "transfer_study",
             "hours": {"pre-training": pretraining / 3600, "all": (time.monotonic() - started) / 3600},
-            "results": {folder.name: json.loads((folder / "results.json").read_text()) for folder in (study, decoders)},
+            "results": {folder.name: json.loads((folder / "results.json").read_text()) for folder in (encoders, whole)},
             "versions": {name: version(name) for name in ("stunet", "nnunetv2", "torch")},
         }
 
@@ -133,21 +133,22 @@ class Benchmark(Experiment):
             self.type(f"{plan} --set {settings} && {train}")
         return fold / "checkpoint_final.pth"
 
-    def study(self, name: str, trained: dict[str, Path], done: Path | None = None) -> Path:
-        """Plan, run and report a study; its trainings may be done in the folder of another one."""
+    def study(self, name: str, trained: dict[str, Path], head: str, done: Path | None = None) -> Path:
+        """Plan, run and report a study; its trainings from scratch may be done in the folder of another one."""
         folder, definition = self.root / name, self.root / f"{name}.yaml"
         # CC-FV with other options is compared in the first study alone: that takes longer than the other metrics.
         metrics = self.args.metrics if done is None else [each for each in self.args.metrics if each not in VARIANTS]
-        self.define(trained, definition, metrics)
+        self.define(definition, trained, head, metrics)
         self.run(f"stunet study plan {definition} -o {folder} -device cpu")
-        for target in () if done is None else sorted((done / "results").iterdir()):
-            for cells in target.glob("S_*"):
-                shutil.copytree(cells, folder / "results" / target.name / cells.name, dirs_exist_ok=True)
+        if done is not None:
+            for cells in done.glob("results/*/S_scratch-full"):
+                shutil.copytree(cells, folder / cells.relative_to(done), dirs_exist_ok=True)
         self.run_on_all(f"stunet study run {folder} --jobs {self.args.jobs} -device cpu; stunet study report {folder}")
         return folder
 
-    def define(self, trained: dict[str, Path], definition: Path, metrics: list[str]) -> None:
-        candidates: list[dict[str, Any]] = [{"name": "scratch", "depth": [1] * 6, "width": self.args.width}]
+    def define(self, definition: Path, trained: dict[str, Path], head: str, metrics: list[str]) -> None:
+        scratch = {"name": "scratch", "depth": [1] * 6, "width": self.args.width, "settings": {"head": "fresh"}}
+        candidates: list[dict[str, Any]] = [scratch]
         for name, path in trained.items():
             number = int(name.split()[-1])
             sources = [*UNIONS[number][0]] if number in UNIONS else [number]
@@ -170,8 +171,8 @@ class Benchmark(Experiment):
             elif "Fetal" in name:  # one cohort is trained on, the other one tested on
                 target["groups"] = "^(neurotypical|spina_bifida)"
             targets.append({**target, "settings": {"patch_size": [int(n) for n in each.patch.split(",")]}})
-        steps = {"num_epochs": self.args.epochs, "num_iterations_per_epoch": 15, "num_val_iterations_per_epoch": 2}
-        settings = {**steps, "batch_size": 2, "initial_lr": 0.01, "head": "fresh", "mirroring": "none"}
+        steps = {"num_epochs": self.args.epochs, "num_iterations_per_epoch": 50, "num_val_iterations_per_epoch": 2}
+        settings = {**steps, "batch_size": 2, "initial_lr": 0.01, "head": head, "mirroring": "none"}
         content = {"targets": targets, "candidates": candidates, "seeds": self.args.seeds, "settings": settings}
         content["metrics"] = metrics
         content = json.loads(json.dumps(content))  # without aliases, which studies do not take
