@@ -73,16 +73,28 @@ def _verdict(results: StudyResults) -> str:
         return "No candidate can be compared with training from scratch yet."
     best = results.summary[0]
     said = (
-        f"{best['candidate']} ({best['strategy']}) is worth most: over training from scratch it gains "
-        f"{best['mean']:+.3f} Dice on average, {best['median']:+.3f} in the median, and wins {best['wins']} of "
-        f"{best['n']} comparisons; its gain is {best['above']:+.3f} above the mean of all candidates in the same ones."
+        f"{best['candidate']} ({best['strategy']}) is worth most: its Dice is {best['mean']:+.3f} compared with "
+        f"training from scratch on average, {best['median']:+.3f} in the median, with {best['wins']} of {best['n']} comparisons "
+        f"won; this is {best['above']:+.3f} compared with the mean of all candidates in the same ones."
     )
     if results.rankers:
         ranker = min(results.rankers, key=lambda each: (each["metric"] == CHOSEN, not each["complete"]))
-        tau, regret = (ranker["estimates"][name] for name in ("weighted_kendall", "regret"))
-        said += f" {ranker['metric']} would have ranked the candidates best: weighted tau {tau['mean']:.2f} "
-        said += f"({tau['low']:.2f} to {tau['high']:.2f}), regret {regret['mean']:.3f}."
+        said += f" {ranker['metric']} would have ranked the candidates best: {_in_words(ranker)}."
+        said += "".join(
+            f" {r['metric'][0].upper()}{r['metric'][1:]} comes to {_in_words(r)}." for r in _references(results)
+        )
     return said
+
+
+def _references(results: StudyResults) -> list[dict[str, Any]]:
+    """What can be had without having seen the target, and what another training would tell."""
+    chosen = [ranker for ranker in results.rankers if ranker["metric"] == CHOSEN]
+    return [*chosen, results.repeats] if results.repeats else chosen
+
+
+def _in_words(ranker: Mapping[str, Any]) -> str:
+    tau, regret = (ranker["estimates"][name] for name in ("weighted_kendall", "regret"))
+    return f"weighted tau {tau['mean']:.2f} ({tau['low']:.2f} to {tau['high']:.2f}), regret {regret['mean']:.3f}"
 
 
 def _table(target: str, n_cases: int, rows: Sequence[Row], results: StudyResults) -> dict[str, Any]:
