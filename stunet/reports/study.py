@@ -74,8 +74,8 @@ def _verdict(results: StudyResults) -> str:
     best = results.summary[0]
     said = (
         f"{best['candidate']} ({best['strategy']}) is worth most: its Dice is {best['mean']:+.3f} compared with "
-        f"training from scratch on average, {best['median']:+.3f} in the median, with {best['wins']} of {best['n']} comparisons "
-        f"won; this is {best['above']:+.3f} compared with the mean of all candidates in the same ones."
+        f"training from scratch on average, {best['median']:+.3f} in the median, with {best['wins']} of "
+        f"{best['n']} comparisons won; this is {best['above']:+.3f} compared with the mean of all candidates there."
     )
     if results.rankers:
         ranker = min(results.rankers, key=lambda each: (each["metric"] == CHOSEN, not each["complete"]))
