@@ -116,6 +116,8 @@ def test_a_study_whose_truth_is_known(tmp_path: Path) -> None:
     results = read_study(study, n_resamples=50)
     assert len(results.rows) == 3 * 6 * 2
     assert results.progress["done"] == 3 * 6 * 2 * 2
+    settings = [study.settings_of(study.targets[0], candidate) for candidate in study.candidates[:2]]
+    assert settings == [{"head": "fresh"}, {}]  # from scratch heads begin as those of new structures do in fine-tuning
     best = results.summary[0]
     assert (best["candidate"], best["wins"], best["n"]) == ("c5", 6, 6)
     assert best["mean"] == pytest.approx(0.4 * 5 / 6)

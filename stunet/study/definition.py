@@ -184,8 +184,12 @@ class Study:
         return [*self.rankings, *self.trainings]
 
     def settings_of(self, target: Target, candidate: Candidate | None) -> dict[str, Any]:
-        """Return the settings of a training, or a ranking: the study's, then the target's, then the candidate's."""
-        return {**self.settings, **target.settings, **({} if candidate is None else candidate.settings)}
+        """Return the settings of a training, or a ranking: the study's, then the target's, then the candidate's.
+
+        From scratch heads begin at 0, as those of new structures do in fine-tuning, unless one of these says otherwise.
+        """
+        fair = {"head": "fresh"} if candidate is not None and candidate.path is None else {}
+        return {**fair, **self.settings, **target.settings, **({} if candidate is None else candidate.settings)}
 
     def result(self, cell: Cell) -> Path:
         """Return where the result of a cell is or will be."""
