@@ -70,19 +70,31 @@ def test_fresh_heads_and_other_channels_by_setting(checkpoint: Path) -> None:
     assert len(report["fresh"]) == 10
 
 
-def test_fresh_heads_begin_at_0_from_scratch_too_but_not_in_resuming(dataset: Path) -> None:
+def test_a_decoder_that_begins_anew_is_trained(checkpoint: Path) -> None:
+    trainer, weights = start(checkpoint, head="fresh-decoder"), source_weights(checkpoint)
+    same = {key for key, value in trainer.network.state_dict().items() if torch.equal(value, weights[key])}
+    assert {key for key in weights if key.startswith("encoder.")} <= same
+    assert not any(key.endswith("conv1.weight") for key in same if key.startswith("decoder."))
+    for strategy in ("full", "warmup", "frozen-encoder"):
+        start(checkpoint, head="fresh-decoder", fine_tune=strategy)
+    with pytest.raises(SettingsError, match=r"head-only .* head=fresh-decoder leaves decoder\..* random for ever"):
+        start(checkpoint, head="fresh-decoder", fine_tune="head-only")
+
+
+@pytest.mark.parametrize("head", ["fresh", "fresh-decoder"])
+def test_fresh_heads_begin_at_0_from_scratch_too_but_not_in_resuming(dataset: Path, head: str) -> None:
     torch.manual_seed(0)
     drawn = make(plans=narrow_plans())
     drawn.on_train_start()
     torch.manual_seed(0)
-    fresh = make(plans=narrow_plans(head="fresh"))
+    fresh = make(plans=narrow_plans(head=head))
     fresh.on_train_start()
     for key, value in fresh.network.state_dict().items():
         zeros = torch.zeros_like(value) if ".seg_layers." in key else drawn.network.state_dict()[key]
         assert torch.equal(value, zeros)
     torch.nn.init.ones_(fresh.network.decoder.seg_layers[-1].weight)
     latest = save(trained(fresh, 1), "checkpoint_latest.pth")
-    resumed = make(plans=narrow_plans(head="fresh"))
+    resumed = make(plans=narrow_plans(head=head))
     resumed.load_checkpoint(str(latest))
     resumed.on_train_start()
     assert resumed.network.decoder.seg_layers[-1].weight.all()

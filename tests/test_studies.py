@@ -140,6 +140,7 @@ def test_a_study_whose_truth_is_known(tmp_path: Path) -> None:
     assert rankers["wrong"]["estimates"]["weighted_kendall"]["mean"] == pytest.approx(np.mean(taus))
     page = write_study(study, n_resamples=50).read_text()
     assert "c5 (full) is worth most" in page
+    assert "The Dice with other seeds comes to weighted tau 1.00 (1.00 to 1.00), regret 0.000." in page
 
 
 def test_what_some_candidates_lack_comes_last_and_ties_share_their_regret(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def scores_and_dice(study: Study, rows: Sequence[Row]) -> tuple[dict[str, ByTarg
     """
     dice: dict[str, dict[str, list[float]]] = {}
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for row in _that_count(study, rows):
+    for row in _with_weights(study, rows):
         dice.setdefault(row.target, {}).setdefault(row.candidate, []).append(row.mean["Dice"].mean)
         n_epochs = row.curves.shape[1]
         few = max(1, round(0.01 * n_epochs))
@@ -174,7 +174,7 @@ def scores_and_dice(study: Study, rows: Sequence[Row]) -> tuple[dict[str, ByTarg
     return {metric: of for metric, of in means.items() if of}, {target: _means(dice[target]) for target in kept}
 
 
-def _that_count(study: Study, rows: Sequence[Row]) -> list[Row]:
+def _with_weights(study: Study, rows: Sequence[Row]) -> list[Row]:
     """Rows of candidates with weights, by the first strategy of each."""
     first = {c.name: c.strategies[0] for c in study.candidates if c.path is not None}
     return [row for row in rows if first.get(row.candidate) == row.strategy]
@@ -209,7 +209,7 @@ def compare_seeds(study: Study, rows: Sequence[Row], *, n_resamples: int) -> dic
     A score can hardly do better than another training. None where there is one seed, or nothing to compare yet.
     """
     halves: tuple[dict[str, dict[str, list[float]]], ...] = ({}, {})
-    for row in _that_count(study, rows):
+    for row in _with_weights(study, rows):
         for half, of in enumerate(halves if len(row.seeds) == study.seeds > 1 else ()):
             of.setdefault(row.target, {}).setdefault(row.candidate, []).append(float(np.nanmean(row.dice[half::2])))
     truth, scores = ({target: _means(each) for target, each in of.items() if len(each) > 2} for of in halves)

@@ -351,8 +351,8 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         stuck = [key for key, p in fresh.items() if not p.requires_grad and all(p is not other for other in unused)]
         if stuck:
             listed = ", ".join(stuck[:4])
-            given = f"fine_tune={self.fine_tune} with stem={self.stem}"
-            raise SettingsError(f"{given} leaves {listed} random for ever: change one of the two")
+            given = f"fine_tune={self.fine_tune} with stem={self.stem} and head={self.head}"
+            raise SettingsError(f"{given} leaves {listed} random for ever: change one of them")
         self.print_to_log_file(f"Starting from {report.source}")
         for what, count, which in report.rows():
             self.print_to_log_file(f"  {what}: {count}{f' ({which})' if which else ''}", add_timestamp=False)

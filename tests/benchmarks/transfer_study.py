@@ -156,11 +156,8 @@ class Benchmark(Experiment):
             candidates.append(
                 {"name": name, "path": str(path.relative_to(self.root)), "sources": sources, "facts": facts}
             )
-        (brain,) = (each for each in candidates if each["name"] == "labels 35")
-        for epoch in (2, 10):
-            path = Path(brain["path"]).with_name(f"checkpoint_epoch_{epoch:04d}.pth")
-            candidates.append({**brain, "name": f"labels 35, epoch {epoch}", "path": str(path)})
-        candidates.append({**brain, "name": "labels 35, noisy", "path": str(self.degrade(Path(brain["path"])))})
+        if head == "fresh-decoder":
+            candidates += self.make_worse(next(each for each in candidates if each["name"] == "labels 35"))
         targets: list[dict[str, Any]] = []
         for name, each in TARGETS.items():
             target: dict[str, Any] = {"dataset": int(name[7:10]), "cases": [N_LABELLED], "test": each.test}
@@ -177,6 +174,13 @@ class Benchmark(Experiment):
         content["metrics"] = metrics
         content = json.loads(json.dumps(content))  # without aliases, which studies do not take
         definition.write_text(yaml.safe_dump(content, sort_keys=False))
+
+    def make_worse(self, brain: dict[str, Any]) -> list[dict[str, Any]]:
+        """The same pre-training after fewer epochs, and with noise on its weights."""
+        path = Path(brain["path"])
+        worse = {f"epoch {epoch}": path.with_name(f"checkpoint_epoch_{epoch:04d}.pth") for epoch in (2, 10)}
+        worse["noisy"] = self.degrade(path)
+        return [{**brain, "name": f"{brain['name']}, {how}", "path": str(path)} for how, path in worse.items()]
 
     def n_cases(self, number: int) -> int:
         return len([*(self.raw / self.dataset(number) / "labelsTr").glob("*.nii.gz")])

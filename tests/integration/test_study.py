@@ -68,7 +68,7 @@ def test_a_study_is_killed_resumed_and_reported(shell: Shell) -> None:
         said = shell.type("stunet study run S -device cpu --jobs 2 & stunet study run S -device cpu; wait")
     assert f"{study.trainings[-1].name} in work elsewhere" in said
     assert not held.exists()
-    shell.type("stunet study run S -device cpu")
+    assert "about 0.0 hours left" in shell.type("stunet study run S -device cpu")
     now = results(shell)
     assert len(now) == 4
     assert {content["status"] for content in now.values()} == {"done"}
