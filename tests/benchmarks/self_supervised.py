@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--scored", type=int, default=10, help="cases that all are scored on")
     parser.add_argument("--pretrain-epochs", type=int, default=20, help="of 50 iterations")
     parser.add_argument("--epochs", type=int, default=10, help="on the labelled cases")
+    parser.add_argument("--encoder-only", action="store_true", help="transfer no decoder where a task trains one")
     parser.add_argument("--pretrain-only", action="store_true")
     parser.add_argument("--joint", nargs="+", default=[], metavar="TASK")
     parser.add_argument("--configuration", default="3d_fullres")
@@ -227,13 +228,13 @@ class Benchmark(Experiment):
 
     def train(self, arm: str, source: Path | None, n: int, seed: int) -> Path:
         fold = N_SEEDS * self.args.few.index(n) + seed
-        name = "P_" + re.sub("[^a-z]+", "_", arm)
+        name = "P_" + re.sub("[^a-z]+", "_", arm) + "_encoder" * (source is not None and self.args.encoder_only)
         folder = self.results / TARGET / f"STUNetTrainer__{name}__{self.configuration}" / f"fold_{fold}"
         if (folder / "validation" / "summary.json").is_file():
             return folder
         if source is not None:
             # At the rate of a training from scratch: so few iterations at a tenth of it would not leave the start.
-            settings = f"{self.from_zero(self.args.epochs)} initial_lr=0.01"
+            settings = f"{self.from_zero(self.args.epochs)}{'-decoder' * self.args.encoder_only} initial_lr=0.01"
             line = f"stunet finetune -d 107 -c {self.configuration} -f {fold} --from {source} --name {name}"
             self.type(f"{line} -device cpu --seed {seed} --overwrite {settings}")
             return folder

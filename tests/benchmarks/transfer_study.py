@@ -5,7 +5,7 @@ one with noise on its weights), on the partial labels of two unions, and without
 each. Then plans, runs and reports two studies (``stunet study``) on the five datasets, in which each candidate is
 compared with training from scratch where it has seen no case of the target's dataset: ``encoders``, of all candidates,
 where decoders begin anew, and ``whole``, of those that labels have trained, where decoders and heads are transferred,
-too. Every step is a command that a user types. With --work, what is finished is not done again after an interruption.
+too (one seed). Every step is a command that a user types. With --work, what is finished is not done again.
 
     python tests/benchmarks/transfer_study.py --work FOLDER --jobs 2
 """
@@ -170,8 +170,8 @@ class Benchmark(Experiment):
             targets.append({**target, "settings": {"patch_size": [int(n) for n in each.patch.split(",")]}})
         steps = {"num_epochs": self.args.epochs, "num_iterations_per_epoch": 50, "num_val_iterations_per_epoch": 2}
         settings = {**steps, "batch_size": 2, "initial_lr": 0.01, "head": head, "mirroring": "none"}
-        content = {"targets": targets, "candidates": candidates, "seeds": self.args.seeds, "settings": settings}
-        content["metrics"] = metrics
+        content = {"targets": targets, "candidates": candidates, "settings": settings, "metrics": metrics}
+        content["seeds"] = self.args.seeds if head == "fresh-decoder" else 1
         content = json.loads(json.dumps(content))  # without aliases, which studies do not take
         definition.write_text(yaml.safe_dump(content, sort_keys=False))
 
