@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -62,6 +63,16 @@ def test_regret_by_hand() -> None:
     assert top_regret(np.array([3.0, 2, 1]), dice) == 0
     assert top_regret(np.array([1.0, 2, 3]), dice) == pytest.approx(0.2)
     assert top_regret(np.array([1.0, 3, 3]), dice) == pytest.approx(0.15)  # either of two
+
+
+@pytest.mark.parametrize("first", [1, 2, 3, 5])
+def test_regret_of_the_first_few_is_the_mean_over_all_orders_of_equal_ones(first: int) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        scores, dice = rng.integers(0, 3, 5).astype(float), rng.random(5)
+        orders = [order for order in itertools.permutations(range(5)) if (np.diff(scores[[*order]]) <= 0).all()]
+        expected = dice.max() - np.mean([dice[[*order[:first]]].max() for order in orders])
+        assert top_regret(scores, dice, first) == pytest.approx(expected)
 
 
 def test_values_against_scipy() -> None:

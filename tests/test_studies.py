@@ -164,7 +164,10 @@ def test_what_some_candidates_lack_comes_last_and_ties_share_their_regret(tmp_pa
     assert (rankers[-1]["metric"], rankers[-1]["complete"], rankers[-1]["candidates"]) == ("of few", False, [3, 3])
     assert rankers[-1]["estimates"]["weighted_kendall"]["mean"] == pytest.approx(1)
     by_name = {each["metric"]: each for each in rankers}
-    assert by_name["tied"]["choices"]["Dataset000_T"] == {"first": "c4 or c5", "regret": pytest.approx(0.2 / 6)}
+    assert by_name["tied"]["choices"]["Dataset000_T"] == {
+        "first": "c4 or c5", "regret": pytest.approx(0.2 / 6), "regret of three": pytest.approx(0),
+    }  # fmt: skip
+    assert by_name["known"]["regret of three"] == pytest.approx(0.8 / 6)  # it prefers 1, 2 and 3 of 5
     # Neither of them is known before the fine-tuning.
     assert {*by_name["the best on the other targets"]["chosen"].values()} == {"number"}
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
 from stunet.errors import TransferabilityError, reading
 
@@ -67,9 +67,17 @@ def pairwise_kendall(scores: Array, dice: Array) -> float:
     return float((weights * x * y).sum() / math.sqrt((weights * x**2).sum() * (weights * y**2).sum()))
 
 
-def top_regret(scores: Array, dice: Array) -> float:
-    """Return best Dice minus that of the checkpoint with the highest score, or their mean where several have it."""
-    return float(dice.max() - dice[scores == scores.max()].mean())
+def top_regret(scores: Array, dice: Array, first: int = 1) -> float:
+    """Return best Dice minus the best of the ``first`` checkpoints by score; of equal ones, the mean over all choices.
+
+    >>> top_regret(np.array([3.0, 2.0, 1.0]), np.array([0.5, 0.75, 1.0])), top_regret(np.zeros(2), np.array([0.5, 1.0]))
+    (0.5, 0.25)
+    """
+    last = np.sort(scores)[-first:][0]
+    sure, tied = dice[scores > last], np.sort(dice[scores == last])
+    choices = special.comb(np.arange(len(tied)), first - len(sure) - 1)  # those with this one as the best of the tied
+    best = np.maximum(tied, sure.max(initial=-np.inf))
+    return float(dice.max() - choices @ best / choices.sum())
 
 
 def _pearson_of_rows(x: Array, y: Array) -> Array:

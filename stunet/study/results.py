@@ -222,11 +222,16 @@ def _ranker(metric: str, scores: ByTarget, dice: ByTarget, n_resamples: int) -> 
     choices = {}
     for target, of in scores.items():
         values, reached = (np.array([each[name] for name in of]) for each in (of, truth[target]))
-        first = " or ".join(name for name in of if of[name] == values.max())
-        choices[target] = {"first": first, "regret": top_regret(values, reached)}
+        chosen = " or ".join(name for name in of if of[name] == values.max())
+        regret, of_three = (top_regret(values, reached, first) for first in (1, 3))
+        choices[target] = {"first": chosen, "regret": regret, "regret of three": of_three}
     estimates = {name: {"mean": each.value, "low": each.low, "high": each.high} for name, each in found.items()}
     n_candidates = [len(of) for of in scores.values()]
-    return {"metric": metric, "candidates": n_candidates, "estimates": estimates, "choices": choices}
+    of_three = float(np.mean([choice["regret of three"] for choice in choices.values()]))
+    return {
+        "metric": metric, "candidates": n_candidates, "estimates": estimates, "regret of three": of_three,
+        "choices": choices,
+    }  # fmt: skip
 
 
 # All of it ------------------------------------------------------------------------------------------------------------
