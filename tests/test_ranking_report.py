@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from jinja2 import UndefinedError
 
 from stunet.ranking import CandidateScores, Ranking
@@ -52,7 +53,7 @@ def make_ranking(*names: str, failures: tuple[CandidateScores, ...] = ()) -> Ran
         )
         for case, voxels in (("a", {0: 900, 1: 500, 2: 40}), ("b", {0: 900, 1: 500, 2: 700}), ("c", {0: 900, 1: 99}))
     )  # fmt: skip
-    dataset: Any = SimpleNamespace(structures={1: "liver", 2: "spleen"})
+    dataset: Any = SimpleNamespace(structures={1: "liver", 2: "spleen"}, cases=["a", "b", "c", "d"])
     return Ranking(
         rows=candidates,
         failures=failures,
@@ -67,7 +68,7 @@ def make_ranking(*names: str, failures: tuple[CandidateScores, ...] = ()) -> Ran
 def test_json_and_csv(tmp_path: Path) -> None:
     bad = CandidateScores(name="bad", path="/models/bad.pth", error="weights that are not finite")
     paths = write_ranking(make_ranking(failures=(bad,)), tmp_path)
-    assert [path.name for path in paths] == ["ranking.json", "ranking.csv", "ranking.html"]
+    assert [path.name for path in paths] == ["ranking.json", "ranking.csv", "ranking.html", "study.yaml"]
     content = json.loads(paths[0].read_text())
     first, second, third = content["candidates"]
     assert (first["name"], first["scores"]) == ("first & best", {"ccfv": 3.0, "leep": None})
@@ -95,6 +96,19 @@ def test_page_says_it_and_escapes(tmp_path: Path) -> None:
     assert "0.050, 25 %" in page
     assert "spleen: 1 of 2 cases have fewer than 100 voxels of it, the fewest 40" in page
     assert "liver: 1 of 3 cases" in page
+
+
+def test_a_study_of_the_first_three(tmp_path: Path) -> None:
+    ranking = make_ranking("a", "b", "c", "d")
+    others = [replace(row, description={**row.description, "network": "PlainConvUNet"}) for row in ranking.rows]
+    rows = (others[0], *ranking.rows[1:], replace(ranking.rows[0], name="e"))
+    study = yaml.safe_load(write_ranking(replace(ranking, rows=rows), tmp_path)[3].read_text())
+    assert [candidate["name"] for candidate in study["candidates"]] == ["b", "c", "d"]
+    target = {"dataset": "Dataset004_Test", "configuration": "3d_fullres", "plans": "nnUNetPlans"}
+    assert study["targets"] == [{**target, "cases": [3], "test": 1}]
+    # One STU-Net is no choice, and a study of another ranking must not stay.
+    assert len(write_ranking(replace(ranking, rows=(ranking.rows[0], others[1])), tmp_path)) == 3
+    assert not (tmp_path / "study.yaml").exists()
 
 
 def test_ties_and_empty_rankings_are_said() -> None:

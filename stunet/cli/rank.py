@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -83,7 +84,7 @@ def rank(
     if as_json:
         typer.echo(paths[0].read_text(encoding="utf-8"), nl=False)
     else:
-        _show(result, paths[2])
+        _show(result, *paths[2:])
     if result.failures:
         raise typer.Exit(1 if result.rows else 2)
 
@@ -93,7 +94,7 @@ def _report(result: CandidateScores) -> None:
     say(f"{result.name} could not be scored: {result.error}" if result.error else f"{result.name}: {took}")
 
 
-def _show(ranking: Ranking, page: Path) -> None:
+def _show(ranking: Ranking, page: Path, study: Path | None = None) -> None:
     from stunet.reports.figures import short_names
 
     columns: dict[str, list[Text]] = {}
@@ -124,6 +125,10 @@ def _show(ranking: Ranking, page: Path) -> None:
     for number, command in enumerate(ranking.commands):
         print_line("or:" if number else "Next:")
         print_line(f"$ {command}", style="bold")
+    if study is not None:
+        print_line("Or measure what the first few are worth, by short trainings:")
+        line = shlex.join(["stunet", "study", "plan", str(study), "-o", str(study.with_suffix(""))])
+        print_line(f"$ {line}", style="bold")
 
 
 def rank_eval(

@@ -291,6 +291,11 @@ class CandidateScores:
     seconds: float = 0.0  # that scoring took; 0 where the result was there already
 
     @property
+    def is_stunet(self) -> bool:
+        """Whether it can be fine-tuned here."""
+        return str(self.description["network"]).startswith("STU-Net")
+
+    @property
     def interval(self) -> tuple[float, float] | None:
         """Of CC-FV over resampled cases, 95 %."""
         values = [value for value in self.draws if value is not None]
@@ -502,13 +507,26 @@ class Ranking:
         """How to fine-tune the first checkpoint, and the one of the lowest mean rank, where these are STU-Nets."""
         commands = []
         for row in {row.name: row for row in (*self.rows[:1], self.consensus) if row is not None}.values():
-            if str(row.description["network"]).startswith("STU-Net"):  # another network needs its own plans
+            if row.is_stunet:  # another network needs its own plans
                 number, fold, plans = int(self.about["dataset"][7:10]), self.settings["fold"], self.about["plans"]
                 command = ["stunet", "finetune", "-d", str(number), "-c", self.about["configuration"]]
                 command += ["-f", fold] if fold != "all" else []  # whose validation cases the ranking has not seen
                 command += ["--from", row.path, *(["-p", plans] if plans != "nnUNetPlans" else [])]
                 commands.append(shlex.join(command))
         return commands
+
+    @property
+    def study(self) -> dict[str, Any] | None:
+        """A study of the first three STU-Nets, as ``study.yaml`` has it: each is fine-tuned for 100 epochs.
+
+        None where there are fewer than two of them, or too few cases.
+        """
+        first = [{"name": row.name, "path": str(Path(row.path).absolute())} for row in self.rows if row.is_stunet][:3]
+        n_test = (n_cases := len(self.target.dataset.cases)) // 3
+        if len(first) < 2 or n_test == 0:
+            return None
+        target = {**self.about, "cases": [n_cases - n_test], "test": n_test}
+        return {"targets": [target], "candidates": first, "settings": {"num_epochs": 100}, "metrics": []}
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content of ``ranking.json``."""

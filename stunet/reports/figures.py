@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib import colormaps
@@ -256,10 +257,18 @@ _BEST, _OTHERS = "#0b6e8f", "#9fb3c1"
 
 
 def write_ranking(ranking: Ranking, folder: str | os.PathLike[str]) -> list[Path]:
-    """Write ``ranking.json``, ``ranking.csv`` and ``ranking.html``, each atomically, and return their paths."""
+    """Write ``ranking.json``, ``ranking.csv`` and ``ranking.html``, each atomically, and return their paths.
+
+    And, as the last one, ``study.yaml``, which measures the first few, where there is anything to compare.
+    """
     paths = [Path(folder) / f"ranking.{ending}" for ending in ("json", "csv", "html")]
     write_json(ranking.as_dict(), paths[0])
     ranking.to_csv(paths[1])
+    (study := Path(folder) / "study.yaml").unlink(missing_ok=True)
+    if ranking.study is not None:
+        with atomic_path(study) as temporary:
+            temporary.write_text(yaml.safe_dump(ranking.study, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        paths.append(study)
     scored = [row for row in ranking.rows if row.ccfv]
     write_page(
         "ranking.html",
