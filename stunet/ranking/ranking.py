@@ -37,6 +37,20 @@ from stunet.weights.transfer import HEADS, adapt_stem, source_outputs
 
 METRICS = ("ccfv", *RIVALS, "topote", "zero-shot", *VARIANTS)
 """Names of all metrics."""
+MEASURED: Mapping[str, tuple[float, float, float, float]] = {
+    "ccfv": (0.14, -0.31, 0.53, 0.043),
+    "logme": (0.08, -0.30, 0.47, 0.071),
+    "transrate": (-0.01, -0.40, 0.39, 0.084),
+    "leep": (0.09, -0.44, 0.60, 0.032),
+    "gbc": (-0.09, -0.41, 0.26, 0.070),
+    "linear-probe": (-0.07, -0.46, 0.33, 0.074),
+    "topote": (0.21, -0.20, 0.59, 0.052),
+    "topote-global": (0.18, -0.27, 0.57, 0.052),
+    "topote-local": (0.14, -0.19, 0.49, 0.079),
+    "dropout": (-0.02, -0.62, 0.54, 0.069),
+}
+"""Weighted tau of a score with the Dice after fine-tuning, its 95 % interval, and the regret: means over five datasets
+(docs/studies/five_datasets.md)."""
 
 #: What ``topote`` is fused from.
 _TERMS = ("topote-global", "topote-local")

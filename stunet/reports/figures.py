@@ -261,6 +261,8 @@ def write_ranking(ranking: Ranking, folder: str | os.PathLike[str]) -> list[Path
 
     And, as the last one, ``study.yaml``, which measures the first few, where there is anything to compare.
     """
+    from stunet.ranking.ranking import MEASURED
+
     paths = [Path(folder) / f"ranking.{ending}" for ending in ("json", "csv", "html")]
     write_json(ranking.as_dict(), paths[0])
     ranking.to_csv(paths[1])
@@ -279,6 +281,7 @@ def write_ranking(ranking: Ranking, folder: str | os.PathLike[str]) -> list[Path
         scored=scored,
         figures=_figures(ranking, scored) or [],
         mean_consistency=_mean_consistency,
+        measured=MEASURED,
     )
     return paths
 

@@ -18,14 +18,19 @@ import shutil
 import time
 from functools import partial
 from importlib.metadata import version
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
 from experiment import Experiment, make_parser
+from scipy.stats import rankdata
 
+from stunet.ranking import leave_one_target_out, mean_agreement
 from stunet.ranking.ccfv import VARIANTS
+from stunet.study.definition import Study
+from stunet.study.results import EARLY, compare, read_results, scores_and_dice
 
 _BRAIN = (
     *("deep_grey=caudate,putamen,pallidum,thalamus,hippocampus,amygdala", "ventricle=lateral_ventricle"),
@@ -67,6 +72,31 @@ METRICS = [
 ]
 
 
+def combine(folder: Path) -> dict[str, Any]:
+    """Choose among scores and mean ranks of two of them by leaving one target out, and tell what that comes to."""
+    study = Study(folder)
+    rows, _failed = read_results(study)
+    compare(rows, None, n_resamples=10)
+    scores, dice = scores_and_dice(study, rows)
+    known = {
+        m: of for m, of in scores.items() if EARLY not in m and all(set(of.get(t, ())) == set(dice[t]) for t in dice)
+    }
+    ranks = {
+        m: {t: dict(zip(s, rankdata([*s.values()]), strict=True)) for t, s in of.items()} for m, of in known.items()
+    }
+    pairs = {
+        f"{a}, {b}": {t: {name: ranks[a][t][name] + ranks[b][t][name] for name in of} for t, of in dice.items()}
+        for a, b in combinations(ranks, 2)
+    }
+    found: dict[str, Any] = {}
+    for what, choices in {"scores": known, "mean ranks of two": pairs}.items():
+        chosen = leave_one_target_out(choices, dice)
+        agreement = mean_agreement({t: choices[choice.metric][t] for t, choice in chosen.items()}, dice)
+        found[what] = {"chosen": {t: choice.metric for t, choice in chosen.items()}}
+        found[what] |= {name: [round(v, 3) for v in (e.value, e.low, e.high)] for name, e in agreement.items()}
+    return found
+
+
 def main() -> None:
     parser = make_parser(__doc__, "")
     parser.add_argument("--pretrain-epochs", type=int, default=20, help="epochs of 50 iterations")
@@ -93,6 +123,7 @@ class Benchmark(Experiment):
         return {
             "benchmark": "transfer_study",
             "hours": {"pre-training": pretraining / 3600, "all": (time.monotonic() - started) / 3600},
+            "by leaving one target out": {folder.name: combine(folder) for folder in (encoders, whole)},
             "results": {folder.name: json.loads((folder / "results.json").read_text()) for folder in (encoders, whole)},
             "versions": {name: version(name) for name in ("stunet", "nnunetv2", "torch")},
         }
