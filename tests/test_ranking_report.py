@@ -16,7 +16,7 @@ from jinja2 import UndefinedError
 
 from stunet.ranking import CandidateScores, Ranking
 from stunet.ranking.points import CasePoints
-from stunet.ranking.ranking import Target
+from stunet.ranking.ranking import MEASURED, Target
 from stunet.reports.figures import short_names, write_page, write_ranking
 
 
@@ -109,6 +109,20 @@ def test_a_study_of_the_first_three(tmp_path: Path) -> None:
     # One STU-Net is no choice, and a study of another ranking must not stay.
     assert len(write_ranking(replace(ranking, rows=(ranking.rows[0], others[1])), tmp_path)) == 3
     assert not (tmp_path / "study.yaml").exists()
+
+
+def test_the_page_says_what_scores_were_worth_in_the_study_of_the_documentation(tmp_path: Path) -> None:
+    studied = json.loads((Path(__file__).parents[1] / "docs" / "studies" / "encoders.json").read_text())
+    for ranker in studied["rankers"]:
+        if ranker["metric"] in MEASURED:
+            tau, regret = (ranker["estimates"][name] for name in ("weighted_kendall", "regret"))
+            expected = (tau["mean"], tau["low"], tau["high"], regret["mean"])
+            assert MEASURED[ranker["metric"]] == pytest.approx(expected, abs=0.006)
+    assert {*MEASURED} <= {ranker["metric"] for ranker in studied["rankers"]}
+    page = write_ranking(make_ranking(), tmp_path)[2].read_text()
+    value, low, high, regret = MEASURED["ccfv"]
+    assert f"<td>{value:.2f}<br>{low:.2f} to {high:.2f}</td>" in page
+    assert f"<td>{regret:.3f}</td>" in page
 
 
 def test_ties_and_empty_rankings_are_said() -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stunet.ranking import CandidateScores, Ranking
 
 _CHECKPOINTS_HELP = "Checkpoints, model folders or fetched names. Takes several."
-_METRICS = "ccfv,logme,transrate,leep,gbc,zero-shot"
+_METRICS = "logme,ccfv,transrate,leep,gbc,zero-shot"
 
 
 def rank(
@@ -45,9 +45,10 @@ def rank(
 ) -> None:
     """Rank checkpoints by how well they will transfer to a dataset, without fine-tuning any of them.
 
-    Each is scored by its features of a few labelled cases: CC-FV (arXiv 2307.11958) and rivals. Writes ranking.json,
-    ranking.csv and ranking.html, and keeps results, so that an interrupted ranking can be resumed. Exit status 1 where
-    a candidate could not be scored, 2 where none could.
+    Each is scored by its features of a few labelled cases: LogME (arXiv 2102.11005), CC-FV (arXiv 2307.11958) and
+    others. Writes ranking.json, ranking.csv and ranking.html, and study.yaml, which measures the first three. Keeps
+    results, so that an interrupted ranking can be resumed. Exit status 1 where a candidate could not be scored, 2 where
+    none could.
     """
     preflight(dataset, plans, configuration)
     check_disk(output)

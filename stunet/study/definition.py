@@ -26,7 +26,7 @@ from stunet.files import Name, decode, read_document, read_json, write_json
 from stunet.labels.annotations import MANIFEST_NAME
 from stunet.network import find_size
 from stunet.planning.preprocessed import PreprocessedDataset, open_preprocessed
-from stunet.ranking.ranking import find_checkpoints, read_zoo
+from stunet.ranking.ranking import DEFAULT_METRICS, find_checkpoints, read_zoo
 from stunet.settings import Strategy, check_settings
 from stunet.sizes import N_STAGES, STUNetSize
 from stunet.weights.convert import SourceWeights, locate_checkpoint, open_any_weights
@@ -72,7 +72,7 @@ class StudyForm(msgspec.Struct, forbid_unknown_fields=True):
     candidates: Annotated[list[CandidateForm], msgspec.Meta(min_length=1)]
     seeds: _Count = 1
     settings: dict[str, Any] = {}
-    metrics: tuple[Name, ...] = ("ccfv", "logme", "transrate", "leep", "gbc", "zero-shot")
+    metrics: tuple[Name, ...] = DEFAULT_METRICS
     keep_checkpoints: bool = False
 
 

@@ -4,8 +4,8 @@ Pre-trains narrow STU-Nets: on the labels of each of the five datasets (three ch
 one with noise on its weights), on the partial labels of two unions, and without labels by three tasks on two datasets
 each. Then plans, runs and reports two studies (``stunet study``) on the five datasets, in which each candidate is
 compared with training from scratch where it has seen no case of the target's dataset: ``encoders``, of all candidates,
-where decoders begin anew, and ``whole``, of those that labels have trained, where decoders and heads are transferred,
-too (one seed). Every step is a command that a user types. With --work, what is finished is not done again.
+where decoders begin anew, and ``whole``, of those that labels of one dataset have trained, where decoders and heads are
+transferred, too (one seed). Every step is a command that a user types. With --work, what is finished is not done again.
 
     python tests/benchmarks/transfer_study.py --work FOLDER --jobs 2
 """
@@ -118,7 +118,7 @@ class Benchmark(Experiment):
         pretraining = time.monotonic() - started
         encoders = self.study("encoders", trained, "fresh-decoder")
         # Encoders alone can be compared where one decoder is random; here decoders can.
-        trained = {name: path for name, path in trained.items() if name.split()[0] not in TASKS}
+        trained = {name: path for name, path in trained.items() if name.startswith("labels")}
         whole = self.study("whole", trained, "by-name", done=encoders)
         return {
             "benchmark": "transfer_study",

@@ -62,11 +62,11 @@ def test_scores_failures_and_the_next_command(shell: Shell, fold: Path) -> None:
     assert sorted(names) == ["early", "final"]
     assert [failure["name"] for failure in ranking["failures"]] == ["broken"]
     scores = [candidate["scores"] for candidate in ranking["candidates"]]
-    assert scores[0]["ccfv"] > scores[1]["ccfv"]
+    assert scores[0]["logme"] > scores[1]["logme"]
     assert all(0 <= score["zero-shot"] <= 1 for score in scores)  # the kidneys are in both
     rows = list(csv.DictReader((shell.root / "out" / "ranking.csv").open()))
-    written = [(row["name"], float(row["ccfv"])) for row in rows]
-    assert written == [(name, score["ccfv"]) for name, score in zip(names, scores, strict=True)]
+    written = [(row["name"], float(row["logme"]), float(row["ccfv"])) for row in rows]
+    assert written == [(name, score["logme"], score["ccfv"]) for name, score in zip(names, scores, strict=True)]
     winner = {"early": "checkpoint_epoch_0002.pth", "final": "checkpoint_final.pth"}[names[0]]
     command = f"stunet finetune -d 2 -c 3d_fullres --from {fold}/{winner}"
     assert ranking["command"] == command
