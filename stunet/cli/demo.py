@@ -172,7 +172,7 @@ def _rank(workspace: Workspace) -> dict[str, Any]:
     checkpoints = [*sorted(fold.glob("checkpoint_epoch_*.pth")), fold / "checkpoint_final.pth"]
     output = workspace.root / "ranking"
     options = f"-f 0 -device {workspace.device} --seed {workspace.seed} -o {output}"
-    options += " --metrics logme,ccfv,transrate,leep,gbc,zero-shot --checkpoints " + " ".join(map(str, checkpoints))
+    options += " --checkpoints " + " ".join(map(str, checkpoints))
     workspace.run(f"stunet rank -d 2 {options}")
     ranking = read_json(output / "ranking.json")
     for candidate in ranking["candidates"]:

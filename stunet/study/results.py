@@ -206,7 +206,7 @@ def compare_rankers(study: Study, rows: Sequence[Row], *, n_resamples: int) -> l
 def compare_seeds(study: Study, rows: Sequence[Row], *, n_resamples: int) -> dict[str, Any] | None:
     """Measure how well the Dice of every second seed agrees with that of the others, as if it were a score.
 
-    A score can hardly do better than another training. None where there is one seed, or nothing to compare yet.
+    It says how certain the order is that scores are compared with. None with one seed, or nothing to compare yet.
     """
     halves: tuple[dict[str, dict[str, list[float]]], ...] = ({}, {})
     for row in _with_weights(study, rows):
