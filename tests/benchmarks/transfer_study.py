@@ -3,9 +3,10 @@
 Pre-trains narrow STU-Nets: on the labels of each of the five datasets (three checkpoints of one of these trainings, and
 one with noise on its weights), on the partial labels of two unions, and without labels by three tasks on two datasets
 each. Then plans, runs and reports two studies (``stunet study``) on the five datasets, in which each candidate is
-compared with training from scratch where it has seen no case of the target's dataset: ``encoders``, of all candidates,
-where decoders begin anew, and ``whole``, of those that labels of one dataset have trained, where decoders and heads are
-transferred, too (one seed). Every step is a command that a user types. With --work, what is finished is not done again.
+compared with training from scratch where it has seen no case of the target's dataset: ``encoders``, of all candidates
+and scores, where decoders begin anew, and ``whole``, of those that labels of one dataset have trained, where decoders
+are transferred, too (one seed, no scores). Every step is a command that a user types. With --work, what is finished is
+not done again.
 
     python tests/benchmarks/transfer_study.py --work FOLDER --jobs 2
 """
@@ -117,13 +118,12 @@ class Benchmark(Experiment):
         trained = dict(zip(calls, self.all_of([*calls.values()]), strict=True))
         pretraining = time.monotonic() - started
         encoders = self.study("encoders", trained, "fresh-decoder")
-        # Encoders alone can be compared where one decoder is random; here decoders can.
         trained = {name: path for name, path in trained.items() if name.startswith("labels")}
         whole = self.study("whole", trained, "by-name", done=encoders)
         return {
             "benchmark": "transfer_study",
             "hours": {"pre-training": pretraining / 3600, "all": (time.monotonic() - started) / 3600},
-            "by leaving one target out": {folder.name: combine(folder) for folder in (encoders, whole)},
+            "by leaving one target out": combine(encoders),
             "results": {folder.name: json.loads((folder / "results.json").read_text()) for folder in (encoders, whole)},
             "versions": {name: version(name) for name in ("stunet", "nnunetv2", "torch")},
         }
@@ -167,9 +167,7 @@ class Benchmark(Experiment):
     def study(self, name: str, trained: dict[str, Path], head: str, done: Path | None = None) -> Path:
         """Plan, run and report a study; its trainings from scratch may be done in the folder of another one."""
         folder, definition = self.root / name, self.root / f"{name}.yaml"
-        # CC-FV with other options is compared in the first study alone: that takes longer than the other metrics.
-        metrics = self.args.metrics if done is None else [each for each in self.args.metrics if each not in VARIANTS]
-        self.define(definition, trained, head, metrics)
+        self.define(definition, trained, head, self.args.metrics if done is None else [])
         self.run(f"stunet study plan {definition} -o {folder} -device cpu")
         if done is not None:
             for cells in done.glob("results/*/S_scratch-full"):
