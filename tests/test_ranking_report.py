@@ -121,8 +121,8 @@ def test_the_page_says_what_scores_were_worth_in_the_study_of_the_documentation(
     assert {*MEASURED} <= {ranker["metric"] for ranker in studied["rankers"]}
     page = write_ranking(make_ranking(), tmp_path)[2].read_text()
     value, low, high, regret = MEASURED["ccfv"]
-    assert f"<td>{value:.2f}<br>{low:.2f} to {high:.2f}</td>" in page
-    assert f"<td>{regret:.3f}</td>" in page
+    row = f"<td>{value:.2f}</td><td>{low:.2f} to {high:.2f}</td><td>{regret:.3f}</td>"
+    assert f'<td class="text">ccfv</td>{row}' in page
 
 
 def test_ties_and_empty_rankings_are_said() -> None:
