@@ -38,7 +38,7 @@ from stunet.weights.transfer import HEADS, adapt_stem, source_outputs
 METRICS = ("ccfv", *RIVALS, "topote", "zero-shot", *VARIANTS)
 """Names of all metrics."""
 DEFAULT_METRICS = ("logme", "ccfv", "transrate", "leep", "gbc", "zero-shot")
-"""No score has earned its place (docs/transferability.md); the first one has never been among the worst."""
+"""No score has earned its place; the first was among the better ones in two measurements (docs/transferability.md)."""
 MEASURED: Mapping[str, tuple[float, float, float, float]] = {
     "ccfv": (0.01, -0.39, 0.43, 0.045),
     "logme": (0.11, -0.22, 0.48, 0.036),
@@ -52,7 +52,7 @@ MEASURED: Mapping[str, tuple[float, float, float, float]] = {
     "dropout": (-0.19, -0.66, 0.38, 0.061),
 }
 """Weighted tau of a score with the Dice after fine-tuning, its 95 % interval, and the regret: means over five datasets
-(docs/studies/five_datasets.md)."""
+(docs/studies/five_datasets.md); of ``leep`` and ``dropout`` for the candidates that predict labels."""
 
 #: What ``topote`` is fused from.
 _TERMS = ("topote-global", "topote-local")

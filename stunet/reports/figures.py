@@ -306,7 +306,7 @@ def _figures(ranking: Ranking, scored: Sequence[CandidateScores]) -> list[dict[s
             {"color": _BEST, "linewidth": 2.5, "zorder": 3},
             *[{"linewidth": 1.2, "alpha": 0.8}] * len(curves),
         ]
-        lines = draw_curves(curves, "scale of the decoder, 0 is the finest", "log(variety / consistency)", styles)
+        lines = draw_curves(curves, "scale, 0 is the finest", "log(variety / consistency)", styles)
         figures.append({"svg": inline_svg(lines), "caption": "CC-FV at each scale; the score is their mean."})
     return figures
 

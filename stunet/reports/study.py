@@ -73,7 +73,7 @@ def _verdict(results: StudyResults) -> str:
         return "No candidate can be compared with training from scratch yet."
     best = results.summary[0]
     said = (
-        f"{best['candidate']} ({best['strategy']}) is worth most: its Dice is {best['mean']:+.3f} compared with "
+        f"{best['candidate']} ({best['strategy']}) came out best: its Dice is {best['mean']:+.3f} compared with "
         f"training from scratch on average, {best['median']:+.3f} in the median, with {best['wins']} of "
         f"{best['n']} comparisons won; this is {best['above']:+.3f} compared with the mean of all candidates there."
     )
