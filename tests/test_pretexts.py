@@ -19,6 +19,7 @@ from stunet.pretexts import PRETEXTS, find_pretext
 from stunet.pretexts.anatomy import pruned_contrast
 from stunet.pretexts.contrastive import follow, nt_xent, overlapping_crops, spread
 from stunet.pretexts.jigsaw import distant_permutations, half_turns, permuted
+from stunet.pretexts.pcrl import swap_boxes
 from stunet.pretexts.pretext import Pretext, join_blocks, split_blocks, to_unit_range
 from stunet.pretexts.reconstruction import block_mask, change_intensities, paint_over, random_box, shuffle_locally
 from stunet.pretexts.rotation import turn, turns
@@ -149,6 +150,18 @@ def test_shuffling_keeps_the_values_and_where_they_roughly_are() -> None:
     shuffle_locally(shuffled)
     assert torch.equal(shuffled.flatten().sort().values, x.flatten())
     assert not torch.equal(shuffled, x)
+
+
+def test_swapped_boxes_change_places_and_nothing_else() -> None:
+    x = torch.arange(2 * 16 * 24 * 8, dtype=torch.float32).view(2, 16, 24, 8)
+    displaced = []
+    for _ in range(50):
+        swapped = x.clone()
+        swap_boxes(swapped, 1)
+        displaced.append(int((swapped != x).sum()))
+        assert torch.equal(swapped.flatten(1).sort().values, x.flatten(1))
+    assert {*displaced} <= {0, 2 * 2 * (2 * 3 * 1)}  # both channels of two boxes
+    assert np.mean(displaced) > 12
 
 
 def test_painting() -> None:
