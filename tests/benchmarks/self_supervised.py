@@ -228,7 +228,7 @@ class Benchmark(Experiment):
 
     def train(self, arm: str, source: Path | None, n: int, seed: int) -> Path:
         fold = N_SEEDS * self.args.few.index(n) + seed
-        name = "P_" + re.sub("[^a-z]+", "_", arm) + "_encoder" * (source is not None and self.args.encoder_only)
+        name = "P_" + re.sub("[^a-z]+", "_", arm + " encoder" * (source is not None and self.args.encoder_only))
         folder = self.results / TARGET / f"STUNetTrainer__{name}__{self.configuration}" / f"fold_{fold}"
         if (folder / "validation" / "summary.json").is_file():
             return folder
