@@ -64,11 +64,11 @@ class Anatomy(Pretext):
             whole = torch.stack([case[i] for case, i in zip(parts, which, strict=True)])
         parts = split_blocks(whole, self.grid)
         n_parts = parts.shape[1]
-        parts = self._fit(parts.flatten(0, 1))
+        parts = self.fitted(parts.flatten(0, 1))
         z = self._embed(vary_intensities(parts))
         with torch.no_grad():
             of_parts = self._target(vary_intensities(parts))
-            of_whole = self._target(self._fit(whole))
+            of_whole = self._target(self.fitted(whole))
         locality, accuracy = pruned_contrast(z, of_parts, self.settings["temperature"], self.settings["pruned_above"])
         composed = F.normalize(self.composer(z.view(len(images), -1)), dim=1)
         distance = (composed - of_whole).square().sum(1).mean()
@@ -76,11 +76,6 @@ class Anatomy(Pretext):
         both = torch.cat((z.detach(), of_parts))
         self.chance = {"accuracy": 1 / (len(images) * n_parts), "compositionality": 2.0}
         return Step(locality + distance, {**measures, **spread(both)}, {})
-
-    def _fit(self, images: Tensor) -> Tensor:
-        size = self.smallest_input(images.shape[2:])
-        mode = "trilinear" if images.ndim == 5 else "bilinear"
-        return images if size == tuple(images.shape[2:]) else F.interpolate(images, size, mode=mode)
 
     def _embed(self, images: Tensor) -> Tensor:
         return F.normalize(self.projector(self.pooled(images)), dim=1)

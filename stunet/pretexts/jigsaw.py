@@ -11,10 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - as PyTorch's users write it
 
 from stunet.network import STUNet
-from stunet.pretexts.pretext import Pretext, Step, classified, divided_by, join_blocks, split_blocks
+from stunet.pretexts.pretext import Pretext, Step, classified, divided_by, split_blocks
 
 
 def distant_permutations(n: int, count: int) -> npt.NDArray[np.int64]:
@@ -39,7 +38,8 @@ def distant_permutations(n: int, count: int) -> npt.NDArray[np.int64]:
 class Jigsaw(Pretext):
     """Permute the blocks of a patch, and tell which permutation it was.
 
-    The network sees the permuted patch as a whole; the head gets the mean features of each place in the grid.
+    The network sees each block by itself, so that the edges between them do not give the answer away; the head gets
+    the mean features of all, place by place. Blocks that are too small for the network are enlarged.
     """
 
     family, source, oriented = "predictive", "arXiv 1603.09246, 1912.05396; settings of arXiv 2209.12157", True
@@ -61,15 +61,13 @@ class Jigsaw(Pretext):
         """Permute, classify."""
         which = torch.randint(len(self.permutations), (len(images),))
         blocks = permuted(split_blocks(images, self.grid), self.permutations[which])
-        features = self.by_place(join_blocks(blocks, self.grid))
+        features = self.by_place(blocks)
         loss, accuracy = classified(self.head(features.flatten(1)), which.to(images.device))
         return Step(loss, {"accuracy": accuracy}, {})
 
-    def by_place(self, images: Tensor) -> Tensor:
-        """Return the mean features of each place in the grid, ``(B, blocks, C)``."""
-        pool = F.adaptive_avg_pool3d if len(self.grid) == 3 else F.adaptive_avg_pool2d
-        pooled: Tensor = pool(self.encoder(images)[-1], self.grid)
-        return pooled.flatten(2).mT
+    def by_place(self, blocks: Tensor) -> Tensor:
+        """Return the mean features of each of ``(B, blocks, C, x, y[, z])``, ``(B, blocks, C)``."""
+        return self.pooled(self.fitted(blocks.flatten(0, 1))).view(*blocks.shape[:2], -1)
 
 
 def permuted(blocks: Tensor, order: Tensor) -> Tensor:
@@ -112,14 +110,14 @@ class Rubik(Jigsaw):
                 for case, row in zip(blocks, turned.tolist(), strict=True)
             ]
         )
-        features = self.by_place(self.masked(join_blocks(blocks, self.grid)))
+        features = self.by_place(self.masked(blocks))
         loss, accuracy = classified(self.head(features.flatten(1)), which.to(images.device))
         of_turns, right = classified(self.turn_head(features).flatten(0, 1), turned.flatten().to(images.device))
         return Step(loss + of_turns, {"accuracy": accuracy, "accuracy of rotations": right}, {})
 
-    def masked(self, images: Tensor) -> Tensor:
+    def masked(self, blocks: Tensor) -> Tensor:
         """Hide nothing."""
-        return images
+        return blocks
 
 
 class RubikPlus(Rubik):
@@ -129,7 +127,7 @@ class RubikPlus(Rubik):
     defaults: ClassVar[Mapping[str, Any]] = {**Rubik.defaults, "mask_ratio": 0.25}
     name = "rubik-plus"
 
-    def masked(self, images: Tensor) -> Tensor:
+    def masked(self, blocks: Tensor) -> Tensor:
         """Set a share of the voxels to 0, the same in all channels."""
-        dropped = torch.rand(len(images), 1, *images.shape[2:]) < self.settings["mask_ratio"]
-        return images.masked_fill(dropped.to(images.device), 0.0)
+        dropped = torch.rand(*blocks.shape[:2], 1, *blocks.shape[3:]) < self.settings["mask_ratio"]
+        return blocks.masked_fill(dropped.to(blocks.device), 0.0)

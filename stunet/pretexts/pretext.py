@@ -101,9 +101,14 @@ class Pretext(nn.Module):
         name, value = next(iter(measures.items()))
         return -value if name in ("error", "loss") else value
 
-    def smallest_input(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Return the nearest size that the network takes, with two voxels along each axis at the coarsest stage."""
-        return tuple(max(2, round(n / s)) * s for n, s in zip(size, self.strides, strict=True))
+    def fitted(self, images: Tensor) -> Tensor:
+        """Resize ``(B, C, X, Y[, Z])`` by linear interpolation to the nearest size that the network takes.
+
+        It has two voxels or more along each axis at the coarsest stage.
+        """
+        old = tuple(images.shape[2:])
+        size = tuple(max(2, round(n / s)) * s for n, s in zip(old, self.strides, strict=True))
+        return images if size == old else F.interpolate(images, size, mode="trilinear" if len(old) == 3 else "bilinear")
 
     def scaled(self, published: int, *, share: float) -> tuple[int, ...]:
         """Return a published length in voxels for each axis, at most a share of the patch there."""
@@ -189,14 +194,6 @@ def split_blocks(images: Tensor, grid: Sequence[int]) -> Tensor:
     cut = images.reshape(*images.shape[:2], *(k for pair in zip(grid, size, strict=True) for k in pair))
     order = [0, *range(2, 2 + 2 * n, 2), 1, *range(3, 3 + 2 * n, 2)]
     return cut.permute(order).reshape(len(images), math.prod(grid), images.shape[1], *size)
-
-
-def join_blocks(blocks: Tensor, grid: Sequence[int]) -> Tensor:
-    """Join what :func:`split_blocks` has cut."""
-    n, size = len(grid), blocks.shape[3:]
-    cut = blocks.reshape(len(blocks), *grid, *blocks.shape[2:])
-    order = [0, 1 + n, *(axis for i in range(n) for axis in (1 + i, 2 + n + i))]
-    return cut.permute(order).reshape(len(blocks), blocks.shape[2], *(g * s for g, s in zip(grid, size, strict=True)))
 
 
 def to_unit_range(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:

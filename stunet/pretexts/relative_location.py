@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - as PyTorch's users write it
 
 from stunet.errors import SettingsError
 from stunet.network import STUNet
@@ -45,9 +44,7 @@ class RelativeLocation(Pretext):
         blocks += [
             self._cut(image, self.neighbours[i]) for image, row in zip(images, which.tolist(), strict=True) for i in row
         ]
-        mode = "trilinear" if len(self.block) == 3 else "bilinear"
-        fitting = F.interpolate(torch.stack(blocks), self.smallest_input(self.block), mode=mode)
-        centres, others = torch.split(self.pooled(fitting), [len(images), len(images) * pairs])
+        centres, others = torch.split(self.pooled(self.fitted(torch.stack(blocks))), [len(images), len(images) * pairs])
         both = torch.cat((centres.repeat_interleave(pairs, 0), others), 1)
         loss, accuracy = classified(self.head(both), which.flatten().to(images.device))
         return Step(loss, {"accuracy": accuracy}, {})
