@@ -2,11 +2,9 @@
 
 Pre-trains narrow STU-Nets: on the labels of each of the five datasets (three checkpoints of one of these trainings, and
 one with noise on its weights), on the partial labels of two unions, and without labels by three tasks on two datasets
-each. Then plans, runs and reports two studies (``stunet study``) on the five datasets, in which each candidate is
-compared with training from scratch where it has seen no case of the target's dataset: ``encoders``, of all candidates
-and scores, where decoders begin anew, and ``whole``, of those that labels of one dataset have trained, where decoders
-are transferred, too (one seed, no scores). Every step is a command that a user types. With --work, what is finished is
-not done again.
+each. Then plans, runs and reports a study (``stunet study``) on the five datasets, in which each candidate is compared
+with training from scratch where it has seen no case of the target's dataset. Encoders alone are transferred, which all
+candidates have trained. Every step is a command that a user types. With --work, what is finished is not done again.
 
     python tests/benchmarks/transfer_study.py --work FOLDER --jobs 2
 """
@@ -117,14 +115,12 @@ class Benchmark(Experiment):
             calls |= {f"{task} {number}": partial(self.pretrain, number, task) for number in numbers}
         trained = dict(zip(calls, self.all_of([*calls.values()]), strict=True))
         pretraining = time.monotonic() - started
-        encoders = self.study("encoders", trained, "fresh-decoder")
-        trained = {name: path for name, path in trained.items() if name.startswith("labels")}
-        whole = self.study("whole", trained, "by-name", done=encoders)
+        folder = self.study("encoders", trained)
         return {
             "benchmark": "transfer_study",
             "hours": {"pre-training": pretraining / 3600, "all": (time.monotonic() - started) / 3600},
-            "by leaving one target out": combine(encoders),
-            "results": {folder.name: json.loads((folder / "results.json").read_text()) for folder in (encoders, whole)},
+            "by leaving one target out": combine(folder),
+            "results": json.loads((folder / "results.json").read_text()),
             "versions": {name: version(name) for name in ("stunet", "nnunetv2", "torch")},
         }
 
@@ -164,18 +160,15 @@ class Benchmark(Experiment):
             self.type(f"{plan} --set {settings} && {train}")
         return fold / "checkpoint_final.pth"
 
-    def study(self, name: str, trained: dict[str, Path], head: str, done: Path | None = None) -> Path:
-        """Plan, run and report a study; its trainings from scratch may be done in the folder of another one."""
+    def study(self, name: str, trained: dict[str, Path]) -> Path:
+        """Plan, run and report."""
         folder, definition = self.root / name, self.root / f"{name}.yaml"
-        self.define(definition, trained, head, self.args.metrics if done is None else [])
+        self.define(definition, trained)
         self.run(f"stunet study plan {definition} -o {folder} -device cpu")
-        if done is not None:
-            for cells in done.glob("results/*/S_scratch-full"):
-                shutil.copytree(cells, folder / cells.relative_to(done), dirs_exist_ok=True)
         self.run_on_all(f"stunet study run {folder} --jobs {self.args.jobs} -device cpu; stunet study report {folder}")
         return folder
 
-    def define(self, definition: Path, trained: dict[str, Path], head: str, metrics: list[str]) -> None:
+    def define(self, definition: Path, trained: dict[str, Path]) -> None:
         scratch = {"name": "scratch", "depth": [1] * 6, "width": self.args.width, "settings": {"head": "fresh"}}
         candidates: list[dict[str, Any]] = [scratch]
         for name, path in trained.items():
@@ -185,8 +178,7 @@ class Benchmark(Experiment):
             candidates.append(
                 {"name": name, "path": str(path.relative_to(self.root)), "sources": sources, "facts": facts}
             )
-        if head == "fresh-decoder":
-            candidates += self.make_worse(next(each for each in candidates if each["name"] == "labels 35"))
+        candidates += self.make_worse(next(each for each in candidates if each["name"] == "labels 35"))
         targets: list[dict[str, Any]] = []
         for name, each in TARGETS.items():
             target: dict[str, Any] = {"dataset": int(name[7:10]), "cases": [N_LABELLED], "test": each.test}
@@ -198,9 +190,9 @@ class Benchmark(Experiment):
                 target["groups"] = "^(neurotypical|spina_bifida)"
             targets.append({**target, "settings": {"patch_size": [int(n) for n in each.patch.split(",")]}})
         steps = {"num_epochs": self.args.epochs, "num_iterations_per_epoch": 50, "num_val_iterations_per_epoch": 2}
-        settings = {**steps, "batch_size": 2, "initial_lr": 0.01, "head": head, "mirroring": "none"}
-        content = {"targets": targets, "candidates": candidates, "settings": settings, "metrics": metrics}
-        content["seeds"] = self.args.seeds if head == "fresh-decoder" else 1
+        settings = {**steps, "batch_size": 2, "initial_lr": 0.01, "head": "fresh-decoder", "mirroring": "none"}
+        content = {"targets": targets, "candidates": candidates, "settings": settings, "metrics": self.args.metrics}
+        content["seeds"] = self.args.seeds
         content = json.loads(json.dumps(content))  # without aliases, which studies do not take
         definition.write_text(yaml.safe_dump(content, sort_keys=False))
 
