@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from experiment import Experiment, make_parser
 
-from stunet.network import build_stunet, size_of
+from stunet.network import build_stunet
+from stunet.sizes import STUNetSize
 from stunet.study.definition import Study
 
 DATA = "Dataset020_ChaosT2"
@@ -61,7 +62,7 @@ class Benchmark(Experiment):
                 for path in copy.glob("nnUNetPlans.json"):
                     path.write_text(path.read_text().replace(DATA, copy.name))
             targets.append({"dataset": number, "cases": N_CASES, "test": N_TEST})
-        network = build_stunet(size_of([self.args.width] * 6, [1] * 6), 1, 5, [1, 2, 2, 2, 2, 2])
+        network = build_stunet(STUNetSize("narrow", (1,) * 6, self.args.width), 1, 5, [1, 2, 2, 2, 2, 2])
         content = {"network_weights": network.state_dict(), "logging": {"ema_fg_dice": [0.5]}}
         candidates: list[dict[str, Any]] = [{"name": "scratch"}]
         for i in range(1, N_CANDIDATES):
