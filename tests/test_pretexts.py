@@ -163,6 +163,23 @@ def test_swapped_boxes_change_places_and_nothing_else() -> None:
     assert np.mean(displaced) > 12
 
 
+def test_pcrl_sees_crops_whose_boxes_are_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stunet.pretexts.pcrl.vary_intensities", lambda x: x)
+    for swaps, is_changed in ((100, True), (0, False)):
+        picture = find_pretext("pcrl")(network(), PATCH, {"swaps": swaps})(images(3)).picture
+        assert torch.equal(picture["input"], picture["truth"]) != is_changed
+        assert torch.equal(picture["input"].flatten().sort().values, picture["truth"].flatten().sort().values)
+
+
+def test_rubik_plus_hides_a_share_of_the_voxels_in_all_channels() -> None:
+    task = find_pretext("rubik-plus")(network(channels=2), PATCH)
+    seen: list[Tensor] = []
+    task.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    task(torch.ones(4, 2, 32, 32, 32))
+    assert torch.equal(seen[0][:, 0], seen[0][:, 1])
+    assert float((seen[0] == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
+
+
 def test_painting() -> None:
     x = torch.full((1, 32, 32, 32), 2.0)
     inner, outer = x.clone(), x.clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 import yaml
 from jinja2 import UndefinedError
 
-from stunet.ranking import CandidateScores, Ranking
+from stunet.cli.rank import rank as command
+from stunet.ranking import CandidateScores, Ranking, rank
 from stunet.ranking.points import CasePoints
 from stunet.ranking.ranking import MEASURED, Target
 from stunet.reports.figures import short_names, write_page, write_ranking
@@ -96,6 +98,11 @@ def test_page_says_it_and_escapes(tmp_path: Path) -> None:
     assert "0.050, 25 %" in page
     assert "spleen: 1 of 2 cases have fewer than 100 voxels of it, the fewest 40" in page
     assert "liver: 1 of 3 cases" in page
+
+
+def test_the_command_takes_the_scores_that_the_function_takes() -> None:
+    ours, theirs = (inspect.signature(each).parameters["metrics"].default for each in (command, rank))
+    assert ours.split(",") == [*theirs]
 
 
 def test_a_study_of_the_first_three(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class Jigsaw(Pretext):
     """Permute the blocks of a patch, and tell which permutation it was.
 
     The network sees each block by itself, so that the edges between them do not give the answer away; the head gets
-    the mean features of all, place by place. Blocks that are too small for the network are enlarged.
+    the mean features of all, place by place. Blocks are resized to the nearest size that the network takes.
     """
 
     family, source, oriented = "predictive", "arXiv 1603.09246, 1912.05396; settings of arXiv 2209.12157", True
