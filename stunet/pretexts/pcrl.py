@@ -18,8 +18,9 @@ from stunet.pretexts.reconstruction import Autoencoder, random_box
 class PCRL(SimCLR):
     """Restore two distorted crops of a case through the decoder, and contrast their coarsest features.
 
-    Crops are distorted as in PCRLv2: intensities vary, and small boxes change places. The published methods also
-    contrast several scales and small local crops; this is their preservational and their contrastive loss.
+    Crops are distorted much as in PCRLv2: intensities vary as for SimCLR, which has no blur, and small boxes change
+    places. The published methods also contrast several scales and small local crops; this is their preservational and
+    their contrastive loss.
     """
 
     family, source = "generative + contrastive", "arXiv 2109.04379, 2301.00772"
