@@ -110,7 +110,7 @@ def test_a_study_of_the_first_three(tmp_path: Path) -> None:
     others = [replace(row, description={**row.description, "network": "PlainConvUNet"}) for row in ranking.rows]
     rows = (others[0], *ranking.rows[1:], replace(ranking.rows[0], name="e"))
     study = yaml.safe_load(write_ranking(replace(ranking, rows=rows), tmp_path)[3].read_text())
-    assert [candidate["name"] for candidate in study["candidates"]] == ["b", "c", "d"]
+    assert [candidate["name"] for candidate in study["candidates"]] == ["b", "c", "d", "scratch"]
     target = {"dataset": "Dataset004_Test", "configuration": "3d_fullres", "plans": "nnUNetPlans"}
     assert study["targets"] == [{**target, "cases": [3], "test": 1}]
     # One STU-Net is no choice, and a study of another ranking must not stay.

@@ -533,7 +533,7 @@ class Ranking:
 
     @property
     def study(self) -> dict[str, Any] | None:
-        """A study of the first three STU-Nets, as ``study.yaml`` has it: each is fine-tuned for 100 epochs.
+        """A study of the first three STU-Nets and training from scratch, for 100 epochs each, as ``study.yaml`` has it.
 
         None where there are fewer than two of them, or too few cases.
         """
@@ -542,7 +542,8 @@ class Ranking:
         if len(first) < 2 or n_test == 0:
             return None
         target = {**self.about, "cases": [n_cases - n_test], "test": n_test}
-        return {"targets": [target], "candidates": first, "settings": {"num_epochs": 100}, "metrics": []}
+        candidates = [*first, {"name": "scratch"}]
+        return {"targets": [target], "candidates": candidates, "settings": {"num_epochs": 100}, "metrics": []}
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content of ``ranking.json``."""
