@@ -127,7 +127,7 @@ def _show(ranking: Ranking, page: Path, study: Path | None = None) -> None:
         print_line("or:" if number else "Next:")
         print_line(f"$ {command}", style="bold")
     if study is not None:
-        print_line("Or measure what the first few are worth, by short trainings:")
+        print_line("Or measure what the first few are worth, by fine-tuning them:")
         line = shlex.join(["stunet", "study", "plan", str(study), "-o", str(study.with_suffix(""))])
         print_line(f"$ {line}", style="bold")
 
