@@ -32,6 +32,7 @@ from experiment import Experiment, make_parser, spread
 
 DATA = "Dataset035_BrainT1"
 SOURCE, TARGET = "Dataset106_Source", "Dataset107_Target"
+SUPERVISED = "supervised"  # what pre-training on labels is called beside the tasks
 PRETEXTS = ("mae", "mae:pretext_skips=false", "genesis", "volume-fusion", "rotation", "relative-location", "simclr")
 N_SEEDS, N_UNLABELLED = 3, 16
 N_ITERATIONS = 50  # of an epoch: nnU-Net draws progress.png after each, which takes as long as ten iterations here
@@ -64,8 +65,9 @@ class Benchmark(Experiment):
         if self.args.joint:
             return self.joint()
         self.prepare()
-        sources = dict(zip(("supervised", *self.args.pretexts), self.all_of(self.pretrainings()), strict=True))
-        measures = {arm: read_measures(path.parent) for arm, path in sources.items() if arm != "supervised"}
+        starts = [*self.args.pretexts] if self.args.pretrain_only else [SUPERVISED, *self.args.pretexts]
+        sources = dict(zip(starts, self.all_of([partial(self.pretrain, start) for start in starts]), strict=True))
+        measures = {arm: read_measures(path.parent) for arm, path in sources.items() if arm != SUPERVISED}
         print(json.dumps(measures, indent=1), file=sys.stderr)
         if self.args.pretrain_only:
             return {"benchmark": "self_supervised", "data": self.args.data.name, "measures": measures}
@@ -209,17 +211,14 @@ class Benchmark(Experiment):
         """Settings of all that is scored: heads begin at 0 from scratch too, for drawn ones cost much."""
         return f"{self.settings(epochs)} head=fresh"
 
-    def pretrainings(self) -> list[partial[Path]]:
-        return [partial(self.pretrain, None), *(partial(self.pretrain, pretext) for pretext in self.args.pretexts)]
-
-    def pretrain(self, pretext: str | None) -> Path:
-        name = "P_" + re.sub("[:=,]", "_", pretext or "supervised")
-        trainer = "STUNetTrainer" if pretext is None else "STUNetTrainer_pretext"
+    def pretrain(self, start: str) -> Path:
+        name = "P_" + re.sub("[:=,]", "_", start)
+        trainer = "STUNetTrainer" if start == SUPERVISED else "STUNetTrainer_pretext"
         final = self.results / SOURCE / f"{trainer}__{name}__{self.configuration}" / "fold_0" / "checkpoint_final.pth"
         if not final.is_file():
             plan = self.plan(106, name)
-            task, _, more = (pretext or "").partition(":")
-            plan += f" --pretext {task}" if task else ""
+            task, _, more = start.partition(":")
+            plan += f" --pretext {task}" * (start != SUPERVISED)
             settings = f"{self.settings(self.args.pretrain_epochs, 4)} {more.replace(':', ' ')}"
             line = f"{plan} {settings} final_validation=false"
             train = f"stunet train 106 {self.configuration} 0 -p {name} -tr {trainer} -device cpu --seed 0"
