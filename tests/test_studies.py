@@ -92,6 +92,15 @@ def make_study(
     return study
 
 
+def test_figures_of_many_candidates_hold_the_best(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "s", n_targets=1, n_candidates=30, numbers=[4, 8], seeds=1, n_test=2)
+    page = write_study(study, n_resamples=20).read_text()
+    assert page.count("mean over seeds: of the best 20") == 2
+    assert "Dice by number of labelled cases, of the best 20 with 8: Dataset000_T" in page
+    for figure in page.split("<svg")[1:]:  # a legend's names, which matplotlib writes as comments beside their outlines
+        assert [f"<!-- c{i} -->" in figure for i in range(30)] == [i >= 10 for i in range(30)]
+
+
 def test_seeds_are_compared_with_each_other(tmp_path: Path) -> None:
     study = make_study(tmp_path / "s", n_targets=2, n_candidates=6, numbers=[4], seeds=3, n_test=2)
     rng, dice = np.random.default_rng(3), {}
@@ -168,6 +177,9 @@ def test_what_some_candidates_lack_comes_last_and_ties_share_their_regret(tmp_pa
         "first": "c4 or c5", "regret": pytest.approx(0.2 / 6), "regret of three": pytest.approx(0),
     }  # fmt: skip
     assert by_name["known"]["regret of three"] == pytest.approx(0.8 / 6)  # it prefers 1, 2 and 3 of 5
+    # Of 1 to 5 the mean is 3, and the best of three is on average 4.5; of 3 to 5, 4 and 5.
+    assert by_name["known"]["by chance"] == pytest.approx([2 * 0.4 / 6, 0.5 * 0.4 / 6])
+    assert by_name["of few"]["by chance"] == pytest.approx([0.4 / 6, 0])
     # Neither of them is known before the fine-tuning.
     assert {*by_name["the best on the other targets"]["chosen"].values()} == {"number"}
 

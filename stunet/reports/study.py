@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from stunet.reports.figures import inline_svg, write_page
 from stunet.study.definition import Study
 from stunet.study.results import CHOSEN, Row, StudyResults, epochs_to_reach, read_study
 
+#: In one figure, of the best candidates: more can neither be told apart nor named beside it.
 _MOST_CURVES = 20
 _STATISTICS = {
     "weighted_kendall": "weighted tau", "pairwise_kendall": "tau by pairs", "pearson": "Pearson",
@@ -57,6 +59,7 @@ def write_study(study: Study, *, n_resamples: int = 1000) -> Path:
         summary=results.summary,
         tables=[_table(target, n, rows, results) for (target, n), rows in groups.items()],
         learning_curves=_learning_curves(results.rows),
+        most_curves=_MOST_CURVES,
         rankers=results.rankers,
         repeats=results.repeats,
         statistics=_STATISTICS,
@@ -107,7 +110,7 @@ def _table(target: str, n_cases: int, rows: Sequence[Row], results: StudyResults
         "rows": ordered,
         "names": [_name(row) for row in ordered],
         "sooner": [_sooner(row, base) for row in ordered],
-        "figure": inline_svg(_lines({_name(row): row.curves.mean(0) for row in ordered[:_MOST_CURVES]}, "epoch")),
+        "figure": inline_svg(_lines({_name(row): row.curves.mean(0) for row in ordered}, "epoch")),
     }
 
 
@@ -123,10 +126,11 @@ def _sooner(row: Row, base: Row | None) -> str:
 
 
 def _learning_curves(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Dice by number of cases, for each target with several."""
+    """Dice by number of cases, for each target with several: the best with the most cases first."""
     figures = []
     for target in dict.fromkeys(row.target for row in rows):
         own = [row for row in rows if row.target == target]
+        own.sort(key=lambda row: (-row.n_cases, -row.mean["Dice"].mean))
         if len(numbers := sorted({row.n_cases for row in own})) < 2:
             continue
         curves: dict[str, Any] = {}
@@ -134,14 +138,15 @@ def _learning_curves(rows: Sequence[Row]) -> list[dict[str, Any]]:
             curve = curves.setdefault(_name(row), np.full(len(numbers), np.nan))
             curve[numbers.index(row.n_cases)] = row.mean["Dice"].mean
         figure = _lines(curves, "labelled cases", numbers)
-        figures.append({"svg": inline_svg(figure), "caption": f"Dice by number of labelled cases: {target}."})
+        best = f", of the best {_MOST_CURVES} with {numbers[-1]}" * (len(curves) > _MOST_CURVES)
+        figures.append({"svg": inline_svg(figure), "caption": f"Dice by number of labelled cases{best}: {target}."})
     return figures
 
 
 def _lines(curves: Mapping[str, Any], x: str, values: Sequence[int] | None = None) -> Figure:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes, colours = figure.subplots(), colormaps["tab20"]
-    for number, (name, curve) in enumerate(curves.items()):
+    for number, (name, curve) in enumerate(islice(curves.items(), _MOST_CURVES)):
         places = values or range(1, len(curve) + 1)
         axes.plot(places, curve, color=colours(number % 20), linewidth=1.3, label=name, marker="o" if values else None)
     axes.set(xlabel=x, ylabel="Dice")

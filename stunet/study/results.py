@@ -219,18 +219,19 @@ def compare_seeds(study: Study, rows: Sequence[Row], *, n_resamples: int) -> dic
 def _ranker(metric: str, scores: ByTarget, dice: ByTarget, n_resamples: int) -> dict[str, Any]:
     truth = {target: {name: dice[target][name] for name in of} for target, of in scores.items()}
     found = mean_agreement(scores, truth, n_resamples=n_resamples)
-    choices = {}
+    choices, by_chance = {}, []
     for target, of in scores.items():
         values, reached = (np.array([each[name] for name in of]) for each in (of, truth[target]))
         chosen = " or ".join(name for name in of if of[name] == values.max())
         regret, of_three = (top_regret(values, reached, first) for first in (1, 3))
         choices[target] = {"first": chosen, "regret": regret, "regret of three": of_three}
+        by_chance.append([top_regret(np.zeros(len(of)), reached, first) for first in (1, 3)])
     estimates = {name: {"mean": each.value, "low": each.low, "high": each.high} for name, each in found.items()}
     n_candidates = [len(of) for of in scores.values()]
     of_three = float(np.mean([choice["regret of three"] for choice in choices.values()]))
     return {
         "metric": metric, "candidates": n_candidates, "estimates": estimates, "regret of three": of_three,
-        "choices": choices,
+        "by chance": np.mean(by_chance, axis=0).tolist(), "choices": choices,
     }  # fmt: skip
 
 
