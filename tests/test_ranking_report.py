@@ -34,7 +34,7 @@ def _candidate(name: str, score: float | None, *, sha: str = "0" * 64) -> Candid
         name=name,
         path=f"/models/{name}.pth",
         sha256=sha,
-        description={"network": "STU-Net <base>", "parameters": 58_262_669},
+        description={"network": "STU-Net <base>", "parameters": 58_262_669, "size": {"depth": [1] * 6, "width": 32}},
         scores={"ccfv": score, "leep": None},
         notes={"leep": "no head"},
         ccfv=details if score is not None else {},
@@ -111,6 +111,7 @@ def test_a_study_of_the_first_three(tmp_path: Path) -> None:
     rows = (others[0], *ranking.rows[1:], replace(ranking.rows[0], name="e"))
     study = yaml.safe_load(write_ranking(replace(ranking, rows=rows), tmp_path)[3].read_text())
     assert [candidate["name"] for candidate in study["candidates"]] == ["b", "c", "d", "scratch"]
+    assert study["candidates"][-1] == {"name": "scratch", "depth": [1] * 6, "width": 32}  # as the first one has it
     target = {"dataset": "Dataset004_Test", "configuration": "3d_fullres", "plans": "nnUNetPlans"}
     assert study["targets"] == [{**target, "cases": [3], "test": 1}]
     # One STU-Net is no choice, and a study of another ranking must not stay.

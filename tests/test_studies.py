@@ -184,6 +184,52 @@ def test_what_some_candidates_lack_comes_last_and_ties_share_their_regret(tmp_pa
     assert {*by_name["the best on the other targets"]["chosen"].values()} == {"number"}
 
 
+def test_scores_are_compared_on_folds_that_all_are_done_with(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "s", n_targets=2, n_candidates=5, numbers=[4, 16], seeds=2, n_test=2)
+    for cell in study.trainings:  # with more cases all are better
+        content = json.loads(study.result(cell).read_text())
+        for scores in content["cases"].values():
+            scores["organ"]["Dice"] += 0.1 * (cell.n_cases == 16)
+        study.result(cell).write_text(json.dumps(content))
+    assert read_study(study, n_resamples=20).progress["compared"] == 8
+    best = [cell for cell in study.trainings if cell.candidate and cell.candidate.name == "c4" and cell.n_cases == 16]
+    study.result(best[0]).unlink()
+    results = read_study(study, n_resamples=20)
+    assert (results.progress["compared"], results.progress["folds"]) == (7, 8)
+    by_name = {each["metric"]: each["estimates"] for each in results.rankers}
+    assert by_name["known"]["weighted_kendall"]["mean"] == pytest.approx(1)
+    assert by_name["known"]["regret"]["mean"] == pytest.approx(0)
+    assert results.repeats is not None
+    assert results.repeats["estimates"]["weighted_kendall"]["mean"] == pytest.approx(1)
+    assert "7 of 8 folds, on which all candidates are done" in write_study(study, n_resamples=20).read_text()
+
+
+def test_targets_without_an_order_and_odd_names_cost_no_page(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "s", n_targets=3, n_candidates=5, numbers=[4], seeds=2, n_test=2)
+    content = json.loads((study.folder / "study.json").read_text())
+    content["candidates"][1]["name"] = r"A $\frac$ B"
+    (study.folder / "study.json").write_text(json.dumps(content))
+    for old, new in zip(study.trainings, (study := Study(study.folder)).trainings, strict=True):
+        if old.name != new.name:
+            study.result(new).parent.mkdir(exist_ok=True)
+            Study(study.folder).result(old).rename(study.result(new))
+    for cell in study.trainings:
+        result = json.loads(study.result(cell).read_text())
+        if cell.target is study.targets[0]:  # nothing was learned
+            result["cases"] = {case: {"organ": {"Dice": 0.0, "NSD": 0.0}} for case in cell.target.test}
+        elif cell.target is study.targets[1]:  # nothing is there
+            result["cases"] = {case: {"organ": {"Dice": None, "NSD": None}} for case in cell.target.test}
+        study.result(cell).write_text(json.dumps(result))
+    results = read_study(study, n_resamples=20)
+    assert {name.split("/")[0] for name in results.failed} == {"Dataset001_T"}
+    assert {each["metric"]: each["candidates"] for each in results.rankers}["known"] == [
+        3
+    ]  # on the target that has an order
+    page = write_study(study, n_resamples=20).read_text()
+    assert r"A $\frac$ B" in page
+    assert "could be scored: correct their labels" in page
+
+
 def test_failed_cells_are_named_and_the_others_compared(tmp_path: Path) -> None:
     study = make_study(tmp_path / "s", n_targets=1, n_candidates=4, numbers=[4], seeds=1, n_test=2)
     broken = study.trainings[2]

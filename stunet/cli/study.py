@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -32,6 +32,8 @@ app = typer.Typer(
 _Folder = Annotated[Path, typer.Argument(help="The study's folder.")]
 #: Exit status of a process that has found its cell held by another one.
 _HELD = 3
+#: And of one that the user has stopped with Ctrl-C.
+_INTERRUPTED = 130
 
 
 @app.command("plan")
@@ -54,7 +56,7 @@ def plan_command(
     columns = ("target", "cases", "test", "candidates", "seeds", "trainings")
     print_table(rows, *columns, numbers=columns[2:])
     hours, size = _estimate(study, choose_device(device))
-    kept = "" if study.keep_checkpoints else ", as checkpoints go when their training is scored"
+    kept = "" if study.keep_checkpoints else " for each training at a time, as checkpoints go when it is scored"
     print_line(f"Trainings: {len(study.trainings)}; rankings: {len(study.rankings)}; done: {_done(study)}")
     print_line(
         f"About {hours:.1f} hours one after the other on this machine, by the time of one step; validation not counted"
@@ -64,7 +66,7 @@ def plan_command(
 
 
 def _done(study: Study) -> int:
-    return sum(study.result(cell).is_file() for cell in study.cells)
+    return sum(_status(study, cell) == "done" for cell in study.cells)
 
 
 def _estimate(study: Study, device: str) -> tuple[float, int]:
@@ -109,15 +111,15 @@ def run_command(
 
     study = Study(folder)
     if cell is not None:
-        _run_cell(study, next(each for each in study.cells if each.name == cell), choose_device(device))
+        _run_cell(study, next(each for each in study.cells if each.name == cell), choose_device(device), retry=retry)
         return
     check_disk(folder)
     waiting = [each for each in study.cells if not _is_done(study, each, retry=retry)]
-    print_line(f"{len(study.cells) - len(waiting)} of {len(study.cells)} cells are done")
+    print_line(f"{_done(study)} of {len(study.cells)} cells are done")
     if slurm is not None:
-        _submit(study, waiting, slurm, device)
+        _submit(study, waiting, slurm, device, retry=retry)
         return
-    outcomes = list(_run_all(study, waiting, jobs, choose_device(device)))
+    outcomes = list(_run_all(study, waiting, jobs, choose_device(device), retry=retry))
     held = sum(outcome == _HELD for outcome in outcomes)
     if held:
         print_line(f"{held} cells are in work elsewhere")
@@ -143,7 +145,7 @@ def _log(study: Study, cell: Cell) -> Path:
     return study.result(cell).with_suffix(".log")
 
 
-def _run_all(study: Study, cells: list[Cell], jobs: int, device: str) -> Iterator[int]:
+def _run_all(study: Study, cells: list[Cell], jobs: int, device: str, *, retry: bool) -> Iterator[int]:
     """Run each cell in a process of its own, as many at a time as there are jobs; yield their exit statuses."""
     import torch
 
@@ -154,16 +156,12 @@ def _run_all(study: Study, cells: list[Cell], jobs: int, device: str) -> Iterato
         with lock:
             job = free.pop()
         share = str(max(1, len(cores) // jobs))
-        environment = {"nnUNet_def_n_proc": share, **os.environ} | (
-            {"OMP_NUM_THREADS": share} if device == "cpu" else {}
-        )
+        shares = {"nnUNet_def_n_proc": share} | ({"OMP_NUM_THREADS": share} if device == "cpu" else {})
+        environment = {**shares, **os.environ}
         if device == "cuda" and (n_gpus := torch.cuda.device_count()) > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = str(job % n_gpus)
-        log = _log(study, cell)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
-            line = _command(study, cell, device)
-            status = subprocess.run(line, env=environment, stdout=file, stderr=file).returncode  # noqa: S603 - ourselves
+            given = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
+            environment["CUDA_VISIBLE_DEVICES"] = (given or [*map(str, range(n_gpus))])[job % n_gpus]
+        status = _logged(_command(study, cell, device, retry=retry), _log(study, cell), environment)
         with lock:
             free.append(job)
         return status
@@ -173,7 +171,7 @@ def _run_all(study: Study, cells: list[Cell], jobs: int, device: str) -> Iterato
         for done, (cell, status) in enumerate(zip(cells, pool.map(run, cells), strict=True), start=1):
             if status not in (0, _HELD) and _status(study, cell) is None:  # killed, or out of memory
                 _fail(study, cell, f"its process has ended with exit status {status}")
-            elif status == 0:
+            elif status == 0 and _status(study, cell) == "done":
                 took[cell.candidate is not None].append(read_json(study.result(cell))["seconds"])
             left = [cell.candidate is not None for cell in cells[done:]]
             known = all(took[kind] for kind in left)
@@ -184,33 +182,44 @@ def _run_all(study: Study, cells: list[Cell], jobs: int, device: str) -> Iterato
             yield status
 
 
-def _command(study: Study, cell: Cell, device: str) -> list[str]:
+def _command(study: Study, cell: Cell, device: str, *, retry: bool) -> list[str]:
     own = [sys.executable, "-m", "stunet", "study", "run", str(study.folder)]
-    return [*own, "--cell", cell.name, "--device", device]
+    return [*own, "--cell", cell.name, "--device", device, *["--retry"] * retry]
 
 
-def _submit(study: Study, cells: list[Cell], options: str, device: str) -> None:
+def _logged(line: list[str], log: Path, environment: Mapping[str, str] | None = None) -> int:
+    """Run a command, append what it prints to a file, and return its exit status."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        return subprocess.run(line, env=environment, stdout=file, stderr=file).returncode  # noqa: S603 - ourselves
+
+
+def _submit(study: Study, cells: list[Cell], options: str, device: str, *, retry: bool) -> None:
     """Hand cells to Slurm, or to processes of this machine with ``cluster=local``."""
     try:
         import submitit
     except ImportError:
         raise UsageError("--slurm without submitit: run `pip install submitit`") from None
     given = dict(option.partition("=")[::2] for option in options.split(","))
-    executor = submitit.AutoExecutor(folder=study.folder / "slurm", cluster=given.pop("cluster", None))
-    for name, value in given.items():
-        own = name if name.startswith(("timeout", "slurm")) else f"slurm_{name}"
-        executor.update_parameters(**{own: int(value) if value.isdecimal() else value})
-    with executor.batch():
-        lines = [_command(study, cell, device) for cell in cells]
-        submitted = [executor.submit(submitit.helpers.CommandFunction(line, verbose=False)) for line in lines]
-    print_line(f"Submitted {len(submitted)} cells; their logs are in {study.folder / 'slurm'}")
+    try:
+        executor = submitit.AutoExecutor(folder=study.folder / "slurm", cluster=given.pop("cluster", None))
+        for name, value in given.items():
+            own = name if name.startswith(("timeout", "slurm")) else f"slurm_{name}"
+            executor.update_parameters(**{own: int(value) if value.isdecimal() else value})
+    except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(f"--slurm {options}: {error}; give options of sbatch, such as partition=gpu") from None
+    if cells:
+        with executor.batch():
+            for cell in cells:
+                executor.submit(_logged, _command(study, cell, device, retry=retry), _log(study, cell).absolute())
+    print_line(f"Submitted {len(cells)} cells; their logs are beside their results in {study.folder / 'results'}")
 
 
 def _fail(study: Study, cell: Cell, why: str) -> None:
     write_json({"status": "failed", "error": why}, study.result(cell))
 
 
-def _run_cell(study: Study, cell: Cell, device: str) -> None:
+def _run_cell(study: Study, cell: Cell, device: str, *, retry: bool) -> None:
     """Do one cell in this process, which holds it until it ends, however it ends."""
     path = study.result(cell)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -221,8 +230,9 @@ def _run_cell(study: Study, cell: Cell, device: str) -> None:
         say(f"{lock.lock_file} is held by another process")
         raise typer.Exit(_HELD) from None
     with held:
-        if _status(study, cell) == "done":  # meanwhile, by another process
+        if _is_done(study, cell, retry=retry):  # meanwhile, by another process
             return
+        path.unlink(missing_ok=True)  # why it had failed before
         started = time.monotonic()
         for name in ("nnUNet_preprocessed", "nnUNet_results"):
             os.environ[name] = str((study.folder / name).resolve())
@@ -232,6 +242,9 @@ def _run_cell(study: Study, cell: Cell, device: str) -> None:
             _fail(study, cell, f"{type(error).__name__}: {error}"[:500])
             raise
         write_json({"status": "done", "seconds": round(time.monotonic() - started, 1), **result}, path)
+        if cell.candidate is not None and not study.keep_checkpoints:
+            for checkpoint in _fold(cell).glob("checkpoint_*.pth"):
+                checkpoint.unlink()
 
 
 def _type(*words: object, accepted: int = 0) -> None:
@@ -244,6 +257,8 @@ def _type(*words: object, accepted: int = 0) -> None:
     try:
         main()
     except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            raise  # it is not the cell that has failed
         if end.code not in (None, 0, accepted):
             raise CommandError(f"{shlex.join(line)[:300]} has ended with exit status {end.code}: see the log") from None
 
@@ -255,11 +270,16 @@ def _planned(study: Study, cell: Cell) -> tuple[list[str], list[str]]:
     return ["-d", target.dataset, "-c", target.configuration, "-p", target.plans, "--name", cell.plans], values
 
 
+def _fold(cell: Cell) -> Path:
+    """Where nnU-Net trains."""
+    model = f"STUNetTrainer__{cell.plans}__{cell.target.configuration}"
+    return Path(os.environ["nnUNet_results"], cell.target.dataset, model, f"fold_{cell.fold}")
+
+
 def _train(study: Study, cell: Cell, device: str) -> dict[str, Any]:
     assert cell.candidate is not None
     candidate, target = cell.candidate, cell.target
-    model = Path(os.environ["nnUNet_results"], target.dataset, f"STUNetTrainer__{cell.plans}__{target.configuration}")
-    fold = model / f"fold_{cell.fold}"
+    fold = _fold(cell)
     where, values = _planned(study, cell)
     resumes = ["--c"] * any(fold.glob("checkpoint_*.pth"))
     final = fold / "checkpoint_final.pth"
@@ -275,11 +295,7 @@ def _train(study: Study, cell: Cell, device: str) -> dict[str, Any]:
             _type("stunet", "finetune", *where, "--from", candidate.path, *own)
     from stunet.study.measure import score_fold
 
-    result = score_fold(fold, target.dataset, target.test)
-    if not study.keep_checkpoints:
-        for checkpoint in fold.glob("checkpoint_*.pth"):
-            checkpoint.unlink()
-    return result
+    return score_fold(fold, target.dataset, target.test)
 
 
 def _rank(study: Study, cell: Cell, device: str) -> dict[str, Any]:
@@ -292,7 +308,9 @@ def _rank(study: Study, cell: Cell, device: str) -> dict[str, Any]:
     rank = ["stunet", "rank", *where, "--zoo", zoo, "--metrics", metrics, *of_cases, "-o", output]
     _type(*rank, accepted=1)  # where a candidate could not be scored, and the others were
     ranking = read_json(output / "ranking.json")
-    rows = {row["name"]: {"scores": row["scores"], "seconds": row["seconds"]} for row in ranking["candidates"]}
+    found = {row["name"]: {"scores": row["scores"], "seconds": row["seconds"]} for row in ranking["candidates"]}
+    names = study.zoo(target)  # of checkpoints; several candidates may begin with one
+    rows = {c.name: found[names[c.path]] for c in study.candidates if c.path in names and names[c.path] in found}
     return {"candidates": rows, "features": ranking["settings"]["features"]}
 
 

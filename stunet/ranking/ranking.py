@@ -21,6 +21,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
+from stunet.datasets.raw import has_annotations, read_annotations
 from stunet.environment import did_you_mean
 from stunet.errors import CheckpointError, STUNetError, TransferabilityError, UsageError, reading
 from stunet.files import Name, atomic_path, decode, file_sha256, read_document, write_json
@@ -75,7 +76,7 @@ _CONFIDENCE = 0.95
 #: Below it a mean over cases, or over pairs of them, hangs on single cases.
 _FEW_CASES = 5
 #: Grows with every change of what is computed, or of how results are kept.
-_KEPT_FORMAT = 5
+_KEPT_FORMAT = 6
 
 
 # The target -----------------------------------------------------------------------------------------------------------
@@ -117,6 +118,8 @@ def prepare_target(
         DatasetError: A case cannot be read, or has no voxel to draw.
         TransferabilityError: No two cases that share a structure, so that nothing can be compared.
     """
+    if has_annotations(dataset.name):
+        read_annotations(dataset.name, dataset.dataset_json)  # brings them here, as nnU-Net's preprocessing does not
     digest, points = hashlib.sha256(), []
     draw = partial(draw_points, per_class=per_class, n_whole=n_whole, seed=seed, ignore_label=dataset.ignore_label)
     for done, name in enumerate(cases, start=1):
@@ -268,6 +271,7 @@ def build_candidate(
     if (fitted == stride).all():  # norms need more than one voxel at the coarsest stage
         fitted[0] *= 2
     origin = source_outputs(weights)
+    size = None if isinstance(weights, UNetWeights) else weights.architecture.size
     exclusive = origin is None or origin.exclusive  # nnU-Net's own way, where nothing speaks against it
     return Candidate(
         network=network,
@@ -277,6 +281,7 @@ def build_candidate(
         description={
             "path": str(weights.path),
             "network": name,
+            "size": size and {"depth": list(size.depth), "width": size.width},
             "parameters": sum(p.numel() for name, p in network.named_parameters() if not name.startswith(HEADS)),
             "n_axes": n_axes,
             "source_channels": architecture.input_channels,
@@ -547,14 +552,16 @@ class Ranking:
     def study(self) -> dict[str, Any] | None:
         """A study of the first three STU-Nets and training from scratch, for 100 epochs each, as ``study.yaml`` has it.
 
-        None where there are fewer than two of them, or too few cases.
+        From scratch it trains a network of the first one's size. None where there are fewer than two of them, or too
+        few cases.
         """
         first = [{"name": row.name, "path": str(Path(row.path).absolute())} for row in self.rows if row.is_stunet][:3]
         n_test = (n_cases := len(self.target.dataset.cases)) // 3
         if len(first) < 2 or n_test == 0:
             return None
         target = {**self.about, "cases": [n_cases - n_test], "test": n_test}
-        candidates = [*first, {"name": "scratch"}]
+        size = next(row.description["size"] for row in self.rows if row.is_stunet)
+        candidates = [*first, {"name": "scratch", **size}]
         return {"targets": [target], "candidates": candidates, "settings": {"num_epochs": 100}, "metrics": []}
 
     def as_dict(self) -> dict[str, Any]:

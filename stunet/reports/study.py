@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from stunet.files import atomic_path, write_json
-from stunet.reports.figures import inline_svg, write_page
+from stunet.reports.figures import drawing, inline_svg, write_page
 from stunet.study.definition import Study
 from stunet.study.results import CHOSEN, Row, StudyResults, epochs_to_reach, read_study
 
@@ -72,14 +73,15 @@ def write_study(study: Study, *, n_resamples: int = 1000) -> Path:
 
 
 def _verdict(results: StudyResults) -> str:
-    if not results.summary:
-        return "No candidate can be compared with training from scratch yet."
-    best = results.summary[0]
-    said = (
-        f"{best['candidate']} ({best['strategy']}) came out best: its Dice is {best['mean']:+.3f} compared with "
-        f"training from scratch on average, {best['median']:+.3f} in the median, with {best['wins']} of "
-        f"{best['n']} comparisons won; this is {best['above']:+.3f} compared with the mean of all candidates there."
-    )
+    said = "No candidate can be compared with training from scratch"
+    said += " yet." if results.scratch else ": there is none in the study."
+    if results.summary:
+        best = results.summary[0]
+        said = (
+            f"{best['candidate']} ({best['strategy']}) came out best: its Dice is {best['mean']:+.3f} compared with "
+            f"training from scratch on average, {best['median']:+.3f} in the median, with {best['wins']} of "
+            f"{best['n']} comparisons won; this is {best['above']:+.3f} compared with the mean of all candidates there."
+        )
     if results.rankers:
         ranker = min(results.rankers, key=lambda each: (each["metric"] == CHOSEN, not each["complete"]))
         said += f" {ranker['metric']} would have ranked the candidates best: {_in_words(ranker)}."
@@ -110,7 +112,7 @@ def _table(target: str, n_cases: int, rows: Sequence[Row], results: StudyResults
         "rows": ordered,
         "names": [_name(row) for row in ordered],
         "sooner": [_sooner(row, base) for row in ordered],
-        "figure": inline_svg(_lines({_name(row): row.curves.mean(0) for row in ordered}, "epoch")),
+        "figure": _lines({_name(row): row.curves.mean(0) for row in ordered}, "epoch") or "",
     }
 
 
@@ -139,11 +141,12 @@ def _learning_curves(rows: Sequence[Row]) -> list[dict[str, Any]]:
             curve[numbers.index(row.n_cases)] = row.mean["Dice"].mean
         figure = _lines(curves, "labelled cases", numbers)
         best = f", of the best {_MOST_CURVES} with {numbers[-1]}" * (len(curves) > _MOST_CURVES)
-        figures.append({"svg": inline_svg(figure), "caption": f"Dice by number of labelled cases{best}: {target}."})
+        figures.append({"svg": figure or "", "caption": f"Dice by number of labelled cases{best}: {target}."})
     return figures
 
 
-def _lines(curves: Mapping[str, Any], x: str, values: Sequence[int] | None = None) -> Figure:
+@drawing()
+def _lines(curves: Mapping[str, Any], x: str, values: Sequence[int] | None = None) -> Markup:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes, colours = figure.subplots(), colormaps["tab20"]
     for number, (name, curve) in enumerate(islice(curves.items(), _MOST_CURVES)):
@@ -153,4 +156,4 @@ def _lines(curves: Mapping[str, Any], x: str, values: Sequence[int] | None = Non
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
+    return inline_svg(figure)

@@ -9,6 +9,7 @@ sees. With more cases a fold has those of the smaller ones, too.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +23,12 @@ import numpy as np
 
 from stunet.environment import find_plans, nnunet_folder
 from stunet.errors import CheckpointError, DatasetError, UsageError, reading
+from stunet.evaluation import choose_cases
 from stunet.files import Name, decode, read_document, read_json, write_json
 from stunet.labels.annotations import MANIFEST_NAME
 from stunet.network import find_size
 from stunet.planning.preprocessed import PreprocessedDataset, open_preprocessed
-from stunet.ranking.ranking import DEFAULT_METRICS, find_checkpoints, read_zoo
+from stunet.ranking.ranking import DEFAULT_METRICS, METRICS, find_checkpoints, read_zoo
 from stunet.settings import Strategy, check_settings
 from stunet.sizes import N_STAGES, STUNetSize
 from stunet.weights.convert import SourceWeights, locate_checkpoint, open_any_weights
@@ -129,8 +131,7 @@ class Cell:
     @property
     def plans(self) -> str:
         """Name of its plans."""
-        name = "ranking" if self.candidate is None else f"{self.candidate.name}_{self.strategy}"
-        return "S_" + re.sub(r"[^A-Za-z0-9.-]+", "-", name)
+        return "S_" + ("ranking" if self.candidate is None else f"{_slug(self.candidate.name)}-{self.strategy}")
 
     @property
     def name(self) -> str:
@@ -173,10 +174,17 @@ class Study:
 
     @cached_property
     def rankings(self) -> list[Cell]:
-        """Rankings by the labelled cases of each fold."""
-        if not self.metrics or all(candidate.path is None for candidate in self.candidates):
-            return []
-        return [Cell(t, n, seed) for seed in range(self.seeds) for t in self.targets for n in t.n_cases]
+        """Rankings by the labelled cases of each fold, where there is anything to rank; one case is too few."""
+        targets = [target for target in self.targets if self.metrics and self.zoo(target)]
+        return [Cell(t, n, seed) for seed in range(self.seeds) for t in targets for n in t.n_cases if n > 1]
+
+    def zoo(self, target: Target) -> dict[str, str]:
+        """Checkpoints to be ranked for a target, with the name of the first candidate that begins with each."""
+        names: dict[str, str] = {}
+        for candidate in self.candidates:
+            if candidate.path is not None and target.dataset not in candidate.not_on:
+                names.setdefault(candidate.path, candidate.name)
+        return names
 
     @property
     def cells(self) -> list[Cell]:
@@ -211,14 +219,16 @@ def plan_study(definition: str | os.PathLike[str], folder: str | os.PathLike[str
     definition, folder = Path(definition), Path(folder)
     with reading(definition, "a study that cannot be used", UsageError, "correct it"):
         form = decode(read_document(definition), StudyForm)
-    check_settings(form.settings, source=str(definition))
+    _check_settings(form.settings, str(definition))
+    if unknown := [name for name in form.metrics if name not in METRICS]:
+        raise UsageError(f"{definition} has the metrics {', '.join(unknown)}: take some of {', '.join(METRICS)}")
     opened = {str(t.dataset): open_preprocessed(str(t.dataset), t.plans, t.configuration) for t in form.targets}
     targets = [_target(t, opened[str(t.dataset)], definition.parent, form.seeds) for t in form.targets]
     if twice := sorted({t.dataset for t in targets if [o.dataset for o in targets].count(t.dataset) > 1}):
         raise UsageError(
             f"{definition} has the target {', '.join(twice)} twice: give all numbers of cases in one entry"
         )
-    names = {**{key: each.name for key, each in opened.items()}, **{each.name: each.name for each in opened.values()}}
+    names = {key: d.name for d in opened.values() for key in (d.name, d.name[7:10], str(int(d.name[7:10])))}
     candidates = list(_candidates(form, definition, [*opened.values()], names))
     content = {
         "format": FORMAT, "targets": targets, "candidates": candidates, "seeds": form.seeds, "settings": form.settings,
@@ -232,11 +242,12 @@ def plan_study(definition: str | os.PathLike[str], folder: str | os.PathLike[str
         return Study(folder)
     for target, dataset in zip(targets, opened.values(), strict=True):
         _link(target, dataset, folder)
-    for target in targets:
-        zoo = [{"name": c.name, "path": c.path} for c in candidates if c.path and target.dataset not in c.not_on]
-        write_json({"checkpoints": zoo}, folder / f"zoo_{target.dataset}.json")
     write_json(content, path)
-    return Study(folder)
+    study = Study(folder)
+    for target in study.targets:
+        zoo = [{"name": name, "path": each} for each, name in study.zoo(target).items()]
+        write_json({"checkpoints": zoo}, folder / f"zoo_{target.dataset}.json")
+    return study
 
 
 def _target(form: TargetForm, dataset: PreprocessedDataset, place: Path, seeds: int) -> Target:
@@ -246,7 +257,8 @@ def _target(form: TargetForm, dataset: PreprocessedDataset, place: Path, seeds: 
         got = f"{dataset.name} has {len(dataset.cases)} cases: {len(test)} of {form.test} for testing leave {left}"
         raise DatasetError(f"{got}, and {max(form.cases)} are to be trained on: lower cases or test")
     wanted = tuple(sorted(set(form.cases)))
-    check_settings(form.settings, source=f"settings of {dataset.name}")
+    _check_settings(form.settings, f"settings of {dataset.name}")
+    choose_cases(dataset.name, "train", None, test)  # raw labels, which predictions will be scored on
     orders = tuple(order[: wanted[-1]] for order in orders)
     return Target(dataset.name, form.configuration, form.plans, wanted, test, orders, form.settings)
 
@@ -260,6 +272,9 @@ def _groups(given: str | None, cases: Sequence[str], place: Path) -> list[list[s
             pairs = [(case, f"group {group}") for group, members in listed.items() for case in members]
             if twice := sorted({case for case, _ in pairs if [c for c, _ in pairs].count(case) > 1}):
                 raise UsageError(f"{place / given} has {', '.join(twice[:5])} in two groups: leave it in one")
+            if not any(case in names for case, _ in pairs):
+                got = f"{place / given} names {', '.join(case for case, _ in pairs[:3])}, and no case of the dataset"
+                raise UsageError(f"{got}: write cases as {', '.join(cases[:3])}")
             names |= {case: group for case, group in pairs if case in names}
     elif given is not None:
         try:
@@ -312,13 +327,14 @@ def _candidates(
             local = definition.parent / Path(each.path).expanduser()
             (found,) = find_checkpoints([local if local.exists() else each.path])
             listed.append((each.name or found.stem, found.absolute(), each))
-    plans = [re.sub(r"[^A-Za-z0-9.-]+", "-", name) for name, _, _ in listed]
-    if twice := sorted({name for name in plans if plans.count(name) > 1}):
-        raise UsageError(f"{definition} has candidates called {', '.join(twice)} twice: give each a name of its own")
+    plans = [_slug(name) for name, _, _ in listed]
+    if alike := sorted({name for (name, _, _), own in zip(listed, plans, strict=True) if plans.count(own) > 1}):
+        got = f"{definition} has candidates whose names are the same or differ in signs alone: {', '.join(alike)}"
+        raise UsageError(f"{got}; give each a name of its own")
     sizes: list[STUNetSize] = []
     made = []
     for name, path, each in sorted(listed, key=lambda entry: entry[1] is None):  # scratch takes the others' size
-        check_settings(each.settings, source=f"{definition}, {name}")
+        _check_candidate(each, f"{definition}, {name}")
         facts = dict(each.facts)
         if path is not None:
             weights = open_any_weights(path)
@@ -345,11 +361,35 @@ def _candidates(
             size = find_size(each.size or "base")
         sizes += [size] * (path is not None)
         not_on = tuple(sorted({names[str(source)] for source in each.sources if str(source) in names}))
-        made.append(
-            Candidate(name, None if path is None else str(path), each.strategies, size, facts, each.settings, not_on)
-        )
+        strategies, start = tuple(dict.fromkeys(each.strategies)), None if path is None else str(path)
+        made.append(Candidate(name, start, strategies, size, facts, each.settings, not_on))
     order = [name for name, _, _ in listed]
     return iter(sorted(made, key=lambda candidate: order.index(candidate.name)))
+
+
+def _check_settings(settings: Mapping[str, Any], source: str) -> None:
+    check_settings(settings, source=source)
+    if settings.get("final_validation") is False:
+        raise UsageError(f"{source} has final_validation=false, and its predictions are scored: leave it out")
+
+
+def _slug(name: str) -> str:
+    """A name as it stands in those of plans and folders."""
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+def _check_candidate(form: CandidateForm, source: str) -> None:
+    """Refuse what would be left out in silence."""
+    _check_settings(form.settings, source)
+    sizes = [name for name in ("size", "depth", "width") if getattr(form, name) is not None]
+    if sizes and (form.path or form.zoo):
+        raise UsageError(f"{source}: {' and '.join(sizes)} beside weights, which have a size: leave it out")
+    if sizes not in ([], ["size"], ["width"], ["depth", "width"]):
+        raise UsageError(f"{source}: {' and '.join(sizes)}: give size, or width, or width and depth")
+    if form.path is None and form.zoo is None and set(form.strategies) != {"full"}:
+        raise UsageError(f"{source}: strategies {', '.join(form.strategies)} without weights: leave them out")
+    if bad := [f"{name}: {value}" for name, value in form.facts.items() if not math.isfinite(value)]:
+        raise UsageError(f"{source}: facts that are not finite, {', '.join(bad)}: leave them out")
 
 
 def _source_dice(path: Path) -> dict[str, float]:
@@ -358,7 +398,8 @@ def _source_dice(path: Path) -> dict[str, float]:
 
     try:
         logged = read_checkpoint(locate_checkpoint(path))["logging"]["ema_fg_dice"]
-        return {"pseudo Dice at the source": float(logged[-1])}
+        value = float(logged[-1])
+        return {"pseudo Dice at the source": value} if math.isfinite(value) else {}
     except (CheckpointError, LookupError, TypeError, ValueError):
         return {}
 

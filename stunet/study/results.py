@@ -53,6 +53,10 @@ def read_results(study: Study) -> tuple[list[Row], dict[str, str]]:
         content = read_json(path)
         if content["status"] == "failed":
             failed[cell.name] = content["error"]
+        elif cell.candidate is not None and not any(
+            score["Dice"] is not None for scores in content["cases"].values() for score in scores.values()
+        ):
+            failed[cell.name] = "no test case has a structure that could be scored: correct their labels"
         elif cell.candidate is not None:
             key = (cell.target.dataset, cell.n_cases, cell.candidate.name, str(cell.strategy))
             groups.setdefault(key, []).append((cell, content))
@@ -150,28 +154,46 @@ def scores_and_dice(study: Study, rows: Sequence[Row]) -> tuple[dict[str, ByTarg
     """Return scores by metric, target and candidate, and the Dice by target and candidate, means over folds.
 
     Facts of candidates are scores, too, and so is their Dice after a hundredth of the epochs, or the first one.
-    Candidates with weights count, by the first strategy of each, on targets with at least three of them.
+    Candidates with weights count, by the first strategy of each, on targets with at least three of them that differ,
+    and on folds that all of them are done with.
     """
+    folds = shared_folds(study, rows)
     dice: dict[str, dict[str, list[float]]] = {}
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
     for row in _with_weights(study, rows):
-        dice.setdefault(row.target, {}).setdefault(row.candidate, []).append(row.mean["Dice"].mean)
+        own = [i for i, seed in enumerate(row.seeds) if (row.n_cases, seed) in folds[row.target]]
+        dice.setdefault(row.target, {}).setdefault(row.candidate, []).extend(map(np.nanmean, row.dice[own]))
         n_epochs = row.curves.shape[1]
         few = max(1, round(0.01 * n_epochs))
         early = found.setdefault(f"{EARLY} {100 * few / n_epochs:.0f} %", {}).setdefault(row.target, {})
-        early.setdefault(row.candidate, []).append(float(np.nan_to_num(row.curves[:, few - 1]).mean()))
+        early.setdefault(row.candidate, []).extend(np.nan_to_num(row.curves[own, few - 1]))
         for fact, value in next(c.facts for c in study.candidates if c.name == row.candidate).items():
             found.setdefault(fact, {}).setdefault(row.target, {}).setdefault(row.candidate, []).append(value)
     for cell in study.rankings:
+        if (cell.n_cases, cell.seed) not in folds.get(cell.target.dataset, ()):
+            continue
         if (path := study.result(cell)).is_file() and (content := read_json(path))["status"] == "done":
             for candidate, result in content["candidates"].items():
                 for metric, score in result["scores"].items():
                     if score is not None and candidate in dice.get(cell.target.dataset, {}):
                         of = found.setdefault(metric, {}).setdefault(cell.target.dataset, {})
                         of.setdefault(candidate, []).append(float(score))
-    kept = [target for target, of in dice.items() if len(of) > 2]
-    means = {metric: {t: _means(of[t]) for t in kept if len(of.get(t, ())) > 2} for metric, of in found.items()}
-    return {metric: of for metric, of in means.items() if of}, {target: _means(dice[target]) for target in kept}
+    truth = {target: _means(of) for target, of in dice.items() if folds[target]}
+    truth = {target: of for target, of in truth.items() if len(of) > 2 and len({*of.values()}) > 1}
+    means = {metric: {t: _means(of[t]) for t in truth if len(of.get(t, ())) > 2} for metric, of in found.items()}
+    return {metric: of for metric, of in means.items() if of}, truth
+
+
+def shared_folds(study: Study, rows: Sequence[Row]) -> dict[str, set[tuple[int, int]]]:
+    """Folds of each target, as number of cases and seed, that all candidates are done with of which any is there.
+
+    Means over them can be compared while others are missing.
+    """
+    done: dict[str, dict[str, set[tuple[int, int]]]] = {}
+    for row in _with_weights(study, rows):
+        own = done.setdefault(row.target, {}).setdefault(row.candidate, set())
+        own.update((row.n_cases, seed) for seed in row.seeds)
+    return {target: set.intersection(*of.values()) for target, of in done.items()}
 
 
 def _with_weights(study: Study, rows: Sequence[Row]) -> list[Row]:
@@ -208,11 +230,14 @@ def compare_seeds(study: Study, rows: Sequence[Row], *, n_resamples: int) -> dic
 
     It says how certain the order is that scores are compared with. None with one seed, or nothing to compare yet.
     """
-    halves: tuple[dict[str, dict[str, list[float]]], ...] = ({}, {})
+    folds, halves = shared_folds(study, rows), tuple[dict[str, dict[str, list[float]]], ...](({}, {}))
     for row in _with_weights(study, rows):
-        for half, of in enumerate(halves if len(row.seeds) == study.seeds > 1 else ()):
+        whole = study.seeds > 1 and folds[row.target] >= {(row.n_cases, seed) for seed in range(study.seeds)}
+        for half, of in enumerate(halves if whole else ()):
             of.setdefault(row.target, {}).setdefault(row.candidate, []).append(float(np.nanmean(row.dice[half::2])))
-    truth, scores = ({target: _means(each) for target, each in of.items() if len(each) > 2} for of in halves)
+    truth, scores = ({target: _means(each) for target, each in of.items()} for of in halves)
+    truth = {target: of for target, of in truth.items() if len(of) > 2 and len({*of.values()}) > 1}
+    scores = {target: scores[target] for target in truth}
     return _ranker("the Dice with other seeds", scores, truth, n_resamples) if truth else None
 
 
@@ -300,7 +325,8 @@ def read_study(study: Study, *, n_resamples: int = 1000) -> StudyResults:
         scratch=scratch,
         progress={
             "done": done, "trainings": len(study.trainings), "ranked": len(ranked), "rankings": len(study.rankings),
-            "hours": round(hours, 2),
+            "hours": round(hours, 2), "compared": sum(map(len, shared_folds(study, rows).values())),
+            "folds": study.seeds * sum(len(target.n_cases) for target in study.targets),
         },
         summary=sorted(summary, key=lambda entry: -entry["above"]),
         rankers=compare_rankers(study, rows, n_resamples=n_resamples),

@@ -179,12 +179,13 @@ class Shell:
         assert process.returncode == status, output[-6000:]
         return output
 
-    def type_and_kill(self, line: str, when: Callable[[str], bool]) -> None:
-        """Type a line with the trainers and kill it and all its children with SIGKILL as soon as ``when`` holds.
+    def type_and_kill(self, line: str, when: Callable[[str], bool], how: int = signal.SIGKILL) -> None:
+        """Type a line with the trainers and kill it and all its children as soon as ``when`` holds.
 
         Args:
             line: The command.
             when: Gets all that the command has written to its log so far.
+            how: SIGKILL, or SIGINT for Ctrl-C.
         """
         log = self.root / "killed.log"
         process = self.start(f"{line} > {log} 2>&1", trainers=True)
@@ -195,7 +196,7 @@ class Shell:
                 assert time.monotonic() < deadline, log.read_text()[-6000:]
                 time.sleep(0.002)
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, how)
             process.wait()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -55,14 +56,15 @@ def test_a_study_is_killed_resumed_and_reported(shell: Shell) -> None:
     assert len(fold["train"]) == 2
     assert not set(fold["train"]) & set(target.test)
 
-    # Killed within a training: that cell alone is done again, from its checkpoint.
+    # Stopped, and then killed, within a training: that cell alone is done again, from its checkpoint.
     first = study.result(study.trainings[0]).with_suffix(".log")
     latest = shell.root / "S" / "nnUNet_results"
-    shell.type_and_kill(
-        "stunet study run S -device cpu", lambda log: any(latest.rglob("checkpoint_latest.pth")) and first.is_file()
-    )
+    run = "stunet study run S -device cpu"
+    shell.type_and_kill(run, lambda log: any(latest.rglob("checkpoint_latest.pth")) and first.is_file(), signal.SIGINT)
+    shell.type_and_kill(run, lambda log: "--c\n" in first.read_text())
     done = results(shell)
     assert len(done) < 4
+    assert {content["status"] for content in done.values()} == {"done"}  # to be stopped is not to fail
     held = study.result(study.trainings[-1])
     with FileLock(held.with_suffix(".lock")):  # as a process of another machine holds it
         said = shell.type("stunet study run S -device cpu --jobs 2 & stunet study run S -device cpu; wait")
@@ -109,6 +111,28 @@ def test_submitted_to_processes_of_this_machine(shell: Shell) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.5)
     assert [content["status"] for content in found.values()] == ["done"]
+    (cell,) = Study(shell.root / "L").cells
+    assert "Training done." in Study(shell.root / "L").result(cell).with_suffix(".log").read_text()
+    assert "Submitted 0 cells" in shell.run("stunet study run L --slurm cluster=local -device cpu")
+    shell.refuse("stunet study run L --slurm cluster=local,timeout_min=60m -device cpu", "timeout_min=60m")
+
+
+def test_candidates_and_sources_as_they_are_named(shell: Shell) -> None:
+    text = (shell.root / "study.yaml").read_text().replace("dataset: 2,", f"dataset: {ARTERIAL},")
+    (given,) = [line for line in text.splitlines() if "name: trained" in line]
+    path = given.split("path: ")[1].split(",")[0]
+    more = [given, f"  - {{name: trained (again), path: {path}, strategies: [full, full]}}"]
+    more += [f"  - {{name: trained again, path: {path}, settings: {{initial_lr: 0.001}}}}"]
+    more += [f"  - {{name: its own, path: {path}, sources: [2]}}"]
+    (shell.root / "named.yaml").write_text(text.replace(given, "\n".join(more)))
+    said = shell.run("stunet study plan named.yaml -o N -device cpu")
+    assert "Trainings: 5; rankings: 1; done: 0" in said  # on its own dataset the last one is not compared
+    study = Study(shell.root / "N")
+    assert len({cell.name for cell in study.cells}) == 6
+    zoo = json.loads((shell.root / "N" / f"zoo_{ARTERIAL}.json").read_text())
+    assert [each["name"] for each in zoo["checkpoints"]] == ["trained"]  # a checkpoint is ranked once
+    (shell.root / "one.yaml").write_text(text.replace("cases: [2]", "cases: [1]"))
+    assert "rankings: 0;" in shell.run("stunet study plan one.yaml -o O -device cpu")  # by one case nothing is ranked
 
 
 def test_what_cannot_be_is_refused(shell: Shell, tmp_path: Path) -> None:
@@ -124,11 +148,20 @@ def test_what_cannot_be_is_refused(shell: Shell, tmp_path: Path) -> None:
     refuse("seeds: 1", "seed: 1", "seed")
     refuse("num_epochs: 3", "epochs: 3", "epochs")
     refuse("dataset: 2,", "dataset: 77,", "77")
+    refuse("logme]", "logmee]", "logmee", "logme")
+    refuse("num_epochs: 3", "final_validation: false, num_epochs: 3", "final_validation")
+    refuse("width: 4}", "width: 4, strategies: [head-only]}", "scratch", "without weights")
+    refuse(", width: 4}", "}", "depth", "width and depth")
+    refuse("training cases: 4", "training cases: .nan", "training cases: nan")
+    refuse("name: trained,", "name: trained, size: small,", "size beside weights")
     refuse("name: scratch", "name: trained", "trained")
     refuse("test: 2}", "test: 2, groups: '('}", "groups")
     cases = sorted(path.stem for path in (shell.preprocessed / ARTERIAL / "gt_segmentations").iterdir())
     case = cases[0].partition(".")[0]
     (shell.root / "groups.json").write_text(json.dumps({"one": [case], "other": [case]}))
     refuse("test: 2}", "test: 2, groups: groups.json}", case, "two groups")
+    (shell.root / "groups.json").write_text(json.dumps({"one": [f"{case}.nii.gz"]}))
+    refuse("test: 2}", "test: 2, groups: groups.json}", f"{case}.nii.gz", "no case", f"as {case}")
+    shell.refuse("stunet study plan study.yaml -o B -device cpu", "nnUNet_raw", nnUNet_raw=None)
     shell.refuse("stunet study run nothing", "study plan")
     shell.refuse("stunet study report nothing", "study plan")
