@@ -84,6 +84,7 @@ def _one_of(literal: Any) -> _Kind:
 # What a value must be, the check, and the values where there are few.
 _Kind = tuple[str, Callable[[Any], bool], tuple[str, ...]]
 _COUNT: _Kind = ("a positive whole number", _is_count, ())
+_SEVERAL: _Kind = ("a whole number above 1", lambda v: _is_count(v) and v > 1, ())
 _POSITIVE: _Kind = ("a positive number", lambda v: _is_number(v) and v > 0, ())
 _NOT_NEGATIVE: _Kind = ("a number >= 0", lambda v: _is_number(v) and v >= 0, ())
 _FRACTION: _Kind = ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1, ())
@@ -123,10 +124,10 @@ SETTINGS: dict[str, Setting] = {
     "pretext": Setting(None, *_one_of(PretextName), "self-supervised task, beside labels or alone"),
     "pretext_weight": Setting(0.1, *_POSITIVE, "weight of pretext beside labels, in the other trainers"),
     "pretext_skips": Setting(True, *_BOOL, "autoencoder, genesis, mae: whether the decoder gets skip connections"),
-    "mask_ratio": Setting(None, *_FRACTION, "share that is masked: mae 0.75, rubik-plus 0.25"),
+    "mask_ratio": Setting(None, *_DECAY, "share that is masked: mae 0.75, rubik-plus 0.25"),
     "mask_block": Setting(16, *_COUNT, "mae: voxels of a masked block along each axis"),
-    "grid": Setting(2, *_COUNT, "jigsaw, rubik, rubik-plus: blocks along each axis"),
-    "permutations": Setting(100, *_COUNT, "jigsaw, rubik, rubik-plus: permutations to tell apart"),
+    "grid": Setting(2, *_SEVERAL, "jigsaw, rubik, rubik-plus: blocks along each axis"),
+    "permutations": Setting(100, *_SEVERAL, "jigsaw, rubik, rubik-plus: permutations to tell apart"),
     "pairs": Setting(4, *_COUNT, "relative-location: pairs of blocks of a patch"),
     "block_share": Setting(0.8, *_DECAY, "relative-location: side of a block relative to its cell"),
     "nonlinear": Setting(0.9, *_FRACTION, "genesis: share of cases whose intensities are changed"),

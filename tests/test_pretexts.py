@@ -282,6 +282,8 @@ def test_target_starts_as_a_copy_and_follows_the_last_step() -> None:
     with torch.no_grad():
         task.projector[0].weight.add_(1)
     task(images())
+    assert torch.equal(task.target["projector"][0].weight, before)  # as in each part of a batch that is accumulated
+    task.after_step()
     assert torch.allclose(task.target["projector"][0].weight, before + 0.5)
     task.eval()(images())
     assert torch.allclose(task.target["projector"][0].weight, before + 0.5)
@@ -309,6 +311,38 @@ def test_spread_finds_the_collapse() -> None:
     assert float(apart["alignment"]) == 0
     pairs = 8 * 7 / 2
     assert float(apart["uniformity"]) == pytest.approx(np.log((4 + (pairs - 4) * np.exp(-4)) / pairs))
+
+
+@pytest.mark.parametrize("name", PRETEXTS)
+def test_the_best_checkpoint_is_that_of_the_best_first_measure(name: str) -> None:
+    task = PRETEXTS[name](network(), PATCH).eval()
+    measures = {key: float(value) for key, value in task(images(3)).measures.items()}
+    assert "loss" not in measures  # that name is the trainer's
+    first = next(iter(measures))
+    lower_is_better = {"accuracy": False, "Dice": False, "error": True}[first]
+    assert (task.score({**measures, first: 0.4}) < task.score({**measures, first: 0.5})) != lower_is_better
+    assert first in task.chance
+
+
+def test_embeddings_that_are_not_finite_have_no_spread() -> None:
+    assert all(torch.isnan(value) for value in spread(torch.full((4, 3), torch.inf)).values())
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "mae", "genesis", "pcrl"])
+def test_an_error_in_air_alone_is_no_thousand(name: str) -> None:
+    patch = (32, 32, 32)
+    step = PRETEXTS[name](network(patch), patch)(torch.full((2, 1, *patch), -1.5))
+    assert float(step.measures["error"]) < 20
+
+
+def test_boxes_of_flat_patches_are_flat() -> None:
+    boxes = [random_box((16, 256), [2 / 16, 8 / 256], 0.625) for _ in range(400)]
+    sides = np.array([[axis.stop - axis.start for axis in box] for box in boxes])
+    assert sides.min(0).tolist() == [2, 8]
+    assert (sides.max(0) > [8, 140]).all()
+    assert (sides.max(0) <= [10, 160]).all()
+    with pytest.raises(SettingsError, match="fewest_boxes=50 and most_boxes=39"):
+        PRETEXTS["volume-fusion"](network(), PATCH, {"fewest_boxes": 50})
 
 
 @pytest.mark.parametrize("name", ["rotation", "mae", "simclr"])

@@ -20,10 +20,11 @@ class Anatomy(Pretext):
 
     Each patch is cut into 2x2x2 parts, then their parts, as training proceeds. *Locality*: a part is to be recognized
     in another view among the parts of all cases, except those that look too similar, as they may show the same
-    structure. *Compositionality*: the embeddings of the eight parts together give that of the whole.
+    structure. *Compositionality*: the embeddings of the eight parts together give that of the whole. The published
+    methods take their negatives from a memory bank, and the second one also tells parts from the whole.
     """
 
-    family, source = "hierarchical", "arXiv 2309.15358"
+    family, source = "hierarchical", "arXiv 2309.15358, 2404.15672"
     defaults: ClassVar[Mapping[str, Any]] = {
         "anatomy_levels": 2,
         "embedding": 128,
@@ -38,7 +39,7 @@ class Anatomy(Pretext):
         super().__init__(network, patch_size, settings)
         n_axes, size = len(self.patch_size), self.settings["embedding"]
         self.grid = (2,) * n_axes
-        divided_by(self.patch_size, (2 ** self.settings["anatomy_levels"],) * n_axes, "anatomy")
+        divided_by(self.patch_size, (2 ** self.settings["anatomy_levels"],) * n_axes, self.strides, "anatomy")
         self.projector = projector(self.features[-1], self.hidden, size, centred=True)
         self.composer = projector(2**n_axes * size, self.hidden, size)
         self.target = nn.ModuleDict(
@@ -50,11 +51,8 @@ class Anatomy(Pretext):
 
     def forward(self, images: Tensor) -> Step:
         """Embed wholes and parts at a level that training has come to; contrast and compose."""
-        if self.training:
-            momentum = self.settings["ema_momentum"] if bool(self.is_started) else 0.0
-            follow(self.target["encoder"], self.encoder, momentum)
-            follow(self.target["projector"], self.projector, momentum)
-            self.is_started.fill_(True)
+        if self.training and not bool(self.is_started):
+            self._follow(0.0)
         reached = min(int(self.progress * self.settings["anatomy_levels"]), self.settings["anatomy_levels"] - 1)
         level = int(torch.randint(reached + 1, ()))
         whole = images
@@ -73,9 +71,18 @@ class Anatomy(Pretext):
         composed = F.normalize(self.composer(z.view(len(images), -1)), dim=1)
         distance = (composed - of_whole).square().sum(1).mean()
         measures = {"accuracy": accuracy, "compositionality": distance.detach()}
-        both = torch.cat((z.detach(), of_parts))
-        self.chance = {"accuracy": 1 / (len(images) * n_parts), "compositionality": 2.0}
-        return Step(locality + distance, {**measures, **spread(both)}, {})
+        self.chance = {"accuracy": 1 / (len(images) * n_parts)}
+        measures |= {} if self.training else spread(torch.cat((z, of_parts)))
+        return Step(locality + distance, measures, {})
+
+    def after_step(self) -> None:
+        """Let the target follow the network."""
+        self._follow(self.settings["ema_momentum"])
+
+    def _follow(self, momentum: float) -> None:
+        for name, module in self.target.items():
+            follow(module, getattr(self, name), momentum)
+        self.is_started.fill_(True)
 
     def _embed(self, images: Tensor) -> Tensor:
         return F.normalize(self.projector(self.pooled(images)), dim=1)

@@ -86,8 +86,8 @@ class SimCLR(_TwoViews):
         """Embed both views, contrast."""
         z = F.normalize(self.projector(self.pooled(torch.cat(self.views(images)))), dim=1)
         loss, accuracy = nt_xent(z, self.settings["temperature"])
-        self.chance = {"accuracy": 1 / (len(z) - 1), "alignment": 2.0, "uniformity": 0.0}
-        return Step(loss, {"accuracy": accuracy, **spread(z.detach())}, {})
+        self.chance = {"accuracy": 1 / (len(z) - 1)}
+        return Step(loss, {"accuracy": accuracy, **({} if self.training else spread(z))}, {})
 
 
 def nt_xent(z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -111,8 +111,10 @@ def spread(z: Tensor) -> dict[str, Tensor]:
     potential of all pairs: 0 where all vectors are the same, which is the collapse, lower where they spread. The rank
     is the exponential of the entropy of the normalized singular values: 1 at the collapse.
     """
-    z = z.float()
+    z = z.detach().float()
     n = len(z) // 2
+    if not bool(z.isfinite().all()):
+        return dict.fromkeys(("alignment", "uniformity", "rank"), z.new_tensor(torch.nan))
     alignment = (z[:n] - z[n:]).square().sum(1).mean()
     distances = torch.pdist(z)
     singular = torch.linalg.svdvals(z.cpu())
@@ -128,7 +130,8 @@ def spread(z: Tensor) -> dict[str, Tensor]:
 class BYOL(_TwoViews):
     """Predict the embedding that a moving average of the network gives to the other view.
 
-    The target starts as a copy, takes no gradient, and follows after each step.
+    The target starts as a copy, takes no gradient, and follows after each step. The loss is as low where all embeddings
+    are the same, so the first measure is SimCLR's: whether the other view of a case is the most similar one.
     """
 
     source = "arXiv 2006.07733; settings of arXiv 2209.12157"
@@ -143,25 +146,28 @@ class BYOL(_TwoViews):
         ).requires_grad_(False)
         self.is_started: Tensor
         self.register_buffer("is_started", torch.tensor(False))
-        self.chance = {"loss": 2.0}
 
     def forward(self, images: Tensor) -> Step:
         """Predict either view's target from the other one."""
-        if self.training:
-            self._follow()
+        if self.training and not bool(self.is_started):
+            self._follow(0.0)
         views = torch.cat(self.views(images))
         z = self.projector(self.pooled(views))
         with torch.no_grad():
             target = self.target["projector"](self.target["encoder"](views)[-1].flatten(2).mean(2))
         swapped = F.normalize(target, dim=1).roll(len(images), 0)
         loss = (F.normalize(self.predictor(z), dim=1) - swapped).square().sum(1).mean()
-        return Step(loss, {"loss": loss.detach(), **spread(F.normalize(z.detach(), dim=1))}, {})
+        z = F.normalize(z, dim=1)
+        _, accuracy = nt_xent(z, 1.0)
+        self.chance = {"accuracy": 1 / (len(z) - 1)}
+        measures = {"accuracy": accuracy, "distance": loss.detach(), **({} if self.training else spread(z))}
+        return Step(loss, measures, {})
 
-    @torch.no_grad()
-    def _follow(self) -> None:
-        """Move the target towards the network as the last step left it."""
-        end = 1 - (1 - self.settings["ema_momentum"]) * (math.cos(math.pi * self.progress) + 1) / 2
-        momentum = end if bool(self.is_started) else 0.0
+    def after_step(self) -> None:
+        """Let the target follow the network."""
+        self._follow(1 - (1 - self.settings["ema_momentum"]) * (math.cos(math.pi * self.progress) + 1) / 2)
+
+    def _follow(self, momentum: float) -> None:
         for name, module in self.target.items():
             follow(module, getattr(self, name), momentum)
         self.is_started.fill_(True)

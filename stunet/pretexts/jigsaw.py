@@ -49,7 +49,7 @@ class Jigsaw(Pretext):
     def __init__(self, network: STUNet, patch_size: Sequence[int], settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(network, patch_size, settings)
         self.grid = (self.settings["grid"],) * len(self.patch_size)
-        divided_by(self.patch_size, self.grid, self.name)
+        divided_by(self.patch_size, self.grid, self.strides, self.name)
         n_blocks = math.prod(self.grid)
         order = torch.from_numpy(distant_permutations(n_blocks, self.settings["permutations"]))
         self.permutations: Tensor

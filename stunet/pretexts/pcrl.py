@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812 - as PyTorch's users write it
 from stunet.network import STUNet
 from stunet.pretexts.contrastive import SimCLR, nt_xent, overlapping_crops, spread, vary_intensities
 from stunet.pretexts.pretext import Step, cut
-from stunet.pretexts.reconstruction import Autoencoder, random_box
+from stunet.pretexts.reconstruction import LEAST_VARIANCE, Autoencoder, random_box
 
 
 class PCRL(SimCLR):
@@ -44,12 +44,12 @@ class PCRL(SimCLR):
         restored = self.head(self.decoder.finest(features))
         z = F.normalize(self.projector(features[-1].flatten(2).mean(2)), dim=1)
         contrast, accuracy = nt_xent(z, self.settings["temperature"])
-        variance = truth.var(correction=0).clamp_min(1e-6)
+        variance = truth.var(correction=0).clamp_min(LEAST_VARIANCE)
         restoration, of_input = (F.mse_loss(x, truth) / variance for x in (restored, distorted))
         self.chance = {"error": 1.0, "accuracy": 1 / (len(z) - 1)}
         picture = {"input": distorted[0, 0], "output": restored[0, 0].detach(), "truth": truth[0, 0]}
         measures = {"error": restoration.detach().sqrt(), "error of the input": of_input.sqrt(), "accuracy": accuracy}
-        return Step(restoration + contrast, {**measures, **spread(z.detach())}, picture)
+        return Step(restoration + contrast, {**measures, **({} if self.training else spread(z))}, picture)
 
 
 def swap_boxes(image: Tensor, count: int) -> None:

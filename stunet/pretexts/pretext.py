@@ -96,10 +96,13 @@ class Pretext(nn.Module):
         coarsest: Tensor = self.encoder(images)[-1]
         return coarsest.flatten(2).mean(2)
 
+    def after_step(self) -> None:
+        """Do what a step of the optimizer is followed by: nothing, in most tasks."""
+
     def score(self, measures: Mapping[str, float]) -> float:
         """Return the first measure so that higher is better."""
         name, value = next(iter(measures.items()))
-        return -value if name in ("error", "loss") else value
+        return -value if name == "error" else value
 
     def fitted(self, images: Tensor) -> Tensor:
         """Resize ``(B, C, X, Y[, Z])`` by linear interpolation to the nearest size that the network takes.
@@ -203,10 +206,11 @@ def to_unit_range(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (images - low) / span.clamp_min(1e-8), low, span
 
 
-def divided_by(patch_size: Sequence[int], grid: Sequence[int], name: str) -> None:
-    """Refuse a patch that a grid of blocks does not divide."""
+def divided_by(patch_size: Sequence[int], grid: Sequence[int], strides: Sequence[int], name: str) -> None:
+    """Refuse a patch that a grid of blocks does not divide, and name one that it does, and that the network takes."""
     if any(n % parts for n, parts in zip(patch_size, grid, strict=True)):
-        nearest = [max(1, round(n / parts)) * parts for n, parts in zip(patch_size, grid, strict=True)]
+        steps = [math.lcm(parts, stride) for parts, stride in zip(grid, strides, strict=True)]
+        nearest = [max(1, round(n / step)) * step for n, step in zip(patch_size, steps, strict=True)]
         raise SettingsError(f"pretext={name}: patch_size {[*patch_size]} for blocks {[*grid]}: set it to {nearest}")
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from stunet.errors import SettingsError
 from stunet.loss import PartialDiceCELoss
 from stunet.network import STUNet
 from stunet.pretexts.pretext import Pretext, Step
@@ -33,6 +34,9 @@ class VolumeFusion(Pretext):
 
     def __init__(self, network: STUNet, patch_size: Sequence[int], settings: Mapping[str, Any] | None = None) -> None:
         super().__init__(network, patch_size, settings)
+        fewest, most = self.settings["fewest_boxes"], self.settings["most_boxes"]
+        if fewest > most:
+            raise SettingsError(f"fewest_boxes={fewest} and most_boxes={most}: lower the first, or raise the second")
         classes = self.settings["fusion_levels"] + 1
         self.head = self.conv_op(self.features[0], classes, 1)
         self.loss = PartialDiceCELoss(classes, batch_dice=True)
@@ -54,7 +58,7 @@ class VolumeFusion(Pretext):
 
     def _levels(self, size: Sequence[int]) -> Tensor:
         p, level = self.settings, torch.zeros(tuple(size), dtype=torch.long)
-        smallest = max(length / n for length, n in zip(self.scaled(p["smallest_box"], share=0.125), size, strict=True))
+        smallest = [length / n for length, n in zip(self.scaled(p["smallest_box"], share=0.125), size, strict=True)]
         for _ in range(int(torch.randint(p["fewest_boxes"], p["most_boxes"] + 1, ()))):
             level[random_box(size, smallest, p["largest_box"])] = torch.randint(1, p["fusion_levels"] + 1, ())
         return level

@@ -56,6 +56,11 @@ class PretextTrainer(BaseSTUNetTrainer):
             raise SettingsError(
                 f"-tr {type(self).__name__} with plans of no pretext: write plans with stunet plan --pretext NAME"
             )
+        if self.fine_tune in ("frozen-encoder", "head-only"):
+            raise SettingsError(
+                f"fine_tune={self.fine_tune} with pretext={self.pretext}, which trains the encoder: "
+                "set it to full, warmup or layerwise"
+            )
         self.enable_deep_supervision = False
         self.partial_labels = None
         given = self.configuration_manager.configuration.get(SETTINGS_KEY, {})

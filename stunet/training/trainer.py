@@ -200,6 +200,9 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         if self.pretext is None:
             return network
         kind, given = find_pretext(self.pretext), configuration_manager.configuration[SETTINGS_KEY]
+        if kind.oriented and self.with_labels and self.mirroring != "none":
+            got = f"pretext={self.pretext} beside labels with mirroring={self.mirroring}"
+            raise SettingsError(f"{got}, after which it cannot tell how images lay: set mirroring=none")
         settings = {name: given[name] for name in kind.defaults if name in given}
         task = kind(network, configuration_manager.patch_size, settings)
         return PretextNetwork(network, task, with_labels=self.with_labels)
@@ -349,7 +352,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         report = transfer_weights(open_weights([path]), network, outputs, stem=self.stem, head=self.head)
         fresh, unused = {key: network.get_parameter(key) for key in report.fresh}, self._unused_parameters()
         stuck = [key for key, p in fresh.items() if not p.requires_grad and all(p is not other for other in unused)]
-        if stuck:
+        if stuck and self.with_labels:  # a task without labels leaves what it does not train to fine-tuning
             listed = ", ".join(stuck[:4])
             given = f"fine_tune={self.fine_tune} with stem={self.stem} and head={self.head}"
             raise SettingsError(f"{given} leaves {listed} random for ever: change one of them")
@@ -478,6 +481,8 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         clip_grad_norm_(self.network.parameters(), self.max_gradient_norm)
         scaler.step(self.optimizer)
         scaler.update()
+        if isinstance(self.whole_network, PretextNetwork):
+            self.whole_network.pretext.after_step()
         return {"loss": self._read(loss, whole)}
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -548,7 +553,7 @@ class BaseSTUNetTrainer(nnUNetTrainer):
         smallest = int(self.configuration_manager.batch_size) // self.ranks.size
         if n > smallest:
             raise SettingsError(f"gradient_accumulation={n} for {smallest} samples a process: set at most {smallest}")
-        if n > 1 and self.partial_loss is None and self.pretext is None:
+        if n > 1 and self.partial_loss is None and self.with_labels:
             raise SettingsError(f"gradient_accumulation={n} with regions: set activation_checkpointing=all instead")
 
     def _backward(self, batch: Batch, scaler: GradScaler) -> Tensor:

@@ -116,6 +116,15 @@ def test_fine_tuning_takes_what_was_trained(shell: Shell, kind: str, request: py
     assert set(heads) <= set(report["fresh"])
 
 
+def test_one_task_after_another(shell: Shell, contrastive: Path) -> None:
+    shell.run(plan("mae", "second", f"num_epochs=1 pretrained_weights={contrastive}"))
+    shell.run("stunet train 900 3d_fullres all -p second -tr STUNetTrainer_pretext -device cpu")
+    fold = model(shell, "second") / "fold_all"
+    fresh = json.loads((fold / "weight_transfer.json").read_text())["fresh"]
+    assert {key.split(".")[0] for key in fresh} == {"decoder"}
+    assert weights(fold / "checkpoint_final.pth")["pretext"]["name"] == "mae"
+
+
 def test_killed_and_resumed(shell: Shell, masked: Path) -> None:
     expected, fold = weights(masked), masked.parent
     fold.rename(shell.root / "whole")
@@ -151,7 +160,13 @@ def test_what_cannot_be_is_refused(shell: Shell, contrastive: Path) -> None:
     shell.run(plan("simclr", "one", "batch_size=1"))
     shell.refuse("stunet train 900 3d_fullres 0 -p one -tr STUNetTrainer_pretext -device cpu", "compares cases", "1")
     shell.run(plan("jigsaw", "grid", "grid=3"))
-    shell.refuse("stunet train 900 3d_fullres 0 -p grid -tr STUNetTrainer_pretext -device cpu", "[3, 3, 3]")
+    line = "stunet train 900 3d_fullres 0 -p grid -tr STUNetTrainer_pretext -device cpu"
+    shell.refuse(line, "[3, 3, 3]", "[48, 48, 48]")  # which the network takes, too
+    shell.run(plan("mae", "frozen", "fine_tune=frozen-encoder"))
+    shell.refuse(line.replace("grid", "frozen"), "frozen-encoder", "trains the encoder")
+    labelled = f"stunet plan -d 1 -c 3d_fullres --depth 1 --width 4 --name turned --set {SETTINGS}"
+    shell.run(f"{labelled} pretext=rotation")
+    shell.refuse("stunet train 1 3d_fullres 0 -p turned -tr STUNetTrainer -device cpu", "rotation", "mirroring=none")
     shell.refuse(plan("nothing", "no"), "mae")
     folder = model(shell, "simclr")
     shell.refuse(f"stunet predict -i images -o out -m {folder} -device cpu", "fine-tune it first")
