@@ -339,6 +339,11 @@ def test_the_command_reads_summaries(
     assert status == 0
     assert list(json.loads(out)["metrics"]) == ["ccfv", "logme"]
     assert "leep is left out: no score for base" in err
+    for candidate in gaps["candidates"]:
+        candidate["scores"]["logme"] = 1.0  # type: ignore[index]
+    status, out, err = run(capsys, monkeypatch, write(tmp_path / "alike.json", gaps), full, "--resamples", 20, "--json")
+    assert list(json.loads(out)["metrics"]) == ["ccfv"]
+    assert "logme is left out: the same score for all" in err
     for args, message in (
         ((scores, full, *options[:2]), "two values of one Dice"),
         ((scores,), "neither DICE nor --summary"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -162,9 +163,9 @@ def rank_eval(
     truth |= read_summaries(paths)
     if unknown := [name for name in metric or () if name not in by_metric]:
         raise UsageError(f"unknown metric {', '.join(unknown)}: {scores} has {', '.join(by_metric)}")
-    lacking = {name: [c for c, value in row.items() if math.isnan(value)] for name, row in by_metric.items()}
-    complete = [name for name, without in lacking.items() if not without]
-    missing = [f"{name}: no score for {', '.join(lacking[name])}" for name in metric or by_metric if lacking[name]]
+    useless = {name: _useless(row) for name, row in by_metric.items()}
+    complete = [name for name, why in useless.items() if not why]
+    missing = [f"{name}: {useless[name]}" for name in metric or by_metric if useless[name]]
     if missing and (metric or not complete):
         raise UsageError(f"{'; '.join(missing)}: choose other metrics, or leave these out of both files")
     for line in missing:
@@ -186,3 +187,10 @@ def rank_eval(
     for top in dict.fromkeys(result.top for result in results.values()):
         names = ", ".join(name for name, result in results.items() if result.top == top)
         print_line(f"First choice of {names}: {top}")
+
+
+def _useless(scores: Mapping[str, float]) -> str:
+    """Say why scores order nothing, or nothing."""
+    without = [name for name, value in scores.items() if math.isnan(value)]
+    alike = "the same score for all" if len({*scores.values()}) == 1 else ""
+    return f"no score for {', '.join(without)}" if without else alike
