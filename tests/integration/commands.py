@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from multiprocessing.context import SpawnContext
 from multiprocessing.pool import ThreadPool
@@ -167,9 +168,11 @@ class Shell:
     def start(self, line: str, *, trainers: bool = False, **variables: str) -> subprocess.Popen[str]:
         """Start a line of shell; with ``trainers`` after ``eval "$(stunet env)"``."""
         setup = 'eval "$(stunet env)"; ' if trainers else ""
+        # Where the tests run in the background, Ctrl-C is ignored, which processes inherit.
         return subprocess.Popen(
             ["bash", "-c", setup + line], env={**self.environment, **variables}, cwd=self.root, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
     def type(self, line: str, *, status: int = 0, trainers: bool = False, **variables: str) -> str:
